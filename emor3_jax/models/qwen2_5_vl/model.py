@@ -1,0 +1,277 @@
+"""The policy as pure functions of its parameters.
+
+`params` is a plain nested dict of float32 arrays: `visual` (the tower), `model` (the decoder with
+its embedding), and `lm_head` where the head is not tied to the embedding. Layers are stacked along
+the first axis. `dtype` is the type of the layers' arithmetic; norms, softmax and rope are computed
+in float32 always.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
+from emor3_jax.models.qwen2_5_vl.layers import Dtype
+from emor3_jax.models.qwen2_5_vl.text import Decoder
+from emor3_jax.models.qwen2_5_vl.vision import VisionTower
+
+Params = dict[str, Any]
+
+_BANNED = -1e30
+"""Logit of an id that cannot be drawn: finite, so that 0 * log(0) in the entropy is 0."""
+
+
+def init_params(config: Config, key: jax.Array) -> Params:
+    """Returns fresh parameters: kernels of unit gain, embeddings of standard deviation 0.02.
+
+    Args:
+      config: the policy's shapes.
+      key: PRNG key.
+    """
+    visual, decoder, head, embedding = jax.random.split(key, 4)
+    v = config.vision
+    shape = (1, 1, v.window_patches)
+    images = Images(
+        patches=jnp.zeros((*shape, v.patch_dim)),
+        coords=jnp.zeros((*shape, 2), jnp.int32),
+        mask=jnp.ones(shape, bool),
+    )
+    tokens = jnp.zeros((1, 1, 1), jnp.int32)
+    params = {
+        "visual": VisionTower(v).init(visual, images)["params"],
+        "model": Decoder(config).init(
+            decoder, tokens, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1, 1), bool)
+        )["params"],
+    }
+    normal = nn.initializers.normal(0.02)
+    params["model"]["embed_tokens"]["embedding"] = normal(
+        embedding, (config.vocab_size, config.hidden_size)
+    )
+    if not config.tie_word_embeddings:
+        params["lm_head"] = {"kernel": normal(head, (config.hidden_size, config.vocab_size))}
+    return params
+
+
+def encode_images(
+    config: Config,
+    params: Params,
+    images: Images,
+    *,
+    dtype: Dtype = jnp.float32,
+    remat: bool = False,
+) -> jax.Array:
+    """Runs the vision tower.
+
+    Args:
+      config, params: the policy.
+      images: in window layout.
+      dtype: compute type.
+      remat: recompute the layers in the backward pass.
+
+    Returns:
+      float[I, W * L / m**2, D], the features of the merged slots; those of padding are meaningless.
+    """
+    tower = VisionTower(config.vision, dtype, remat)
+    return tower.apply({"params": params["visual"]}, images)
+
+
+def forward_prompt(
+    config: Config,
+    params: Params,
+    prompt: Prompt,
+    image_features: jax.Array | None,
+    *,
+    dtype: Dtype = jnp.float32,
+    remat: bool = False,
+) -> tuple[jax.Array, KV]:
+    """Runs the decoder over prompts, each token attending to those before it.
+
+    Args:
+      config, params: the policy.
+      prompt: right padded.
+      image_features: from `encode_images`; None if no prompt has an image.
+      dtype: compute type.
+      remat: recompute the layers in the backward pass.
+
+    Returns:
+      float[B, P, D] after the final norm (meaningless at padding), and the keys and values, which
+      gradients flow through.
+    """
+    hidden, (k, v) = Decoder(config, dtype, remat, keep_keys=True).apply(
+        {"params": params["model"]},
+        prompt.tokens[:, None],
+        prompt.positions[:, None],
+        _causal(prompt.mask[:, None]),
+        image_features=image_features,
+        image_slots=prompt.image_slots[:, None],
+    )
+    return hidden[:, 0], KV(k[:, :, 0], v[:, :, 0], jnp.asarray(prompt.mask))
+
+
+def forward_continuation(
+    config: Config,
+    params: Params,
+    prefix: KV | None,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    *,
+    dtype: Dtype = jnp.float32,
+    remat: bool = False,
+    cache_size: int | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Runs `G` continuations of each prompt; each sees its prompt and, causally, itself.
+
+    Args:
+      config, params: the policy.
+      prefix: the prompts' keys and values; never copied for each continuation.
+      tokens: int32[B, G, S], text only.
+      positions: int32[B, G, S], rope positions.
+      mask: bool[B, G, S], True for tokens that may be attended to.
+      dtype: compute type.
+      remat: recompute the layers in the backward pass.
+      cache_size: `C`, at least S; also return a cache whose first S slots are filled.
+
+    Returns:
+      float[B, G, S, D] after the final norm, and the cache if asked for.
+
+    Raises:
+      ValueError: if the cache is too small.
+    """
+    s = tokens.shape[-1]
+    if cache_size is not None and cache_size < s:
+        raise ValueError(f"cache_size={cache_size} is smaller than the {s} tokens to keep")
+    hidden, keys = Decoder(config, dtype, remat, keep_keys=cache_size is not None).apply(
+        {"params": params["model"]},
+        tokens,
+        jnp.broadcast_to(positions[..., None], (*positions.shape, 3)),
+        _causal(mask),
+        prefix=prefix,
+    )
+    if cache_size is None:
+        return hidden, None
+    room = ((0, 0), (0, 0), (0, cache_size - s))
+    k, v = (jnp.pad(x, ((0, 0), *room, (0, 0), (0, 0))) for x in keys)
+    return hidden, Cache(k, v, jnp.pad(mask, room))
+
+
+def decode_step(
+    config: Config,
+    params: Params,
+    prefix: KV | None,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    slot: jax.Array,
+    *,
+    dtype: Dtype = jnp.float32,
+) -> tuple[jax.Array, Cache]:
+    """Runs one token of each continuation and adds it to the cache.
+
+    Args:
+      config, params: the policy.
+      prefix: the prompts' keys and values.
+      cache: the continuations so far; `slot` must be masked.
+      tokens: int32[B, G].
+      positions: int32[B, G], rope positions.
+      slot: int32[], where the keys and values of these tokens go.
+      dtype: compute type.
+
+    Returns:
+      float[B, G, D] after the final norm, and the cache with `slot` filled.
+    """
+    b, g = tokens.shape
+    hidden, (k, v) = Decoder(config, dtype, keep_keys=True).apply(
+        {"params": params["model"]},
+        tokens[..., None],
+        jnp.broadcast_to(positions[..., None, None], (b, g, 1, 3)),
+        jnp.ones((b, g, 1, 1), bool),
+        prefix=prefix,
+        cache=cache,
+    )
+    update = jax.lax.dynamic_update_slice_in_dim
+    cache = Cache(
+        update(cache.k, k.astype(cache.k.dtype), slot, axis=3),
+        update(cache.v, v.astype(cache.v.dtype), slot, axis=3),
+        update(cache.mask, jnp.ones((b, g, 1), bool), slot, axis=2),
+    )
+    return hidden[:, :, 0], cache
+
+
+def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
+    """Returns float32[..., V] of final hidden states float[..., D]."""
+    if config.tie_word_embeddings:
+        head, equation = params["model"]["embed_tokens"]["embedding"], "...d,vd->...v"
+    else:
+        head, equation = params["lm_head"]["kernel"], "...d,dv->...v"
+    return jnp.einsum(
+        equation, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def token_logprobs(
+    config: Config,
+    params: Params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    *,
+    banned: jax.Array | None = None,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    entropy: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the log-probability of each target without ever holding the logits of all tokens.
+
+    The last axis is cut, so that the batch may stay cut over devices: about `chunk` tokens (at
+    least one column of all rows) have logits at once, recomputed in the backward pass.
+
+    Args:
+      config, params: the policy.
+      hidden: float[..., S, D] final hidden states.
+      targets: int32[..., S].
+      banned: bool[V], ids of probability zero; the log-probability of one is about -1e30.
+      temperature: divides the logits.
+      chunk: tokens whose logits exist at once.
+      entropy: also return the entropy of each distribution.
+
+    Returns:
+      float32[..., S], and the entropy in the same shape, or None.
+    """
+    *lead, s, _ = hidden.shape
+    rows = math.prod(lead)
+    size = min(s, max(1, chunk // rows))
+    chunks = -(-s // size)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = x.reshape(rows, s, *x.shape[len(lead) + 1 :])
+        x = jnp.pad(x, ((0, 0), (0, chunks * size - s), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+
+    def score(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+        states, wanted = piece
+        scores = logits(config, params, states) / temperature
+        if banned is not None:
+            scores = jnp.where(banned, _BANNED, scores)
+        total = jax.nn.logsumexp(scores, axis=-1)
+        # A comparison instead of a gather: fuses, and works on a vocabulary cut over devices.
+        chosen = jnp.arange(scores.shape[-1]) == wanted[..., None]
+        logprob = jnp.sum(jnp.where(chosen, scores, 0.0), axis=-1) - total
+        if not entropy:
+            return logprob, None
+        return logprob, total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :s].reshape(*lead, s)
+
+    pieces = (cut(hidden), cut(targets))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(score), pieces))
+
+
+def _causal(mask: jax.Array) -> jax.Array:
+    """Returns bool[..., S, S] [query, key]: the key is real and not after the query."""
+    place = jnp.arange(mask.shape[-1])
+    return (place <= place[:, None]) & mask[..., None, :]

@@ -1,0 +1,183 @@
+"""The decoder: one scanned stack of layers for prompts, continuations and single tokens.
+
+A prompt is a continuation of nothing (G = 1); a decoded token is a continuation of length one that
+also sees its cache. So there is one layer and one attention, with up to three sources of keys.
+
+The cache is read-only inside the layer loop: each layer returns the keys it computed, and the
+caller writes those of all layers at once. A cache carried through the loop and updated in it was a
+quarter slower on CPU, an unrolled loop twice as slow (it copies each layer's cache).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from emor3_jax.models.qwen2_5_vl import rope
+from emor3_jax.models.qwen2_5_vl.attention import Own, Shared, attend
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
+from emor3_jax.models.qwen2_5_vl.layers import Dtype, Mlp, RMSNorm
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rope.
+
+    Attributes:
+      config: the policy's shapes.
+      dtype: compute type.
+    """
+
+    config: Config
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        table: tuple[jax.Array, jax.Array],
+        own_mask: jax.Array,
+        earlier: list[Shared | Own],
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Attends to earlier keys and to the keys of `x` itself.
+
+        Args:
+          x: float[B, G, S, D].
+          table: cosine and sine, float32[B, G, S, head_dim // 2].
+          own_mask: bool[B, G, S, S], [query, key].
+          earlier: keys of the prompt and of the cache.
+
+        Returns:
+          float[B, G, S, D], and the new keys and values, float[B, G, S, kv_heads, head_dim].
+        """
+        c = self.config
+
+        def project(name: str, heads: int) -> jax.Array:
+            dense = nn.Dense(heads * c.head_dim, dtype=self.dtype, name=name)
+            return dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
+
+        q = rope.rotate(project("q_proj", c.num_heads), *table)
+        k = rope.rotate(project("k_proj", c.num_kv_heads), *table)
+        v = project("v_proj", c.num_kv_heads)
+        out = attend(q, [*earlier, Own(k, v, own_mask)]).reshape(*x.shape[:-1], -1)
+        out = nn.Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(out)
+        return out, (k, v)
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the decoder.
+
+    Attributes:
+      config: the policy's shapes.
+      dtype: compute type.
+      keep_keys: return the new keys and values.
+    """
+
+    config: Config
+    dtype: Dtype
+    keep_keys: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        prefix: tuple[jax.Array, jax.Array] | None,
+        cache: tuple[jax.Array, jax.Array] | None,
+        shared: dict[str, Any],
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Applies the layer.
+
+        Args:
+          x: float[B, G, S, D].
+          prefix: this layer's keys and values of the prompts.
+          cache: this layer's keys and values of the continuations so far.
+          shared: what all layers share: rope `table` and the masks `own`, `prefix`, `cache`.
+
+        Returns:
+          float[B, G, S, D], and the new keys and values if they are kept.
+        """
+        eps = self.config.rms_norm_eps
+        earlier: list[Shared | Own] = []
+        if prefix is not None:
+            earlier.append(Shared(*prefix, shared["prefix"]))
+        if cache is not None:
+            earlier.append(Own(*cache, shared["cache"][:, :, None]))
+        normed = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
+        out, keys = Attention(self.config, self.dtype, name="self_attn")(
+            normed, shared["table"], shared["own"], earlier
+        )
+        x = x + out
+        normed = RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x)
+        x = x + Mlp(self.config.intermediate_size, False, self.dtype, name="mlp")(normed)
+        return x, keys if self.keep_keys else None
+
+
+class Decoder(nn.Module):
+    """Embeddings in, final hidden states out.
+
+    Attributes:
+      config: the policy's shapes.
+      dtype: compute type.
+      remat: recompute each layer in the backward pass.
+      keep_keys: return the new keys and values of all layers.
+    """
+
+    config: Config
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+    keep_keys: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        own_mask: jax.Array,
+        *,
+        image_features: jax.Array | None = None,
+        image_slots: jax.Array | None = None,
+        prefix: KV | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Runs the decoder.
+
+        Args:
+          tokens: int32[B, G, S].
+          positions: int32[B, G, S, 3].
+          own_mask: bool[B, G, S, S], [query, key].
+          image_features: float[..., D], merged slots of the batch.
+          image_slots: int32[B, G, S], which feature replaces the token's embedding; -1 for none.
+          prefix: keys and values of the prompts.
+          cache: keys and values of the continuations so far.
+
+        Returns:
+          float[B, G, S, D] after the final norm, and the new keys and values,
+          float[layers, B, G, S, kv_heads, head_dim], if they are kept.
+        """
+        c = self.config
+        embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens")
+        x = embed(tokens)
+        if image_features is not None:
+            flat = image_features.reshape(-1, c.hidden_size).astype(self.dtype)
+            x = jnp.where(image_slots[..., None] >= 0, flat[jnp.maximum(image_slots, 0)], x)
+        shared = {"table": rope.text_table(positions, c), "own": own_mask}
+        if prefix is not None:
+            shared["prefix"] = prefix.mask
+        if cache is not None:
+            shared["cache"] = cache.mask
+        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=c.num_layers,
+        )
+        x, keys = stack(c, self.dtype, self.keep_keys, name="layers")(
+            x,
+            None if prefix is None else (prefix.k, prefix.v),
+            None if cache is None else (cache.k, cache.v),
+            shared,
+        )
+        return RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x), keys

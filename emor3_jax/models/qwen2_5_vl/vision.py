@@ -1,0 +1,148 @@
+"""The vision tower over images in window layout.
+
+Windowed layers attend inside each window, never over the whole image; the few full layers over all
+windows of an image with the padding masked. One scanned stack; a flag per layer chooses.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax.models.qwen2_5_vl import rope
+from emor3_jax.models.qwen2_5_vl.attention import Own, attend
+from emor3_jax.models.qwen2_5_vl.config import VisionConfig
+from emor3_jax.models.qwen2_5_vl.inputs import Images
+from emor3_jax.models.qwen2_5_vl.layers import Dtype, Mlp, RMSNorm
+
+_EPS = 1e-6
+
+
+class VisionAttention(nn.Module):
+    """Attention of one layer, inside windows or over the image.
+
+    Attributes:
+      config: the tower's shapes.
+      dtype: compute type.
+    """
+
+    config: VisionConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, full: jax.Array, table: tuple[jax.Array, jax.Array], mask: jax.Array
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+          x: float[I, W, L, C].
+          full: bool[], whether over the whole image.
+          table: cosine and sine, float32[I, W, L, head_dim // 2].
+          mask: bool[I, W, L].
+
+        Returns:
+          float[I, W, L, C].
+        """
+        c = self.config
+        qkv = nn.Dense(3 * c.hidden_size, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:-1], 3, c.num_heads, c.head_dim), -3, 0)
+        q, k = rope.rotate(q, *table), rope.rotate(k, *table)
+
+        # The scores are recomputed in the backward pass: kept, those of the branch not taken would
+        # be kept too, and over a whole image they are the largest arrays of the tower.
+        @jax.checkpoint
+        def windowed(q, k, v, mask):
+            return attend(q, [Own(k, v, mask[:, :, None])])
+
+        @jax.checkpoint
+        def whole(q, k, v, mask):
+            flat = [a.reshape(a.shape[0], 1, -1, *a.shape[3:]) for a in (q, k, v, mask)]
+            return windowed(*flat).reshape(q.shape)
+
+        if x.shape[1] == 1:
+            out = windowed(q, k, v, mask)
+        else:
+            out = jax.lax.cond(full, whole, windowed, q, k, v, mask)
+        out = out.reshape(x.shape)
+        return nn.Dense(c.hidden_size, dtype=self.dtype, name="proj")(out)
+
+
+class VisionBlock(nn.Module):
+    """One layer of the tower.
+
+    Attributes:
+      config: the tower's shapes.
+      dtype: compute type.
+    """
+
+    config: VisionConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, full: jax.Array, table: tuple[jax.Array, jax.Array], mask: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """Applies the layer; arguments as of `VisionAttention`."""
+        normed = RMSNorm(_EPS, self.dtype, name="norm1")(x)
+        x = x + VisionAttention(self.config, self.dtype, name="attn")(normed, full, table, mask)
+        normed = RMSNorm(_EPS, self.dtype, name="norm2")(x)
+        x = x + Mlp(self.config.intermediate_size, True, self.dtype, name="mlp")(normed)
+        return x, None
+
+
+class Merger(nn.Module):
+    """Joins the m * m patches of a slot into one vector of the decoder's width.
+
+    Attributes:
+      config: the tower's shapes.
+      dtype: compute type.
+    """
+
+    config: VisionConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[I, W, L, C] to float[I, W * L / m**2, D]."""
+        c = self.config
+        width = c.hidden_size * c.merge_unit
+        x = RMSNorm(_EPS, self.dtype, name="ln_q")(x).reshape(x.shape[0], -1, width)
+        x = nn.gelu(nn.Dense(width, dtype=self.dtype, name="mlp_0")(x), approximate=False)
+        return nn.Dense(c.out_hidden_size, dtype=self.dtype, name="mlp_2")(x)
+
+
+class VisionTower(nn.Module):
+    """Images in, one feature for each merged slot out.
+
+    Attributes:
+      config: the tower's shapes.
+      dtype: compute type.
+      remat: recompute each layer in the backward pass.
+    """
+
+    config: VisionConfig
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, images: Images) -> jax.Array:
+        """Returns float[I, W * L / m**2, D]; slots of padding hold meaningless numbers."""
+        c = self.config
+        embed = nn.Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")
+        full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
+        block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.depth,
+        )
+        x, _ = stack(c, self.dtype, name="blocks")(
+            embed(jnp.asarray(images.patches)),
+            jnp.asarray(full),
+            rope.vision_table(images.coords, c),
+            images.mask,
+        )
+        return Merger(c, self.dtype, name="merger")(x)
