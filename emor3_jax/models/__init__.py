@@ -1,0 +1,164 @@
+"""Policies: load and save a folder in Hugging Face's format, and a forward pass on its arrays."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from emor3_jax.models.qwen2_5_vl import layout, model, rope, weights
+from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError
+from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+
+
+@dataclasses.dataclass
+class Policy:
+    """A policy with what it needs to read text and images.
+
+    Attributes:
+      config: shapes and ids.
+      params: nested dict of float32 arrays.
+      processor: `emor3_jax.models.qwen2_5_vl.processor.Processor`, or None where only arrays go in.
+    """
+
+    config: Config
+    params: model.Params
+    processor: Any = None
+
+
+def load(folder: str | Path) -> Policy:
+    """Reads a policy from a folder in Hugging Face's format.
+
+    Args:
+      folder: holds `config.json`, weights as safetensors, tokenizer and preprocessor files.
+
+    Raises:
+      FileNotFoundError: if the folder or a file is missing.
+      ConfigError: if `config.json` asks for something that is not implemented.
+      WeightsError: if the tensors do not fit `config.json`.
+    """
+    from emor3_jax.models.qwen2_5_vl.processor import Processor
+
+    config = read_config(folder)
+    return Policy(config, weights.params_from_hf(folder, config), Processor.from_folder(folder))
+
+
+def read_config(folder: str | Path) -> Config:
+    """Reads the `config.json` of a folder; raises as `load`."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a folder in Hugging Face's format")
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    return Config.from_hf(data)
+
+
+def save(policy: Policy, folder: str | Path) -> None:
+    """Writes a policy as a folder in Hugging Face's format, which transformers loads as it is.
+
+    Args:
+      policy: the policy; weights are written in float32.
+      folder: made if missing; files of the same names are replaced.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = weights.params_to_hf(policy.params, policy.config)
+    save_file(tensors, folder / weights.WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / weights.INDEX_FILE).unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(policy.config.to_hf(), indent=2) + "\n")
+    if policy.processor is not None:
+        policy.processor.save(folder)
+
+
+def forward_logits(
+    policy: Policy,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    pixel_values: np.ndarray | None = None,
+    image_grid_thw: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns the logits of every token, from arrays as transformers lays them out.
+
+    Args:
+      policy: the policy.
+      input_ids: int[B, T], padded on either side.
+      attention_mask: int or bool[B, T].
+      pixel_values: float[patches of all images, C].
+      image_grid_thw: int[images, 3], images in the order of their tokens, row after row.
+
+    Returns:
+      float32[B, T, V]; 0 at padding.
+
+    Raises:
+      ValueError: if image tokens, grids and patches do not fit each other.
+    """
+    config = policy.config
+    mask = np.asarray(attention_mask).astype(bool)
+    input_ids = np.asarray(input_ids)
+    grids = [tuple(map(int, grid)) for grid in (() if image_grid_thw is None else image_grid_thw)]
+    layouts = _cut_images(pixel_values, grids, config)
+    windows = max((len(x.mask) for x in layouts), default=0)
+    slots_per_image = windows * config.vision.window_patches // config.vision.merge_unit
+    slots = [i * slots_per_image + x.slot_of_token for i, x in enumerate(layouts)]
+
+    b, t = input_ids.shape
+    prompt = Prompt(
+        tokens=np.zeros((b, t), np.int32),
+        positions=np.zeros((b, t, 3), np.int32),
+        mask=np.arange(t) < mask.sum(axis=1)[:, None],
+        image_slots=np.full((b, t), -1, np.int32),
+    )
+    taken = 0
+    for row in range(b):
+        tokens = input_ids[row, mask[row]]
+        wanted = int((tokens == config.image_token_id).sum())
+        first = taken
+        while taken < len(slots) and sum(map(len, slots[first : taken + 1])) <= wanted:
+            taken += 1
+        n = len(tokens)
+        prompt.tokens[row, :n] = tokens
+        prompt.positions[row, :n], _ = rope.prompt_positions(tokens, grids[first:taken], config)
+        if taken > first:
+            at = np.flatnonzero(tokens == config.image_token_id)
+            prompt.image_slots[row, at] = np.concatenate(slots[first:taken])
+    if taken != len(grids):
+        raise ValueError(f"{len(grids)} images given, image tokens for {taken}")
+
+    images = layout.pad_images(layouts, windows) if layouts else None
+    dense = np.asarray(_prompt_logits(config, policy.params, prompt, images))
+    out = np.zeros_like(dense)
+    out[mask] = dense[prompt.mask]
+    return out
+
+
+def _cut_images(
+    pixel_values: np.ndarray | None, grids: Sequence[tuple[int, ...]], config: Config
+) -> list[layout.WindowLayout]:
+    patches = 0 if pixel_values is None else len(pixel_values)
+    sizes = [int(np.prod(grid)) for grid in grids]
+    if sum(sizes) != patches:
+        raise ValueError(f"image_grid_thw counts {sum(sizes)} patches, pixel_values has {patches}")
+    if not grids:
+        return []
+    pieces = np.split(np.asarray(pixel_values, np.float32), np.cumsum(sizes)[:-1])
+    return [
+        layout.window_layout(piece, grid, config.vision)
+        for piece, grid in zip(pieces, grids, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _prompt_logits(
+    config: Config, params: model.Params, prompt: Prompt, images: Images | None
+) -> jax.Array:
+    features = None if images is None else model.encode_images(config, params, images)
+    hidden, _ = model.forward_prompt(config, params, prompt, features)
+    return model.logits(config, params, hidden).astype(jnp.float32)
