@@ -51,7 +51,9 @@ class KV(NamedTuple):
     """Keys (after rope) and values of a prefix, held once per prompt and shared by its responses.
 
     Attributes:
-      k, v: float[layers, B, P, kv_heads, head_dim].
+      k: float[layers, B, kv_heads, head_dim, P]; with the slots last, a decoded token reads its
+        keys without a transpose.
+      v: float[layers, B, kv_heads, P, head_dim].
       mask: bool[B, P], True where a key may be attended to.
     """
 
@@ -64,7 +66,8 @@ class Cache(NamedTuple):
     """Keys and values of the continuations themselves, `C` slots for each.
 
     Attributes:
-      k, v: float[layers, B, G, C, kv_heads, head_dim].
+      k: float[layers, B, G, kv_heads, head_dim, C].
+      v: float[layers, B, G, kv_heads, C, head_dim].
       mask: bool[B, G, C].
     """
 

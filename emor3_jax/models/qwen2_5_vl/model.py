@@ -154,9 +154,11 @@ def forward_continuation(
     )
     if cache_size is None:
         return hidden, None
-    room = ((0, 0), (0, 0), (0, cache_size - s))
-    k, v = (jnp.pad(x, ((0, 0), *room, (0, 0), (0, 0))) for x in keys)
-    return hidden, Cache(k, v, jnp.pad(mask, room))
+
+    def grow(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, (cache_size - s) * (i == axis)) for i in range(x.ndim)])
+
+    return hidden, Cache(grow(keys[0], 5), grow(keys[1], 4), grow(jnp.asarray(mask), 2))
 
 
 def decode_step(
@@ -195,8 +197,8 @@ def decode_step(
     )
     update = jax.lax.dynamic_update_slice_in_dim
     cache = Cache(
-        update(cache.k, k.astype(cache.k.dtype), slot, axis=3),
-        update(cache.v, v.astype(cache.v.dtype), slot, axis=3),
+        update(cache.k, k.astype(cache.k.dtype), slot, axis=5),
+        update(cache.v, v.astype(cache.v.dtype), slot, axis=4),
         update(cache.mask, jnp.ones((b, g, 1), bool), slot, axis=2),
     )
     return hidden[:, :, 0], cache

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from emor3_jax.models.qwen2_5_vl import rope
-from emor3_jax.models.qwen2_5_vl.attention import Own, Shared, attend
+from emor3_jax.models.qwen2_5_vl.attention import Own, Shared, attend, slots_last
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
 from emor3_jax.models.qwen2_5_vl.layers import Dtype, Mlp, RMSNorm
@@ -49,7 +49,7 @@ class Attention(nn.Module):
           earlier: keys of the prompt and of the cache.
 
         Returns:
-          float[B, G, S, D], and the new keys and values, float[B, G, S, kv_heads, head_dim].
+          float[B, G, S, D], and the new keys and values as `Own` holds them.
         """
         c = self.config
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
         q = rope.rotate(project("q_proj", c.num_heads), *table)
         k = rope.rotate(project("k_proj", c.num_kv_heads), *table)
-        v = project("v_proj", c.num_kv_heads)
+        k, v = slots_last(k, project("v_proj", c.num_kv_heads))
         out = attend(q, [*earlier, Own(k, v, own_mask)]).reshape(*x.shape[:-1], -1)
         out = nn.Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(out)
         return out, (k, v)
@@ -152,8 +152,8 @@ class Decoder(nn.Module):
           cache: keys and values of the continuations so far.
 
         Returns:
-          float[B, G, S, D] after the final norm, and the new keys and values,
-          float[layers, B, G, S, kv_heads, head_dim], if they are kept.
+          float[B, G, S, D] after the final norm, and the new keys and values, as `Cache` holds
+          them, if they are kept.
         """
         c = self.config
         embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens")

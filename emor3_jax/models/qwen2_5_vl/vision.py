@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.models.qwen2_5_vl import rope
-from emor3_jax.models.qwen2_5_vl.attention import Own, attend
+from emor3_jax.models.qwen2_5_vl.attention import Own, attend, slots_last
 from emor3_jax.models.qwen2_5_vl.config import VisionConfig
 from emor3_jax.models.qwen2_5_vl.inputs import Images
 from emor3_jax.models.qwen2_5_vl.layers import Dtype, Mlp, RMSNorm
@@ -53,7 +53,7 @@ class VisionAttention(nn.Module):
         # be kept too, and over a whole image they are the largest arrays of the tower.
         @jax.checkpoint
         def windowed(q, k, v, mask):
-            return attend(q, [Own(k, v, mask[:, :, None])])
+            return attend(q, [Own(*slots_last(k, v), mask[:, :, None])])
 
         @jax.checkpoint
         def whole(q, k, v, mask):
