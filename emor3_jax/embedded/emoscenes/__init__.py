@@ -1,0 +1,1 @@
+"""EmoScenes: small drawn scenes whose emotion is a documented sum of visible cues."""
