@@ -1,0 +1,229 @@
+"""The config of every program: all fields with their defaults, and the checks before any compile.
+
+A file in `configs/` starts from `default()` and sets what differs. `--config.key=value` overrides
+on the command line; an unknown key is an error that names the nearest one (`ml_collections`).
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+EMBEDDED = "embedded"
+"""`policy.path` of the base policy that the package trains itself, without any download."""
+
+
+class ConfigError(ValueError):
+    """A field of the config is wrong: names the field, its value, the rule and the way out."""
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        super().__init__(f"config.{field}={value!r}: {rule}")
+
+
+def dataset(**fields: object) -> ConfigDict:
+    """Returns the description of one data set; `fields` override the defaults."""
+    config = ConfigDict()
+    # "emoscenes" (drawn by the package) or "parquet" (the release's schema; any such file).
+    config.kind = "emoscenes"
+    # Files of a parquet data set: a path, a glob, or several joined by commas.
+    config.path = ""
+    # Split of emoscenes: train, validation, test, pretrain, shifted_pretrain, shifted_test.
+    config.split = "train"
+    # A label set by name (mikels8, emotion6, fer7), or labels joined by commas.
+    config.labels = "mikels8"
+    # Evaluation reads at most so many rows; 0 reads all.
+    config.limit = 0
+    config.update(fields)
+    return config
+
+
+def default() -> ConfigDict:
+    """Returns the defaults: the paper's method at the release's settings."""
+    config = ConfigDict()
+    config.seed = 0
+    # Optimisation steps; each rolls out `rollout.prompts` prompts.
+    config.steps = 100
+    # "paper" or "release": the two versions of the method (docs/method.md).
+    config.profile = "paper"
+
+    config.policy = ConfigDict()
+    # A Hugging Face folder, or "embedded".
+    config.policy.path = EMBEDDED
+    # Where the embedded base policy is kept, and trained first if it is not there.
+    config.policy.embedded_folder = "runs/base_policy"
+    # Type of the layers' arithmetic; master weights, norms and softmax are float32.
+    config.policy.dtype = "bfloat16"
+    config.policy.freeze_vision_tower = False
+
+    config.data = ConfigDict()
+    config.data.train = dataset()
+    # Where emoscenes is built.
+    config.data.folder = "runs/data"
+    # Side of the drawn scenes in pixels, 112 to 224.
+    config.data.scene_size = 112
+    # Padded prompt lengths and numbers of attention windows; a batch takes the smallest that fits.
+    config.data.prompt_lengths = (512, 1024, 2048)
+    config.data.image_windows = (64, 128, 256, 350)
+    # Processes that decode images; 0 does it in the training process.
+    config.data.workers = 0
+    # Template files, or a built-in set by name: "qwen" or "tiny".
+    config.data.templates = ConfigDict()
+    config.data.templates.set = "qwen"
+    config.data.templates.coherence = "qwen"
+    config.data.templates.consistency = "qwen"
+
+    config.rollout = ConfigDict()
+    # B, prompts a step, and G, responses to each.
+    config.rollout.prompts = 512
+    config.rollout.responses = 8
+    config.rollout.max_tokens = 2048
+    config.rollout.temperature = 1.0
+    config.rollout.top_p = 1.0
+
+    config.reflect = ConfigDict()
+    # False is plain GRPO: no reflection is asked, and its weight goes as the profile says.
+    config.reflect.enabled = True
+    config.reflect.temperature = 0.6
+    config.reflect.top_p = 0.95
+    # Replies are cut at so many tokens; a label and the end of sequence must fit.
+    config.reflect.max_tokens = 8
+    # Padded lengths of the judged text; a batch takes the smallest that fits its longest text.
+    config.reflect.text_lengths = (128, 512, 2048)
+
+    config.reward = ConfigDict()
+    # "label", or "answer": coherence against the response's own boxed answer (paper, Figure 2).
+    config.reward.coherence_target = "label"
+    config.reward.lambda_reflect = 0.1
+    config.reward.lambda_format = 0.1
+
+    config.policy_update = ConfigDict()
+    config.policy_update.prompts = 256
+    # Prompts whose activations are in memory at once.
+    config.policy_update.micro_prompts = 8
+    config.policy_update.learning_rate = 2e-6
+    config.policy_update.warmup_steps = 0
+    config.policy_update.weight_decay = 1e-2
+    config.policy_update.max_grad_norm = 1.0
+    config.policy_update.clip_low = 0.2
+    config.policy_update.clip_high = 0.3
+    config.policy_update.clip_dual = 3.0
+    config.policy_update.kl_coef = 1e-2
+    # "token": mean over all response tokens; "seq": within each response first.
+    config.policy_update.mean = "token"
+    # Recompute layers in the backward pass instead of keeping their activations.
+    config.policy_update.remat = True
+    # Tokens whose logits exist at once.
+    config.policy_update.logprob_chunk = 1024
+    # Padded response lengths of scoring and update; a batch takes the smallest that fits.
+    config.policy_update.response_lengths = (256, 512, 1024, 2048)
+
+    config.evaluate = ConfigDict()
+    # Name → data set; the first one is watched during training.
+    config.evaluate.sets = ConfigDict()
+    # Steps between evaluations of the first set, on `evaluate.during` of its rows.
+    config.evaluate.every = 50
+    config.evaluate.during = 200
+    config.evaluate.prompts = 64
+    # 0 is greedy.
+    config.evaluate.temperature = 0.0
+    config.evaluate.top_p = 1.0
+
+    config.mesh = ConfigDict()
+    # Sizes of the mesh axes; -1 is "the rest".
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 50
+    config.checkpoint.keep = 2
+
+    config.log = ConfigDict()
+    # Steps between progress lines and between sheets of samples under workdir/samples.
+    config.log.every = 1
+    config.log.samples_every = 25
+    # Folder of compiled programs, shared by runs; "" keeps none.
+    config.log.compile_cache = "runs/compile_cache"
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what can be checked without loading anything, before any compile.
+
+    Raises:
+      ConfigError: naming the field, its value, the rule and the way out.
+    """
+
+    def need(ok: bool, field: str, rule: str) -> None:
+        if not ok:
+            value = config
+            for key in field.split("."):
+                value = value[key]
+            raise ConfigError(field, value, rule)
+
+    need(config.steps >= 0, "steps", "must be 0 or more")
+    need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
+    dtypes = ("float32", "bfloat16")
+    need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
+    if config.policy.path != EMBEDDED:
+        need(
+            (Path(config.policy.path) / "config.json").is_file(),
+            "policy.path",
+            "must be a Hugging Face folder with a config.json, or 'embedded'",
+        )
+    size = config.data.scene_size
+    need(112 <= size <= 224, "data.scene_size", "must lie between 112 and 224 pixels")
+    for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):
+        _need_buckets(config, field)
+    _need_buckets(config, "policy_update.response_lengths")
+    for name in ("rollout.prompts", "rollout.responses", "rollout.max_tokens"):
+        need(config.rollout[name.split(".")[1]] >= 1, name, "must be at least 1")
+    need(config.rollout.temperature > 0, "rollout.temperature", "must be over 0 to explore")
+    for section in ("rollout", "reflect", "evaluate"):
+        need(config[section].temperature >= 0, f"{section}.temperature", "must be 0 or more")
+        need(0 < config[section].top_p <= 1, f"{section}.top_p", "must lie in (0, 1]")
+    need(config.reflect.max_tokens >= 1, "reflect.max_tokens", "must be at least 1")
+    need(
+        config.profile != "release" or config.rollout.responses >= 2,
+        "rollout.responses",
+        "profile='release' divides by the sample standard deviation and needs at least 2",
+    )
+    need(
+        config.reward.coherence_target in ("label", "answer"),
+        "reward.coherence_target",
+        "must be 'label' or 'answer'",
+    )
+    weights = config.reward.lambda_reflect + config.reward.lambda_format
+    need(
+        min(config.reward.lambda_reflect, config.reward.lambda_format) >= 0 and weights <= 1,
+        "reward.lambda_reflect",
+        "the weights must not be negative, nor be over 1 with reward.lambda_format",
+    )
+    update = config.policy_update
+    need(
+        update.prompts >= 1 and config.rollout.prompts % update.prompts == 0,
+        "policy_update.prompts",
+        f"must divide rollout.prompts={config.rollout.prompts}",
+    )
+    need(
+        update.micro_prompts >= 1 and update.prompts % update.micro_prompts == 0,
+        "policy_update.micro_prompts",
+        f"must divide policy_update.prompts={update.prompts}",
+    )
+    need(update.learning_rate > 0, "policy_update.learning_rate", "must be over 0")
+    need(0 <= update.clip_low < 1, "policy_update.clip_low", "must lie in [0, 1)")
+    need(update.clip_high >= 0, "policy_update.clip_high", "must be 0 or more")
+    need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1")
+    need(update.kl_coef >= 0, "policy_update.kl_coef", "must be 0 or more")
+    need(update.mean in ("token", "seq"), "policy_update.mean", "must be 'token' or 'seq'")
+    for name in ("evaluate.every", "checkpoint.every", "log.every", "log.samples_every"):
+        section, key = name.split(".")
+        need(config[section][key] >= 1, name, "must be at least 1")
+    need(config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
+    need(config.evaluate.prompts >= 1, "evaluate.prompts", "must be at least 1")
+
+
+def _need_buckets(config: ConfigDict, field: str) -> None:
+    section, key = field.split(".")
+    value = config[section][key]
+    if not value or min(value) < 1 or list(value) != sorted(set(value)):
+        raise ConfigError(field, value, "must be rising sizes, at least one, each over 0")

@@ -1,0 +1,318 @@
+"""One episode: answer the prompts, ask both reflections, score everything; to train and to test.
+
+    prefix, samples = actor.roll_out(params, batch, key, ...)
+    replies         = actor.reflect(params, batch, prefix, samples, key)
+    scores          = actor.score(batch, samples, replies)
+
+Each line is one jitted program (two for `reflect`); the arrays stay on the device.
+
+Deviations, numbered:
+ 1. The host reads one number a step, the length of the longest text to judge, to choose among a
+    few padded lengths (`reflect.text_lengths`); otherwise short texts would pay for the longest
+    response possible.
+ 2. Where a response has no text to judge, the paper's profile scores 0 and the release's scores as
+    its stand-in reply "None" would (`emor3_jax.rewards`).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax import rewards
+from emor3_jax.data.batch import Batch
+from emor3_jax.data.prompts import PromptTemplates, reflection_parts
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.rollout import reflect
+from emor3_jax.rollout.generate import Samples, SamplingRule, generate
+
+NOTHING_TO_JUDGE = -3
+"""`Scores.inferred` of a response without a text for the coherence question, or not asked."""
+
+
+class Replies(NamedTuple):
+    """What the policy said of its own responses.
+
+    Attributes:
+      coherence, consistency: the replies, [B, G, R].
+      coherence_found, consistency_found: bool[B, G], whether there was a text to judge.
+    """
+
+    coherence: Samples
+    consistency: Samples
+    coherence_found: jax.Array
+    consistency_found: jax.Array
+
+
+class Scores(NamedTuple):
+    """Scores of responses, float32[B, G] each but for the last two.
+
+    Attributes:
+      overall, format, accuracy, coherence, consistency: in [0, 1] (release: overall up to 1.1);
+        coherence and consistency are 0 where no reflection was asked.
+      answer: int32[B, G], index of the boxed label, -1 where there is none.
+      inferred: int32[B, G], index of the label that the policy inferred from s1..s2, negative
+        where the reply was no label, `NOTHING_TO_JUDGE` where it was not asked.
+    """
+
+    overall: jax.Array
+    format: jax.Array
+    accuracy: jax.Array
+    coherence: jax.Array
+    consistency: jax.Array
+    answer: jax.Array
+    inferred: jax.Array
+
+
+def bucket(size: int, sizes: Sequence[int]) -> int:
+    """Returns the smallest of rising `sizes` that holds `size`, the last one if none does."""
+    return next((s for s in sizes if size <= s), sizes[-1])
+
+
+def banned_ids(config: Config, tokenizer) -> np.ndarray:
+    """Returns bool[V], ids that a response may never contain.
+
+    These are the image and vision ids (a sampled image token has no image), the other special
+    tokens that do not end a turn, and the ids of a padded vocabulary that stand for nothing.
+
+    Args:
+      config: of the policy.
+      tokenizer: its tokenizer.
+    """
+    banned = np.ones(config.vocab_size, bool)
+    banned[: min(len(tokenizer), config.vocab_size)] = False
+    banned[list(tokenizer.added_tokens_decoder)] = True
+    banned[list(stop_ids(tokenizer))] = False
+    return banned
+
+
+def stop_ids(tokenizer) -> tuple[int, ...]:
+    """Returns the ids that end a response: the end of the turn and the end of the text."""
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    return tuple(i for i in ids if i is not None)
+
+
+class Actor:
+    """Answers, judges and scores for one label set; holds no parameters."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer,
+        labels: Sequence[str],
+        templates: PromptTemplates,
+        *,
+        profile: str,
+        coherence_target: str,
+        lambda_reflect: float,
+        lambda_format: float,
+        reflect_rule: SamplingRule | None,
+        text_lengths: Sequence[int],
+        dtype: jnp.dtype,
+    ) -> None:
+        """Prepares the reward tables and the two questions.
+
+        Args:
+          config: of the policy.
+          tokenizer: its tokenizer.
+          labels: the label set.
+          templates: the prompt templates.
+          profile: "paper" or "release".
+          coherence_target: "label" or "answer".
+          lambda_reflect, lambda_format: weights of the reward.
+          reflect_rule: how replies are sampled; None asks no reflection.
+          text_lengths: rising padded lengths of the judged texts.
+          dtype: compute type.
+        """
+        self.config, self.tokenizer, self.labels = config, tokenizer, tuple(labels)
+        self.dtype, self.rule, self.text_lengths = dtype, reflect_rule, tuple(text_lengths)
+        self.tables = rewards.Scorer(tokenizer, labels, profile=profile).tables
+        self.banned = banned_ids(config, tokenizer)
+        self.coherence_parts, self.consistency_parts = (
+            tuple(
+                np.asarray(part, np.int32)
+                for part in reflection_parts(tokenizer, template, labels, with_image=with_image)
+            )
+            for template, with_image in (
+                (templates.coherence, False),
+                (templates.consistency, True),
+            )
+        )
+        self.score_options = {
+            "profile": profile,
+            "answer_is_target": coherence_target == "answer",
+            "lambda_reflect": lambda_reflect,
+            "lambda_format": lambda_format,
+        }
+
+    def roll_out(
+        self, params: dict, batch: Batch, key: jax.Array, *, responses: int, rule: SamplingRule
+    ) -> tuple[KV, Samples]:
+        """Samples `responses` answers to each prompt; returns the prompts' keys and values too."""
+        return _roll_out(
+            params,
+            batch,
+            key,
+            self.banned,
+            config=self.config,
+            responses=responses,
+            rule=rule,
+            dtype=self.dtype,
+        )
+
+    def reflect(
+        self, params: dict, batch: Batch, prefix: KV, samples: Samples, key: jax.Array
+    ) -> Replies | None:
+        """Asks both questions about each response; None if reflection is switched off."""
+        if self.rule is None:
+            return None
+        coherence, consistency = _spans(self.tables, samples)
+        keys = jax.random.split(key)
+        options = {"config": self.config, "rule": self.rule, "dtype": self.dtype}
+        longest = jax.device_get([coherence.lengths.max(), consistency.lengths.max()])
+        sizes = (*self.text_lengths, coherence.tokens.shape[-1])
+        coherence_text, consistency_text = (
+            span.tokens[..., : bucket(int(size), sizes)]
+            for span, size in zip((coherence, consistency), longest, strict=True)
+        )
+        coherence_replies = _ask_coherence(
+            params,
+            *self.coherence_parts,
+            coherence_text,
+            coherence.lengths,
+            keys[0],
+            self.banned,
+            **options,
+        )
+        consistency_replies = _ask_consistency(
+            params,
+            prefix,
+            batch.shared_length,
+            batch.shared_position,
+            *self.consistency_parts,
+            consistency_text,
+            consistency.lengths,
+            keys[1],
+            self.banned,
+            **options,
+        )
+        return Replies(coherence_replies, consistency_replies, coherence.found, consistency.found)
+
+    def score(self, batch: Batch, samples: Samples, replies: Replies | None) -> Scores:
+        """Scores each response by the rules of the profile."""
+        return _score(self.tables, batch.answers, samples, replies, **self.score_options)
+
+
+@partial(jax.jit, static_argnames=("config", "responses", "rule", "dtype"))
+def _roll_out(params, batch, key, banned, *, config, responses, rule, dtype):
+    features = model.encode_images(config, params, batch.images, dtype=dtype)
+    _, prefix = model.forward_prompt(config, params, batch.prompt, features, dtype=dtype)
+    shape = (batch.last_token.shape[0], responses)
+    samples = generate(
+        config,
+        params,
+        prefix,
+        jnp.broadcast_to(batch.last_token[:, None, None], (*shape, 1)),
+        jnp.ones(shape, jnp.int32),
+        jnp.broadcast_to(batch.next_position[:, None], shape),
+        key,
+        rule,
+        banned=banned,
+        dtype=dtype,
+    )
+    return prefix, samples
+
+
+@jax.jit
+def _spans(tables, samples):
+    shape = samples.lengths.shape
+    flat = samples.tokens.reshape(-1, samples.tokens.shape[-1]), samples.lengths.reshape(-1)
+    spans = rewards.coherence_span(tables, *flat), rewards.consistency_span(tables, *flat)
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), spans)
+
+
+@partial(jax.jit, static_argnames=("config", "rule", "dtype"))
+def _ask_coherence(params, head, tail, text, lengths, key, banned, *, config, rule, dtype):
+    return reflect.ask_coherence(
+        config, params, head, tail, text, lengths, key, rule, banned=banned, dtype=dtype
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "rule", "dtype"))
+def _ask_consistency(
+    params,
+    prefix,
+    shared_length,
+    shared_position,
+    head,
+    tail,
+    text,
+    lengths,
+    key,
+    banned,
+    *,
+    config,
+    rule,
+    dtype,
+):
+    return reflect.ask_consistency(
+        config,
+        params,
+        prefix,
+        shared_length,
+        shared_position,
+        head,
+        tail,
+        text,
+        lengths,
+        key,
+        rule,
+        banned=banned,
+        dtype=dtype,
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("profile", "answer_is_target", "lambda_reflect", "lambda_format"),
+)
+def _score(
+    tables, answers, samples, replies, *, profile, answer_is_target, lambda_reflect, lambda_format
+):
+    shape = samples.lengths.shape
+
+    def flat(s):
+        return s.tokens.reshape(-1, s.tokens.shape[-1]), s.lengths.reshape(-1)
+
+    format_, answer = (x.reshape(shape) for x in rewards.score_response(tables, *flat(samples)))
+    label = jnp.broadcast_to(answers[:, None], shape)
+    accuracy = (answer == label).astype(jnp.float32)
+    if replies is None:
+        coherence = consistency = jnp.zeros(shape)
+        inferred = jnp.full(shape, NOTHING_TO_JUDGE)
+    else:
+        inferred = rewards.read_label(tables, *flat(replies.coherence)).reshape(shape)
+        inferred = jnp.where(replies.coherence_found, inferred, NOTHING_TO_JUDGE)
+        target = answer if answer_is_target else label
+        coherence = rewards.coherence_score(inferred, target, replies.coherence_found, profile)
+        consistency = rewards.consistency_score(
+            rewards.read_yes_no(tables, *flat(replies.consistency)).reshape(shape),
+            replies.consistency_found,
+            profile,
+        )
+    overall = rewards.combine(
+        format_,
+        accuracy,
+        coherence,
+        consistency,
+        profile=profile,
+        lambda_reflect=lambda_reflect,
+        lambda_format=lambda_format,
+        reflect=replies is not None,
+    )
+    return Scores(overall, format_, accuracy, coherence, consistency, answer, inferred)

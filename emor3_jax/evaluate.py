@@ -1,0 +1,160 @@
+"""Evaluation of a policy on held-out images: one response each, both reflections, all scores.
+
+As a program, it evaluates a policy folder on the sets of a config:
+
+    python -m emor3_jax.evaluate --config=configs/cpu_demo.py --config.policy.path=FOLDER \\
+        --workdir=DIR
+
+and writes `DIR/evaluation.json`. During training the same code runs before, between and after.
+
+Deviations, numbered:
+ 1. The release validates without reflection; here both questions are asked, so that coherence,
+    consistency and decoupling are measured on held-out images.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from emor3_jax.data.batch import Batch
+from emor3_jax.episode import NOTHING_TO_JUDGE, Actor
+from emor3_jax.rollout.generate import SamplingRule
+
+
+class Sample(NamedTuple):
+    """One held-out response with everything that was said and scored about it, for people to read.
+
+    Attributes:
+      id: of the row.
+      label: the true label.
+      answer: the boxed label, "" where there is none.
+      response: the text.
+      coherence_reply, consistency_reply: the texts.
+      scores: name → value.
+    """
+
+    id: str
+    label: str
+    answer: str
+    response: str
+    coherence_reply: str
+    consistency_reply: str
+    scores: dict[str, float]
+
+
+class Evaluation(NamedTuple):
+    """The result on one data set.
+
+    Attributes:
+      metrics: name → mean: accuracy, macro_f1, format, coherence, consistency, decoupling,
+        overall, response_length, and rows, the number of responses.
+      samples: the first few responses.
+    """
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+
+
+def macro_f1(labels: np.ndarray, answers: np.ndarray, k: int) -> float:
+    """Returns the mean of the F1 of each label that occurs in `labels`, in [0, 1].
+
+    Args:
+      labels: int[n], the true labels in [0, k).
+      answers: int[n], the answers; one outside [0, k) is wrong and counts for no label.
+      k: number of labels.
+    """
+    scores = []
+    for label in range(k):
+        true, said = labels == label, answers == label
+        if true.any():
+            scores.append(2 * (true & said).sum() / (true.sum() + said.sum()))
+    return float(np.mean(scores)) if scores else 0.0
+
+
+def decoupling(answers: np.ndarray, inferred: np.ndarray) -> float:
+    """Returns the share of responses whose re-inferred emotion is not their own answer.
+
+    Counted over the responses with both a boxed label and a text to judge; 0 if there is none.
+
+    Args:
+      answers: int[n], index of the boxed label, negative where there is none.
+      inferred: int[n], index of the label inferred from s1..s2, negative where the reply was no
+        label, `NOTHING_TO_JUDGE` where there was no text.
+    """
+    both = (answers >= 0) & (inferred != NOTHING_TO_JUDGE)
+    return float(np.mean(answers[both] != inferred[both])) if both.any() else 0.0
+
+
+def evaluate(
+    actor: Actor,
+    params: dict,
+    batches: Iterable[tuple[Batch, Sequence[str]]],
+    seed: int,
+    *,
+    rule: SamplingRule,
+    put: Any,
+    keep: int = 0,
+) -> Evaluation:
+    """Answers every row once and returns means.
+
+    Args:
+      actor: for the label set of the data.
+      params: of the policy.
+      batches: batches with their row ids; rows of weight 0 are padding.
+      seed: of the sampling noise; the same seed gives the same responses.
+      rule: how responses are sampled.
+      put: places a batch on the devices.
+      keep: how many responses to return as text.
+    """
+    columns: dict[str, list[np.ndarray]] = {}
+    samples: list[Sample] = []
+    for index, (batch, ids) in enumerate(batches):
+        weight = np.asarray(batch.weight) > 0
+        batch = put(batch)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+        prefix, responses = actor.roll_out(params, batch, keys[0], responses=1, rule=rule)
+        replies = actor.reflect(params, batch, prefix, responses, keys[1])
+        scores = actor.score(batch, responses, replies)
+        host = jax.device_get((scores, responses, replies, batch.answers))
+        scores, responses, replies, answers = host
+        rows = {name: value[weight, 0] for name, value in scores._asdict().items()}
+        rows["label"] = answers[weight]
+        rows["response_length"] = responses.lengths[weight, 0]
+        rows["truncated"] = ~responses.ended[weight, 0]
+        for name, value in rows.items():
+            columns.setdefault(name, []).append(value)
+        for i in np.flatnonzero(weight)[: max(keep - len(samples), 0)]:
+            samples.append(read_sample(actor, ids[i], answers[i], i, 0, responses, replies, scores))
+    data = {name: np.concatenate(value) for name, value in columns.items()}
+    metrics = {
+        name: float(np.mean(data[name]))
+        for name in ("accuracy", "format", "overall", "response_length", "truncated")
+    }
+    metrics["macro_f1"] = macro_f1(data["label"], data["answer"], len(actor.labels))
+    metrics["rows"] = float(len(data["label"]))
+    if actor.rule is not None:
+        metrics["coherence"] = float(np.mean(data["coherence"]))
+        metrics["consistency"] = float(np.mean(data["consistency"]))
+        metrics["decoupling"] = decoupling(data["answer"], data["inferred"])
+    return Evaluation(metrics, samples)
+
+
+def read_sample(actor, row_id, label, i, g, responses, replies, scores) -> Sample:
+    """Decodes response `g` to prompt `i` and what was said of it."""
+
+    def text(s):
+        return actor.tokenizer.decode(s.tokens[i, g, : s.lengths[i, g]], skip_special_tokens=True)
+
+    names = ("format", "accuracy", "coherence", "consistency", "overall")
+    answer = int(scores.answer[i, g])
+    return Sample(
+        id=row_id,
+        label=actor.labels[int(label)],
+        answer=actor.labels[answer] if answer >= 0 else "",
+        response=text(responses),
+        coherence_reply=text(replies.coherence) if replies is not None else "",
+        consistency_reply=text(replies.consistency) if replies is not None else "",
+        scores={name: float(getattr(scores, name)[i, g]) for name in names},
+    )

@@ -1,0 +1,75 @@
+"""Checkpoints with orbax: train state, data position and progress, in one step folder."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from emor3_jax.parallel.mesh import param_shardings
+
+
+class Checkpoints:
+    """Keeps the newest checkpoints of a run under `workdir/checkpoints/<step>`.
+
+    A checkpoint is written whole or not at all (orbax renames a finished folder into place), so a
+    run that is killed at any moment goes on from the last complete one.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2) -> None:
+        """Opens or makes the folder.
+
+        Args:
+          workdir: folder of the run.
+          keep: how many checkpoints stay.
+        """
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def latest(self) -> int | None:
+        """Returns the newest step that is complete, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Writes a checkpoint and waits until it is complete.
+
+        Args:
+          step: steps done so far.
+          state: pytree of arrays.
+          progress: JSON, the data position and the evaluations so far.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+            ),
+        )
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, Any]]:
+        """Returns the state and the progress of a checkpoint.
+
+        Args:
+          step: a step that `latest` returned.
+          state: pytree of the same structure and shapes, its values unused.
+          mesh: the arrays come back cut by this mesh's rules.
+        """
+        shardings = param_shardings(state, mesh)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+        )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
+            ),
+        )
+        return restored["state"], restored["progress"]
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()

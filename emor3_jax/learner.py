@@ -1,0 +1,202 @@
+"""Reference pass and policy update over grouped batches, cut into micro-batches of whole groups."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emor3_jax.data.batch import Batch
+from emor3_jax.episode import bucket
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.rl import losses
+from emor3_jax.rl.update import TrainState, accumulate, apply_gradients
+from emor3_jax.rollout.generate import Samples
+from emor3_jax.rollout.score import Score, score_responses
+
+
+class LossOptions(NamedTuple):
+    """The loss of the config's `policy_update` section; hashable, a static argument.
+
+    Attributes:
+      clip_low, clip_high, clip_dual, kl_coef: see `losses.policy_loss`.
+      mean: see `losses.token_weights`.
+    """
+
+    clip_low: float
+    clip_high: float
+    clip_dual: float
+    kl_coef: float
+    mean: str
+
+
+class ScoreOptions(NamedTuple):
+    """How responses are scored; hashable, a static argument.
+
+    Attributes:
+      temperature: of the rollout.
+      dtype, remat, chunk: see `score_responses`.
+    """
+
+    temperature: float
+    dtype: Any
+    remat: bool
+    chunk: int
+
+
+def trim(samples: Samples, longest: int, sizes: Sequence[int]) -> Samples:
+    """Cuts padding off the end: the smallest of `sizes` that holds the longest response.
+
+    Args:
+      samples: of length T.
+      longest: length of the longest response, at most T.
+      sizes: rising lengths; T itself is used if none of them is enough.
+    """
+    t = samples.tokens.shape[-1]
+    size = min(bucket(longest, (*sizes, t)), t)
+    return samples._replace(
+        tokens=samples.tokens[..., :size], logprobs=samples.logprobs[..., :size]
+    )
+
+
+def micro_batches(batch: Batch, merge: int, count: int) -> Batch:
+    """Cuts a batch into `count` micro-batches of whole prompts with their images.
+
+    Micro-batch `i` takes rows `i, count + i, …`: a batch that is cut over devices stays in place.
+
+    Args:
+      batch: each prompt has the same number of images, in the prompts' order.
+      merge: patches that the merger joins (spatial_merge_size squared).
+      count: must divide B.
+
+    Returns:
+      The batch with [count, …] in front of every leaf, image slots counted within a micro-batch.
+    """
+    rows = batch.last_token.shape[0]
+    images, windows, length = batch.images.mask.shape
+    slots = images // rows * windows * length // merge
+    row = jnp.arange(rows)[:, None]
+    moved = batch.prompt.image_slots - row * slots + row // count * slots
+    image_slots = jnp.where(batch.prompt.image_slots >= 0, moved, -1)
+    batch = batch._replace(prompt=batch.prompt._replace(image_slots=image_slots))
+    return jax.tree.map(lambda x: _cut(x, count), batch)
+
+
+def _cut(x: jax.Array, count: int) -> jax.Array:
+    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+
+def _score(
+    params: dict, batch: Batch, samples: Samples, banned, config: Config, options, entropy: bool
+) -> Score:
+    return score_responses(
+        config,
+        params,
+        batch.prompt,
+        batch.images,
+        batch.last_token,
+        batch.next_position,
+        samples.tokens,
+        samples.lengths,
+        banned=banned,
+        temperature=options.temperature,
+        dtype=options.dtype,
+        remat=options.remat,
+        chunk=options.chunk,
+        entropy=entropy,
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "options", "count"))
+def reference_logprobs(
+    params: dict,
+    batch: Batch,
+    samples: Samples,
+    banned: jax.Array,
+    *,
+    config: Config,
+    options: ScoreOptions,
+    count: int,
+) -> jax.Array:
+    """Returns the responses' log-probabilities under the reference, float32[B, G, T].
+
+    Args:
+      params: of the reference.
+      batch, samples: the prompts and their responses.
+      banned: bool[V].
+      config: of the policy.
+      options: how to score.
+      count: micro-batches, must divide B.
+    """
+    merge = config.vision.spatial_merge_size**2
+    micro = micro_batches(batch, merge, count), jax.tree.map(lambda x: _cut(x, count), samples)
+    logprobs = jax.lax.map(
+        lambda m: _score(params, *m, banned, config, options, False).logprobs, micro
+    )
+    return jnp.swapaxes(logprobs, 0, 1).reshape(samples.tokens.shape)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "optimizer", "loss", "options", "count"),
+    donate_argnames="state",
+)
+def update(
+    state: TrainState,
+    batch: Batch,
+    samples: Samples,
+    advantages: jax.Array,
+    ref_logprobs: jax.Array | None,
+    banned: jax.Array,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    loss: LossOptions,
+    options: ScoreOptions,
+    count: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one optimizer step on a batch of groups.
+
+    Args:
+      state: parameters and optimizer state, given up to the call.
+      batch: the prompts.
+      samples: their responses with the sampler's log-probabilities.
+      advantages: float32[B, G].
+      ref_logprobs: float32[B, G, T], or None for no KL term.
+      banned: bool[V].
+      config: of the policy.
+      optimizer: optax transformation.
+      loss: the loss.
+      options: how to score.
+      count: micro-batches, must divide B.
+
+    Returns:
+      The new state and metrics: those of `losses.policy_loss`, `entropy`, `grad_norm`, `skipped`.
+    """
+    merge = config.vision.spatial_merge_size**2
+    weights = losses.token_weights(samples.mask, loss.mean)
+
+    def loss_fn(params, micro):
+        (rows, responses), (advantage, weight, ref) = micro
+        score = _score(params, rows, responses, banned, config, options, True)
+        value, metrics = losses.policy_loss(
+            score.logprobs,
+            responses.logprobs,
+            advantage,
+            weight,
+            ref_logprobs=ref,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            clip_dual=loss.clip_dual,
+            kl_coef=loss.kl_coef,
+        )
+        metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
+        return value, metrics
+
+    cut = jax.tree.map(lambda x: _cut(x, count), (samples, (advantages, weights, ref_logprobs)))
+    micro = (micro_batches(batch, merge, count), cut[0]), cut[1]
+    grads, metrics = accumulate(loss_fn, state.params, micro)
+    state, applied = apply_gradients(state, grads, optimizer)
+    return state, metrics | applied

@@ -1,0 +1,118 @@
+"""The device mesh and the one table of sharding rules.
+
+Axes: `data` (replicas of the parameters), `fsdp` (parameters and optimizer state cut up, gathered
+layer by layer), `tensor` (heads, hidden units and vocabulary cut up). Batches are cut over `data`
+and `fsdp` together. `jax.jit` with these shardings is what pjit became.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+
+class MeshError(ValueError):
+    """The mesh of the config does not fit the devices or the arrays."""
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Returns a mesh over all devices; one axis may be -1, "the rest".
+
+    Raises:
+      MeshError: if the axes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    devices = jax.device_count()
+    free = [name for name, size in sizes.items() if size == -1]
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1 or known < 1 or devices % known or (not free and known != devices):
+        wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+        raise MeshError(
+            f"{wanted}: the axes must multiply to the number of devices, and this machine has "
+            f"{devices} ({jax.devices()[0].device_kind}); set one axis to -1 for 'the rest'"
+        )
+    if free:
+        sizes[free[0]] = devices // known
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns the PartitionSpec of one parameter by the first rule that matches its path.
+
+    An axis that does not divide the dimension is left out there: a tiny policy on a large mesh is
+    replicated rather than refused.
+
+    Args:
+      path: keys joined by "/".
+      shape: the parameter's shape.
+      mesh: for the axis sizes.
+    """
+    for pattern, axes in RULES:
+        if re.search(pattern, path):
+            # A scanned layer has the layer axis in front; rules speak of the last dimensions.
+            spec = (None,) * (len(shape) - len(axes)) + tuple(axes)
+            return P(
+                *(
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(spec, shape, strict=True)
+                )
+            )
+    return P()
+
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed_tokens", ("tensor", "fsdp")),
+    (r"lm_head", ("fsdp", "tensor")),
+    (r"(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|mlp_0).*kernel", ("fsdp", "tensor")),
+    (r"(o_proj|proj|down_proj|fc2|mlp_2).*kernel", ("tensor", "fsdp")),
+    (r"(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|mlp_0).*bias", ("tensor",)),
+    (r"patch_embed.*kernel", (None, "fsdp")),
+)
+"""Parameter path → mesh axes of its last dimensions. First match wins; the rest is replicated."""
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """Returns a NamedSharding for each leaf of a tree of parameters or of optimizer state.
+
+    Optimizer state holds the parameters' paths within its own, so it is cut like its parameters.
+
+    Args:
+      params: arrays or anything with a shape.
+      mesh: the mesh.
+    """
+
+    def sharding(path, leaf):
+        keys = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+        return NamedSharding(mesh, spec_of(keys, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a pytree of host arrays on the devices, their first axis cut over `data` and `fsdp`.
+
+    Raises:
+      MeshError: if the first axis does not divide.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(x):
+        if x.shape[0] % parts:
+            raise MeshError(
+                f"a batch of {x.shape[0]} does not divide over data * fsdp = {parts}; "
+                "choose rollout.prompts and evaluate.prompts as multiples of it"
+            )
+        return jax.device_put(x, NamedSharding(mesh, BATCH))
+
+    return jax.tree.map(put, batch)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Puts a pytree of host arrays whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))

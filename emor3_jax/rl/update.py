@@ -1,0 +1,106 @@
+"""The update: micro-batches of whole groups, exact global means, AdamW, and a guard.
+
+A step whose gradient norm is not finite changes nothing and is counted (`policy/skipped`), as in
+the release.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = Any
+
+
+class TrainState(NamedTuple):
+    """What training changes: float32 master parameters, optimizer state, number of updates."""
+
+    params: Params
+    opt_state: optax.OptState
+    updates: jax.Array
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
+        """Returns the state before the first update."""
+        return cls(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_optimizer(
+    learning_rate: float | optax.Schedule,
+    *,
+    weight_decay: float = 1e-2,
+    max_grad_norm: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    frozen: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> optax.GradientTransformation:
+    """Returns AdamW behind a clip of the global gradient norm.
+
+    Args:
+      learning_rate: a number or an optax schedule of the update count.
+      weight_decay: decoupled decay, on every trained parameter as in the release.
+      max_grad_norm: the gradient is scaled down to at most this norm.
+      b1, b2: Adam's decay rates.
+      frozen: names parameters that stay as they are, by their path of keys.
+    """
+    adamw = optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay),
+    )
+    if frozen is None:
+        return adamw
+
+    def label(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if frozen(path) else "trained", params
+        )
+
+    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, label)
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after one optimizer step, unless the gradient norm is not finite.
+
+    Returns:
+      The state, and float32[] `grad_norm` (before clipping) and `skipped` (1 if left unchanged).
+    """
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    return state, {"grad_norm": grad_norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+
+
+def accumulate(
+    loss_fn: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    params: Params,
+    micro_batches: Any,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Returns gradients and metrics summed over micro-batches, one at a time in memory.
+
+    `loss_fn` must return sums that are already weighted over the whole update batch
+    (`losses.token_weights`), so that the result does not depend on the cut.
+
+    Args:
+      loss_fn: (params, micro_batch) -> (loss, metrics).
+      params: the parameters to differentiate by.
+      micro_batches: pytree whose leaves start with the micro-batch axis.
+    """
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
+        return grad_fn(params, jax.tree.map(lambda x: x[0], micro_batches))
+
+    def add(total, micro_batch):
+        return jax.tree.map(jnp.add, total, grad_fn(params, micro_batch)), None
+
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad_fn, params, first)
+    )
+    total, _ = jax.lax.scan(add, zeros, micro_batches)
+    return total

@@ -1,0 +1,82 @@
+"""Sampling one token: temperature, top-p, banned ids, and the log-probability that training needs.
+
+Deviations, numbered:
+ 1. A token is drawn by inverting the cumulative distribution with one uniform number per row, not
+    by a Gumbel number per vocabulary entry: the same distribution for a vocabulary's worth less
+    random bits.
+ 2. The recorded log-probability is that of the tempered distribution over the allowed ids before
+    the top-p cut, as in the release: scoring a response later cannot know what the cut removed.
+"""
+
+import jax
+import jax.numpy as jnp
+
+NEG_INF = -1e30
+"""A finite stand-in for minus infinity, so that gradients and differences stay finite."""
+
+
+def allowed_log_softmax(logits: jax.Array, temperature: float, banned: jax.Array) -> jax.Array:
+    """Returns float32[..., V]: log-probabilities of the tempered distribution over allowed ids.
+
+    Args:
+      logits: float32[..., V].
+      temperature: over 0; 0 (greedy) reads as 1, so that greedy replies have log-probabilities.
+      banned: bool[V], ids that can never be sampled.
+    """
+    tempered = logits.astype(jnp.float32) / (temperature or 1.0)
+    return jax.nn.log_softmax(jnp.where(banned, NEG_INF, tempered), axis=-1)
+
+
+def top_p_filter(logprobs: jax.Array, top_p: float) -> jax.Array:
+    """Returns probabilities float32[..., V] with all but the smallest set of mass `top_p` at 0.
+
+    The set is filled from the most probable id on and includes the id that crosses `top_p`; ids as
+    probable as the last one stay too.
+
+    Args:
+      logprobs: float32[..., V].
+      top_p: in (0, 1]; 1 keeps everything.
+    """
+    probs = jnp.exp(logprobs)
+    if top_p >= 1.0:
+        return probs
+    ranked = jnp.sort(probs, axis=-1, descending=True)
+    before = jnp.cumsum(ranked, axis=-1) - ranked
+    threshold = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(probs >= threshold, probs, 0.0)
+
+
+def draw(probs: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns int32[...], ids drawn in proportion to `probs` (which need not sum to 1).
+
+    Args:
+      probs: float32[..., V], at least one of them over 0 in each row.
+      key: a PRNG key.
+    """
+    cumulative = jnp.cumsum(probs, axis=-1)
+    total = cumulative[..., -1]
+    point = jax.random.uniform(key, total.shape) * total
+    # Rounding could put the point on the very end, past the last id.
+    point = jnp.minimum(point, jnp.nextafter(total, jnp.zeros_like(total)))
+    return jnp.sum(cumulative <= point[..., None], axis=-1).astype(jnp.int32)
+
+
+def sample(
+    logits: jax.Array, key: jax.Array, *, temperature: float, top_p: float, banned: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sampled ids int32[...] and their log-probabilities float32[...].
+
+    Args:
+      logits: float[..., V].
+      key: a PRNG key for this step.
+      temperature: 0 takes the most probable id.
+      top_p: in (0, 1].
+      banned: bool[V].
+    """
+    logprobs = allowed_log_softmax(logits, temperature, banned)
+    if temperature == 0:
+        tokens = jnp.argmax(logprobs, axis=-1).astype(jnp.int32)
+    else:
+        tokens = draw(top_p_filter(logprobs, top_p), key)
+    chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+    return tokens, chosen

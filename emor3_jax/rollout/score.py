@@ -1,0 +1,84 @@
+"""Log-probabilities of given responses, grouped: the pass of the reference and of the update."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+
+
+class Score(NamedTuple):
+    """What a policy thinks of given responses.
+
+    Attributes:
+      logprobs: float32[B, G, T]; meaningless where there is no token.
+      entropy: float32[B, G, T] or None, of the distribution that each token was drawn from.
+    """
+
+    logprobs: jax.Array
+    entropy: jax.Array | None
+
+
+def score_responses(
+    config: Config,
+    params: dict,
+    prompt: Prompt,
+    images: Images,
+    last_token: jax.Array,
+    next_position: jax.Array,
+    responses: jax.Array,
+    lengths: jax.Array,
+    *,
+    banned: jax.Array,
+    temperature: float,
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+    chunk: int = 1024,
+    entropy: bool = False,
+) -> Score:
+    """Scores `[prompt | r1 … rG]`: one vision pass and one prompt pass, shared by the G responses.
+
+    Args:
+      config, params: the policy.
+      prompt: the prompts without their last token.
+      images: their images.
+      last_token: int32[B], the prompts' last token.
+      next_position: int32[B], its rope position.
+      responses: int32[B, G, T].
+      lengths: int32[B, G].
+      banned: bool[V], ids that the sampler could not draw.
+      temperature: the sampler's; 0 reads as 1.
+      dtype: compute type of the layers.
+      remat: recompute the layers in the backward pass instead of keeping their activations.
+      chunk: tokens whose logits exist at once.
+      entropy: also return the entropy.
+    """
+    b, g, t = responses.shape
+    features = model.encode_images(config, params, images, dtype=dtype, remat=remat)
+    _, prefix = model.forward_prompt(config, params, prompt, features, dtype=dtype, remat=remat)
+    opening = jnp.broadcast_to(last_token[:, None, None], (b, g, 1))
+    inputs = jnp.concatenate([opening, responses[..., :-1]], axis=-1)
+    hidden, _ = model.forward_continuation(
+        config,
+        params,
+        prefix,
+        inputs,
+        jnp.broadcast_to(next_position[:, None, None] + jnp.arange(t), (b, g, t)),
+        jnp.arange(t) < lengths[..., None],
+        dtype=dtype,
+        remat=remat,
+    )
+    logprobs, entropies = model.token_logprobs(
+        config,
+        params,
+        hidden,
+        responses,
+        banned=banned,
+        temperature=temperature or 1.0,
+        chunk=chunk,
+        entropy=entropy,
+    )
+    return Score(logprobs, entropies)
