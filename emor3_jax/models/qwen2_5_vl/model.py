@@ -264,7 +264,8 @@ def token_logprobs(
         logprob = jnp.sum(jnp.where(chosen, scores, 0.0), axis=-1) - total
         if not entropy:
             return logprob, None
-        return logprob, total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
+        scores = scores - total[..., None]
+        return logprob, -jnp.sum(jnp.exp(scores) * scores, axis=-1)
 
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :s].reshape(*lead, s)

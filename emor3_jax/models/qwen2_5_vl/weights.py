@@ -65,7 +65,7 @@ def params_from_hf(folder: str | Path, config: Config) -> Params:
 
 
 def params_to_hf(params: Params, config: Config) -> dict[str, np.ndarray]:
-    """Returns the tensors of a checkpoint by their name on the hub.
+    """Returns the float32 tensors of a checkpoint by their name on the hub.
 
     Args:
       params: the parameters; arrays on devices are fetched one at a time.
@@ -73,7 +73,7 @@ def params_to_hf(params: Params, config: Config) -> dict[str, np.ndarray]:
     """
     tensors = {}
     for path, leaf in _leaves(params):
-        array = np.asarray(leaf)
+        array = np.asarray(leaf).astype(np.float32, copy=False)
         shape = _hf_shape(path, array.shape, config)
         for name, index in _tensors(path, array.shape):
             tensor = array[index].T if path.endswith("kernel") else array[index]

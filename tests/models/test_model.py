@@ -1,0 +1,294 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emor3_jax.models.qwen2_5_vl import layout, model
+from emor3_jax.models.qwen2_5_vl.inputs import Prompt
+
+B, G, S = 2, 2, 4
+
+
+@pytest.fixture(scope="module")
+def responses():
+    """Response tokens, their mask (ragged) and offsets of their positions."""
+    tokens = jax.random.randint(jax.random.key(3), (B, G, S), 0, 60)
+    mask = jnp.arange(S) < jnp.array([[4, 2], [3, 4]])[..., None]
+    return tokens, mask
+
+
+def _text_prompt(tokens) -> Prompt:
+    shape = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(shape[1])[None, :, None], (*shape, 3))
+    return Prompt(tokens, positions, jnp.ones(shape, bool), jnp.full(shape, -1))
+
+
+def _with_embedding(params, table):
+    return {**params, "model": {**params["model"], "embed_tokens": {"embedding": table}}}
+
+
+def _influence(params, hidden_of, tokens):
+    """Returns bool[outputs, tokens]: whether any gradient flows from a token to an output.
+
+    Every token has its own id, so the gradient by an embedding's row is that by a token.
+    """
+    table = params["model"]["embed_tokens"]["embedding"]
+
+    def weighted(table, weights):
+        hidden = hidden_of(_with_embedding(params, table))
+        return jnp.sum(hidden.reshape(-1, hidden.shape[-1]) ** 3 * weights[:, None])
+
+    n = np.prod(jax.eval_shape(hidden_of, params).shape[:-1])
+    grads = jax.jit(jax.vmap(jax.grad(weighted), (None, 0)))(table, jnp.eye(n))
+    return np.asarray(jnp.any(grads != 0, axis=-1))[:, np.ravel(tokens)]
+
+
+def test_prompt_tokens_see_only_what_comes_before(config, params):
+    tokens = jnp.arange(12).reshape(2, 6)
+
+    def hidden_of(params):
+        return model.forward_prompt(config, params, _text_prompt(tokens), None)[0]
+
+    expected = np.kron(np.eye(2), np.tril(np.ones((6, 6)))) > 0
+    assert (_influence(params, hidden_of, tokens) == expected).all()
+
+
+def test_responses_see_their_prompt_and_themselves_and_never_each_other(config, params):
+    prompt = _text_prompt(jnp.arange(6).reshape(B, 3))
+    tokens = 10 + jnp.arange(B * G * S).reshape(B, G, S)
+    mask = jnp.ones((B, G, S), bool)
+
+    def hidden_of(params):
+        _, prefix = model.forward_prompt(config, params, prompt, None)
+        positions = jnp.broadcast_to(3 + jnp.arange(S), tokens.shape)
+        return model.forward_continuation(config, params, prefix, tokens, positions, mask)[0]
+
+    prompt_part = np.kron(np.eye(B), np.ones((G * S, 3))) > 0
+    own_part = np.kron(np.eye(B * G), np.tril(np.ones((S, S)))) > 0
+    assert (_influence(params, hidden_of, prompt.tokens) == prompt_part).all()
+    assert (_influence(params, hidden_of, tokens) == own_part).all()
+
+
+def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
+    config, params, image_batch, responses
+):
+    prompt, images, following = image_batch
+    tokens, mask = responses
+    probe = jax.random.normal(jax.random.key(4), (B, G, S, config.hidden_size)) * mask[..., None]
+    positions = jnp.broadcast_to(following[:, None, None] + jnp.arange(S), (B, G, S))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def grouped(params):
+        features = model.encode_images(config, params, images, remat=True)
+        _, prefix = model.forward_prompt(config, params, prompt, features, remat=True)
+        hidden, _ = model.forward_continuation(
+            config, params, prefix, tokens, positions, mask, remat=True
+        )
+        return jnp.sum(hidden * probe), hidden
+
+    # The flat layout: each response behind its own copy of its prompt, padding moved to the end.
+    lengths = np.asarray(prompt.mask.sum(axis=1))
+    p = prompt.tokens.shape[1]
+    flat = {name: [] for name in Prompt._fields}
+    for b in range(B):
+        for g in range(G):
+            order = np.r_[0 : lengths[b], p : p + S, lengths[b] : p]
+            for name, own in (
+                ("tokens", tokens[b, g]),
+                ("positions", jnp.broadcast_to(positions[b, g][:, None], (S, 3))),
+                ("mask", mask[b, g]),
+                ("image_slots", jnp.full(S, -1)),
+            ):
+                flat[name].append(jnp.concatenate([getattr(prompt, name)[b], own])[order])
+    flat = Prompt(**{name: jnp.stack(rows) for name, rows in flat.items()})
+    places = np.repeat(lengths, G)[:, None] + np.arange(S)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def flatly(params):
+        features = model.encode_images(config, params, images)
+        hidden, _ = model.forward_prompt(config, params, flat, features)
+        hidden = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(probe.shape)
+        return jnp.sum(hidden * probe), hidden
+
+    (_, a), grads_a = grouped(params)
+    (_, b), grads_b = flatly(params)
+    np.testing.assert_allclose(a[mask], b[mask], atol=2e-5)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(grads_a), jax.tree.leaves(grads_b), strict=True
+    ):
+        scale = float(jnp.max(jnp.abs(y)))
+        name = jax.tree_util.keystr(path)
+        # A constant added to all keys of a head changes no softmax but for rope: small gradients.
+        assert scale > 1e-3, name
+        np.testing.assert_allclose(x, y, atol=3e-4 * scale, err_msg=name)
+
+
+def test_decoding_token_by_token_equals_one_pass(config, params, image_batch, responses):
+    prompt, images, following = image_batch
+    tokens, _ = responses
+    # Openings of one and of two tokens, right padded, as a question about a ragged text is.
+    lengths = jnp.array([[1, 2], [2, 1]])
+    offset = jnp.arange(S)
+    place = following[:, None, None] + offset
+
+    @jax.jit
+    def one_pass(params):
+        features = model.encode_images(config, params, images)
+        _, prefix = model.forward_prompt(config, params, prompt, features)
+        mask = jnp.ones((B, G, S), bool)
+        positions = jnp.broadcast_to(place, (B, G, S))
+        hidden, _ = model.forward_continuation(config, params, prefix, tokens, positions, mask)
+        return hidden, prefix
+
+    expected, prefix = one_pass(params)
+    hidden, cache = model.forward_continuation(
+        config,
+        params,
+        prefix,
+        tokens[..., :2],
+        jnp.broadcast_to(place[..., :2], (B, G, 2)),
+        offset[:2] < lengths[..., None],
+        cache_size=5,
+    )
+    assert cache.mask.sum(axis=-1).tolist() == lengths.tolist()
+    step = jax.jit(functools.partial(model.decode_step, config))
+    for t in range(2):
+        at = lengths + t
+        token = jnp.take_along_axis(tokens, at[..., None], axis=-1)[..., 0]
+        hidden, cache = step(
+            params, prefix, cache, token, following[:, None] + at, jnp.int32(2 + t)
+        )
+        wanted = jnp.take_along_axis(expected, at[..., None, None], axis=2)[:, :, 0]
+        np.testing.assert_allclose(hidden, wanted, atol=2e-5)
+    assert cache.mask.sum(axis=-1).tolist() == (lengths + 2).tolist()
+    assert not cache.mask[..., 4].any()
+
+
+def test_a_cache_smaller_than_the_tokens_is_refused(config, params, responses):
+    tokens, mask = responses
+    with pytest.raises(ValueError, match="cache_size=3 is smaller than the 4"):
+        model.forward_continuation(config, params, None, tokens, tokens, mask, cache_size=3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_token_logprobs_equal_dense_log_softmax(build_config, build_params, tied):
+    config = build_config(tie_word_embeddings=tied)
+    params = build_params(config)
+    hidden = jax.random.normal(jax.random.key(5), (2, 3, 7, config.hidden_size))
+    targets = jax.random.randint(jax.random.key(6), (2, 3, 7), 0, 60)
+    banned = jnp.arange(config.vocab_size) >= 70
+    probe = jax.random.normal(jax.random.key(7), (2, *targets.shape))
+    head = "model" if tied else "lm_head"
+
+    def dense(part, hidden):
+        scores = model.logits(config, {**params, head: part}, hidden) / 0.7
+        logp = jax.nn.log_softmax(jnp.where(banned, -jnp.inf, scores))
+        entropy = -jnp.sum(jnp.where(banned, 0.0, jnp.exp(logp) * logp), axis=-1)
+        return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], entropy
+
+    def chunked(part, hidden):
+        return model.token_logprobs(
+            config,
+            {**params, head: part},
+            hidden,
+            targets,
+            banned=banned,
+            temperature=0.7,
+            chunk=13,  # 6 rows: two columns at a time, and one column left over
+            entropy=True,
+        )
+
+    part = params[head]
+    np.testing.assert_allclose(chunked(part, hidden), dense(part, hidden), atol=1e-5)
+
+    def gradients(function):
+        def loss(*args):
+            # -inf - -inf inside the dense form would poison its gradient; its values are finite.
+            return jnp.sum(probe * jnp.stack(function(*args)))
+
+        return jax.jit(jax.grad(loss, (0, 1)))(part, hidden)
+
+    def dense_finite(part, hidden):
+        scores = model.logits(config, {**params, head: part}, hidden)[..., :70] / 0.7
+        logp = jax.nn.log_softmax(scores)
+        chosen = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+        return chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+    for a, b in zip(
+        jax.tree.leaves(gradients(chunked)), jax.tree.leaves(gradients(dense_finite)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_token_logprobs_without_entropy_or_ban(config, params):
+    hidden = jax.random.normal(jax.random.key(8), (5, config.hidden_size))
+    targets = jnp.array([1, 2, 3, 4, 79])
+    logprobs, entropy = model.token_logprobs(config, params, hidden, targets, chunk=2)
+    dense = jax.nn.log_softmax(model.logits(config, params, hidden))
+    assert entropy is None
+    np.testing.assert_allclose(logprobs, dense[jnp.arange(5), targets], atol=1e-5)
+
+
+def test_patches_are_seen_inside_their_window_only_where_no_layer_is_full(
+    config, params, image_batch, build_config
+):
+    _, images, _ = image_batch
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient_by_patches(config, patches):
+        def first_window(patches):
+            features = model.encode_images(config, params, images._replace(patches=patches))
+            return jnp.sum(features[0, :4] ** 3)
+
+        return jax.grad(first_window)(patches)
+
+    grads = np.asarray(gradient_by_patches(config, images.patches))
+    seen = np.abs(grads).max(axis=-1) > 0
+    assert (seen[0] == np.asarray(images.mask[0])).all()
+    assert not seen[1].any()
+    vision = build_config().vision
+    windowed = build_config(vision=type(vision)(**{**vision.__dict__, "fullatt_block_indexes": ()}))
+    grads = np.asarray(gradient_by_patches(windowed, images.patches))
+    assert (np.abs(grads[0, 0]).max(axis=-1) > 0).all()
+    assert not grads[0, 1].any()
+
+
+def test_features_do_not_depend_on_padding(config, params):
+    rng = np.random.default_rng(9)
+    patches = rng.normal(size=(16, config.vision.patch_dim)).astype(np.float32)
+    image = layout.window_layout(patches, (1, 4, 4), config.vision)
+    alone = model.encode_images(config, params, layout.pad_images([image], 1))
+    padded = model.encode_images(config, params, layout.pad_images([image], 3))
+    np.testing.assert_allclose(padded[:, :4], alone, atol=1e-5)
+    assert np.isfinite(padded).all()
+
+
+def test_bfloat16_stays_close_and_padding_stays_finite(config, params, image_batch):
+    prompt, images, _ = image_batch
+    prompt = prompt._replace(mask=prompt.mask.at[1].set(False))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(dtype):
+        features = model.encode_images(config, params, images, dtype=dtype)
+        return model.forward_prompt(config, params, prompt, features, dtype=dtype)
+
+    exact, _ = run(jnp.float32)
+    rough, prefix = run(jnp.bfloat16)
+    assert rough.dtype == prefix.k.dtype == jnp.bfloat16
+    assert np.isfinite(exact).all() and np.isfinite(rough.astype(np.float32)).all()
+    error = jnp.abs(rough[0] - exact[0])
+    assert float(jnp.mean(error)) < 0.05 * float(jnp.mean(jnp.abs(exact[0])))
+
+
+def test_fresh_parameters_are_of_use(config):
+    fresh = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))
+    assert set(fresh) == {"visual", "model"}
+    assert fresh["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape == (2, 32, 32)
+    assert abs(float(jnp.std(fresh["model"]["embed_tokens"]["embedding"])) - 0.02) < 0.002
+    assert abs(float(jnp.std(fresh["model"]["layers"]["mlp"]["up_proj"]["kernel"])) - 0.177) < 0.01
+    first, second = fresh["visual"]["blocks"]["attn"]["qkv"]["kernel"]
+    assert not np.array_equal(first, second)
