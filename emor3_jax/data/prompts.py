@@ -1,0 +1,222 @@
+"""The questions that a policy is asked: template files, filled in and rendered as a chat.
+
+A template is a text file with placeholders: `set.txt` asks for Structured Emotional Thinking,
+`coherence.txt` and `consistency.txt` are the two reflections. What `\\boxed{...}` holds is text.
+The picture always comes first in the user's turn, so that all questions about it share a prefix.
+
+Deviations, numbered:
+ 1. The wording is this project's own; the method fixes the questions, not their words.
+ 2. The release puts the picture where `<image>` stands in the row; here it is always first.
+ 3. The judged text is put between two constant pieces that are tokenised apart from it, so a
+    response's own tokens are judged and nothing is decoded.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from emor3_jax.data.errors import DataError
+
+BUILT_IN = {
+    "qwen": Path(__file__).parent / "templates",
+    "tiny": Path(__file__).parent.parent / "embedded" / "templates",
+}
+"""Template folders by name: full sentences for Qwen2.5-VL, few words for the embedded policy."""
+
+IMAGE_TOKEN = "<|image_pad|>"
+IMAGE_END = "<|vision_end|>"
+
+# Per template: the placeholders it must hold, once each, and those it may hold.
+_PLACEHOLDERS = {
+    "set": ({"question"}, {"labels"}),
+    "coherence": ({"text", "labels"}, set()),
+    "consistency": ({"text"}, set()),
+}
+_PLACEHOLDER = re.compile(r"\\boxed\{[^{}]*\}|\{([^{}]*)\}")
+# Stands for the judged text while a chat is rendered: characters that no template contains.
+_TEXT_MARK = "\ue000\ue001"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTemplates:
+    """The three templates of a run.
+
+    Attributes:
+      set: asks for the emotion, holds {question} and, if wanted, {labels}.
+      coherence: asks which of {labels} the text {text} is about; no picture.
+      consistency: asks whether {text} describes the picture.
+    """
+
+    set: str
+    coherence: str
+    consistency: str
+
+    @classmethod
+    def load(
+        cls,
+        set: str | Path = "qwen",
+        coherence: str | Path = "qwen",
+        consistency: str | Path = "qwen",
+    ) -> "PromptTemplates":
+        """Reads the templates, each from a file or, by a name of `BUILT_IN`, from a built-in one.
+
+        Args:
+          set, coherence, consistency: path or name.
+
+        Raises:
+          DataError: if a file is missing, misses a placeholder, or holds an unknown or second one.
+        """
+        chosen = {"set": set, "coherence": coherence, "consistency": consistency}
+        return cls(**{kind: _read(kind, source) for kind, source in chosen.items()})
+
+
+def fill(template: str, *, question: str = "", labels: Sequence[str] = (), text: str = "") -> str:
+    """Returns a template with its placeholders replaced; labels are joined by commas."""
+    values = {"question": question, "labels": ", ".join(labels), "text": text}
+
+    def value(match: re.Match[str]) -> str:
+        return match[0] if match[1] is None else values[match[1]]
+
+    return _PLACEHOLDER.sub(value, template)
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    question: str,
+    labels: Sequence[str],
+    n_image_tokens: int,
+) -> list[int]:
+    """Returns the tokens of a question, up to where the policy's response begins.
+
+    Args:
+      tokenizer: with a chat template that knows image content.
+      template: a `PromptTemplates.set`, or any text with {question} and {labels}.
+      question: what is asked of the picture.
+      labels: the label set.
+      n_image_tokens: tokens that the picture takes; 0 asks without a picture.
+
+    Raises:
+      DataError: if the question contains a special token, such as an image's.
+    """
+    before, after = _render_set(tokenizer, template, question, tuple(labels), n_image_tokens > 0)
+    if not n_image_tokens:
+        return list(before)
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return [*before, *[image] * n_image_tokens, *after]
+
+
+def reflection_parts(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    labels: Sequence[str],
+    with_image: bool,
+) -> tuple[list[int], list[int]]:
+    """Returns the tokens before and after the judged text of a reflection.
+
+    Args:
+      tokenizer: as in `render_prompt`.
+      template: a `PromptTemplates.coherence` or `.consistency`.
+      labels: the label set.
+      with_image: True leaves out of the head what the question shares with every prompt about the
+        same picture: the system turn and the picture, `shared_length` tokens. The head may
+        then be empty.
+
+    Raises:
+      DataError: if the chat template does not render an image or drops the text.
+    """
+    filled = fill(template, labels=labels, text=_TEXT_MARK)
+    head, mark, tail = _chat(tokenizer, filled, with_image).partition(_TEXT_MARK)
+    if not mark:
+        raise DataError("the tokenizer's chat template drops the text of the user's turn")
+    if with_image:
+        head = head[head.index(IMAGE_END) + len(IMAGE_END) :]
+    return _encode(tokenizer, head), _encode(tokenizer, tail)
+
+
+def shared_length(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
+    """Returns how many leading tokens of a prompt every question about its picture starts with.
+
+    Args:
+      tokenizer: the prompt's.
+      tokens: int[n], as `render_prompt` returns them, with a picture.
+    """
+    return list(tokens).index(tokenizer.convert_tokens_to_ids(IMAGE_END)) + 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _render_set(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    question: str,
+    labels: tuple[str, ...],
+    with_image: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the tokens before and after those of the picture (all before, without one)."""
+    if found := special_token_in(tokenizer, question):
+        raise DataError(f"the question {question!r} contains the special token {found}; remove it")
+    tokens = tuple(
+        _encode(
+            tokenizer,
+            _chat(tokenizer, fill(template, question=question, labels=labels), with_image),
+        )
+    )
+    if not with_image:
+        return tokens, ()
+    at = tokens.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    return tokens[:at], tokens[at + 1 :]
+
+
+def special_token_in(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
+    """Returns a special token that `text` spells out, None if there is none."""
+    if "<" not in text:
+        return None
+    return next(
+        (t.content for t in tokenizer.added_tokens_decoder.values() if t.content in text), None
+    )
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, text: str, with_image: bool) -> str:
+    content = [{"type": "text", "text": text}]
+    if with_image:
+        content.insert(0, {"type": "image"})
+    turns = [{"role": "user", "content": content}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    if rendered.count(IMAGE_TOKEN) != with_image or rendered.count(IMAGE_END) != with_image:
+        raise DataError(
+            f"the tokenizer's chat template renders {rendered.count(IMAGE_TOKEN)} {IMAGE_TOKEN} "
+            f"for {int(with_image)} image; use the template of a Qwen2.5-VL tokenizer, and no "
+            "special tokens in prompt templates"
+        )
+    return rendered
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _read(kind: str, source: str | Path) -> str:
+    path = BUILT_IN[source] / f"{kind}.txt" if source in BUILT_IN else Path(source)
+    if not path.is_file():
+        raise DataError(
+            f"template {kind}={str(source)!r}: no such file; give the path of a text file or one "
+            f"of {', '.join(BUILT_IN)}"
+        )
+    template = path.read_text(encoding="utf-8").rstrip("\n")
+    names = [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
+    required, optional = _PLACEHOLDERS[kind]
+    known = ", ".join(f"{{{name}}}" for name in sorted(required | optional))
+    if unknown := [name for name in names if name not in required | optional]:
+        raise DataError(
+            f"{path}: unknown placeholder {{{unknown[0]}}}; a {kind} template knows {known}"
+        )
+    for name in sorted(required | optional):
+        if name in required and name not in names:
+            raise DataError(f"{path}: a {kind} template must contain {{{name}}}")
+        if names.count(name) > 1:
+            raise DataError(f"{path}: a {kind} template may contain {{{name}}} only once")
+    return template
