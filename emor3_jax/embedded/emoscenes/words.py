@@ -75,11 +75,16 @@ def misread(scene: Scene, rng: np.random.Generator, probability: float) -> dict[
 
 def false_description(scene: Scene, rng: np.random.Generator) -> str:
     """A description that is wrong in one to three cues, at least one of the four large ones."""
+    return render(false_cues(scene, rng), rng)
+
+
+def false_cues(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
+    """One to three wrong cues, at least one of the four large ones; the others right."""
     cues = scene.cues()
     changed = {str(rng.choice(CUES[:4])), *rng.choice(CUES, size=rng.integers(0, 3), replace=False)}
     for cue in sorted(changed):
         cues[cue] = _other(scene, cue, rng)
-    return render(cues, rng)
+    return cues
 
 
 def _other(scene: Scene, cue: str, rng: np.random.Generator) -> str:
