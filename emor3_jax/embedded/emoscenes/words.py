@@ -114,11 +114,6 @@ def arousal(label: str) -> str:
     return _AROUSAL[label]
 
 
-def is_positive(label: str) -> bool:
-    """Whether a label's valence is positive."""
-    return _AROUSAL[label].startswith("positive")
-
-
 def reasoning(step1: str, step2: str) -> str:
     """The first two steps: the text that the coherence question is about."""
     return f"<step1> {step1} </step1>\n<step2> {step2} </step2>"
