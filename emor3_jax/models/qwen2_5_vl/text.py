@@ -18,7 +18,7 @@ from emor3_jax.models.qwen2_5_vl import rope
 from emor3_jax.models.qwen2_5_vl.attention import Own, Shared, attend, slots_last
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
-from emor3_jax.models.qwen2_5_vl.layers import Dtype, Mlp, RMSNorm
+from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, RMSNorm
 
 
 class Attention(nn.Module):
@@ -54,14 +54,14 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            dense = nn.Dense(heads * c.head_dim, dtype=self.dtype, name=name)
+            dense = Dense(heads * c.head_dim, dtype=self.dtype, name=name)
             return dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
 
         q = rope.rotate(project("q_proj", c.num_heads), *table)
         k = rope.rotate(project("k_proj", c.num_kv_heads), *table)
         k, v = slots_last(k, project("v_proj", c.num_kv_heads))
         out = attend(q, [*earlier, Own(k, v, own_mask)]).reshape(*x.shape[:-1], -1)
-        out = nn.Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(out)
+        out = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(out)
         return out, (k, v)
 
 

@@ -13,7 +13,7 @@ from emor3_jax.models.qwen2_5_vl import rope
 from emor3_jax.models.qwen2_5_vl.attention import Own, attend, slots_last
 from emor3_jax.models.qwen2_5_vl.config import VisionConfig
 from emor3_jax.models.qwen2_5_vl.inputs import Images
-from emor3_jax.models.qwen2_5_vl.layers import Dtype, Mlp, RMSNorm
+from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, RMSNorm
 
 _EPS = 1e-6
 
@@ -45,7 +45,7 @@ class VisionAttention(nn.Module):
           float[I, W, L, C].
         """
         c = self.config
-        qkv = nn.Dense(3 * c.hidden_size, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * c.hidden_size, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:-1], 3, c.num_heads, c.head_dim), -3, 0)
         q, k = rope.rotate(q, *table), rope.rotate(k, *table)
 
@@ -65,7 +65,7 @@ class VisionAttention(nn.Module):
         else:
             out = jax.lax.cond(full, whole, windowed, q, k, v, mask)
         out = out.reshape(x.shape)
-        return nn.Dense(c.hidden_size, dtype=self.dtype, name="proj")(out)
+        return Dense(c.hidden_size, dtype=self.dtype, name="proj")(out)
 
 
 class VisionBlock(nn.Module):
@@ -108,8 +108,8 @@ class Merger(nn.Module):
         c = self.config
         width = c.hidden_size * c.merge_unit
         x = RMSNorm(_EPS, self.dtype, name="ln_q")(x).reshape(x.shape[0], -1, width)
-        x = nn.gelu(nn.Dense(width, dtype=self.dtype, name="mlp_0")(x), approximate=False)
-        return nn.Dense(c.out_hidden_size, dtype=self.dtype, name="mlp_2")(x)
+        x = nn.gelu(Dense(width, dtype=self.dtype, name="mlp_0")(x), approximate=False)
+        return Dense(c.out_hidden_size, dtype=self.dtype, name="mlp_2")(x)
 
 
 class VisionTower(nn.Module):
@@ -129,7 +129,7 @@ class VisionTower(nn.Module):
     def __call__(self, images: Images) -> jax.Array:
         """Returns float[I, W * L / m**2, D]; slots of padding hold meaningless numbers."""
         c = self.config
-        embed = nn.Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")
+        embed = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")
         full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
         block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
         stack = nn.scan(
