@@ -1,0 +1,128 @@
+"""Rows into the static shapes that the compiled programs read.
+
+A batch of `B` rows takes `P` prompt tokens and `W` windows, each the smallest of a short list that
+holds every row, so a run meets at most len(P list) * len(W list) shapes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from emor3_jax.models.qwen2_5_vl.inputs import Array, Images, Prompt
+from emor3_jax.models.qwen2_5_vl.layout import WindowLayout, pad_images
+
+
+class Example(NamedTuple):
+    """One row, ready to be padded.
+
+    Attributes:
+      tokens: int32[n], the whole prompt.
+      positions: int32[n, 3], its rope positions.
+      image: the picture in window layout.
+      image_start: index of the first image token.
+      shared_length: leading tokens that every question about the picture starts with.
+      answer: index of the label.
+      id: names the row.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    image: WindowLayout
+    image_start: int
+    shared_length: int
+    answer: int
+    id: str
+
+
+class Batch(NamedTuple):
+    """What one step reads; every field an array, so that a batch is sharded along `B`.
+
+    Attributes:
+      prompt: all tokens of each prompt but the last, [B, P].
+      last_token: int32[B], the last token of each prompt, from which a response is sampled.
+      next_position: int32[B], its rope position.
+      images: one picture a row, [B, W, L].
+      shared_length: int32[B], leading tokens, system turn and picture, that the consistency
+        question has in common with the prompt.
+      shared_position: int32[B], the rope position that follows them.
+      answers: int32[B], index of the label.
+      weight: float32[B], 1; 0 for a row that only fills the last batch of an evaluation.
+    """
+
+    prompt: Prompt
+    last_token: Array
+    next_position: Array
+    images: Images
+    shared_length: Array
+    shared_position: Array
+    answers: Array
+    weight: Array
+
+
+def collate(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    prompt_lengths: Sequence[int],
+    image_windows: Sequence[int],
+) -> tuple[Batch, tuple[str, ...]]:
+    """Pads rows to the smallest buckets that hold them all.
+
+    Args:
+      examples: 1 to `batch_size` rows, each of which fits the largest buckets.
+      batch_size: `B`; missing rows are copies of the first one with weight 0 and id "".
+      prompt_lengths: rising choices of `P`.
+      image_windows: rising choices of `W`.
+
+    Returns:
+      The batch and the ids of its rows.
+
+    Raises:
+      ValueError: if there are too many rows or one does not fit.
+    """
+    if not 0 < len(examples) <= batch_size:
+        raise ValueError(f"{len(examples)} rows do not make a batch of {batch_size}")
+    missing = batch_size - len(examples)
+    rows = [*examples, *[examples[0]] * missing]
+    p = _smallest("prompt_lengths", prompt_lengths, max(len(x.tokens) for x in rows) - 1)
+    w = _smallest("image_windows", image_windows, max(len(x.image.mask) for x in rows))
+
+    b = batch_size
+    tokens = np.zeros((b, p), np.int32)
+    positions = np.zeros((b, p, 3), np.int32)
+    mask = np.zeros((b, p), bool)
+    image_slots = np.full((b, p), -1, np.int32)
+    images = pad_images([x.image for x in rows], w)
+    slots_per_image = w * images.mask.shape[2] // _merge_unit(rows[0])
+    for i, row in enumerate(rows):
+        n = len(row.tokens) - 1
+        tokens[i, :n], positions[i, :n], mask[i, :n] = row.tokens[:n], row.positions[:n], True
+        at = slice(row.image_start, row.image_start + len(row.image.slot_of_token))
+        image_slots[i, at] = i * slots_per_image + row.image.slot_of_token
+
+    def int32(values: Sequence[int]) -> np.ndarray:
+        return np.asarray(values, np.int32)
+
+    batch = Batch(
+        prompt=Prompt(tokens, positions, mask, image_slots),
+        last_token=int32([x.tokens[-1] for x in rows]),
+        next_position=int32([x.positions[-1, 0] for x in rows]),
+        images=images,
+        shared_length=int32([x.shared_length for x in rows]),
+        shared_position=int32([x.positions[x.shared_length, 0] for x in rows]),
+        answers=int32([x.answer for x in rows]),
+        weight=np.asarray([1.0] * len(examples) + [0.0] * missing, np.float32),
+    )
+    return batch, tuple(x.id for x in examples) + ("",) * missing
+
+
+def _merge_unit(row: Example) -> int:
+    return int(row.image.mask.sum()) // len(row.image.slot_of_token)
+
+
+def _smallest(name: str, sizes: Sequence[int], needed: int) -> int:
+    fitting = [size for size in sizes if size >= needed]
+    if not fitting:
+        raise ValueError(f"a row needs {needed}, more than the largest of {name}={tuple(sizes)}")
+    return min(fitting)

@@ -1,0 +1,254 @@
+"""Pictures into patches, and the files in which Hugging Face keeps tokenizer and image settings.
+
+The arithmetic is that of transformers' `Qwen2VLImageProcessorPil`, bit for bit, without torch: a
+bicubic resize by PIL to a multiple of 28 pixels a side within [min_pixels, max_pixels], then scale,
+normalisation and the cut into patches. A table of 256 values a channel does scale and
+normalisation, since a decoded pixel is one of 256 bytes.
+
+Deviations, numbered:
+ 1. Encoded pictures are turned upright by their EXIF orientation, as transformers' `load_image`
+    does and the release does not.
+"""
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+_MAX_ASPECT_RATIO = 200
+# What transformers 5 writes for a whole processor, with the image settings inside.
+_PROCESSOR_FILE = "processor_config.json"
+# Where older folders keep the chat template.
+_CHAT_TEMPLATE_FILE = "chat_template.json"
+
+
+class ProcessorError(ValueError):
+    """Settings of an image processor that are missing or not implemented."""
+
+
+class ImageError(ValueError):
+    """A picture that cannot be decoded or resized."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes patches.
+
+    Attributes:
+      min_pixels, max_pixels: pictures are scaled to have between so many pixels.
+      patch_size: side of a patch in pixels.
+      temporal_patch_size: frames of a patch; a still picture is repeated.
+      merge_size: merge_size * merge_size patches become one token.
+      mean, std: of each channel, after scaling to [0, 1].
+      scale: factor on a byte.
+    """
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    scale: float = 1 / 255
+
+    def __post_init__(self):
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ProcessorError(
+                f"min_pixels={self.min_pixels} must be over 0 and at most "
+                f"max_pixels={self.max_pixels}"
+            )
+
+    @classmethod
+    def from_hf(cls, data: dict[str, Any]) -> "ImageSettings":
+        """Reads the contents of a `preprocessor_config.json`.
+
+        Args:
+          data: the parsed file; a missing field has transformers' default.
+
+        Raises:
+          ProcessorError: if a field asks for something that is not implemented.
+        """
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if data.get(name) is False:
+                raise ProcessorError(f"{PREPROCESSOR_FILE}: {name}=false is not implemented")
+        if data.get("resample", Image.BICUBIC) != Image.BICUBIC:
+            raise ProcessorError(
+                f"{PREPROCESSOR_FILE}: resample={data['resample']} is not implemented, only "
+                f"{int(Image.BICUBIC)} (bicubic)"
+            )
+        size = data.get("size") or {}
+        given = {
+            "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
+            "patch_size": data.get("patch_size"),
+            "temporal_patch_size": data.get("temporal_patch_size"),
+            "merge_size": data.get("merge_size"),
+            "mean": data.get("image_mean") and tuple(data["image_mean"]),
+            "std": data.get("image_std") and tuple(data["image_std"]),
+            "scale": data.get("rescale_factor"),
+        }
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the contents of a `preprocessor_config.json` as the hub's policies have it."""
+        return {
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": list(self.mean),
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "image_std": list(self.std),
+            "max_pixels": self.max_pixels,
+            "merge_size": self.merge_size,
+            "min_pixels": self.min_pixels,
+            "patch_size": self.patch_size,
+            "processor_class": "Qwen2_5_VLProcessor",
+            "resample": int(Image.BICUBIC),
+            "rescale_factor": self.scale,
+            "size": {"longest_edge": self.max_pixels, "shortest_edge": self.min_pixels},
+            "temporal_patch_size": self.temporal_patch_size,
+        }
+
+    def smart_resize(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the size in pixels, (height, width), to which a picture is scaled.
+
+        Both are multiples of `patch_size * merge_size`, their product lies between `min_pixels` and
+        `max_pixels` where that can be, and the aspect ratio is kept as well as possible. As
+        transformers' `smart_resize`.
+
+        Args:
+          height, width: of the picture in pixels.
+
+        Raises:
+          ImageError: if one side is over 200 times the other.
+        """
+        if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+            raise ImageError(
+                f"a picture of {width} x {height} pixels is too thin: one side may be at most "
+                f"{_MAX_ASPECT_RATIO} times the other"
+            )
+        factor = self.patch_size * self.merge_size
+        down, across = (round(side / factor) * factor for side in (height, width))
+        if down * across > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            down, across = (
+                max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+            )
+        elif down * across < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            down, across = (math.ceil(side * grow / factor) * factor for side in (height, width))
+        return down, across
+
+
+class Processor:
+    """Reads text and pictures for a policy.
+
+    Attributes:
+      tokenizer: a byte-level BPE tokenizer with a chat template.
+      images: how a picture becomes patches.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, images: ImageSettings | None = None
+    ) -> None:
+        """Joins a tokenizer and image settings, by default those of Qwen2.5-VL."""
+        self.tokenizer = tokenizer
+        self.images = images or ImageSettings()
+        values = (np.arange(256, dtype=np.float64) * self.images.scale).astype(np.float32)
+        mean, std = (np.asarray(x, np.float32) for x in (self.images.mean, self.images.std))
+        # float32[channel, byte]
+        self._table = (values - mean[:, None]) / std[:, None]
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Processor":
+        """Reads tokenizer and image settings from a folder in Hugging Face's format.
+
+        Args:
+          folder: with tokenizer files and `preprocessor_config.json`.
+
+        Raises:
+          FileNotFoundError: if the image settings are missing.
+          ProcessorError: if they ask for something that is not implemented, or the tokenizer has
+            no chat template.
+        """
+        folder = Path(folder)
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
+        older = folder / _CHAT_TEMPLATE_FILE
+        if older.exists():
+            tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
+        if not tokenizer.chat_template:
+            raise ProcessorError(f"{folder}: the tokenizer has no chat template; add one")
+        if (folder / PREPROCESSOR_FILE).exists():
+            data = json.loads((folder / PREPROCESSOR_FILE).read_text())
+        elif (folder / _PROCESSOR_FILE).exists():
+            data = json.loads((folder / _PROCESSOR_FILE).read_text()).get("image_processor", {})
+        else:
+            raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
+        return cls(tokenizer, ImageSettings.from_hf(data))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer files and `preprocessor_config.json`, which transformers reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        text = json.dumps(self.images.to_hf(), indent=2) + "\n"
+        (folder / PREPROCESSOR_FILE).write_text(text)
+
+    def patches(self, image: bytes | Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Returns the patches of a picture and their grid.
+
+        Args:
+          image: an encoded picture (JPEG, PNG, ...), or a decoded one, which is not turned.
+
+        Returns:
+          float32[N, 3 * temporal_patch_size * patch_size**2], the merge_size**2 patches of a token
+          side by side; (1, rows, columns) in patches, N = rows * columns.
+
+        Raises:
+          ImageError: if the picture cannot be decoded, is too large for PIL or too thin.
+        """
+        settings = self.images
+        picture = _to_rgb(_decode(image) if isinstance(image, bytes) else image)
+        down, across = settings.smart_resize(picture.height, picture.width)
+        pixels = np.asarray(picture.resize((across, down), Image.BICUBIC))
+        patch, merge, frames = (
+            settings.patch_size,
+            settings.merge_size,
+            settings.temporal_patch_size,
+        )
+        rows, columns = down // patch, across // patch
+        # uint8[3, rows / m, columns / m, m, m, patch, patch]
+        cut = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+        cut = cut.transpose(6, 0, 3, 1, 4, 2, 5)
+        out = np.empty((*cut.shape[1:5], 3, frames, patch, patch), np.float32)
+        for channel in range(3):
+            out[..., channel, :, :, :] = self._table[channel][cut[channel]][..., None, :, :]
+        return out.reshape(rows * columns, -1), (1, rows, columns)
+
+
+def _decode(encoded: bytes) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(encoded))
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+    except Exception as error:
+        # PIL's decoders raise OSError, SyntaxError, struct.error and others for damaged files.
+        raise ImageError(f"cannot decode a picture of {len(encoded)} bytes: {error}") from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Drops transparency onto white, as transformers 5 does."""
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
