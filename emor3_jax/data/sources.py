@@ -1,0 +1,275 @@
+"""Where rows come from: random access to pictures with a question and an answer.
+
+A source never holds all its pictures in memory, can be sent to another process, and gives the texts
+of all rows without the pictures, so that rows are checked before a run starts.
+"""
+
+import bisect
+import collections
+import glob
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from emor3_jax.data.errors import DataError
+
+IMAGE_MARK = "<image>"
+"""Stands in a row's `problem` for its picture."""
+
+
+class Texts(NamedTuple):
+    """A row without its picture.
+
+    Attributes:
+      question: what is asked of the picture, "" if nothing; None if the field is missing.
+      answer: the label; None if the field is missing.
+      id: names the row.
+      image_moved: whether the picture stood elsewhere than at the front of the question.
+      images_named: how many pictures the question names; 0 and 1 both mean the row's picture.
+    """
+
+    question: str | None
+    answer: str | None
+    id: str
+    image_moved: bool = False
+    images_named: int = 1
+
+
+class Row(NamedTuple):
+    """A row: one picture and what is asked of it.
+
+    Attributes:
+      images: the encoded pictures; one of them None where it has neither bytes nor a file.
+      texts: question, answer and id.
+    """
+
+    images: list[bytes | None]
+    texts: Texts
+
+
+class Source(Protocol):
+    """Random access to rows."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+
+    def __getitem__(self, index: int) -> Row:
+        """Returns row `index`, 0 to len - 1."""
+
+    def texts(self) -> Iterator[Texts]:
+        """Yields the texts of all rows, in order."""
+
+    def find(self, row_id: str) -> int:
+        """Returns the index of the row with this id; raises KeyError if there is none."""
+
+
+class ParquetSource:
+    """Parquet files in the schema that the release trains on.
+
+    Columns: `images` (list of {bytes, path}), `problem` (may contain `<image>`), `answer`; others
+    are ignored. A picture without bytes is read from its path, relative to its file's folder.
+
+    Row groups are read when a row of theirs is wanted and kept while they fit `cache_bytes`; files
+    much larger than that should have small row groups (about 100 rows), since rows are visited in
+    random order.
+    """
+
+    def __init__(self, path: str | Path, cache_bytes: int = 2**30) -> None:
+        """Opens the files and checks their schema; reads no rows.
+
+        Args:
+          path: a file, a glob, or several of them joined by commas.
+          cache_bytes: memory for row groups, in each process that reads.
+
+        Raises:
+          DataError: if there is no such file, or one is no parquet file of this schema.
+        """
+        self.name = str(path)
+        self._files = _expand(self.name)
+        self._cache_bytes = cache_bytes
+        # (file, row group in the file), and where each row group begins.
+        self._groups: list[tuple[int, int]] = []
+        self._starts = [0]
+        self._file_starts: list[int] = []
+        for number, file in enumerate(self._files):
+            metadata = _checked_metadata(file)
+            self._file_starts.append(self._starts[-1])
+            for group in range(metadata.num_row_groups):
+                self._groups.append((number, group))
+                self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
+        names = [file.name for file in self._files]
+        unique = len(set(names)) == len(names)
+        self._names = names if unique else [str(file) for file in self._files]
+        self._open()
+
+    def _open(self) -> None:
+        self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._readers: dict[int, pq.ParquetFile] = {}
+
+    def __getstate__(self) -> dict:
+        """Leaves out what cannot be sent to another process: open files, lock and cache."""
+        dropped = ("_cache", "_lock", "_readers")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        group = bisect.bisect_right(self._starts, index) - 1
+        table = self._read(group)
+        at = index - self._starts[group]
+        file, _ = self._groups[group]
+        images = [
+            _image_bytes(image, self._files[file].parent)
+            for image in table["images"][at].as_py() or ()
+        ]
+        problem, answer = table["problem"][at].as_py(), table["answer"][at].as_py()
+        return Row(images, _texts(problem, answer, self._id(file, index)))
+
+    def texts(self) -> Iterator[Texts]:
+        """Yields the texts of all rows, in order, without reading their pictures."""
+        for number, file in enumerate(self._files):
+            index = self._file_starts[number]
+            with pq.ParquetFile(file) as reader:
+                for batch in reader.iter_batches(columns=["problem", "answer"]):
+                    columns = (batch[name].to_pylist() for name in ("problem", "answer"))
+                    for problem, answer in zip(*columns, strict=True):
+                        yield _texts(problem, answer, self._id(number, index))
+                        index += 1
+
+    def find(self, row_id: str) -> int:
+        """Returns the index of the row with this id; raises KeyError if there is none."""
+        name, _, row = row_id.rpartition(":")
+        if name not in self._names or not row.isdecimal():
+            raise KeyError(row_id)
+        return self._file_starts[self._names.index(name)] + int(row)
+
+    def _id(self, file: int, index: int) -> str:
+        return f"{self._names[file]}:{index - self._file_starts[file]}"
+
+    def _read(self, group: int) -> pa.Table:
+        with self._lock:
+            if group in self._cache:
+                self._cache.move_to_end(group)
+                return self._cache[group]
+            file, number = self._groups[group]
+            if file not in self._readers:
+                self._readers[file] = pq.ParquetFile(self._files[file])
+            table = self._readers[file].read_row_group(
+                number, columns=["images", "problem", "answer"]
+            )
+            self._cache[group] = table
+            held = sum(t.nbytes for t in self._cache.values())
+            while held > self._cache_bytes and len(self._cache) > 1:
+                _, dropped = self._cache.popitem(last=False)
+                held -= dropped.nbytes
+            return table
+
+
+class EmoScenesSource:
+    """One split of EmoScenes, asking the same question of every picture."""
+
+    def __init__(self, split: str, data_dir: str | Path, question: str) -> None:
+        """Opens a split that `emor3_jax.embedded.emoscenes.builder.prepare` has drawn.
+
+        Args:
+          split: train, validation, test, pretrain, shifted_pretrain or shifted_test.
+          data_dir: where it was drawn.
+          question: what is asked of each picture.
+
+        Raises:
+          DataError: if there is no such data set or split.
+        """
+        from emor3_jax.embedded.emoscenes import builder
+
+        self.name = f"emoscenes/{split}"
+        self._question = question
+        try:
+            self._records = builder.load(split, data_dir)
+        except (FileNotFoundError, ValueError) as error:
+            raise DataError(f"split={split!r} in {data_dir}: {error}") from error
+        self._index: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Row:
+        record = self._records[index]
+        return Row([record["image"]], self._texts(record))
+
+    def texts(self) -> Iterator[Texts]:
+        """Yields the texts of all rows, in order."""
+        for index in range(len(self)):
+            yield self._texts(self._records[index])
+
+    def find(self, row_id: str) -> int:
+        """Returns the index of the row with this id; raises KeyError if there is none."""
+        if not self._index:
+            self._index = {texts.id: index for index, texts in enumerate(self.texts())}
+        return self._index[row_id]
+
+    def _texts(self, record: dict) -> Texts:
+        return Texts(self._question, record["label"].decode(), record["image_id"].decode())
+
+
+def _expand(path: str) -> list[Path]:
+    files: list[Path] = []
+    for part in path.split(","):
+        found = sorted(glob.glob(part.strip(), recursive=True)) if part.strip() else []
+        if not found:
+            raise DataError(
+                f"path={path!r}: no file matches {part.strip()!r}; give a parquet file, a glob, or "
+                "several joined by commas"
+            )
+        files.extend(Path(file) for file in found)
+    return files
+
+
+def _checked_metadata(file: Path) -> pq.FileMetaData:
+    try:
+        metadata = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as a parquet file: {error}") from error
+    schema = metadata.schema.to_arrow_schema()
+    for column in ("images", "problem", "answer"):
+        if column not in schema.names:
+            raise DataError(
+                f"{file} has no column {column!r}, only {', '.join(schema.names)}; rows need "
+                "images (list of {bytes, path}), problem and answer"
+            )
+    images = schema.field("images").type
+    fits = pa.types.is_list(images) or pa.types.is_large_list(images)
+    fits = fits and pa.types.is_struct(images.value_type)
+    if not fits or images.value_type.get_field_index("bytes") < 0:
+        raise DataError(f"{file}: column 'images' is {images}, not a list of {{bytes, path}}")
+    return metadata
+
+
+def _image_bytes(image: dict | None, folder: Path) -> bytes | None:
+    if image is None:
+        return None
+    if image.get("bytes"):
+        return image["bytes"]
+    path = folder / image["path"] if image.get("path") else None
+    return path.read_bytes() if path is not None and path.is_file() else None
+
+
+def _texts(problem: str | None, answer: str | None, row_id: str) -> Texts:
+    if problem is None:
+        return Texts(None, answer, row_id)
+    named = problem.count(IMAGE_MARK)
+    moved = named > 0 and not problem.lstrip().startswith(IMAGE_MARK)
+    return Texts(problem.replace(IMAGE_MARK, "").strip(), answer, row_id, moved, named)
