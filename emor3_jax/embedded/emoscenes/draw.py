@@ -96,7 +96,7 @@ class _Pen:
         self._sign = -1 if mirrored else 1
         self._left = 112 if mirrored else 0
         self._x = self._y = 0.0
-        self._width = max(1, round(3.4 * scale))
+        self._width = max(1, round(4.4 * scale))
 
     def move(self, x: float, y: float) -> None:
         self._x, self._y = x, y
@@ -220,12 +220,14 @@ def _jumping(pen: _Pen, shirt: Color, skin: Color) -> None:
     pen.line([(-6, 44), (-23, 56)], shirt, 8)
     pen.line([(6, 44), (23, 56)], shirt, 8)
     _torso(pen, shirt, 21, 46)
-    pen.dot(0, 80, 20, _INK, ry=3)
+    pen.dot(0, 79, 27, (230, 0, 200), ry=6)
+    pen.dot(0, 79, 20, _INK, ry=3)
 
 
 def _waving(pen: _Pen, shirt: Color, skin: Color) -> None:
     pen.line([(8, 26), (24, 22), (26, 6)], skin, 6)
-    pen.dot(26, 0, 6.5, skin)
+    pen.dot(26, -2, 9, _INK)
+    pen.dot(26, -2, 7.5, _WHITE)
     pen.line([(-8, 26), (-16, 52)], skin, 6)
     pen.line([(-5, 54), (-6, 82)], shirt, 8)
     pen.line([(5, 54), (6, 82)], shirt, 8)
@@ -233,15 +235,16 @@ def _waving(pen: _Pen, shirt: Color, skin: Color) -> None:
 
 
 def _sitting(pen: _Pen, shirt: Color, skin: Color) -> None:
-    pen.flat([(-26, 60), (26, 60), (26, 67), (-26, 67)], (140, 85, 30))
-    pen.flat([(-24, 67), (-18, 67), (-18, 83), (-24, 83)], (140, 85, 30))
-    pen.flat([(18, 67), (24, 67), (24, 83), (18, 83)], (140, 85, 30))
+    pen.flat([(-27, 56), (27, 56), (27, 84), (-27, 84)], (150, 85, 20))
+    pen.flat([(-20, 66), (20, 66), (20, 84), (-20, 84)], _INK)
     pen.line([(-8, 26), (-13, 56)], skin, 6)
     pen.line([(8, 26), (13, 56)], skin, 6)
-    _torso(pen, shirt, 21, 60)
+    _torso(pen, shirt, 21, 58)
 
 
 def _running(pen: _Pen, shirt: Color, skin: Color) -> None:
+    for y in (26, 35, 44):
+        pen.line([(-27, y), (-10, y)], (255, 120, 0), 4)
     pen.line([(-6, 28), (-22, 38), (-14, 50)], skin, 6)
     pen.line([(6, 28), (16, 42), (28, 34)], skin, 6)
     pen.line([(-6, 54), (-20, 64), (-27, 80)], shirt, 8)
@@ -255,8 +258,8 @@ def _punching(pen: _Pen, shirt: Color, skin: Color) -> None:
     _torso(pen, shirt, 21, 56)
     pen.line([(-8, 26), (-18, 42)], skin, 6)
     pen.line([(4, 36), (24, 36)], skin, 8)
-    pen.dot(29, 36, 11, _INK)
-    pen.dot(29, 36, 9.5, (240, 30, 60))
+    pen.dot(29, 36, 12.5, _INK)
+    pen.dot(29, 36, 11, (240, 30, 60))
 
 
 _BODY = {
