@@ -100,7 +100,33 @@ def forward_logits(
     Raises:
       ValueError: if image tokens, grids and patches do not fit each other.
     """
-    config = policy.config
+    mask = np.asarray(attention_mask).astype(bool)
+    prompt, images, _ = pack(policy.config, input_ids, mask, pixel_values, image_grid_thw)
+    dense = np.asarray(_prompt_logits(policy.config, policy.params, prompt, images))
+    out = np.zeros_like(dense)
+    out[mask] = dense[prompt.mask]
+    return out
+
+
+def pack(
+    config: Config,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    pixel_values: np.ndarray | None = None,
+    image_grid_thw: np.ndarray | None = None,
+) -> tuple[Prompt, Images | None, np.ndarray]:
+    """Returns transformers' arrays as the policy's own: right padded, images in windows.
+
+    Args:
+      config: the policy's shapes.
+      input_ids, attention_mask, pixel_values, image_grid_thw: as in `forward_logits`.
+
+    Returns:
+      The prompts, the images if there are any, and int32[B], the rope position after each prompt.
+
+    Raises:
+      ValueError: as `forward_logits`.
+    """
     mask = np.asarray(attention_mask).astype(bool)
     input_ids = np.asarray(input_ids)
     grids = [tuple(map(int, grid)) for grid in (() if image_grid_thw is None else image_grid_thw)]
@@ -116,27 +142,24 @@ def forward_logits(
         mask=np.arange(t) < mask.sum(axis=1)[:, None],
         image_slots=np.full((b, t), -1, np.int32),
     )
+    following = np.zeros(b, np.int32)
     taken = 0
     for row in range(b):
         tokens = input_ids[row, mask[row]]
-        wanted = int((tokens == config.image_token_id).sum())
-        first = taken
-        while taken < len(slots) and sum(map(len, slots[first : taken + 1])) <= wanted:
-            taken += 1
         n = len(tokens)
+        at = np.flatnonzero(tokens == config.image_token_id)
+        first = taken
+        while taken < len(slots) and sum(map(len, slots[first : taken + 1])) <= len(at):
+            taken += 1
         prompt.tokens[row, :n] = tokens
-        prompt.positions[row, :n], _ = rope.prompt_positions(tokens, grids[first:taken], config)
+        prompt.positions[row, :n], following[row] = rope.prompt_positions(
+            tokens, grids[first:taken], config
+        )
         if taken > first:
-            at = np.flatnonzero(tokens == config.image_token_id)
             prompt.image_slots[row, at] = np.concatenate(slots[first:taken])
     if taken != len(grids):
-        raise ValueError(f"{len(grids)} images given, image tokens for {taken}")
-
-    images = layout.pad_images(layouts, windows) if layouts else None
-    dense = np.asarray(_prompt_logits(config, policy.params, prompt, images))
-    out = np.zeros_like(dense)
-    out[mask] = dense[prompt.mask]
-    return out
+        raise ValueError(f"{len(grids)} images are given, but there are image tokens for {taken}")
+    return prompt, layout.pad_images(layouts, windows) if layouts else None, following
 
 
 def _cut_images(

@@ -1,0 +1,192 @@
+"""Live against torch and transformers, on strong random policies."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from emor3_jax import models  # noqa: E402
+from emor3_jax.models.qwen2_5_vl import model, weights  # noqa: E402
+from emor3_jax.models.qwen2_5_vl.config import Config  # noqa: E402
+from emor3_jax.rollout.generate import SamplingRule, generate  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location(
+    "make_model_goldens", Path(__file__).with_name("make_model_goldens.py")
+)
+goldens = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(goldens)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def tied(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def oracle(tied):
+    """The model of transformers."""
+    return goldens.strong_model(goldens.hf_config(tied), seed=7)
+
+
+@pytest.fixture(scope="module")
+def policy(oracle, tmp_path_factory) -> models.Policy:
+    """The same policy, read from the folder that transformers wrote."""
+    folder = tmp_path_factory.mktemp("policy")
+    oracle.save_pretrained(folder)
+    config = models.read_config(folder)
+    return models.Policy(config, weights.params_from_hf(folder, config))
+
+
+def test_committed_goldens_are_what_transformers_says_today(tmp_path):
+    goldens.write(tmp_path)
+    for name in ("tied", "untied"):
+        with (
+            np.load(tmp_path / name / "golden.npz") as new,
+            np.load(goldens.GOLDEN / name / "golden.npz") as old,
+        ):
+            assert set(new) == set(old)
+            for key in old:
+                np.testing.assert_allclose(new[key], old[key], atol=1e-4, err_msg=key)
+        old_config = models.read_config(goldens.GOLDEN / name)
+        assert old_config == models.read_config(tmp_path / name)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            weights.params_from_hf(tmp_path / name, old_config),
+            weights.params_from_hf(goldens.GOLDEN / name, old_config),
+        )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_logits(oracle, policy, side, seed):
+    batch = goldens.make_batch(seed, side)
+    with torch.no_grad():
+        expected = oracle(**goldens.torch_inputs(batch)).logits.numpy()
+    mask = batch["attention_mask"].astype(bool)
+    assert 3 < expected[mask].std() < 5
+    actual = models.forward_logits(policy, **batch)
+    np.testing.assert_allclose(actual[mask], expected[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "grid", [(2, 2), (2, 14), (12, 4), (6, 10), (8, 8), (10, 26), (32, 30)], ids=str
+)
+def test_image_features_and_positions_for_many_grids(oracle, policy, grid):
+    config = policy.config
+    rng = np.random.default_rng(3)
+    grid = (1, *grid)
+    n = grid[1] * grid[2] // 4
+    pixels = rng.normal(size=(n * 4, 96)).astype(np.float32)
+    ids = np.array([[1, 2, 72, *[config.image_token_id] * n, 73, 3]])
+    grids = torch.tensor([grid])
+    prompt, images, following = models.pack(config, ids, np.ones_like(ids), pixels, [grid])
+    with torch.no_grad():
+        expected = oracle.model.visual(torch.tensor(pixels), grid_thw=grids).pooler_output
+        types = torch.tensor(ids == config.image_token_id).int()
+        positions, delta = oracle.model.get_rope_index(torch.tensor(ids), types, grids)
+    assert (prompt.positions[0] == positions[:, 0].T.numpy()).all()
+    assert following[0] == ids.shape[1] + int(delta)
+    features = np.asarray(model.encode_images(config, policy.params, images))[0]
+    slots = prompt.image_slots[0][ids[0] == config.image_token_id]
+    np.testing.assert_allclose(features[slots], expected.numpy(), atol=5e-5)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_greedy_rollout(oracle, policy, seed):
+    """The sampler of the rollout against `generate` of transformers, 32 tokens."""
+    config, params = policy.config, policy.params
+    batch = goldens.make_batch(seed, "left")
+    banned = list(range(config.image_token_id, config.vocab_size))
+    with torch.no_grad():
+        expected = oracle.generate(
+            **goldens.torch_inputs(batch),
+            do_sample=False,
+            max_new_tokens=32,
+            min_new_tokens=32,
+            suppress_tokens=banned,
+        )[:, -32:].numpy()
+    prompt, images, following = models.pack(config, **batch)
+    lengths = prompt.mask.sum(axis=1)
+    rows = np.arange(len(lengths))
+    prompt.mask[rows, lengths - 1] = False
+    features = model.encode_images(config, params, images)
+    _, prefix = model.forward_prompt(config, params, prompt, features)
+    samples = jax.jit(generate, static_argnames=("config", "rule"))(
+        config,
+        params,
+        prefix,
+        jnp.tile(prompt.tokens[rows, lengths - 1][:, None, None], (1, 2, 1)),
+        jnp.ones((len(rows), 2), jnp.int32),
+        jnp.tile(following[:, None] - 1, (1, 2)),
+        jax.random.key(0),
+        rule=SamplingRule(max_tokens=32, temperature=0.0, top_p=1.0, stop=()),
+        banned=jnp.isin(jnp.arange(config.vocab_size), jnp.array(banned)),
+    )
+    for group in range(2):
+        assert np.asarray(samples.tokens[:, group]).tolist() == expected.tolist()
+
+
+def test_gradients(oracle, policy):
+    """Of the mean log-probability of the text, by every parameter, vision tower included."""
+    config = policy.config
+    batch = goldens.make_batch(1, "right")
+    mask = batch["attention_mask"].astype(bool)
+    wanted = mask[:, 1:] & (batch["input_ids"][:, 1:] < config.image_token_id)
+
+    inputs = goldens.torch_inputs(batch)
+    logp = oracle(**inputs).logits[:, :-1].log_softmax(-1)
+    logp = logp.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    oracle.zero_grad()
+    logp[torch.tensor(wanted)].mean().backward()
+    expected = {
+        weights._hub_name(name): parameter.grad.numpy()
+        for name, parameter in oracle.named_parameters()
+    }
+
+    prompt, images, _ = models.pack(config, **batch)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        features = model.encode_images(config, params, images)
+        hidden, _ = model.forward_prompt(config, params, prompt, features)
+        logprobs, _ = model.token_logprobs(
+            config, params, hidden[:, :-1], prompt.tokens[:, 1:], chunk=16
+        )
+        return jnp.sum(jnp.where(wanted, logprobs, 0.0)) / wanted.sum()
+
+    actual = weights.params_to_hf(gradient(policy.params), config)
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        scale = np.abs(tensor).max()
+        np.testing.assert_allclose(actual[name], tensor, atol=1e-3 * scale + 1e-6, err_msg=name)
+
+
+def test_transformers_loads_what_is_saved(oracle, policy, tmp_path):
+    models.save(policy, tmp_path)
+    loaded, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = oracle.state_dict()
+    for name, tensor in loaded.float().state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_configs_of_both_forms_agree_with_transformers(tied, policy):
+    ours = transformers.Qwen2_5_VLConfig(**policy.config.to_hf())
+    assert Config.from_hf(ours.to_dict()) == policy.config
+    theirs = goldens.hf_config(tied)
+    for part in ("text_config", "vision_config"):
+        a, b = getattr(ours, part).to_dict(), getattr(theirs, part).to_dict()
+        for config in (a, b):  # The hub's files name the kind of rope a second time.
+            config["rope_parameters"].pop("type", None)
+        ignored = {"dtype", "max_window_layers", "tokens_per_second", "tie_word_embeddings"}
+        different = {key for key in set(a) & set(b) if a[key] != b[key]} - ignored
+        assert not different, (part, different)
