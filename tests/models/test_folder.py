@@ -1,0 +1,54 @@
+"""A whole policy, tokenizer and image settings included, through a folder."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+from emor3_jax import models
+from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+
+
+@pytest.fixture(scope="module")
+def folder(config, params, tmp_path_factory):
+    tokenizer = train_tokenizer(["a quiet street in the rain"] * 4, 300)
+    settings = ImageSettings(patch_size=4, min_pixels=64, max_pixels=32 * 32)
+    folder = tmp_path_factory.mktemp("policy") / "made" / "on" / "the" / "way"
+    models.save(models.Policy(config, params, Processor(tokenizer, settings)), folder)
+    return folder
+
+
+def test_load_gives_back_what_was_saved(folder, config, params):
+    policy = models.load(folder)
+    assert policy.config == config
+    ids = np.array([[5, 6, 7]])
+    before = models.forward_logits(models.Policy(config, params), ids, np.ones_like(ids))
+    assert (models.forward_logits(policy, ids, np.ones_like(ids)) == before).all()
+    text = "a quiet é street"
+    assert policy.processor.tokenizer.decode(policy.processor.tokenizer(text).input_ids) == text
+
+
+def test_transformers_reads_the_same_text_and_pictures(folder):
+    policy = models.load(folder)
+    text = "a street in the rain"
+    theirs = AutoTokenizer.from_pretrained(folder)(text).input_ids
+    assert policy.processor.tokenizer(text).input_ids == theirs
+
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, format="PNG")
+    patches, grid = policy.processor.patches(encoded.getvalue())
+    reader = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    theirs = reader(Image.fromarray(pixels), return_tensors="np")
+    assert theirs["image_grid_thw"].tolist() == [list(grid)]
+    np.testing.assert_allclose(patches, theirs["pixel_values"], atol=1e-5)
+
+
+def test_config_is_in_the_naming_of_the_hub(folder):
+    data = json.loads((folder / "config.json").read_text())
+    assert data["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    assert data["num_hidden_layers"] == 2 and data["vision_config"]["in_chans"] == 3
