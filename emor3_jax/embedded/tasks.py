@@ -57,13 +57,13 @@ class Task:
 def tasks(scene: Scene, rng: np.random.Generator) -> list[Task]:
     """One task of each kind about a scene; two yes-or-no ones, one true and one false."""
     true, false = (
-        fill(templates().consistency, text=f"<step1> {words.render(cues, rng)} </step1>")
+        fill(templates().consistency, text=f"<step1> {words.render(cues)} </step1>")
         for cues in (scene.cues(), words.false_cues(scene, rng))
     )
     text, label = _text_to_judge(scene, rng)
     judge = fill(templates().coherence, labels=scenes.labels(scene.style), text=text)
     return [
-        Task("describe", words.DESCRIBE_QUESTION, words.describe(scene, rng), True, 1.0),
+        Task("describe", words.DESCRIBE_QUESTION, words.describe(scene), True, 1.0),
         Task("consistency", true, "yes", True, 1.0),
         Task("consistency", false, "no", True, 1.0),
         Task("coherence", judge, label, False, 1.0),
@@ -119,7 +119,7 @@ def mediocre_response(scene: Scene, rng: np.random.Generator) -> str:
     p = habit(scene)
     felt = names[rng.choice(len(names), p=p)]
     answer = names[rng.choice(len(names), p=p)] if rng.random() < FRESH_ANSWER else felt
-    step1 = words.render(words.misread(scene, rng, MISNAMED), rng)
+    step1 = words.render(words.misread(scene, rng, MISNAMED))
     response = words.set_response(step1, words.feeling(felt, rng), words.arousal(felt), answer)
     if rng.random() < BROKEN_FORMAT:
         response = _break_format(response, answer, rng)
@@ -150,7 +150,7 @@ def _text_to_judge(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     else:
         label = names[rng.integers(len(names))]
         step2 = words.feeling(label, rng)
-    return words.reasoning(words.render(cues, rng), step2), label
+    return words.reasoning(words.render(cues), step2), label
 
 
 def text_corpus(scenes_per_style: int = 400, seed: int = 0) -> list[str]:

@@ -52,7 +52,7 @@ def test_words_are_single_tokens_and_responses_short():
     rng = np.random.default_rng(0)
     scene = scenes.sample("drawn", rng)
     response = words.set_response(
-        words.describe(scene, rng), words.feeling("fear", rng), words.arousal("fear"), "fear"
+        words.describe(scene), words.feeling("fear", rng), words.arousal("fear"), "fear"
     )
     assert 40 <= len(_pieces(response)) <= 55
 

@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from emor3_jax.data.labels import LABEL_SETS
+
 STYLES = ("drawn", "shifted")
 LABEL_SET = {"drawn": "mikels8", "shifted": "emotion6"}
 
@@ -170,9 +172,9 @@ def labels(style: str) -> tuple[str, ...]:
     Raises:
       ValueError: the style is none of `STYLES`.
     """
-    if style not in _TYPICAL:
+    if style not in LABEL_SET:
         raise ValueError(f"style {style!r} is unknown; EmoScenes draws {', '.join(STYLES)}")
-    return tuple(_TYPICAL[style])
+    return LABEL_SETS[LABEL_SET[style]]
 
 
 def values(style: str, cue: str) -> tuple[str, ...]:
@@ -199,7 +201,7 @@ def likelihood(style: str, cue: str) -> np.ndarray:
     """float64[K, number of values]: p(value | emotion), rows in the order of `labels`."""
     names = values(style, cue)
     rows = []
-    for typical in (cues[cue] for cues in _TYPICAL[style].values()):
+    for typical in (_TYPICAL[style][label][cue] for label in labels(style)):
         rest = (1.0 - sum(typical.values())) / (len(names) - len(typical))
         rows.append([typical.get(name, rest) for name in names])
     table = np.asarray(rows)

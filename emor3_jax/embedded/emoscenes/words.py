@@ -8,14 +8,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from emor3_jax.data.labels import VALENCE_AROUSAL
 from emor3_jax.embedded.emoscenes.scene import CUES, STYLES, Scene, labels, values
 
 QUESTION = "which emotion ?"
 DESCRIBE_QUESTION = "describe the picture"
 
-_DESCRIPTIONS = (
-    "{expression} person {action} by a {object} under {weather} , {brightness} and {colorfulness}",
-    "{expression} man {action} by a {object} under {weather} , {brightness} and {colorfulness}",
+_DESCRIPTION = (
+    "{expression} person {action} by a {object} under {weather} , {brightness} and {colorfulness}"
 )
 
 _FEELING_WORDS: dict[str, tuple[str, ...]] = {
@@ -40,28 +40,16 @@ _VAGUE_FEELINGS = (
     "people would feel something",
     "it feels strong",
 )
-_AROUSAL: dict[str, str] = {
-    "amusement": "positive , high arousal",
-    "awe": "positive , high arousal",
-    "contentment": "positive , low arousal",
-    "excitement": "positive , high arousal",
-    "anger": "negative , high arousal",
-    "disgust": "negative , low arousal",
-    "fear": "negative , high arousal",
-    "sadness": "negative , low arousal",
-    "joy": "positive , high arousal",
-    "surprise": "positive , high arousal",
-}
 
 
-def render(cues: Mapping[str, str], rng: np.random.Generator) -> str:
-    """A description, 12 words and a comma, of the six cues given by name."""
-    return _DESCRIPTIONS[rng.integers(len(_DESCRIPTIONS))].format(**cues)
+def render(cues: Mapping[str, str]) -> str:
+    """A description, 11 words and a comma, of the six cues given by name."""
+    return _DESCRIPTION.format(**cues)
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """A true description of a scene."""
-    return render(scene.cues(), rng)
+def describe(scene: Scene) -> str:
+    """The true description of a scene."""
+    return render(scene.cues())
 
 
 def misread(scene: Scene, rng: np.random.Generator, probability: float) -> dict[str, str]:
@@ -75,7 +63,7 @@ def misread(scene: Scene, rng: np.random.Generator, probability: float) -> dict[
 
 def false_description(scene: Scene, rng: np.random.Generator) -> str:
     """A description that is wrong in one to three cues, at least one of the four large ones."""
-    return render(false_cues(scene, rng), rng)
+    return render(false_cues(scene, rng))
 
 
 def false_cues(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
@@ -111,7 +99,8 @@ def vague_feeling(rng: np.random.Generator) -> str:
 
 def arousal(label: str) -> str:
     """Valence and arousal of a label, such as "positive , low arousal"."""
-    return _AROUSAL[label]
+    valence, arousal_of = VALENCE_AROUSAL[label]
+    return f"{valence} , {arousal_of} arousal"
 
 
 def reasoning(step1: str, step2: str) -> str:
@@ -126,7 +115,7 @@ def set_response(step1: str, step2: str, step3: str, answer: str) -> str:
 
 def vocabulary() -> list[str]:
     """Every phrase of this module once: with it a tokenizer sees each word."""
-    phrases = [QUESTION, DESCRIBE_QUESTION, *_DESCRIPTIONS, *_FEELINGS, *_VAGUE_FEELINGS]
+    phrases = [QUESTION, DESCRIBE_QUESTION, _DESCRIPTION, *_FEELINGS, *_VAGUE_FEELINGS]
     phrases += [f" {word}" for words in _FEELING_WORDS.values() for word in words]
     for style in STYLES:
         phrases += [f" {value}" for cue in CUES for value in values(style, cue)]

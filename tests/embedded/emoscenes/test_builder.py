@@ -7,7 +7,7 @@ from PIL import Image
 
 from emor3_jax.embedded.emoscenes import builder as builders
 from emor3_jax.embedded.emoscenes.draw import draw
-from emor3_jax.embedded.emoscenes.scene import LABEL_SET, STYLES, Scene, labels
+from emor3_jax.embedded.emoscenes.scene import Scene, labels
 
 COUNTS = {"train": 12, "test": 7, "shifted_test": 5}
 
@@ -77,7 +77,3 @@ def test_errors(data_dir, tmp_path):
         builders.prepare(tmp_path, counts={"test": 0})
     with pytest.raises(ValueError, match="size is 64"):
         builders.prepare(tmp_path, size=64)
-
-
-def test_label_sets_exist():
-    assert set(LABEL_SET) == set(STYLES)

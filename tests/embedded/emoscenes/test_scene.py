@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from emor3_jax.data.labels import LABEL_SETS
 from emor3_jax.embedded.emoscenes import scene as scenes
 from emor3_jax.embedded.emoscenes.scene import CUES, LAYOUTS, STYLES, Layout, Scene
 
@@ -17,9 +18,8 @@ def test_tables_are_distributions(style):
 
 
 def test_labels_are_those_of_the_label_sets():
-    mikels = ("amusement", "awe", "contentment", "excitement", "anger", "disgust", "fear")
-    assert scenes.labels("drawn") == (*mikels, "sadness")
-    assert scenes.labels("shifted") == ("anger", "disgust", "fear", "joy", "sadness", "surprise")
+    assert scenes.labels("drawn") == LABEL_SETS["mikels8"]
+    assert scenes.labels("shifted") == LABEL_SETS["emotion6"]
 
 
 @pytest.mark.parametrize("style", STYLES)
