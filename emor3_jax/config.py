@@ -146,6 +146,40 @@ def default() -> ConfigDict:
     return config
 
 
+def base_policy() -> ConfigDict:
+    """Returns the defaults: a policy of 2.7 million parameters on EmoScenes."""
+    config = ConfigDict()
+    config.seed = 0
+    # "emoscenes", or "faces": the parquet files of `data.path`, as `configs/fer2013.py` reads.
+    config.data = ConfigDict()
+    config.data.kind = "emoscenes"
+    config.data.folder = "runs/data"
+    config.data.path = ""
+    config.data.labels = "fer7"
+    # Images to learn from; of parquet files these are the first ones.
+    config.data.limit = 8000
+    # Side of an image in pixels, a multiple of 28; its tokens are (side / 28) squared.
+    config.data.size = 112
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 1200
+    config.model.vision_width = 128
+    config.model.vision_layers = 3
+    config.model.width = 192
+    config.model.layers = 4
+    config.model.heads = 6
+    config.model.kv_heads = 2
+
+    config.steps = 150
+    config.batch = 64
+    config.learning_rate = 2e-3
+    config.warmup_steps = 15
+    config.weight_decay = 0.02
+    # Folder of compiled programs; "" keeps none.
+    config.compile_cache = "runs/compile_cache"
+    return config
+
+
 def validate(config: ConfigDict) -> None:
     """Checks what can be checked without loading anything, before any compile.
 

@@ -95,13 +95,3 @@ def memory() -> dict[str, float]:
     if stats and "peak_bytes_in_use" in stats:
         values["memory/device_peak_bytes"] = float(stats["peak_bytes_in_use"])
     return values
-
-
-def duration(seconds: float) -> str:
-    """Returns seconds as `1h02m`, `3m05s` or `42s`."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    if seconds >= 60:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds}s"

@@ -29,9 +29,7 @@ svg { background: #fafafa; border: 1px solid #eee; }
 """
 
 
-def before_after_table(
-    before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
-) -> str:
+def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> str:
     """Returns a text table: one line a data set and score, before → after, in percent.
 
     Args:

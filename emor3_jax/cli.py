@@ -1,0 +1,38 @@
+"""The command line that all programs share: `--config`, `--workdir`, and errors without a trace."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from emor3_jax.config import ConfigError
+from emor3_jax.data.errors import DataError
+from emor3_jax.parallel.mesh import MeshError
+
+USER_ERRORS = (ConfigError, DataError, MeshError)
+"""Mistakes of a config or of data: their message is all that a user needs."""
+
+
+def run(program: Callable[[ConfigDict, Path], object]) -> None:
+    """Parses the command line and runs a program.
+
+    An unknown `--config.key` is refused by `config_flags`, which names the nearest key. Errors in
+    `USER_ERRORS` end the program with their message and exit status 2.
+
+    Args:
+      program: takes the config and the folder of the run.
+    """
+    config = config_flags.DEFINE_config_file("config", None, "File that returns the config.")
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def main(_: Sequence[str]) -> None:
+        try:
+            program(config.value, Path(workdir.value))
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(main)

@@ -1,0 +1,174 @@
+"""The loss and the arrays that the tiny base policy is trained with.
+
+Everything asked about one image is a group: one vision pass and one pass over the shared prefix
+(system turn and image), then each question with its reply continues from there. Questions
+without an image continue from the constant text prefix, once for the batch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from emor3_jax.data.prompts import IMAGE_TOKEN, reflection_parts, render_prompt, shared_length
+from emor3_jax.embedded.tasks import Task
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
+
+
+class Lesson(NamedTuple):
+    """Questions and replies of one kind, `G` to each image.
+
+    Attributes:
+      tokens: int32[B, G, S], what follows the prefix, right padded.
+      lengths: int32[B, G].
+      weights: float32[B, G, S], loss weight of predicting each token: over 0 on the reply.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray
+
+
+class Frame(NamedTuple):
+    """What is the same for every image of one size: the prefixes, and the position after them.
+
+    Attributes:
+      prompt: the shared prefix with an image, B = 1; `image_slots` of the first image.
+      position: the rope position that follows it.
+      text: the shared prefix without an image, B = 1; its length is the position after it.
+    """
+
+    prompt: Prompt
+    position: int
+    text: Prompt
+
+
+def make_frame(
+    tokenizer: PreTrainedTokenizerBase,
+    grid: tuple[int, int, int],
+    slots: np.ndarray,
+    config: Config,
+) -> Frame:
+    """Returns the constant prefixes for images of one grid.
+
+    Args:
+      tokenizer: of the policy.
+      grid: (1, h, w) in patches.
+      slots: int32[n], merged slot of each image token, as `window_layout` gives it.
+      config: of the policy.
+    """
+    tokens = render_prompt(tokenizer, "{question}", "?", (), len(slots))
+    tokens = np.asarray(tokens[: shared_length(tokenizer, tokens)], np.int32)
+    positions, position = prompt_positions(tokens, [grid], config)
+    image = tokens == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_slots = np.full(len(tokens), -1, np.int32)
+    image_slots[image] = slots
+    text = np.asarray(reflection_parts(tokenizer, "{text}", (), with_image=False)[0], np.int32)
+    return Frame(
+        Prompt(*(x[None] for x in (tokens, positions, np.ones_like(image), image_slots))),
+        position,
+        Prompt(
+            text[None],
+            np.repeat(np.arange(len(text), dtype=np.int32)[None, :, None], 3, axis=-1),
+            np.ones((1, len(text)), bool),
+            np.full((1, len(text)), -1, np.int32),
+        ),
+    )
+
+
+def make_lesson(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], length: int) -> Lesson:
+    """Tokenises tasks about one image: what follows the prefix of `Frame`.
+
+    Args:
+      tokenizer: of the policy.
+      tasks: G of them, all with or all without an image.
+      length: S; a question and reply of more tokens is an error.
+
+    Returns:
+      The lesson without the B axis.
+
+    Raises:
+      ValueError: if a task does not fit.
+    """
+    tail = reflection_parts(tokenizer, "{text}", (), with_image=False)[1]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokens = np.zeros((len(tasks), length), np.int32)
+    weights = np.zeros((len(tasks), length), np.float32)
+    lengths = np.zeros(len(tasks), np.int32)
+    for g, task in enumerate(tasks):
+        question, reply = tokenizer([task.question, task.reply], add_special_tokens=False).input_ids
+        question, reply = [*question, *tail], [*reply, end]
+        n = len(question) + len(reply)
+        if n > length:
+            raise ValueError(
+                f"a task of kind {task.kind!r} takes {n} tokens, over the {length} of its lesson: "
+                f"{task.question!r} {task.reply!r}"
+            )
+        tokens[g, :n] = question + reply
+        weights[g, len(question) : n] = task.weight
+        lengths[g] = n
+    return Lesson(tokens, lengths, weights)
+
+
+def loss(
+    config: Config,
+    params: dict,
+    frame: Frame,
+    images: Images,
+    about_images: Sequence[Lesson],
+    about_text: Lesson,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the mean negative log-likelihood of the replies, and how often each is right.
+
+    Args:
+      config, params: the policy.
+      frame: the constant prefixes.
+      images: one image a row.
+      about_images: lessons that continue from the image.
+      about_text: the lesson that continues from the text prefix.
+      dtype: compute type of the layers.
+
+    Returns:
+      The loss float32[], and `exact`: for each lesson float32[G], the share of replies whose every
+      token is the likeliest one.
+    """
+    rows = images.mask.shape[0]
+    merged = images.mask.shape[1] * images.mask.shape[2] // config.vision.spatial_merge_size**2
+    slots = frame.prompt.image_slots + merged * jnp.arange(rows)[:, None]
+    prompt = Prompt(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in frame.prompt))
+    prompt = prompt._replace(image_slots=jnp.where(frame.prompt.image_slots >= 0, slots, -1))
+    features = model.encode_images(config, params, images, dtype=dtype)
+    _, seen = model.forward_prompt(config, params, prompt, features, dtype=dtype)
+    _, told = model.forward_prompt(config, params, frame.text, None, dtype=dtype)
+    flat = Lesson(*(x.reshape(1, -1, *x.shape[2:]) for x in about_text))
+    parts = [(seen, frame.position, lesson) for lesson in about_images]
+    parts.append((told, frame.text.tokens.shape[1], flat))
+    total, weight, exact = 0.0, 0.0, []
+    for prefix, position, lesson in parts:
+        b, g, s = lesson.tokens.shape
+        hidden, _ = model.forward_continuation(
+            config,
+            params,
+            prefix,
+            lesson.tokens[..., :-1],
+            jnp.broadcast_to(position + jnp.arange(s - 1), (b, g, s - 1)),
+            jnp.arange(s - 1) < lesson.lengths[..., None],
+            dtype=dtype,
+        )
+        scores = model.logits(config, params, hidden)
+        wanted, weights = lesson.tokens[..., 1:], lesson.weights[..., 1:]
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(scores), wanted[..., None], axis=-1)
+        total -= jnp.sum(weights * logprobs[..., 0])
+        weight += jnp.sum(weights)
+        right = (jnp.argmax(scores, axis=-1) == wanted) | (weights == 0)
+        exact.append(jnp.mean(jnp.all(right, axis=-1), axis=0))
+    exact[-1] = jnp.mean(exact[-1], keepdims=True)
+    return total / weight, {"exact": exact}

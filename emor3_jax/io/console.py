@@ -1,0 +1,30 @@
+"""What a user sees of a run: stages and progress on standard output."""
+
+import time
+
+
+class Console:
+    """Announces stages, each line with the minutes and seconds since the start."""
+
+    def __init__(self, name: str) -> None:
+        """Starts the clock.
+
+        Args:
+          name: of the program, in front of each line.
+        """
+        self._name, self._start = name, time.perf_counter()
+
+    def __call__(self, line: str) -> None:
+        """Prints a line at once."""
+        seconds = int(time.perf_counter() - self._start)
+        print(f"[{self._name} {seconds // 60:02d}:{seconds % 60:02d}] {line}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as `1h02m`, `3m05s` or `42s`."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    if seconds >= 60:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds}s"

@@ -1,0 +1,198 @@
+"""The text rules of METHOD's reward table, as machines over characters.
+
+Format and boxed answer read the normalised text: every run of whitespace next to `<`, `>` or `/` is
+removed first. `Normalised` does that on the fly, in front of a rule.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from emor3_jax.rewards.automaton import OTHER, SPACES, Rule
+
+_DELIMITERS = "<>/"
+STEPS = ("<step1>", "</step1>", "<step2>", "</step2>", "<step3>", "</step3>", "\\boxed{", "}")
+NO_LABEL, NO_REPLY = -1, -2
+
+
+class LabelError(ValueError):
+    """A label set that the rules cannot tell apart."""
+
+
+def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Returns the labels in lower case.
+
+    Raises:
+      LabelError: if there is none, two are equal in lower case, or one could not be boxed.
+    """
+    lowered = tuple(label.lower() for label in labels)
+    if not lowered:
+        raise LabelError("labels=(): at least one label is needed")
+    for i, label in enumerate(lowered):
+        name = f"label {labels[i]!r}"
+        if label in lowered[:i]:
+            raise LabelError(f"{name} is equal to {labels[lowered.index(label)]!r} in lower case")
+        if set(label) & set("{}<>\\"):
+            raise LabelError(f"{name} contains a brace, an angle bracket or a backslash")
+        if not label or " ".join(label.split()) != label:
+            raise LabelError(f"{name} must have words joined by single spaces")
+        if label == "none":
+            raise LabelError(f"{name} is what a missing answer reads as; choose another word")
+    return lowered
+
+
+def failure(pattern: str) -> list[int]:
+    """Returns the failure function of Knuth, Morris and Pratt: the fallback of each position."""
+    back = [0] * (len(pattern) + 1)
+    k = 0
+    for i in range(1, len(pattern)):
+        while k and pattern[i] != pattern[k]:
+            k = back[k]
+        k += pattern[i] == pattern[k]
+        back[i + 1] = k
+    return back
+
+
+def search(pattern: str, back: list[int], position: int, char: str) -> int:
+    """Returns how much of `pattern` the text ends with after `char`."""
+    while position and (position == len(pattern) or pattern[position] != char):
+        position = back[position]
+    return position + (pattern[position] == char)
+
+
+class FormatRule:
+    """1 if the text starts with `<step1>` and holds the other marks in order after it, else 0."""
+
+    start: Hashable = (0, 0)
+    alphabet = ()
+
+    def __init__(self) -> None:
+        self._back = [failure(pattern) for pattern in STEPS]
+
+    def step(self, state: Any, char: str) -> Hashable:
+        stage, position = state
+        if stage in (-1, len(STEPS)):
+            return state
+        pattern = STEPS[stage]
+        if stage == 0 and pattern[position] != char:
+            return (-1, 0)
+        position = search(pattern, self._back[stage], position, char)
+        return (stage + 1, 0) if position == len(pattern) else (stage, position)
+
+    def output(self, state: Any) -> int:
+        return int(state[0] == len(STEPS))
+
+
+class BoxRule:
+    """Index of the label in the last `\\boxed{…}`, in any case, stripped; -1 if it is none.
+
+    A label holds no brace, so content with one is no label, whatever its depth.
+    """
+
+    _MARK = "\\boxed{"
+    # Content: outside, before its first character, no label, or closed on a label.
+    _OUT, _LEAD, _DEAD = "out", "lead", "dead"
+    start: Hashable = (0, _OUT)
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._labels = {label: i for i, label in enumerate(check_labels(labels))}
+        self._prefixes = {label[:i] for label in self._labels for i in range(len(label) + 1)}
+        self._back = failure(self._MARK)
+        self.alphabet = (*SPACES, *_variants(self._labels))
+
+    def step(self, state: Any, char: str) -> Hashable:
+        position, content = state
+        position = search(self._MARK, self._back, position, char)
+        if position == len(self._MARK):
+            return (0, self._LEAD)
+        return (position, self._content(content, char))
+
+    def _content(self, content: Any, char: str) -> Any:
+        if content in (self._OUT, self._DEAD) or isinstance(content, int):
+            return content
+        if content == self._LEAD:
+            if char.isspace():
+                return content
+            text, space = "", ""
+        else:
+            text, space = content
+        if char == "}":
+            return self._labels.get(text, self._DEAD)
+        if char.isspace():
+            # One plain space may stand inside a label; any other run may only be stripped.
+            return (text, " " if char == " " and not space else "?")
+        text = text + space + char.lower()
+        return (text, "") if text in self._prefixes else self._DEAD
+
+    def output(self, state: Any) -> int:
+        return state[1] if isinstance(state[1], int) else NO_LABEL
+
+
+class ReplyRule:
+    """Index of the label that the whole reply is, in any case; -2 if empty or `none`; else -1."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._labels = {label: i for i, label in enumerate(check_labels(labels))}
+        words = (*self._labels, "none")
+        self._prefixes = {word[:i] for word in words for i in range(len(word) + 1)}
+        self.start: Hashable = ""
+        self.alphabet = _variants(words)
+
+    def step(self, state: Any, char: str) -> Hashable:
+        text = None if state is None else state + char.lower()
+        return text if text in self._prefixes else None
+
+    def output(self, state: Any) -> int:
+        return NO_REPLY if state in ("", "none") else self._labels.get(state, NO_LABEL)
+
+
+class YesNoRule:
+    """1 if the text contains `yes` in any case; else 0 if it contains `no`; else -1."""
+
+    start: Hashable = ("", False)
+    alphabet = ()
+
+    def step(self, state: Any, char: str) -> Hashable:
+        ending, no = state
+        if ending == "yes":
+            return state
+        char = char.lower()
+        if ending + char in ("y", "ye", "yes"):
+            return (ending + char, no)
+        if ending == "n" and char == "o":
+            return ("", True)
+        return (char if char in ("y", "n") else "", no)
+
+    def output(self, state: Any) -> int:
+        ending, no = state
+        return 1 if ending == "yes" else (0 if no else -1)
+
+
+class Normalised:
+    """Puts the removal of whitespace next to `<`, `>` and `/` in front of a rule."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self.start: Hashable = (rule.start, False, "")
+        self.alphabet = tuple({*rule.alphabet, *SPACES})
+
+    def step(self, state: Any, char: str) -> Hashable:
+        # `held` is whitespace whose fate the next character decides: "", one space, or any other
+        # run, which is as good as a tab to every rule.
+        inner, after_delimiter, held = state
+        if char.isspace():
+            if after_delimiter:
+                return state
+            return (inner, False, " " if char == " " and not held else "\t")
+        if held and char not in _DELIMITERS:
+            inner = self._rule.step(inner, held)
+        return (self._rule.step(inner, char), char in _DELIMITERS, "")
+
+    def output(self, state: Any) -> int:
+        return self._rule.output(state[0])
+
+
+def _variants(words: Sequence[str]) -> tuple[str, ...]:
+    """Characters over one byte long whose lower case occurs in `words` (K of Kelvin reads as k)."""
+    wanted = {c for word in words for c in word}
+    points = (p for p in range(128, 0x110000) if not 0xD800 <= p < 0xE000)
+    return tuple(c for c in map(chr, points) if c.lower() in wanted and c != OTHER)
