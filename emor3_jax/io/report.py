@@ -5,6 +5,7 @@ import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from emor3_jax.evaluate import Evaluation, Sample
 
@@ -50,6 +51,22 @@ def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Eva
     return "\n".join(lines)
 
 
+def to_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Returns evaluations as plain data that fits JSON, for a checkpoint."""
+    return {
+        name: {"metrics": e.metrics, "samples": [s._asdict() for s in e.samples]}
+        for name, e in evaluations.items()
+    }
+
+
+def from_json(data: Mapping[str, Any]) -> dict[str, Evaluation]:
+    """Returns what `to_json` was given."""
+    return {
+        name: Evaluation(dict(e["metrics"]), [Sample(**s) for s in e["samples"]])
+        for name, e in data.items()
+    }
+
+
 def write_samples(
     path: Path, step: int, samples: Sequence[Sample], image: Callable[[str], bytes | None]
 ) -> None:
@@ -71,7 +88,7 @@ def write_report(
     title: str,
     before: Mapping[str, Evaluation],
     after: Mapping[str, Evaluation],
-    image: Callable[[str], bytes | None],
+    images: Mapping[str, Callable[[str], bytes | None]],
 ) -> Path:
     """Writes `workdir/report.html`: the table, the curves, and a dozen samples of each data set.
 
@@ -79,7 +96,7 @@ def write_report(
       workdir: folder of the run, with its metrics.jsonl.
       title: of the page.
       before, after: data set → evaluation.
-      image: returns the encoded image of a row id, None if it is gone.
+      images: data set → function that returns the encoded image of a row id, or None.
 
     Returns:
       The file.
@@ -106,7 +123,7 @@ def write_report(
     ]
     for name, evaluation in after.items():
         body.append(f"<h2>Samples after training: {html.escape(name)}</h2>")
-        body.extend(_sample(sample, image) for sample in evaluation.samples)
+        body.extend(_sample(sample, images[name]) for sample in evaluation.samples)
     path = workdir / "report.html"
     path.write_text(_page(title, "".join(body)), encoding="utf-8")
     return path
@@ -127,6 +144,7 @@ def _sample(sample: Sample, image: Callable[[str], bytes | None]) -> str:
         kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
         code = base64.b64encode(data).decode()
         picture = f'<img alt="{html.escape(sample.id)}" src="data:image/{kind};base64,{code}">'
+    answer = html.escape(sample.answer) or "–"
     right = "yes" if sample.scores["accuracy"] else "no"
     response = html.escape(sample.response)
     for tag in ("&lt;step2&gt;", "&lt;step3&gt;", "\\boxed{"):
@@ -134,7 +152,7 @@ def _sample(sample: Sample, image: Callable[[str], bytes | None]) -> str:
     scores = " · ".join(f"{name} {value:.2f}" for name, value in sample.scores.items())
     lines = [
         f'<span class="tag">label</span><b>{html.escape(sample.label)}</b> '
-        f'<span class="tag">answer</span><b class="{right}">{html.escape(sample.answer) or "–"}</b>',
+        f'<span class="tag">answer</span><b class="{right}">{answer}</b>',
         f'<span class="tag">response</span>{response}',
         f'<span class="tag">emotion inferred from the text</span>'
         f"{html.escape(sample.coherence_reply)}",

@@ -1,0 +1,41 @@
+"""The main job on a laptop: EMO-R3 on EmoScenes with the embedded base policy, no download.
+
+python -m emor3_jax.train --config=configs/cpu_demo.py --workdir=runs/cpu_demo
+"""
+
+from ml_collections import ConfigDict
+
+from emor3_jax.config import dataset, default
+
+
+def get_config() -> ConfigDict:
+    """Returns the config."""
+    config = default()
+    config.steps = 120
+    config.policy.dtype = "float32"
+
+    config.data.prompt_lengths = (80,)
+    config.data.image_windows = (1,)
+    for name in ("set", "coherence", "consistency"):
+        config.data.templates[name] = "tiny"
+
+    config.rollout.prompts = 32
+    config.rollout.responses = 8
+    config.rollout.max_tokens = 64
+    config.reflect.max_tokens = 3
+    config.reflect.text_lengths = (24, 40, 64)
+
+    config.policy_update.prompts = 16
+    config.policy_update.micro_prompts = 8
+    config.policy_update.learning_rate = 3e-4
+    config.policy_update.warmup_steps = 5
+    config.policy_update.remat = False
+    config.policy_update.response_lengths = (48, 56, 64)
+
+    config.evaluate.sets.emoscenes = dataset(split="test")
+    config.evaluate.sets.shifted = dataset(split="shifted_test", labels="emotion6")
+    config.evaluate.every = 30
+    config.evaluate.during = 200
+    config.evaluate.prompts = 100
+    config.checkpoint.every = 40
+    return config

@@ -1,0 +1,273 @@
+"""From a config to the objects of a run: policy, data, actors, optimizer."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from emor3_jax.config import EMBEDDED, ConfigError, base_policy
+from emor3_jax.data.batch import Batch
+from emor3_jax.data.labels import label_set
+from emor3_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
+from emor3_jax.data.prompts import PromptTemplates
+from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
+from emor3_jax.embedded.emoscenes import builder, words
+from emor3_jax.episode import Actor, stop_ids
+from emor3_jax.learner import LossOptions, ScoreOptions
+from emor3_jax.models import Policy, load
+from emor3_jax.rl.update import make_optimizer
+from emor3_jax.rollout.generate import SamplingRule
+
+EVALUATION_NUMBERS = 100
+"""Step of an evaluation's noise, added to the seed: apart from that of training."""
+
+
+class CompileCounter:
+    """Counts the programs that XLA has compiled, or fetched from the cache, in this process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, _: float, **__: object) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def start_jax(cache: str) -> CompileCounter:
+    """Sets where compiled programs are kept and starts to count compiles.
+
+    Args:
+      cache: folder, made if needed; "" keeps none.
+    """
+    # The data sets' own notices would drown the progress of the run.
+    for name in ("absl", "grain", "jax._src.xla_bridge"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache).absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return CompileCounter()
+
+
+def keep_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `workdir/config.json`: what this run, or its continuation, was started with."""
+    text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
+    (workdir / "config.json").write_text(text + "\n")
+
+
+def load_policy(config: ConfigDict, say: Callable[[str], None]) -> Policy:
+    """Loads the policy; trains the embedded base policy first if that is asked for and not there.
+
+    Args:
+      config: of the run.
+      say: announces stages.
+    """
+    path = config.policy.path
+    if path == EMBEDDED:
+        path = config.policy.embedded_folder
+        if not (Path(path) / "config.json").is_file():
+            from emor3_jax.embedded.base_policy import train
+
+            say(f"no base policy in {path} yet: training one, about three minutes on 2 cores")
+            base = base_policy()
+            base.data.folder, base.data.size = config.data.folder, config.data.scene_size
+            base.compile_cache = config.log.compile_cache
+            train(base, Path(path))
+    return load(path)
+
+
+class Data(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+      train: endless batches.
+      evaluate: name → batches, in the config's order.
+      labels: "train" and each name → label set.
+      sources: likewise → rows.
+    """
+
+    train: TrainBatches
+    evaluate: dict[str, EvalBatches]
+    labels: dict[str, tuple[str, ...]]
+    sources: dict[str, Source]
+
+    def counters(self) -> dict[str, float]:
+        """Returns `data/<reason>`: training rows left out so far, for each reason that occurred."""
+        counts = self.train.stats.counts()
+        return {f"data/{reason}": float(count) for reason, count in counts.items() if count}
+
+    def image(self, name: str) -> Callable[[str], bytes | None]:
+        """Returns a function from a row id of a data set to its encoded image."""
+
+        def find(row_id: str) -> bytes | None:
+            source = self.sources[name]
+            return source[source.find(row_id)].images[0]
+
+        return find
+
+
+def open_source(config: ConfigDict, field: str, dataset: ConfigDict) -> Source:
+    """Opens one data set.
+
+    Args:
+      config: of the run.
+      field: where in the config the data set stands.
+      dataset: its description.
+
+    Raises:
+      ConfigError: if its kind is unknown.
+      DataError: if it cannot be opened.
+    """
+    if dataset.kind == "emoscenes":
+        builder.prepare(config.data.folder, config.data.scene_size)
+        return EmoScenesSource(dataset.split, config.data.folder, words.QUESTION)
+    if dataset.kind == "parquet":
+        if not dataset.path:
+            rule = "name parquet files, a glob, or several joined by commas"
+            raise ConfigError(f"{field}.path", dataset.path, rule)
+        return ParquetSource(dataset.path)
+    raise ConfigError(f"{field}.kind", dataset.kind, "must be 'emoscenes' or 'parquet'")
+
+
+def load_templates(config: ConfigDict) -> PromptTemplates:
+    """Reads the prompt templates of a config."""
+    return PromptTemplates.load(**config.data.templates.to_dict())
+
+
+def open_data(config: ConfigDict, policy: Policy) -> Data:
+    """Opens the training data and all evaluation sets.
+
+    Args:
+      config: of the run.
+      policy: its processor and config shape the batches.
+
+    Raises:
+      ConfigError, DataError: naming the field or file, the value and the way out.
+    """
+    template = load_templates(config).set
+    shapes = {
+        "prompt_lengths": tuple(config.data.prompt_lengths),
+        "image_windows": tuple(config.data.image_windows),
+        "workers": config.data.workers,
+    }
+    sets = {"train": ("data.train", config.data.train)}
+    sets |= {name: (f"evaluate.sets.{name}", each) for name, each in config.evaluate.sets.items()}
+    labels = {name: label_set(dataset.labels) for name, (_, dataset) in sets.items()}
+    sources = {name: open_source(config, *where) for name, where in sets.items()}
+
+    def rows(name: str) -> tuple:
+        return sources[name], policy.config, policy.processor, template, labels[name]
+
+    return Data(
+        train_batches(
+            *rows("train"), batch_size=config.rollout.prompts, seed=config.seed, **shapes
+        ),
+        {
+            name: eval_batches(
+                *rows(name),
+                batch_size=config.evaluate.prompts,
+                limit=config.evaluate.sets[name].limit,
+                **shapes,
+            )
+            for name in config.evaluate.sets
+        },
+        labels,
+        sources,
+    )
+
+
+def make_actor(config: ConfigDict, policy: Policy, labels: tuple[str, ...]) -> Actor:
+    """Returns the actor for a label set."""
+    rule = SamplingRule(
+        config.reflect.max_tokens,
+        config.reflect.temperature,
+        config.reflect.top_p,
+        stop_ids(policy.processor.tokenizer),
+    )
+    return Actor(
+        policy.config,
+        policy.processor.tokenizer,
+        labels,
+        load_templates(config),
+        profile=config.profile,
+        coherence_target=config.reward.coherence_target,
+        lambda_reflect=config.reward.lambda_reflect,
+        lambda_format=config.reward.lambda_format,
+        reflect_rule=rule if config.reflect.enabled else None,
+        text_lengths=tuple(config.reflect.text_lengths),
+        dtype=jnp.dtype(config.policy.dtype),
+    )
+
+
+def rollout_rule(config: ConfigDict, policy: Policy) -> SamplingRule:
+    """Returns how training samples responses."""
+    stop = stop_ids(policy.processor.tokenizer)
+    return SamplingRule(
+        config.rollout.max_tokens, config.rollout.temperature, config.rollout.top_p, stop
+    )
+
+
+def evaluation_rule(config: ConfigDict, policy: Policy) -> SamplingRule:
+    """Returns how evaluation samples responses."""
+    return rollout_rule(config, policy)._replace(
+        temperature=config.evaluate.temperature, top_p=config.evaluate.top_p
+    )
+
+
+def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossOptions]:
+    """Returns the optimizer and the loss of `config.policy_update`."""
+    c = config.policy_update
+    rate = c.learning_rate
+    if c.warmup_steps:
+        rate = optax.linear_schedule(rate / c.warmup_steps, rate, c.warmup_steps - 1)
+
+    def in_vision_tower(path: tuple) -> bool:
+        return getattr(path[0], "key", None) == "visual"
+
+    optimizer = make_optimizer(
+        rate,
+        weight_decay=c.weight_decay,
+        max_grad_norm=c.max_grad_norm,
+        frozen=in_vision_tower if config.policy.freeze_vision_tower else None,
+    )
+    return optimizer, LossOptions(c.clip_low, c.clip_high, c.clip_dual, c.kl_coef, c.mean)
+
+
+def score_options(config: ConfigDict) -> ScoreOptions:
+    """Returns how reference and update score responses."""
+    return ScoreOptions(
+        config.rollout.temperature,
+        jnp.dtype(config.policy.dtype),
+        config.policy_update.remat,
+        config.policy_update.logprob_chunk,
+    )
+
+
+def part_of(batch: Batch, index: int, count: int, merge: int) -> Batch:
+    """Returns rows `index * B / count` and on of a batch of host arrays, image slots re-based.
+
+    Args:
+      batch: NumPy arrays; each prompt has the same number of images, in the prompts' order.
+      index: which part.
+      count: of equal parts.
+      merge: patches that the merger joins.
+    """
+    rows, per_image = len(batch.last_token), np.prod(batch.images.mask.shape[1:]) // merge
+    images = len(batch.images.mask)
+    first_slot = index * (images // count) * per_image
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        size = len(x) // count
+        return x[index * size : (index + 1) * size]
+
+    assert rows % count == 0 and images % count == 0, (rows, images, count)
+    part = jax.tree.map(cut, batch)
+    slots = part.prompt.image_slots
+    slots = np.where(slots >= 0, slots - first_slot, -1).astype(slots.dtype)
+    return part._replace(prompt=part.prompt._replace(image_slots=slots))
