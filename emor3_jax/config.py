@@ -155,8 +155,7 @@ def base_policy() -> ConfigDict:
     config.data.kind = "emoscenes"
     config.data.folder = "runs/data"
     config.data.path = ""
-    config.data.labels = "fer7"
-    # Images to learn from; of parquet files these are the first ones.
+    # Images to learn from, drawn by the seed.
     config.data.limit = 8000
     # Side of an image in pixels, a multiple of 28; its tokens are (side / 28) squared.
     config.data.size = 112
@@ -170,7 +169,7 @@ def base_policy() -> ConfigDict:
     config.model.heads = 6
     config.model.kv_heads = 2
 
-    config.steps = 150
+    config.steps = 170
     config.batch = 64
     config.learning_rate = 2e-3
     config.warmup_steps = 15

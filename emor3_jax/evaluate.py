@@ -5,18 +5,22 @@ As a program, it evaluates a policy folder on the sets of a config:
     python -m emor3_jax.evaluate --config=configs/cpu_demo.py --config.policy.path=FOLDER \\
         --workdir=DIR
 
-and writes `DIR/evaluation.json`. During training the same code runs before, between and after.
+and writes `DIR/evaluation.json` and `DIR/report.html`. During training the same code runs before,
+between and after.
 
 Deviations, numbered:
  1. The release validates without reflection; here both questions are asked, so that coherence,
     consistency and decoupling are measured on held-out images.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import NOTHING_TO_JUDGE, Actor
@@ -158,3 +162,47 @@ def read_sample(actor, row_id, label, i, g, responses, replies, scores) -> Sampl
         consistency_reply=text(replies.consistency) if replies is not None else "",
         scores={name: float(getattr(scores, name)[i, g]) for name in names},
     )
+
+
+def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
+    """Evaluates `config.policy.path` on `config.evaluate.sets`; see the module's docstring."""
+    # Imported here: they build on this module.
+    from emor3_jax import prepare
+    from emor3_jax.config import validate
+    from emor3_jax.io import report
+    from emor3_jax.io.console import Console
+    from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
+
+    validate(config)
+    say = Console("evaluate")
+    prepare.start_jax(config.log.compile_cache)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    policy = prepare.load_policy(config, say)
+    data = prepare.open_data(config, policy)
+    params = jax.device_put(policy.params, param_shardings(policy.params, mesh))
+    results = {}
+    for name, batches in data.evaluate.items():
+        say(f"evaluating on {name}")
+        results[name] = evaluate(
+            prepare.make_actor(config, policy, data.labels[name]),
+            params,
+            batches,
+            config.seed,
+            rule=prepare.evaluation_rule(config, policy),
+            put=lambda batch: shard_batch(batch, mesh),
+            keep=report.SAMPLES,
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report.to_json(results), indent=2, ensure_ascii=False)
+    (workdir / "evaluation.json").write_text(text + "\n")
+    images = {name: data.image(name) for name in results}
+    report.write_report(workdir, f"Evaluation of {config.policy.path}", {}, results, images)
+    for line in report.before_after_table({}, results).splitlines():
+        say(line)
+    return results
+
+
+if __name__ == "__main__":
+    from emor3_jax import cli
+
+    cli.run(main)

@@ -11,6 +11,7 @@ report.html and policy/ (the trained policy as a Hugging Face folder). A run tha
 moment goes on from its last checkpoint when it is started again with the same workdir.
 """
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -187,6 +188,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         return {}
     say("evaluating after training")
     before, after = report.from_json(progress["before"]), look(names)
+    metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
+    (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
     images = {name: data.image(name) for name in names}
     report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
     save(Policy(policy.config, jax.device_get(state.params), policy.processor), workdir / "policy")

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from emor3_jax.data import prompts
 from emor3_jax.data.batch import Batch, Example, collate
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
-from emor3_jax.data.sources import Source, Texts
+from emor3_jax.data.sources import Row, Source, Texts
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.layout import count_windows, window_layout
 from emor3_jax.models.qwen2_5_vl.processor import ImageError, Processor
@@ -175,6 +176,31 @@ class _Encoder:
         )
 
 
+def encode_row(
+    row: Row, config: Config, processor: Processor, template: str, labels: Sequence[str]
+) -> Example:
+    """Returns one row as the policy reads it, of any length and size.
+
+    Args:
+      row: the row.
+      config, processor: of the policy.
+      template: the `set` template.
+      labels: the label set.
+
+    Raises:
+      DataError: if the row cannot be used, with the reason.
+    """
+    unbounded = 2**30
+    encoder = _Encoder(
+        config, processor, template, check_labels(tuple(labels)), unbounded, unbounded
+    )
+    fault = encoder.fault_of_texts(row.texts)
+    example = _Skip(fault, row.texts.id) if fault else encoder(row)
+    if isinstance(example, _Skip):
+        raise DataError(f"{example.id}: {example.reason}: {REASONS[example.reason]}")
+    return example
+
+
 class _Keep:
     """Lets examples pass and counts the rows left out, in the process that trains."""
 
@@ -285,6 +311,9 @@ class _Rows:
         )
         stream = dataset.map(self._encoder).to_iter_dataset(options)
         if self.workers:
+            if not flags.FLAGS.is_parsed():
+                # grain reads its own absl flags before it starts processes.
+                flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
         stream = stream.filter(_Keep(self.stats, self.source.name, len(indices)))
         return iter(stream.batch(self.batch_size, batch_fn=self._collate))
@@ -300,7 +329,8 @@ class TrainBatches:
 
     def __init__(self, rows: _Rows, seed: int) -> None:
         self.stats, self.rows = rows.stats, rows.total
-        self._name, self._seed = rows.source.name, seed
+        self._name = rows.source.name
+        self._fixed = {"rows": rows.total, "seed": seed, "workers": rows.workers}
         self._iterator = rows.batches(seed=seed)
 
     def __iter__(self) -> "TrainBatches":
@@ -311,19 +341,19 @@ class TrainBatches:
 
     def get_state(self) -> dict[str, Any]:
         """Returns where the next batch begins, as plain data that fits JSON."""
-        return {"position": self._iterator.get_state(), "rows": self.rows, "seed": self._seed}
+        return {"position": self._iterator.get_state(), **self._fixed}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `get_state` was called, so that the same batches follow.
 
         Raises:
-          DataError: if that was with other rows or another seed.
+          DataError: if that was with other rows, another seed or another number of workers.
         """
-        for field, now in (("rows", self.rows), ("seed", self._seed)):
+        for field, now in self._fixed.items():
             if state[field] != now:
                 raise DataError(
                     f"{self._name}: the run to go on from had {field}={state[field]}, now it is "
-                    f"{now}; use the same data and seed, or another workdir"
+                    f"{now}; use the same data, data.workers and seed, or another workdir"
                 )
         self._iterator.set_state(state["position"])
 
@@ -347,8 +377,9 @@ class EvalBatches:
         self._rows, self._limit = rows, limit
 
     def take(self, limit: int) -> "EvalBatches":
-        """Returns at most `limit` of the rows (0: all), the same at every call, spread evenly."""
-        return EvalBatches(self._rows, limit)
+        """Returns at most `limit` of these rows (0: no fewer), the same ones at every call."""
+        limits = [x for x in (limit, self._limit) if x]
+        return EvalBatches(self._rows, min(limits, default=0))
 
     def __iter__(self) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         rows = self._rows

@@ -20,7 +20,11 @@ import optax
 from ml_collections import ConfigDict
 
 from emor3_jax import cli
-from emor3_jax.embedded import pretrain, tasks
+from emor3_jax.config import ConfigError
+from emor3_jax.data.labels import normalize
+from emor3_jax.data.prompts import PromptTemplates
+from emor3_jax.data.sources import ParquetSource
+from emor3_jax.embedded import faces, pretrain, tasks
 from emor3_jax.embedded.emoscenes import builder
 from emor3_jax.embedded.emoscenes.scene import Scene
 from emor3_jax.embedded.tasks import Task
@@ -32,6 +36,8 @@ from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
 
+Sizes = tuple[pretrain.Size, pretrain.Size, pretrain.Size]
+
 
 class Course(NamedTuple):
     """What a base policy is trained on.
@@ -40,13 +46,15 @@ class Course(NamedTuple):
       images: random access source of encoded images.
       tasks: (row, rng) -> the five tasks about that image.
       corpus: texts for the tokenizer.
+      sizes: of the lessons: SET responses, other questions about an image, texts to judge.
       held_out: how many rows at the end are kept for the report.
     """
 
     images: Sequence[bytes]
     tasks: Callable[[int, np.random.Generator], list[Task]]
     corpus: list[str]
-    held_out: int
+    sizes: Sizes
+    held_out: int = 256
 
 
 def emoscenes_course(config: ConfigDict) -> Course:
@@ -64,7 +72,28 @@ def emoscenes_course(config: ConfigDict) -> Course:
         [bytes(row["image"]) for row in rows],
         lambda i, rng: tasks.tasks(scenes[i], rng),
         tasks.text_corpus(),
-        held_out=256,
+        (pretrain.Size(100, 56), pretrain.Size(44, 16), pretrain.Size(64, 4)),
+    )
+
+
+def faces_course(config: ConfigDict) -> Course:
+    """Returns the course on labelled faces, such as FER-2013's, from parquet files."""
+    source = ParquetSource(config.data.path)
+    order = np.random.default_rng(config.seed).permutation(len(source))[: config.data.limit]
+    rows = [source[int(i)] for i in order]
+    rows = [row for row in rows if normalize(row.texts.answer or "") in faces.LABELS]
+    templates = PromptTemplates.load(set="tiny", coherence="tiny", consistency="tiny")
+    questions = sorted({row.texts.question for row in rows})
+
+    def about(i: int, rng: np.random.Generator) -> list[Task]:
+        texts = rows[i].texts
+        return faces.tasks(normalize(texts.answer), texts.question, templates, rng)
+
+    return Course(
+        [row.images[0] for row in rows],
+        about,
+        faces.corpus(questions, templates),
+        (pretrain.Size(152, 64), pretrain.Size(44, 20), pretrain.Size(64, 4)),
     )
 
 
@@ -118,10 +147,6 @@ class Lessons(NamedTuple):
     texts: pretrain.Lesson
 
 
-# Padded lengths of the lessons: SET responses, other questions about an image, texts to judge.
-LENGTHS = (112, 48, 72)
-
-
 def make_row(
     course: Course, processor: Processor, config: Config, row: int, rng: np.random.Generator
 ) -> tuple[layout.WindowLayout, tuple[pretrain.Lesson, ...]]:
@@ -134,8 +159,8 @@ def make_row(
         [t for t in found if not t.with_image],
     )
     lessons = tuple(
-        pretrain.make_lesson(processor.tokenizer, group, length)
-        for group, length in zip(kinds, LENGTHS, strict=True)
+        pretrain.make_lesson(processor.tokenizer, group, size)
+        for group, size in zip(kinds, course.sizes, strict=True)
     )
     return layout.window_layout(patches, grid, config.vision), lessons
 
@@ -165,28 +190,38 @@ def batches(
     return iter(dataset.to_iter_dataset(options).batch(batch, batch_fn=stack))
 
 
-@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("config", "sizes", "optimizer"), donate_argnames="state")
 def train_step(
-    state: TrainState, frame: pretrain.Frame, lessons: Lessons, *, config: Config, optimizer: Any
+    state: TrainState,
+    frame: pretrain.Frame,
+    lessons: Lessons,
+    *,
+    config: Config,
+    sizes: Sizes,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Takes one optimizer step; returns the new state and `loss`, `exact`, `grad_norm`."""
 
     def loss_fn(params):
-        about_images = (lessons.responses, lessons.questions)
-        return pretrain.loss(config, params, frame, lessons.images, about_images, lessons.texts)
+        return _loss(config, sizes, params, frame, lessons)
 
     (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state, applied = apply_gradients(state, grads, optimizer)
     return state, {"loss": value, **metrics, **applied}
 
 
-@partial(jax.jit, static_argnames="config")
-def held_out(params: dict, frame: pretrain.Frame, lessons: Lessons, *, config: Config) -> list:
+@partial(jax.jit, static_argnames=("config", "sizes"))
+def held_out(
+    params: dict, frame: pretrain.Frame, lessons: Lessons, *, config: Config, sizes: Sizes
+) -> list[jax.Array]:
     """Returns how often each kind of reply is exactly right, as in `pretrain.loss`."""
-    about_images = (lessons.responses, lessons.questions)
-    return pretrain.loss(config, params, frame, lessons.images, about_images, lessons.texts)[1][
-        "exact"
-    ]
+    return _loss(config, sizes, params, frame, lessons)[1]["exact"]
+
+
+def _loss(config: Config, sizes: Sizes, params: dict, frame: pretrain.Frame, lessons: Lessons):
+    about_images = ((lessons.responses, sizes[0]), (lessons.questions, sizes[1]))
+    about_text = (lessons.texts, sizes[2])
+    return pretrain.loss(config, params, frame, lessons.images, about_images, about_text)
 
 
 def train(config: ConfigDict, folder: Path) -> dict[str, float]:
@@ -203,6 +238,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
     say("preparing the data and the tokenizer")
+    if config.data.kind not in COURSES:
+        raise ConfigError("data.kind", config.data.kind, f"must be one of {', '.join(COURSES)}")
     course = COURSES[config.data.kind](config)
     tokenizer = train_tokenizer(course.corpus, config.model.vocab_size)
     pixels = config.data.size**2
@@ -224,7 +261,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     say("compiling the training step")
     started = time.perf_counter()
     for step in range(1, config.steps + 1):
-        state, metrics = train_step(state, frame, next(data), config=shapes, optimizer=optimizer)
+        state, metrics = train_step(
+            state, frame, next(data), config=shapes, sizes=course.sizes, optimizer=optimizer
+        )
         if step == 1 or step % 10 == 0 or step == config.steps:
             loss = float(metrics["loss"])
             spent = time.perf_counter() - started
@@ -238,7 +277,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         make_row(course, processor, shapes, row, rng)
         for row in range(total - course.held_out, total)
     ]
-    _, questions, texts = held_out(state.params, frame, stack(test), config=shapes)
+    _, questions, texts = held_out(
+        state.params, frame, stack(test), config=shapes, sizes=course.sizes
+    )
     scores = {
         "describe": float(questions[0]),
         "consistency": float(np.mean(questions[1:])),
@@ -252,6 +293,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
 
 COURSES: dict[str, Callable[[ConfigDict], Course]] = {
     "emoscenes": emoscenes_course,
+    "faces": faces_course,
 }
 
 if __name__ == "__main__":

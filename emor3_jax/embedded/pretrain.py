@@ -25,14 +25,23 @@ class Lesson(NamedTuple):
     """Questions and replies of one kind, `G` to each image.
 
     Attributes:
-      tokens: int32[B, G, S], what follows the prefix, right padded.
+      tokens: int32[B, G, S], question and reply as they follow the prefix, right padded.
       lengths: int32[B, G].
-      weights: float32[B, G, S], loss weight of predicting each token: over 0 on the reply.
+      starts: int32[B, G], index of the reply's first token, over 0.
+      weights: float32[B, G], loss weight of each of the reply's tokens.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    starts: np.ndarray
     weights: np.ndarray
+
+
+class Size(NamedTuple):
+    """Padded size of a lesson: S tokens, of which the reply takes at most R."""
+
+    tokens: int
+    reply: int
 
 
 class Frame(NamedTuple):
@@ -82,13 +91,13 @@ def make_frame(
     )
 
 
-def make_lesson(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], length: int) -> Lesson:
+def make_lesson(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], size: Size) -> Lesson:
     """Tokenises tasks about one image: what follows the prefix of `Frame`.
 
     Args:
       tokenizer: of the policy.
       tasks: G of them, all with or all without an image.
-      length: S; a question and reply of more tokens is an error.
+      size: what a question and its reply must fit.
 
     Returns:
       The lesson without the B axis.
@@ -98,22 +107,21 @@ def make_lesson(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], lengt
     """
     tail = reflection_parts(tokenizer, "{text}", (), with_image=False)[1]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokens = np.zeros((len(tasks), length), np.int32)
-    weights = np.zeros((len(tasks), length), np.float32)
-    lengths = np.zeros(len(tasks), np.int32)
+    tokens = np.zeros((len(tasks), size.tokens), np.int32)
+    lengths, starts = np.zeros(len(tasks), np.int32), np.zeros(len(tasks), np.int32)
     for g, task in enumerate(tasks):
         question, reply = tokenizer([task.question, task.reply], add_special_tokens=False).input_ids
         question, reply = [*question, *tail], [*reply, end]
         n = len(question) + len(reply)
-        if n > length:
+        if n > size.tokens or len(reply) > size.reply:
             raise ValueError(
-                f"a task of kind {task.kind!r} takes {n} tokens, over the {length} of its lesson: "
-                f"{task.question!r} {task.reply!r}"
+                f"a task of kind {task.kind!r} takes {n} tokens, {len(reply)} for the reply, over "
+                f"{tuple(size)} of its lesson: {task.question!r} {task.reply!r}"
             )
         tokens[g, :n] = question + reply
-        weights[g, len(question) : n] = task.weight
-        lengths[g] = n
-    return Lesson(tokens, lengths, weights)
+        lengths[g], starts[g] = n, len(question)
+    weights = np.asarray([task.weight for task in tasks], np.float32)
+    return Lesson(tokens, lengths, starts, weights)
 
 
 def loss(
@@ -121,8 +129,8 @@ def loss(
     params: dict,
     frame: Frame,
     images: Images,
-    about_images: Sequence[Lesson],
-    about_text: Lesson,
+    about_images: Sequence[tuple[Lesson, Size]],
+    about_text: tuple[Lesson, Size],
     *,
     dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -132,8 +140,8 @@ def loss(
       config, params: the policy.
       frame: the constant prefixes.
       images: one image a row.
-      about_images: lessons that continue from the image.
-      about_text: the lesson that continues from the text prefix.
+      about_images: lessons that continue from the image, with their sizes.
+      about_text: the lesson that continues from the text prefix, with its size.
       dtype: compute type of the layers.
 
     Returns:
@@ -148,11 +156,11 @@ def loss(
     features = model.encode_images(config, params, images, dtype=dtype)
     _, seen = model.forward_prompt(config, params, prompt, features, dtype=dtype)
     _, told = model.forward_prompt(config, params, frame.text, None, dtype=dtype)
-    flat = Lesson(*(x.reshape(1, -1, *x.shape[2:]) for x in about_text))
-    parts = [(seen, frame.position, lesson) for lesson in about_images]
-    parts.append((told, frame.text.tokens.shape[1], flat))
+    flat = Lesson(*(x.reshape(1, -1, *x.shape[2:]) for x in about_text[0]))
+    parts = [(seen, frame.position, *lesson) for lesson in about_images]
+    parts.append((told, frame.text.tokens.shape[1], flat, about_text[1]))
     total, weight, exact = 0.0, 0.0, []
-    for prefix, position, lesson in parts:
+    for prefix, position, lesson, size in parts:
         b, g, s = lesson.tokens.shape
         hidden, _ = model.forward_continuation(
             config,
@@ -163,8 +171,13 @@ def loss(
             jnp.arange(s - 1) < lesson.lengths[..., None],
             dtype=dtype,
         )
+        # Only replies are predicted, so only they are worth logits.
+        place = lesson.starts[..., None] + jnp.arange(size.reply)
+        weights = jnp.where(place < lesson.lengths[..., None], lesson.weights[..., None], 0.0)
+        place = jnp.minimum(place, s - 1)
+        wanted = jnp.take_along_axis(lesson.tokens, place, axis=-1)
+        hidden = jnp.take_along_axis(hidden, place[..., None] - 1, axis=2)
         scores = model.logits(config, params, hidden)
-        wanted, weights = lesson.tokens[..., 1:], lesson.weights[..., 1:]
         logprobs = jnp.take_along_axis(jax.nn.log_softmax(scores), wanted[..., None], axis=-1)
         total -= jnp.sum(weights * logprobs[..., 0])
         weight += jnp.sum(weights)

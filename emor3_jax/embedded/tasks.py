@@ -2,7 +2,7 @@
 
 It learns to see and to judge from correct data: descriptions, yes or no to a description, the
 emotion of a text. Its own SET responses it learns from data that are mediocre on purpose, as those
-of a large model before training: `habit` names the emotion by the face alone, with favourites; the
+of a large model before training: `habit` weighs the cues too weakly against its two favourites; the
 boxed answer often disagrees with the feeling; the format is broken in a third of the responses; now
 and then a cue is misnamed. What the responses should say is thus within reach (the cues are seen,
 every label has some probability), and left to the reward to bring out.
@@ -23,16 +23,13 @@ MISNAMED = 0.08
 BROKEN_FORMAT = 0.35
 FRESH_ANSWER = 0.6
 # Chance that a text to judge names no feeling, so that the emotion is inferred from its cues.
-VAGUE_FEELING = 0.25
+VAGUE_FEELING = 0.5
 
-# The habit: least probability of a label, trust in the face, pull of the favourites (log odds).
+# The habit: least probability of a label, trust in the evidence, log odds of the favourites.
 _FLOOR = 0.04
-_TRUST = 3.0
-_PULL = 5.0
-_FAVOURITES = {
-    "drawn": ("excitement", "anger", "sadness"),
-    "shifted": ("fear", "joy", "sadness"),
-}
+_TRUST = 0.3
+_PULL = 4.0
+_FAVOURITES = {"drawn": ("excitement", "sadness"), "shifted": ("joy", "sadness")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,31 +82,33 @@ def templates() -> PromptTemplates:
 def habit(scene: Scene) -> np.ndarray:
     """How likely the base policy is to name each label for a scene.
 
-    The habit looks at the face alone and pulls towards a few favourites, but leaves every label a
-    little: reinforcement learning can only strengthen what is sampled at times.
+    The habit weighs every cue, but too weakly against its favourites, one pleasant and one
+    unpleasant: mostly it names one of these by the valence of the scene. Every label keeps a
+    little probability, since reinforcement learning can only strengthen what is sampled at times.
 
     Returns:
       float64[K] in the order of `labels`, sums to 1, each at least 0.04.
     """
-    return _habit(scene.style, scene.expression)
+    at = tuple(scenes.values(scene.style, cue).index(v) for cue, v in scene.cues().items())
+    return _habits(scene.style)[at]
 
 
 @functools.cache
-def _habit(style: str, expression: str) -> np.ndarray:
+def _habits(style: str) -> np.ndarray:
+    """The habit for every combination of cues, in the axes of `scenes.joint`."""
+    joint = scenes.joint(style)
     names = scenes.labels(style)
-    p = scenes.posterior(style, {"expression": expression}) ** _TRUST
+    p = (joint / joint.sum(axis=-1, keepdims=True)) ** _TRUST
     p = p * np.exp(_PULL * np.isin(names, _FAVOURITES[style]))
-    p = _FLOOR + (1 - _FLOOR * len(names)) * p / p.sum()
+    p = _FLOOR + (1 - _FLOOR * len(names)) * p / p.sum(axis=-1, keepdims=True)
     p.setflags(write=False)
     return p
 
 
 def habit_accuracy(style: str) -> tuple[float, float]:
     """Accuracy of the habit, exact: of a label sampled from it, and of its likeliest label."""
-    unseen = tuple(range(1, len(scenes.CUES)))
-    joint = scenes.joint(style).sum(axis=unseen)
-    p = np.stack([_habit(style, expression) for expression in scenes.EXPRESSIONS])
-    best = np.take_along_axis(joint, p.argmax(axis=-1)[:, None], axis=-1)
+    joint, p = scenes.joint(style), _habits(style)
+    best = np.take_along_axis(joint, p.argmax(axis=-1)[..., None], axis=-1)
     return float((joint * p).sum()), float(best.sum())
 
 
@@ -122,11 +121,11 @@ def mediocre_response(scene: Scene, rng: np.random.Generator) -> str:
     step1 = words.render(words.misread(scene, rng, MISNAMED))
     response = words.set_response(step1, words.feeling(felt, rng), words.arousal(felt), answer)
     if rng.random() < BROKEN_FORMAT:
-        response = _break_format(response, answer, rng)
+        response = break_format(response, answer, rng)
     return response
 
 
-def _break_format(response: str, answer: str, rng: np.random.Generator) -> str:
+def break_format(response: str, answer: str, rng: np.random.Generator) -> str:
     """Breaks the format in one of five ways, each of which the format reward scores 0."""
     way = rng.integers(5)
     if way == 0:

@@ -1,0 +1,36 @@
+"""EMO-R3 on real faces: parquet files in the release's schema, the policy in a folder.
+
+First a base policy, then reinforcement learning from it:
+
+python -m emor3_jax.embedded.base_policy --config=configs/fer2013.py:base --workdir=runs/fer_base \\
+    --config.data.path=fer2013_train.parquet
+python -m emor3_jax.train --config=configs/fer2013.py --workdir=runs/fer \\
+    --config.policy.path=runs/fer_base --config.data.train.path=fer2013_train.parquet \\
+    --config.evaluate.sets.fer2013.path=fer2013_validation.parquet
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cpu_demo
+from emor3_jax.config import base_policy, dataset
+
+
+def get_config(program: str = "train") -> ConfigDict:
+    """Returns the config of a program: "train" or "base"."""
+    if program == "base":
+        config = base_policy()
+        config.data.kind = "faces"
+        config.data.limit = 16000
+        config.steps = 300
+        return config
+    config = cpu_demo.get_config()
+    config.steps = 60
+    config.data.prompt_lengths = (128,)
+    config.data.train = dataset(kind="parquet", labels="fer7")
+    config.rollout.max_tokens = 72
+    config.policy_update.response_lengths = (56, 64, 72)
+    config.evaluate.sets = ConfigDict()
+    config.evaluate.sets.fer2013 = dataset(kind="parquet", labels="fer7")
+    config.evaluate.every = 20
+    config.evaluate.during = 500
+    return config

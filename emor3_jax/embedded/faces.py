@@ -1,0 +1,127 @@
+"""What a base policy learns from labelled faces: descriptions by label, and SET responses of habit.
+
+FER-2013 labels its faces and says nothing else of them, so the descriptions are stock phrases for
+each label ("a face with raised brows and a dropped jaw"). They are right for most faces, not for
+each. As on EmoScenes, the base policy learns to judge from correct pairs of phrase and label, and
+its own SET responses from data that are mediocre on purpose: the label is often replaced by one of
+a few favourites, and the format is often broken.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from emor3_jax.data.prompts import PromptTemplates, fill
+from emor3_jax.embedded.emoscenes.words import reasoning, set_response
+from emor3_jax.embedded.tasks import BROKEN_FORMAT, FRESH_ANSWER, Task, break_format
+
+LABELS = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")
+
+_MOUTHS = {
+    "anger": ("pressed lips", "clenched teeth"),
+    "disgust": ("a curled lip", "a twisted mouth"),
+    "fear": ("a tense open mouth", "stretched lips"),
+    "happiness": ("a broad smile", "raised cheeks"),
+    "neutral": ("a closed mouth", "relaxed lips"),
+    "sadness": ("drooping lips", "a trembling mouth"),
+    "surprise": ("a round open mouth", "a dropped jaw"),
+}
+_BROWS = {
+    "anger": ("lowered brows", "a hard stare"),
+    "disgust": ("a wrinkled nose", "narrowed eyes"),
+    "fear": ("scared eyes", "drawn brows"),
+    "happiness": ("bright eyes", "laughing eyes"),
+    "neutral": ("calm eyes", "level brows"),
+    "sadness": ("wet eyes", "sloping brows"),
+    "surprise": ("raised brows", "round eyes"),
+}
+_FEELINGS = {
+    "anger": ("threatened and angry", "furious and tense"),
+    "disgust": ("disgusted and repelled", "sick and averse"),
+    "fear": ("afraid and alarmed", "scared and worried"),
+    "happiness": ("happy and warm", "glad and cheerful"),
+    "neutral": ("calm and plain", "even and quiet"),
+    "sadness": ("sad and sorry", "gloomy and low"),
+    "surprise": ("surprised and amazed", "startled and curious"),
+}
+_AROUSAL = {
+    "anger": "negative , high arousal",
+    "disgust": "negative , low arousal",
+    "fear": "negative , high arousal",
+    "happiness": "positive , high arousal",
+    "neutral": "neutral , low arousal",
+    "sadness": "negative , low arousal",
+    "surprise": "positive , high arousal",
+}
+# The habit: chance of each label whatever the face shows, and how often the face decides.
+_HABIT = (0.1, 0.05, 0.1, 0.3, 0.2, 0.15, 0.1)
+_SEEN = 0.35
+
+
+def describe(label: str, rng: np.random.Generator) -> str:
+    """Returns a stock description of a face with a label."""
+    mouth, brows = rng.choice(_MOUTHS[label]), rng.choice(_BROWS[label])
+    return f"a face with {brows} and {mouth}"
+
+
+def feeling(label: str, rng: np.random.Generator) -> str:
+    """Returns how a viewer would feel."""
+    return f"a viewer would feel {rng.choice(_FEELINGS[label])}"
+
+
+def habit(label: str, rng: np.random.Generator) -> str:
+    """Returns the label that the base policy names: the face's at times, else a favourite."""
+    return label if rng.random() < _SEEN else str(rng.choice(LABELS, p=_HABIT))
+
+
+def tasks(label: str, question: str, templates: PromptTemplates, rng) -> list[Task]:
+    """Returns one task of each kind about a face; two yes-or-no ones, one true and one false.
+
+    Args:
+      label: of the face, in `LABELS`.
+      question: the row's question, as training asks it.
+      templates: the prompt templates of the run.
+      rng: NumPy generator.
+    """
+    other = str(rng.choice([name for name in LABELS if name != label]))
+    true, false = (
+        fill(templates.consistency, text=f"<step1> {describe(name, rng)} </step1>")
+        for name in (label, other)
+    )
+    told = str(rng.choice(LABELS))
+    text = reasoning(describe(told, rng), feeling(told, rng))
+    judge = fill(templates.coherence, labels=LABELS, text=text)
+    asked = fill(templates.set, labels=LABELS, question=question)
+    return [
+        Task("describe", "describe the picture", describe(label, rng), True, 1.0),
+        Task("consistency", true, "yes", True, 1.0),
+        Task("consistency", false, "no", True, 1.0),
+        Task("coherence", judge, told, False, 1.0),
+        Task("set", asked, response(label, rng), True, 1.0),
+    ]
+
+
+def response(label: str, rng: np.random.Generator) -> str:
+    """Returns a SET response as the base policy would give it."""
+    seen, felt = habit(label, rng), habit(label, rng)
+    answer = habit(label, rng) if rng.random() < FRESH_ANSWER else felt
+    text = set_response(describe(seen, rng), feeling(felt, rng), _AROUSAL[felt], answer)
+    return break_format(text, answer, rng) if rng.random() < BROKEN_FORMAT else text
+
+
+def corpus(questions: Sequence[str], templates: PromptTemplates, seed: int = 0) -> list[str]:
+    """Returns texts for the tokenizer to learn from.
+
+    Args:
+      questions: the different questions of the rows.
+      templates: the prompt templates.
+      seed: of the choice of phrases.
+    """
+    rng = np.random.default_rng(seed)
+    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "yes", "no"] * 8
+    for question in questions:
+        for label in LABELS:
+            for _ in range(40):
+                for task in tasks(label, question, templates, rng):
+                    texts += [task.question, task.reply]
+    return texts

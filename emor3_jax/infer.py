@@ -1,0 +1,112 @@
+"""Asks a policy about one image: its three steps and the emotion.
+
+python -m emor3_jax.infer --policy=runs/cpu_demo/policy --image=photo.jpg [--labels=mikels8]
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from emor3_jax.data.batch import collate
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import label_set
+from emor3_jax.data.pipeline import encode_row
+from emor3_jax.data.prompts import PromptTemplates
+from emor3_jax.data.sources import Row, Texts
+from emor3_jax.embedded.emoscenes.words import QUESTION
+from emor3_jax.episode import Actor, stop_ids
+from emor3_jax.models import Policy, load
+from emor3_jax.rollout.generate import SamplingRule
+
+
+def answer(
+    policy: Policy,
+    image: bytes,
+    *,
+    question: str,
+    labels: tuple[str, ...],
+    templates: str = "qwen",
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> tuple[str, str]:
+    """Returns the policy's response to one image, and its boxed label, "" where there is none.
+
+    Args:
+      policy: as `models.load` returns it.
+      image: an encoded image file.
+      question: what is asked of it.
+      labels: the label set.
+      templates: "qwen", or "tiny" for the embedded policy.
+      max_tokens: length of the response.
+      temperature: 0 is greedy.
+      seed: of the sampling noise.
+
+    Raises:
+      DataError: if the image cannot be decoded.
+    """
+    chosen = PromptTemplates.load(set=templates, coherence=templates, consistency=templates)
+    row = Row([image], Texts(question, labels[0], "image"))
+    example = encode_row(row, policy.config, policy.processor, chosen.set, labels)
+    batch, _ = collate(
+        [example],
+        batch_size=1,
+        prompt_lengths=(len(example.tokens),),
+        image_windows=(len(example.image.mask),),
+    )
+    tokenizer = policy.processor.tokenizer
+    actor = Actor(
+        policy.config,
+        tokenizer,
+        labels,
+        chosen,
+        profile="paper",
+        coherence_target="label",
+        lambda_reflect=0.1,
+        lambda_format=0.1,
+        reflect_rule=None,
+        text_lengths=(max_tokens,),
+        dtype=jnp.float32,
+    )
+    rule = SamplingRule(max_tokens, temperature, 1.0, stop_ids(tokenizer))
+    _, samples = actor.roll_out(policy.params, batch, jax.random.key(seed), responses=1, rule=rule)
+    scores = actor.score(batch, samples, None)
+    text = tokenizer.decode(
+        samples.tokens[0, 0, : int(samples.lengths[0, 0])], skip_special_tokens=True
+    )
+    index = int(scores.answer[0, 0])
+    return text, labels[index] if index >= 0 else ""
+
+
+def main(_: list[str]) -> None:
+    """Runs the program."""
+    policy = load(FLAGS.policy)
+    try:
+        text, label = answer(
+            policy,
+            Path(FLAGS.image).read_bytes(),
+            question=FLAGS.question,
+            labels=label_set(FLAGS.labels),
+            templates=FLAGS.templates,
+            max_tokens=FLAGS.max_tokens,
+            temperature=FLAGS.temperature,
+        )
+    except (DataError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(text)
+    print(f"\nemotion: {label or 'none of the labels'}")
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+    flags.DEFINE_string("policy", None, "Folder of the policy.", required=True)
+    flags.DEFINE_string("image", None, "Image file.", required=True)
+    flags.DEFINE_string("labels", "mikels8", "Label set by name, or labels joined by commas.")
+    flags.DEFINE_string("question", QUESTION, "What is asked of the image.")
+    flags.DEFINE_string("templates", "tiny", "Prompt templates: tiny (embedded policy) or qwen.")
+    flags.DEFINE_integer("max_tokens", 128, "Length of the response.")
+    flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+    app.run(main)

@@ -1,0 +1,38 @@
+"""Packaging of emor3_jax."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="emor3_jax",
+    version="0.1.0",
+    description="EMO-R3 in JAX: reflective reinforcement learning for visual emotion reasoning",
+    packages=find_packages(include=["emor3_jax", "emor3_jax.*"]),
+    package_data={"emor3_jax": ["data/templates/*.txt", "embedded/templates/*.txt"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2,<0.11",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "chex>=0.1.92",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "transformers>=5.23,<6",
+        "tensorflow-datasets>=4.9.10",
+        # tensorflow-datasets imports it without saying so.
+        "importlib_resources",
+        "grain>=0.2.18,<0.3",
+        "ml_collections>=1.1",
+        "absl-py",
+        "numpy",
+        "pillow",
+        "pyarrow",
+        "safetensors",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "gpu": ["jax[cuda13]>=0.10.2,<0.11"],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.17", "scipy"],
+        "parity": ["torch==2.13.0", "mathruler", "pylatexenc"],
+        "bench": ["matplotlib"],
+    },
+)
