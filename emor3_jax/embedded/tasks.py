@@ -21,7 +21,7 @@ from emor3_jax.embedded.emoscenes.scene import Scene
 # Chance that a SET response misnames a cue, breaks the format, or draws its boxed answer anew.
 MISNAMED = 0.08
 BROKEN_FORMAT = 0.35
-FRESH_ANSWER = 0.6
+FRESH_ANSWER = 0.55
 # Chance that a text to judge names no feeling, so that the emotion is inferred from its cues.
 VAGUE_FEELING = 0.5
 

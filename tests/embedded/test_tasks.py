@@ -23,12 +23,16 @@ def _scenes(style, n=N):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_habit_is_biased_but_never_certain(style):
-    for expression in scenes.EXPRESSIONS:
-        scene = next(s for s in _scenes(style, 200) if s.expression == expression)
+    names = np.asarray(scenes.labels(style))
+    named = []
+    for scene in _scenes(style, 300):
         p = tasks.habit(scene)
         np.testing.assert_allclose(p.sum(), 1)
-        assert p.min() >= 0.04
-        assert p.max() < 0.8
+        assert 0.04 <= p.min() < p.max() < 0.85
+        named.append(names[p.argmax()])
+    # Two of the labels take most of the scenes.
+    _, counts = np.unique(named, return_counts=True)
+    assert np.sort(counts)[-2:].sum() > 0.7 * len(named)
 
 
 def test_habit_leaves_much_to_learn():
@@ -101,7 +105,7 @@ def test_text_judge_follows_feelings_and_infers_where_none_is_named():
         felt = re.search(r"<step2> (.*) </step2>", task.question)[1]
         inferred += felt in vague
         assert felt in vague or felt in feelings[task.reply]
-    assert 0.2 < inferred / 400 < 0.3
+    assert abs(inferred / 400 - tasks.VAGUE_FEELING) < 0.08
 
 
 def test_questions_are_those_of_training():
