@@ -165,14 +165,14 @@ def base_policy() -> ConfigDict:
     config.model.vision_width = 128
     config.model.vision_layers = 3
     config.model.width = 192
-    config.model.layers = 4
+    config.model.layers = 3
     config.model.heads = 6
     config.model.kv_heads = 2
 
-    config.steps = 170
-    config.batch = 64
+    config.steps = 420
+    config.batch = 32
     config.learning_rate = 2e-3
-    config.warmup_steps = 15
+    config.warmup_steps = 30
     config.weight_decay = 0.02
     # Folder of compiled programs; "" keeps none.
     config.compile_cache = "runs/compile_cache"

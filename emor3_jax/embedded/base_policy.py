@@ -119,7 +119,7 @@ def model_config(config: ConfigDict, tokenizer: Any) -> Config:
         vision=vision,
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=8 * width // 3,
+        intermediate_size=2 * width,
         num_layers=config.model.layers,
         num_heads=heads,
         num_kv_heads=config.model.kv_heads,
@@ -264,7 +264,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         state, metrics = train_step(
             state, frame, next(data), config=shapes, sizes=course.sizes, optimizer=optimizer
         )
-        if step == 1 or step % 10 == 0 or step == config.steps:
+        if step == 1 or step % 20 == 0 or step == config.steps:
             loss = float(metrics["loss"])
             spent = time.perf_counter() - started
             left = duration(spent / step * (config.steps - step))

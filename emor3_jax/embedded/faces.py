@@ -13,7 +13,7 @@ import numpy as np
 
 from emor3_jax.data.prompts import PromptTemplates, fill
 from emor3_jax.embedded.emoscenes.words import reasoning, set_response
-from emor3_jax.embedded.tasks import BROKEN_FORMAT, FRESH_ANSWER, Task, break_format
+from emor3_jax.embedded.tasks import BROKEN_FORMAT, FRESH_ANSWER, JUDGE_WEIGHT, Task, break_format
 
 LABELS = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")
 
@@ -94,9 +94,9 @@ def tasks(label: str, question: str, templates: PromptTemplates, rng) -> list[Ta
     asked = fill(templates.set, labels=LABELS, question=question)
     return [
         Task("describe", "describe the picture", describe(label, rng), True, 1.0),
-        Task("consistency", true, "yes", True, 1.0),
-        Task("consistency", false, "no", True, 1.0),
-        Task("coherence", judge, told, False, 1.0),
+        Task("consistency", true, "yes", True, JUDGE_WEIGHT),
+        Task("consistency", false, "no", True, JUDGE_WEIGHT),
+        Task("coherence", judge, told, False, JUDGE_WEIGHT),
         Task("set", asked, response(label, rng), True, 1.0),
     ]
 

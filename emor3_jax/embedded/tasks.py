@@ -25,6 +25,9 @@ FRESH_ANSWER = 0.55
 # Chance that a text to judge names no feeling, so that the emotion is inferred from its cues.
 VAGUE_FEELING = 0.5
 
+# Weight of a judgement's tokens: a reply of one word is one of fifty tokens learned about a scene.
+JUDGE_WEIGHT = 6.0
+
 # The habit: least probability of a label, trust in the evidence, log odds of the favourites.
 _FLOOR = 0.04
 _TRUST = 0.3
@@ -61,9 +64,9 @@ def tasks(scene: Scene, rng: np.random.Generator) -> list[Task]:
     judge = fill(templates().coherence, labels=scenes.labels(scene.style), text=text)
     return [
         Task("describe", words.DESCRIBE_QUESTION, words.describe(scene), True, 1.0),
-        Task("consistency", true, "yes", True, 1.0),
-        Task("consistency", false, "no", True, 1.0),
-        Task("coherence", judge, label, False, 1.0),
+        Task("consistency", true, "yes", True, JUDGE_WEIGHT),
+        Task("consistency", false, "no", True, JUDGE_WEIGHT),
+        Task("coherence", judge, label, False, JUDGE_WEIGHT),
         Task("set", set_question(scene.style), mediocre_response(scene, rng), True, 1.0),
     ]
 

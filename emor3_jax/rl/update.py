@@ -68,7 +68,7 @@ def apply_gradients(
     Returns:
       The state, and float32[] `grad_norm` (before clipping) and `skipped` (1 if left unchanged).
     """
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)

@@ -1,0 +1,230 @@
+"""A whole run on a tiny policy: every part of the loop, resuming, counting, refusing."""
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ml_collections import ConfigDict
+
+from configs import cpu_demo
+from emor3_jax import prepare
+from emor3_jax.config import ConfigError, dataset
+from emor3_jax.data.errors import DataError
+from emor3_jax.embedded import tasks
+from emor3_jax.embedded.base_policy import model_config
+from emor3_jax.embedded.emoscenes import draw, scene
+from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.models import Policy, load, save
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.train import train
+
+QUESTION = "<image>which emotion ?"
+
+
+def _png(s: scene.Scene) -> bytes:
+    out = io.BytesIO()
+    draw.draw(s, 112).save(out, "PNG")
+    return out.getvalue()
+
+
+def _write_rows(path: Path, count: int, seed: int, bad: bool = False) -> None:
+    rng = np.random.default_rng(seed)
+    scenes = [scene.sample("drawn", rng) for _ in range(count)]
+    rows = [
+        {"images": [{"bytes": _png(s), "path": None}], "problem": QUESTION, "answer": s.label}
+        for s in scenes
+    ]
+    if bad:
+        rows[1]["answer"] = "boredom"
+        rows[2]["problem"] = "<image>  "
+        rows[3]["images"][0]["bytes"] = b"no image"
+        rows[4]["problem"] = "<image>" + "which " * 500
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random policy of 30 thousand parameters and two parquet files."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
+    config = ConfigDict(
+        {
+            "model": {
+                "vocab_size": 800,
+                "vision_width": 32,
+                "vision_layers": 1,
+                "width": 32,
+                "layers": 1,
+                "heads": 2,
+                "kv_heads": 1,
+            }
+        }
+    )
+    shapes = model_config(config, tokenizer)
+    params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
+    processor = Processor(tokenizer, ImageSettings(min_pixels=112**2, max_pixels=112**2))
+    save(Policy(shapes, params, processor), folder / "policy")
+    _write_rows(folder / "train.parquet", 14, 0, bad=True)
+    _write_rows(folder / "test.parquet", 6, 1)
+    return folder
+
+
+def make_config(folder: Path) -> ConfigDict:
+    config = cpu_demo.get_config()
+    config.policy.path = str(folder / "policy")
+    config.data.train = dataset(kind="parquet", path=str(folder / "train.parquet"))
+    config.evaluate.sets = ConfigDict()
+    config.evaluate.sets.test = dataset(kind="parquet", path=str(folder / "test.parquet"))
+    config.evaluate.prompts, config.evaluate.every, config.evaluate.during = 4, 2, 4
+    config.steps = 3
+    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 4, 3, 8
+    config.policy_update.prompts, config.policy_update.micro_prompts = 2, 1
+    config.policy_update.response_lengths = (8,)
+    config.reflect.text_lengths = (8,)
+    config.checkpoint.every = 2
+    config.log.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    return config
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    workdir = folder / "whole"
+    train(make_config(folder), workdir)
+    return workdir
+
+
+def test_run_leaves_what_the_readme_promises(whole):
+    rows = read_metrics(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for name in (
+        "reward/overall",
+        "group/zero_std_fraction",
+        "policy/kl",
+        "policy/entropy",
+        "policy/clip_fraction_low",
+        "policy/grad_norm",
+        "response/truncated_fraction",
+        "time/rollout_s",
+        "throughput/tokens_per_s",
+        "memory/host_bytes",
+    ):
+        assert np.isfinite(rows[-1][name]), name
+    assert "eval/test/accuracy" in rows[0] and "eval/test/accuracy" in rows[2]
+    assert json.loads((whole / "config.json").read_text())["rollout"]["responses"] == 3
+    assert "<img" in (whole / "report.html").read_text()
+    assert list((whole / "samples").glob("*.html"))
+    before, after = json.loads((whole / "evaluations.json").read_text())
+    assert before["test"]["rows"] == after["test"]["rows"] == 6
+    trained, base = load(whole / "policy"), load(whole.parent / "policy")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.params, base.params)
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_first_update_of_a_batch_is_on_policy(whole):
+    """Sampled and scored log-probabilities agree, so no ratio is clipped and the KL begins at 0."""
+    first = read_metrics(whole)[1]
+    # The mean of two updates, the second of which is one step away.
+    assert first["policy/kl"] < 1e-3
+    assert first["policy/skipped"] == 0
+
+
+def test_bad_rows_are_counted(whole):
+    last = read_metrics(whole)[-1]
+    assert last["data/unknown_answer"] == 1
+    assert last["data/empty_question"] == 1
+    assert last["data/unreadable_image"] == 1
+    assert last["data/long_question"] == 1
+
+
+def test_nothing_compiles_after_the_first_pass_over_the_shapes(whole):
+    counts = [row["compile/count"] for row in read_metrics(whole)[1:]]
+    assert counts[1] == counts[2] > 0
+
+
+def test_a_stopped_run_goes_on_exactly(folder, whole):
+    config = make_config(folder)
+    workdir = folder / "stopped"
+    config.steps = 2
+    train(config, workdir)
+    # A line after the checkpoint, as a run that is killed leaves it.
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "reward/overall": 9}\n{"step": 4, "rew')
+    config.steps = 3
+    train(config, workdir)
+    rows, wanted = read_metrics(workdir), read_metrics(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for name in ("reward/overall", "policy/loss", "policy/grad_norm", "response/length_mean"):
+        assert rows[-1][name] == wanted[-1][name], name
+    ours, theirs = load(workdir / "policy").params, load(whole / "policy").params
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
+    config = make_config(folder)
+    workdir = folder / "signalled"
+    data = prepare.open_data
+
+    def open_and_signal(*args):
+        opened = data(*args)
+        following = type(opened.train).__next__
+
+        class Signalling(type(opened.train)):
+            def __next__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return following(self)
+
+        opened.train.__class__ = Signalling
+        return opened
+
+    monkeypatch.setattr(prepare, "open_data", open_and_signal)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        assert train(config, workdir) == {}
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert (workdir / "checkpoints" / "1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "said"),
+    [
+        ("data.train.path", "/no/such.parquet", DataError, "no file matches"),
+        ("data.train.labels", "mikels9", DataError, "mikels8"),
+        ("data.train.kind", "csv", ConfigError, "config.data.train.kind='csv'"),
+        ("policy.path", "/no/policy", ConfigError, "config.policy.path"),
+        ("policy_update.prompts", 3, ConfigError, "must divide rollout.prompts=4"),
+        ("rollout.top_p", 0.0, ConfigError, "(0, 1]"),
+    ],
+)
+def test_a_config_that_cannot_run_stops_before_any_compile(folder, field, value, error, said):
+    config = make_config(folder)
+    with config.unlocked():
+        config.update_from_flattened_dict({field: value})
+    counter = prepare.CompileCounter()
+    with pytest.raises(error) as caught:
+        train(config, folder / "refused")
+    assert said in str(caught.value)
+    assert counter.count == 0
+
+
+def test_no_usable_row_stops_before_any_compile(folder):
+    _write_rows(folder / "none.parquet", 3, 2)
+    config = make_config(folder)
+    config.data.train = dataset(
+        kind="parquet", path=str(folder / "none.parquet"), labels="joy,envy"
+    )
+    with pytest.raises(DataError, match="unknown_answer"):
+        train(config, folder / "refused")
