@@ -1,0 +1,100 @@
+"""A tokenizer, a policy's shapes and parquet files in the release's schema, all tiny."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+
+LABELS = ("joy", "Fear", "anger")
+
+IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+def png(seed: int, height: int = 16, width: int = 16) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def parquet_row(seed: int, **changes) -> dict:
+    row = {
+        "images": [{"bytes": png(seed), "path": None}],
+        "problem": f"<image>which emotion is number {seed} ?",
+        "answer": ("joy", "fear", " Anger ")[seed % 3],
+    }
+    return row | changes
+
+
+def write_parquet(path, rows: list[dict], row_group_size: int = 4) -> None:
+    schema = pa.schema(
+        [
+            ("images", IMAGES_TYPE),
+            ("problem", pa.string()),
+            ("answer", pa.string()),
+            ("course_grained", pa.string()),
+        ]
+    )
+    rows = [{"course_grained": None} | row for row in rows]
+    table = pa.Table.from_pylist(rows, schema)
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(["which emotion is this ? joy , fear , anger yes or no"] * 4, 300)
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer):
+    return Processor(tokenizer, ImageSettings(patch_size=4, min_pixels=256, max_pixels=1024))
+
+
+@pytest.fixture(scope="session")
+def config(tokenizer):
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    return Config(
+        vision=VisionConfig(
+            depth=2,
+            hidden_size=16,
+            intermediate_size=24,
+            num_heads=2,
+            patch_size=4,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            window_size=16,
+            fullatt_block_indexes=(1,),
+            out_hidden_size=32,
+        ),
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mrope_section=(1, 1, 2),
+        tie_word_embeddings=True,
+        **ids,
+    )
+
+
+@pytest.fixture(scope="session")
+def make():
+    """The helpers above, for tests that write their own files."""
+    return {"png": png, "row": parquet_row, "parquet": write_parquet, "labels": LABELS}

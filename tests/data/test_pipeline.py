@@ -1,0 +1,298 @@
+import io
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
+
+from emor3_jax import models
+from emor3_jax.data import pipeline
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.pipeline import eval_batches, train_batches
+from emor3_jax.data.prompts import render_prompt
+from emor3_jax.data.sources import ParquetSource
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+
+TEMPLATE = "{question} {labels}"
+BUCKETS = {"prompt_lengths": (160, 240), "image_windows": (1, 4)}
+GOOD = 11
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, make):
+    """11 usable rows."""
+    path = tmp_path_factory.mktemp("clean") / "a.parquet"
+    make["parquet"](path, [make["row"](i) for i in range(GOOD)])
+    return ParquetSource(path)
+
+
+def faulty_rows(make) -> dict[str, list[dict]]:
+    """Rows by the reason for which they must be left out."""
+    picture = {"bytes": make["png"](0), "path": None}
+    return {
+        "missing_field": [
+            make["row"](0, answer=None),
+            make["row"](0, problem=None),
+            make["row"](0, images=[]),
+            make["row"](0, images=None),
+            make["row"](0, images=[{"bytes": None, "path": "gone.png"}]),
+        ],
+        "several_images": [
+            make["row"](0, images=[picture, picture]),
+            make["row"](0, problem="<image><image>which ?"),
+        ],
+        "empty_question": [make["row"](0, problem="<image> \n")],
+        "special_token": [make["row"](0, problem="which <|image_pad|> ?")],
+        "unknown_answer": [make["row"](0, answer="rage"), make["row"](0, answer="")],
+        "unreadable_image": [
+            make["row"](0, images=[{"bytes": b"no picture", "path": None}]),
+            make["row"](0, images=[{"bytes": make["png"](0)[:-40], "path": None}]),
+            make["row"](0, images=[{"bytes": make["png"](0, 1, 300), "path": None}]),
+        ],
+        "large_image": [make["row"](0, images=[{"bytes": make["png"](0, 8, 128), "path": None}])],
+        "long_question": [make["row"](0, problem="<image>" + "which ? " * 200)],
+    }
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory, make):
+    """11 usable rows among 16 others."""
+    bad = list(itertools.chain.from_iterable(faulty_rows(make).values()))
+    rows = [make["row"](i) for i in range(GOOD)]
+    rows[3:3] = bad[:9]
+    rows[-2:-2] = bad[9:]
+    path = tmp_path_factory.mktemp("dirty") / "a.parquet"
+    make["parquet"](path, rows)
+    return ParquetSource(path)
+
+
+@pytest.fixture
+def train(config, processor, make):
+    def call(source, **changes):
+        options = {"batch_size": 2, "seed": 0, **BUCKETS} | changes
+        return train_batches(source, config, processor, TEMPLATE, make["labels"], **options)
+
+    return call
+
+
+@pytest.fixture
+def evaluation(config, processor, make):
+    def call(source, **changes):
+        options = {"batch_size": 4, **BUCKETS} | changes
+        return eval_batches(source, config, processor, TEMPLATE, make["labels"], **options)
+
+    return call
+
+
+def ids_of(batches, count: int) -> list[str]:
+    return [row_id for _, ids in itertools.islice(batches, count) for row_id in ids]
+
+
+def test_each_epoch_has_every_row_once_in_an_order_of_its_own(train, clean):
+    ids = ids_of(train(clean, batch_size=1), 3 * GOOD)
+    epochs = [ids[i : i + GOOD] for i in range(0, len(ids), GOOD)]
+    everything = sorted(texts.id for texts in clean.texts())
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_order_depends_on_the_seed_alone(train, clean):
+    first = ids_of(train(clean, seed=5), 12)
+    assert ids_of(train(clean, seed=5), 12) == first
+    assert ids_of(train(clean, seed=5, batch_size=3), 8) == first
+    assert ids_of(train(clean, seed=6), 12) != first
+    # Not merely the next epoch of another seed.
+    assert (
+        ids_of(train(clean, seed=1, batch_size=1), GOOD)
+        != (ids_of(train(clean, seed=0, batch_size=1), 2 * GOOD)[GOOD:])
+    )
+
+
+@pytest.mark.parametrize("source", ["clean", "dirty"])
+@pytest.mark.parametrize("done", [0, 1, 8])
+def test_resume_repeats_exactly(train, source, done, request):
+    source = request.getfixturevalue(source)
+    batches = train(source)
+    ids_of(batches, done)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = [next(batches) for _ in range(9)]
+    again = train(source)
+    ids_of(again, 3)
+    again.set_state(state)
+    for batch, ids in expected:
+        other, other_ids = next(again)
+        assert ids == other_ids
+        jax.tree.map(np.testing.assert_array_equal, batch, other)
+
+
+def test_resume_with_other_rows_or_seed_is_refused(train, clean, dirty, make, tmp_path):
+    state = train(clean).get_state()
+    with pytest.raises(DataError, match="seed=0, now it is 1"):
+        train(clean, seed=1).set_state(state)
+    make["parquet"](tmp_path / "b.parquet", [make["row"](i) for i in range(4)])
+    with pytest.raises(DataError, match="rows=11, now it is 4"):
+        train(ParquetSource(tmp_path / "b.parquet")).set_state(state)
+
+
+def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
+    batches = train(dirty)
+    ids = ids_of(batches, 4 * len(dirty) // 2)
+    expected = {reason: len(rows) for reason, rows in faulty_rows(make).items()}
+    assert batches.stats.counts() == expected
+    bad = {row_id for reason in pipeline.REASONS for row_id in batches.stats.ids(reason)}
+    assert len(bad) == sum(expected.values())
+    assert set(ids) == {texts.id for texts in dirty.texts()} - bad
+    # The next good row takes the place of a bad one: an epoch still has every good row once.
+    assert all(ids.index(row_id) < GOOD for row_id in set(ids))
+
+
+def test_bad_rows_are_named_in_the_log_once(train, dirty, caplog):
+    batches = train(dirty)
+    ids_of(batches, 3 * len(dirty) // 2)
+    messages = "\n".join(record.getMessage() for record in caplog.records)
+    for reason in pipeline.REASONS:
+        for row_id in batches.stats.ids(reason):
+            assert (
+                messages.count(f"{row_id},")
+                + messages.count(f"{row_id}\n")
+                + (messages.count(f"{row_id}:"))
+                + messages.endswith(row_id)
+                == 1
+            )
+
+
+def test_nothing_left_is_an_error_that_says_why(train, make, tmp_path):
+    path = tmp_path / "a.parquet"
+    make["parquet"](path, [make["row"](i, answer="rage") for i in range(5)])
+    with pytest.raises(DataError, match=r"joy, Fear, anger: 5 unknown_answer .*parquet:0"):
+        train(ParquetSource(path))
+    make["parquet"](path, [])
+    with pytest.raises(DataError, match="it has no rows"):
+        train(ParquetSource(path))
+    broken = [{"bytes": b"no", "path": None}]
+    make["parquet"](path, [make["row"](i, images=broken) for i in range(5)])
+    with pytest.raises(DataError, match="no usable row is left: 5 unreadable_image"):
+        next(train(ParquetSource(path)))
+
+
+def test_evaluation_has_every_row_once_in_order(evaluation, dirty):
+    batches = evaluation(dirty)
+    for _ in range(2):
+        out = list(batches)
+        assert [batch.last_token.shape for batch, _ in out] == [(4,)] * 3
+        assert np.concatenate([batch.weight for batch, _ in out]).tolist() == [1] * 11 + [0]
+        ids = [row_id for _, ids in out for row_id in ids]
+        rows = [dirty.find(row_id) for row_id in ids[:-1]]
+        assert rows == sorted(rows) and len(set(rows)) == GOOD and ids[-1] == ""
+
+
+def test_answers_are_compared_in_lower_case_and_stripped(evaluation, clean):
+    answers = np.concatenate([batch.answers for batch, _ in evaluation(clean, batch_size=11)])
+    assert answers.tolist() == [i % 3 for i in range(GOOD)]
+
+
+def test_a_limit_picks_the_same_rows_from_everywhere(evaluation, clean, make, tmp_path):
+    batches = evaluation(clean, batch_size=2)
+    few = batches.take(3)
+    ids = ids_of(few, 99)
+    assert len(ids) == 4 and ids[-1] == ""
+    assert ids_of(few, 99) == ids == ids_of(evaluation(clean, batch_size=2, limit=3), 99)
+    assert len(ids_of(few.take(8), 99)) == len(ids_of(few.take(0), 99)) == 4
+    assert len(ids_of(batches.take(0), 99)) == 12
+    make["parquet"](tmp_path / "b.parquet", [make["row"](i) for i in range(400)])
+    big = ParquetSource(tmp_path / "b.parquet")
+    rows = [big.find(row_id) for row_id in ids_of(evaluation(big, batch_size=40, limit=40), 99)]
+    assert len(rows) == 40 and min(rows) < 40 and max(rows) > 360
+
+
+def test_hosts_share_the_rows_and_agree_on_shapes(train, evaluation, clean):
+    parts = [list(evaluation(clean, batch_size=3, shard=(i, 2))) for i in range(2)]
+    assert [len(part) for part in parts] == [2, 2]
+    ids = [row_id for part in parts for _, ids in part for row_id in ids if row_id]
+    assert sorted(ids) == sorted(texts.id for texts in clean.texts())
+    shapes = {
+        jax.tree.map(np.shape, next(train(clean, shard=(i, 2)))[0]).__repr__() for i in range(2)
+    }
+    assert len(shapes) == 1
+    batch, _ = next(train(clean, shard=(0, 2)))
+    assert batch.prompt.tokens.shape == (2, 240) and batch.images.mask.shape[1] == 4
+
+
+def test_a_host_that_runs_out_first_fills_up_with_rows_of_no_weight(evaluation, clean, make):
+    parts = [list(evaluation(clean, batch_size=1, shard=(i, 2))) for i in range(2)]
+    assert [len(part) for part in parts] == [6, 6]
+    assert float(parts[1][-1][0].weight.sum()) == 0 and parts[1][-1][1] == ("",)
+
+
+def test_worker_processes_give_the_same_batches(train, dirty):
+    here, there = train(dirty), train(dirty, workers=1)
+    try:
+        for _ in range(8):
+            (a, ids), (b, other_ids) = next(here), next(there)
+            assert ids == other_ids
+            jax.tree.map(np.testing.assert_array_equal, a, b)
+        assert there.stats.counts() == here.stats.counts()
+    finally:
+        there.close()
+
+
+def test_a_processor_of_another_policy_is_refused(clean, config, tokenizer, make):
+    other = Processor(tokenizer, ImageSettings(patch_size=14))
+    with pytest.raises(DataError, match=r"patch_size: the processor has 14.*config\.json 4"):
+        train_batches(
+            clean, config, other, TEMPLATE, make["labels"], batch_size=1, seed=0, **BUCKETS
+        )
+
+
+def test_batch_gives_the_logits_of_the_arrays_of_transformers(
+    tmp_path, config, processor, evaluation, make
+):
+    """End to end: the padded prompt and its last token, against the hub's left-padded layout."""
+    sizes = ((16, 16), (32, 24), (10, 30))
+    rows = [
+        make["row"](i, images=[{"bytes": make["png"](i, *size), "path": None}])
+        for i, size in enumerate(sizes)
+    ]
+    make["parquet"](tmp_path / "a.parquet", rows)
+    source = ParquetSource(tmp_path / "a.parquet")
+    ((batch, _),) = evaluation(source, batch_size=3)
+    params = model.init_params(config, jax.random.key(0))
+    features = model.encode_images(config, params, batch.images)
+    _, prefix = model.forward_prompt(config, params, batch.prompt, features)
+    hidden, _ = model.forward_continuation(
+        config,
+        params,
+        prefix,
+        batch.last_token[:, None, None],
+        batch.next_position[:, None, None],
+        jnp.ones((3, 1, 1), bool),
+    )
+    ours = model.logits(config, params, hidden)[:, 0, 0]
+
+    reader = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=256, max_pixels=1024)
+    pictures = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in rows]
+    arrays = reader(pictures, return_tensors="np")
+    prompts = [
+        render_prompt(
+            processor.tokenizer,
+            TEMPLATE,
+            source[i].texts.question,
+            make["labels"],
+            int(np.prod(grid)) // 4,
+        )
+        for i, grid in enumerate(arrays["image_grid_thw"])
+    ]
+    longest = max(map(len, prompts))
+    theirs = models.forward_logits(
+        models.Policy(config, params),
+        np.array([[0] * (longest - len(tokens)) + tokens for tokens in prompts]),
+        np.array([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in prompts]),
+        arrays["pixel_values"],
+        arrays["image_grid_thw"],
+    )
+    np.testing.assert_allclose(ours, theirs[:, -1], atol=1e-4)

@@ -1,0 +1,122 @@
+import io
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.sources import EmoScenesSource, ParquetSource
+from emor3_jax.embedded.emoscenes import builder
+
+
+@pytest.fixture
+def folder(tmp_path, make):
+    make["parquet"](tmp_path / "a.parquet", [make["row"](i) for i in range(10)])
+    make["parquet"](tmp_path / "b.parquet", [make["row"](i) for i in range(10, 13)])
+    return tmp_path
+
+
+def test_rows_of_several_files_in_order(folder, make):
+    source = ParquetSource(folder / "*.parquet")
+    assert len(source) == 13
+    for index in (12, 0, 9, 10, 5):
+        row = source[index]
+        assert row.images == [make["png"](index)]
+        assert row.texts.question == f"which emotion is number {index} ?"
+    assert source[9].texts.id == "a.parquet:9" and source[10].texts.id == "b.parquet:0"
+    assert [source.find(texts.id) for texts in source.texts()] == list(range(13))
+    assert list(source.texts()) == [source[i].texts for i in range(13)]
+    with pytest.raises(IndexError):
+        source[13]
+
+
+def test_files_joined_by_commas_keep_their_order(folder):
+    source = ParquetSource(f"{folder}/b.parquet, {folder}/a.parquet")
+    assert [source[i].texts.id for i in (0, 3)] == ["b.parquet:0", "a.parquet:0"]
+
+
+def test_files_of_equal_names_are_told_apart(folder, make):
+    (folder / "more").mkdir()
+    make["parquet"](folder / "more" / "a.parquet", [make["row"](40)])
+    source = ParquetSource(folder / "**" / "*.parquet")
+    ids = [texts.id for texts in source.texts()]
+    assert len(set(ids)) == 14
+    assert [source.find(i) for i in ids] == list(range(14))
+
+
+def test_unknown_ids_are_key_errors(folder):
+    source = ParquetSource(folder / "a.parquet")
+    for row_id in ("b.parquet:0", "a.parquet:x", "a.parquet"):
+        with pytest.raises(KeyError):
+            source.find(row_id)
+
+
+def test_memory_is_bounded_by_the_cache(tmp_path, make):
+    make["parquet"](tmp_path / "a.parquet", [make["row"](i) for i in range(40)], row_group_size=1)
+    one = pq.ParquetFile(tmp_path / "a.parquet").read_row_group(0).nbytes
+    source = ParquetSource(tmp_path / "a.parquet", cache_bytes=4 * one)
+    for index in (*range(40), *range(0, 40, 7)):
+        assert source[index].images == [make["png"](index)]
+        assert sum(table.nbytes for table in source._cache.values()) <= 4 * one
+
+
+def test_a_source_can_be_sent_to_another_process(folder):
+    source = ParquetSource(folder / "*.parquet")
+    row = source[11]
+    assert pickle.loads(pickle.dumps(source))[11] == row
+
+
+def test_question_is_the_problem_without_its_picture(tmp_path, make):
+    problems = ["<image> which ?", "which ? <image>", "which ?", "<image><image>which ?", None]
+    rows = [make["row"](i, problem=problem) for i, problem in enumerate(problems)]
+    make["parquet"](tmp_path / "a.parquet", rows)
+    texts = list(ParquetSource(tmp_path / "a.parquet").texts())
+    assert [t.question for t in texts] == ["which ?"] * 4 + [None]
+    assert [t.image_moved for t in texts] == [False, True, False, False, False]
+    assert [t.images_named for t in texts[:4]] == [1, 1, 0, 2]
+
+
+def test_pictures_may_be_files_beside_the_parquet_file(tmp_path, make):
+    (tmp_path / "x.png").write_bytes(make["png"](3))
+    images = [{"bytes": None, "path": "x.png"}, {"bytes": None, "path": "gone.png"}, None]
+    make["parquet"](tmp_path / "a.parquet", [make["row"](0, images=images)])
+    assert ParquetSource(tmp_path / "a.parquet")[0].images == [make["png"](3), None, None]
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"no file matches '.*gone\.parquet'"):
+        ParquetSource(tmp_path / "gone.parquet")
+
+
+def test_files_that_are_not_parquet_are_named(tmp_path):
+    (tmp_path / "a.parquet").write_text("no")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
+        ParquetSource(tmp_path / "a.parquet")
+
+
+def test_missing_columns_are_named_with_those_there(tmp_path):
+    pq.write_table(pa.table({"images": [1], "question": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'problem', only images, question"):
+        ParquetSource(tmp_path / "a.parquet")
+
+
+def test_images_of_another_type_are_refused(tmp_path):
+    table = pa.table({"images": [b"x"], "problem": ["x"], "answer": ["x"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"column 'images' is binary, not a list"):
+        ParquetSource(tmp_path / "a.parquet")
+
+
+def test_emoscenes(tmp_path):
+    builder.prepare(tmp_path, 112, {"train": 5, "test": 2})
+    source = EmoScenesSource("train", tmp_path, "which ?")
+    assert len(source) == 5
+    for index, texts in enumerate(source.texts()):
+        row = source[index]
+        assert row.texts == texts and source.find(texts.id) == index
+        assert texts.question == "which ?"
+        assert Image.open(io.BytesIO(row.images[0])).size == (112, 112)
+    with pytest.raises(DataError, match="split='validation'"):
+        EmoScenesSource("validation", tmp_path, "which ?")

@@ -1,0 +1,173 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.models.qwen2_5_vl.processor import (
+    ImageError,
+    ImageSettings,
+    Processor,
+    ProcessorError,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a picture of the rain"], 300)
+
+
+def picture(mode: str, height: int, width: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
+    return image
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK"])
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (112, 112), (131, 57), (20, 900), (3, 5)])
+@pytest.mark.parametrize("pixels", [(12544, 12544), (3136, 50176)])
+def test_patches_are_those_of_transformers(tokenizer, mode, height, width, pixels):
+    least, most = pixels
+    image = picture(mode, height, width)
+    processor = Processor(tokenizer, ImageSettings(min_pixels=least, max_pixels=most))
+    patches, grid = processor.patches(image)
+    reader = Qwen2VLImageProcessorPil(min_pixels=least, max_pixels=most)
+    theirs = reader(image, return_tensors="np")
+    assert theirs["image_grid_thw"].tolist() == [list(grid)]
+    assert patches.dtype == np.float32
+    np.testing.assert_allclose(patches, theirs["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_patches_by_hand(tokenizer):
+    # Patches of one pixel: value, then (value - mean) / std, for red, green, blue, two frames each.
+    settings = ImageSettings(
+        min_pixels=1, max_pixels=16, patch_size=1, mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 2.0)
+    )
+    pixels = np.zeros((2, 4, 3), np.uint8)
+    pixels[0, 1] = (255, 0, 51)
+    pixels[1, 2] = (51, 255, 255)
+    patches, grid = Processor(tokenizer, settings).patches(Image.fromarray(pixels))
+    assert grid == (1, 2, 4)
+    background = [0, 0, -1, -1, -0.5, -0.5]
+    expected = np.array([background] * 8)
+    # The four patches of a token are neighbours: (0, 1) is patch 1, (1, 2) is patch 4 + 2.
+    expected[1] = [1, 1, -1, -1, -0.4, -0.4]
+    expected[6] = [0.2, 0.2, 1, 1, 0, 0]
+    np.testing.assert_allclose(patches, expected, atol=1e-6)
+
+
+@given(
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    least=st.integers(1, 10**6),
+    factor=st.integers(1, 20),
+)
+def test_sizes_are_those_of_transformers(height, width, least, factor):
+    settings = ImageSettings(min_pixels=least, max_pixels=factor * least)
+    if max(height, width) > 200 * min(height, width):
+        with pytest.raises(ImageError, match="200 times"):
+            settings.smart_resize(height, width)
+    else:
+        assert settings.smart_resize(height, width) == smart_resize(
+            height, width, min_pixels=least, max_pixels=factor * least
+        )
+
+
+def test_small_pictures_grow_to_min_pixels(tokenizer):
+    processor = Processor(tokenizer, ImageSettings(min_pixels=112 * 112, max_pixels=112 * 112))
+    patches, grid = processor.patches(encode(picture("L", 48, 48)))
+    assert grid == (1, 8, 8) and patches.shape == (64, 1176)
+
+
+def test_encoded_pictures_are_turned_upright(tokenizer):
+    image = picture("RGB", 56, 84)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    processor = Processor(tokenizer)
+    encoded = encode(image, exif=exif)
+    turned, grid = processor.patches(encoded)
+    assert grid == (1, 6, 4)
+    np.testing.assert_array_equal(turned, processor.patches(image.rotate(-90, expand=True))[0])
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [b"", b"no picture", encode(picture("RGB", 64, 64))[:-500], b"\x89PNG\r\n\x1a\n"],
+    ids=["empty", "text", "cut", "header"],
+)
+def test_damaged_pictures_are_one_kind_of_error(tokenizer, encoded):
+    with pytest.raises(ImageError, match=f"cannot decode a picture of {len(encoded)} bytes"):
+        Processor(tokenizer).patches(encoded)
+
+
+def test_thin_pictures_are_refused(tokenizer):
+    with pytest.raises(ImageError, match="402 x 2 pixels is too thin"):
+        Processor(tokenizer).patches(picture("RGB", 2, 402))
+
+
+def test_folder_round_trip_in_the_files_of_the_hub(tokenizer, tmp_path):
+    settings = ImageSettings(min_pixels=12544, max_pixels=25088, mean=(0.1, 0.2, 0.3))
+    Processor(tokenizer, settings).save(tmp_path)
+    again = Processor.from_folder(tmp_path)
+    assert again.images == settings
+    assert again.tokenizer.chat_template == tokenizer.chat_template
+    assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
+    data = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert data["min_pixels"] == 12544 and data["image_processor_type"] == "Qwen2VLImageProcessor"
+    reader = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    assert (reader.size["shortest_edge"], reader.size["longest_edge"]) == (12544, 25088)
+
+
+def test_settings_in_the_ways_that_the_hub_and_transformers_write_them():
+    hub = {"min_pixels": 3136, "max_pixels": 12845056, "image_mean": [0.5] * 3}
+    assert ImageSettings.from_hf(hub) == ImageSettings(3136, 12845056, mean=(0.5, 0.5, 0.5))
+    newer = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}
+    assert ImageSettings.from_hf(newer) == ImageSettings(3136, 12845056)
+    assert ImageSettings.from_hf({}) == ImageSettings()
+
+
+def test_settings_inside_a_processor_file(tokenizer, tmp_path):
+    Processor(tokenizer).save(tmp_path)
+    data = (tmp_path / "preprocessor_config.json").read_text()
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
+        Processor.from_folder(tmp_path)
+    (tmp_path / "processor_config.json").write_text(f'{{"image_processor": {data}}}')
+    assert Processor.from_folder(tmp_path).images == ImageSettings()
+
+
+def test_chat_template_in_the_file_of_older_folders(tokenizer, tmp_path):
+    Processor(tokenizer).save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ProcessorError, match="no chat template"):
+        Processor.from_folder(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 1 }}"}))
+    assert Processor.from_folder(tmp_path).tokenizer.chat_template == "{{ 1 }}"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"do_resize": False}, "do_resize=false"),
+        ({"do_convert_rgb": False}, "do_convert_rgb=false"),
+        ({"resample": 2}, "resample=2"),
+        ({"min_pixels": 9, "max_pixels": 8}, "min_pixels=9"),
+    ],
+)
+def test_settings_that_are_not_implemented_are_refused(data, message):
+    with pytest.raises(ProcessorError, match=message):
+        ImageSettings.from_hf(data)
