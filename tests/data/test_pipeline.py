@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -157,13 +158,20 @@ def test_bad_rows_are_named_in_the_log_once(train, dirty, caplog):
     messages = "\n".join(record.getMessage() for record in caplog.records)
     for reason in pipeline.REASONS:
         for row_id in batches.stats.ids(reason):
-            assert (
-                messages.count(f"{row_id},")
-                + messages.count(f"{row_id}\n")
-                + (messages.count(f"{row_id}:"))
-                + messages.endswith(row_id)
-                == 1
-            )
+            assert len(re.findall(rf"{re.escape(row_id)}(?!\d)", messages)) == 1
+
+
+def test_the_longest_prompt_that_fits_is_kept(train, config, processor, make, tmp_path):
+    make["parquet"](tmp_path / "a.parquet", [make["row"](0)])
+    source = ParquetSource(tmp_path / "a.parquet")
+    question = source[0].texts.question
+    # 16 x 16 pixels are 4 x 4 patches, so 4 image tokens.
+    tokens = render_prompt(processor.tokenizer, TEMPLATE, question, make["labels"], 4)
+    n = len(tokens) - 1
+    batch, _ = next(train(source, prompt_lengths=(n,)))
+    assert batch.prompt.mask.all() and batch.last_token.tolist() == [tokens[-1]] * 2
+    with pytest.raises(DataError, match="1 long_question"):
+        next(train(source, prompt_lengths=(n - 1,)))
 
 
 def test_nothing_left_is_an_error_that_says_why(train, make, tmp_path):
