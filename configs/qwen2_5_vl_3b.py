@@ -1,0 +1,59 @@
+"""EMO-R3 on Qwen2.5-VL-3B at the release's settings: what the configs of real accelerators share.
+
+Give the policy's folder and the data on the command line:
+
+python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=runs/emoset \\
+    --config.policy.path=Qwen2.5-VL-3B-Instruct \\
+    --config.data.train.path=emoset_train.parquet \\
+    --config.evaluate.sets.validation.path=emoset_validation.parquet
+
+How large a picture becomes is said by `min_pixels` and `max_pixels` in the folder's
+preprocessor_config.json. The release has 262144 and 4194304, and cuts prompts at 2048 tokens, which
+a picture of 1.5 million pixels fills by itself. A folder with 262144 and 401408 (512 image tokens)
+fits the lengths of the files that start from this one.
+
+State of things: at this size nothing has been compiled yet, so whether it fits in memory is not
+known. Counted by hand, for all chips together: policy, reference, AdamW's two moments and gradients
+take 5 x 4 bytes x 3.75 billion = 75 GB; each response token takes 36,864 bytes of bfloat16 cache
+(36 layers, keys and values, 2 heads of 128), so that 512 x 8 responses of 2048 tokens, which are
+sampled all at once, take 309 GB. Files for one machine therefore take fewer prompts a step.
+"""
+
+from ml_collections import ConfigDict
+
+from emor3_jax.config import dataset, default
+
+
+def get_config() -> ConfigDict:
+    """Returns the config: the defaults, which are the release's settings, on parquet files."""
+    config = default()
+    # 20 epochs over about 2,000 training images.
+    config.steps = 78
+    config.policy.path = ""
+    config.data.train = dataset(kind="parquet", labels="mikels8")
+    config.data.workers = 8
+    config.evaluate.sets.validation = dataset(kind="parquet", labels="mikels8")
+    return config
+
+
+def single_host(prompts: int, max_tokens: int) -> ConfigDict:
+    """Returns the config for one machine: fewer prompts a step, shorter responses and prompts.
+
+    Args:
+      prompts: B, prompts of a rollout; an update takes half of them, as in the release.
+      max_tokens: T, at most 2048.
+    """
+    config = get_config()
+    config.steps = 20 * 2000 // prompts
+    config.data.prompt_lengths = (640, 896)
+    config.data.image_windows = (32, 48)
+    config.rollout.prompts = prompts
+    config.rollout.max_tokens = max_tokens
+    config.reflect.text_lengths = tuple(s for s in (128, 256, 512, 1024) if s <= max_tokens)
+    config.policy_update.prompts = prompts // 2
+    config.policy_update.micro_prompts = 8
+    config.policy_update.response_lengths = tuple(
+        s for s in (256, 512, 1024, 2048) if s <= max_tokens
+    )
+    config.evaluate.prompts = prompts
+    return config
