@@ -1,0 +1,229 @@
+"""Configs: every file loads, wrong values are refused by name, and no key is without a reader."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import emor3_jax
+from emor3_jax.config import ConfigError, base_policy, dataset, default, validate
+
+ROOT = Path(emor3_jax.__file__).parents[1]
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> str:
+    """A folder that looks like a policy's to `validate`."""
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_file_loads_and_is_valid(name: str, policy: str) -> None:
+    config = importlib.import_module(f"configs.{name}").get_config()
+    known = {path for path, _ in _leaves(base_policy() if "model" in config else default())}
+    sets = {path for path, _ in _leaves(config) if path[:2] == ("evaluate", "sets")}
+    assert {path for path, _ in _leaves(config)} - sets == known
+    assert {path[3:] for path in sets} <= {path for path, _ in _leaves(dataset())}
+    if "model" in config:
+        return
+    if not config.policy.path:
+        with pytest.raises(ConfigError, match=r"policy\.path"):
+            validate(config)
+        config.policy.path = policy
+    validate(config)
+    assert max(config.policy_update.response_lengths) >= config.rollout.max_tokens
+
+
+def test_the_base_policy_of_faces_is_a_config_of_its_own() -> None:
+    from configs import fer2013
+
+    config = fer2013.get_config("base")
+    assert config.data.kind == "faces"
+    assert {path for path, _ in _leaves(config)} == {path for path, _ in _leaves(base_policy())}
+
+
+WRONG = [
+    ("steps", -1, "0 or more"),
+    ("profile", "papr", "'paper' or 'release'"),
+    ("policy.dtype", "float16", "bfloat16"),
+    ("policy.path", "no/such/folder", "config.json"),
+    ("data.scene_size", 64, "between 112 and 224"),
+    ("data.prompt_lengths", (1024, 512), "rising"),
+    ("data.image_windows", (), "at least one"),
+    ("reflect.text_lengths", (0, 8), "over 0"),
+    ("rollout.responses", 0, "at least 1"),
+    ("rollout.temperature", 0.0, "over 0"),
+    ("reflect.temperature", -0.5, "0 or more"),
+    ("evaluate.top_p", 1.5, "(0, 1]"),
+    ("reflect.max_tokens", 0, "at least 1"),
+    ("reward.coherence_target", "image", "'answer'"),
+    ("reward.lambda_reflect", -0.1, "reward.lambda_format"),
+    ("policy_update.prompts", 100, "rollout.prompts=512"),
+    ("policy_update.micro_prompts", 7, "policy_update.prompts=256"),
+    ("policy_update.learning_rate", 0.0, "over 0"),
+    ("policy_update.clip_low", 1.0, "[0, 1)"),
+    ("policy_update.clip_dual", 1.0, "over 1"),
+    ("policy_update.kl_coef", -1.0, "0 or more"),
+    ("policy_update.mean", "batch", "'seq'"),
+    ("checkpoint.keep", 0, "at least 1"),
+    ("log.every", 0, "at least 1"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "rule"), WRONG, ids=[field for field, *_ in WRONG])
+def test_an_error_names_field_value_and_rule(field: str, value: object, rule: str) -> None:
+    config = default()
+    *sections, key = field.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    with section.ignore_type():
+        section[key] = value
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    message = str(error.value)
+    assert message.startswith(f"config.{field}={value!r}: ")
+    assert rule in message
+
+
+def test_the_sample_deviation_needs_two_responses() -> None:
+    config = default()
+    config.rollout.responses = 1
+    validate(config)
+    config.profile = "release"
+    with pytest.raises(ConfigError, match=r"rollout\.responses=1: .*at least 2"):
+        validate(config)
+
+
+def _train(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "emor3_jax.train", "--config=configs/cpu_demo.py", *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    done = _train("--config.stepz=3", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert "stepz" in done.stderr
+    assert 'Did you mean "steps"' in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_value_ends_the_program_with_its_message_alone(tmp_path: Path) -> None:
+    done = _train("--config.profile=papr", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "error: config.profile='papr': must be 'paper' or 'release'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# No key without a reader. A reader is an expression such as `config.policy_update.mean`, or
+# `c.mean` after `c = config.policy_update`. `validate` checks keys and does not count, nor do
+# assignments to a key.
+
+
+def _leaves(
+    config: ConfigDict, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _chain(node: ast.AST, aliases: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Names of `a.b["c"].d`, a leading alias replaced by what it stands for; () for others."""
+    names: list[str] = []
+    while True:
+        if isinstance(node, ast.Attribute):
+            names.append(node.attr)
+            node = node.value
+        elif isinstance(node, ast.Subscript):
+            if isinstance(node.slice, ast.Constant):
+                names.append(str(node.slice.value))
+            node = node.value
+        elif isinstance(node, ast.Name):
+            return (*aliases.get(node.id, (node.id,)), *reversed(names))
+        else:
+            return ()
+
+
+def _chains(source: str) -> set[tuple[str, ...]]:
+    """All chains of names that a module reads."""
+    found: set[tuple[str, ...]] = set()
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        aliases: dict[str, tuple[str, ...]] = {}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                chain = _chain(node.value, {})
+                if len(chain) > 1 and chain[0] == "config":
+                    aliases[node.targets[0].id] = chain
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(_chain(node, aliases))
+    return found
+
+
+def _unread(keys: Sequence[tuple[str, ...]], sources: Sequence[str]) -> list[str]:
+    """The keys, joined by dots, that no source reads."""
+    chains = set().union(*map(_chains, sources))
+    unread = []
+    for key in keys:
+        wanted = ("config", *key)
+        # One data set is handed on as `dataset`; those of an evaluation are found by name.
+        one_of_sets = {("dataset", key[-1]), ("config", "evaluate", "sets", key[-1])}
+        section = ("config", *key[:-1], "to_dict")
+        if wanted in chains or section in chains:
+            continue
+        if any(chain[: len(wanted)] == wanted for chain in chains):
+            continue
+        if key[:2] == ("data", "train") and one_of_sets & chains:
+            continue
+        unread.append(".".join(key))
+    return unread
+
+
+def _sources(*folders: str, without: Sequence[str] = ()) -> list[str]:
+    package = ROOT / "emor3_jax"
+    files = [file for folder in folders for file in sorted((package / folder).glob("*.py"))]
+    return [file.read_text() for file in files if file.name not in without]
+
+
+def test_every_key_of_the_programs_is_read() -> None:
+    keys = [path for path, _ in _leaves(default())]
+    assert len(keys) > 50
+    assert _unread(keys, _sources(".", without=("config.py",))) == []
+
+
+def test_every_key_of_the_base_policy_is_read() -> None:
+    keys = [path for path, _ in _leaves(base_policy())]
+    assert len(keys) > 15
+    assert _unread(keys, _sources("embedded")) == []
+
+
+def test_the_search_for_readers_finds_a_key_that_nothing_reads() -> None:
+    source = """
+def program(config):
+    c = config.policy_update
+    config.log.every = 3
+    return c.mean, config.steps, config.data.templates.to_dict()
+"""
+    keys = [
+        ("steps",),
+        ("policy_update", "mean"),
+        ("policy_update", "learning_rate"),
+        ("log", "every"),
+        ("data", "templates", "set"),
+        ("data", "mean"),
+    ]
+    assert _unread(keys, [source]) == ["policy_update.learning_rate", "log.every", "data.mean"]
