@@ -1,0 +1,105 @@
+"""Tables, sheets and the report: all numbers are there, and no text of a policy breaks them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emor3_jax.evaluate import Evaluation, Sample
+from emor3_jax.io import report
+
+PNG = b"\x89PNG not really"
+
+
+def _sample(**fields: object) -> Sample:
+    values: dict = {
+        "id": "test:7",
+        "label": "awe",
+        "answer": "fear",
+        "response": "<step1> seen <step2> felt <step3> negative \\boxed{fear}",
+        "coherence_reply": "awe",
+        "consistency_reply": "yes",
+        "scores": {"format": 0.0, "accuracy": 0.0, "overall": 0.25},
+    }
+    return Sample(**{**values, **fields})
+
+
+@pytest.fixture
+def evaluations() -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+    before = {"scenes": Evaluation({"accuracy": 0.25, "decoupling": 0.5, "rows": 8.0}, [])}
+    after = {
+        "scenes": Evaluation({"accuracy": 0.625, "decoupling": 0.125, "rows": 8.0}, [_sample()]),
+        "other": Evaluation({"accuracy": 0.5}, [_sample(answer="", scores={"accuracy": 1.0})]),
+    }
+    return before, after
+
+
+def test_the_table_has_before_after_and_change(evaluations) -> None:
+    lines = report.before_after_table(*evaluations).splitlines()
+    assert lines[0].split() == ["data", "set", "score", "before", "after", "change"]
+    assert lines[1].split() == ["scenes", "accuracy", "25.0", "62.5", "+37.5"]
+    assert lines[2].split() == ["scenes", "decoupling", "50.0", "12.5", "-37.5"]
+    assert lines[3].split() == ["other", "accuracy", "–", "50.0", "–"]
+    assert len(lines) == 4 and len(set(map(len, lines))) == 1
+
+
+def test_evaluations_survive_json(evaluations) -> None:
+    _, after = evaluations
+    assert report.from_json(json.loads(json.dumps(report.to_json(after)))) == after
+
+
+def test_the_report_has_numbers_curves_and_samples(tmp_path: Path, evaluations) -> None:
+    rows = [{"step": 0, "eval/scenes/accuracy": 0.25}]
+    rows += [{"step": s, "reward/overall": 0.1 * s, "reward/format": None} for s in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = {"scenes": lambda row_id: PNG if row_id == "test:7" else None, "other": lambda _: None}
+    path = report.write_report(tmp_path, "a <run>", *evaluations, images)
+    page = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "report.html"
+    assert "<h1>a &lt;run&gt;</h1>" in page
+    assert "<td>scenes · accuracy</td><td>25.0</td><td>62.5</td><td>+37.5</td>" in page
+    assert "<td>other · accuracy</td><td>–</td><td>50.0</td><td></td>" in page
+    assert "■ overall 0.30" in page and "over 3 steps" in page
+    # A term that was never measured has no curve.
+    assert "■ format" not in page
+    assert page.count("data:image/png;base64,") == 1
+    assert (
+        "<b>awe</b>" in page and '<b class="no">fear</b>' in page and '<b class="yes">–</b>' in page
+    )
+    assert "overall 0.25" in page
+
+
+def test_a_report_without_training_says_so(tmp_path: Path, evaluations) -> None:
+    _, after = evaluations
+    images = dict.fromkeys(after, lambda _: None)
+    page = report.write_report(tmp_path, "t", {}, after, images).read_text(encoding="utf-8")
+    assert "No training step was taken." in page
+
+
+def test_what_a_policy_says_is_escaped(tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script>"
+    sample = _sample(
+        id=f'"{nasty}',
+        label=nasty,
+        answer=nasty,
+        response=nasty,
+        coherence_reply=nasty,
+        consistency_reply=nasty,
+    )
+    path = tmp_path / "samples" / "000001.html"
+    report.write_samples(path, 1, [sample], lambda _: b"jpeg")
+    page = path.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 6
+    assert 'alt="&quot;&lt;script' in page
+    assert "data:image/jpeg;base64," in page
+
+
+def test_steps_begin_on_lines_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.html"
+    report.write_samples(path, 3, [_sample()], lambda _: None)
+    page = path.read_text(encoding="utf-8")
+    assert "Samples of step 3" in page and "<img" not in page
+    assert (
+        "&lt;step1&gt; seen <br>&lt;step2&gt; felt <br>&lt;step3&gt; negative <br>\\boxed" in page
+    )

@@ -1,0 +1,100 @@
+"""Evaluation: F1 and decoupling by hand, and padding rows that must not count."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from emor3_jax.data.batch import Batch
+from emor3_jax.episode import NOTHING_TO_JUDGE, Scores
+from emor3_jax.evaluate import decoupling, evaluate, macro_f1
+from emor3_jax.rollout.generate import Samples, SamplingRule
+
+
+def test_macro_f1_by_hand() -> None:
+    labels = np.array([0, 0, 1, 1, 2])
+    answers = np.array([0, 1, 1, -1, 0])
+    # Label 0: one hit, 2 true, 2 said: 2 / 4. Label 1 alike. Label 2 is never said: 0. Label 3
+    # does not occur and is left out.
+    assert macro_f1(labels, answers, 4) == pytest.approx((0.5 + 0.5 + 0.0) / 3)
+    assert macro_f1(labels, labels, 3) == 1.0
+    assert macro_f1(np.array([], int), np.array([], int), 3) == 0.0
+
+
+def test_a_label_that_is_said_wrongly_lowers_its_own_f1_only() -> None:
+    # Label 0: 3 hits, 3 true, 4 said: 6 / 7. Label 1: 0 hits.
+    answers = np.array([0, 0, 0, 0])
+    assert macro_f1(np.array([0, 0, 0, 1]), answers, 2) == pytest.approx((6 / 7) / 2)
+
+
+def test_decoupling_by_hand() -> None:
+    answers = np.array([0, 1, -1, 2, 3, 2])
+    inferred = np.array([0, 2, 1, -1, NOTHING_TO_JUDGE, 2])
+    # Without a box (third) or without a text (fifth) nothing can disagree; of the four others the
+    # second infers another label and the fourth none.
+    assert decoupling(answers, inferred) == pytest.approx(2 / 4)
+    assert decoupling(np.array([-1, 1]), np.array([0, NOTHING_TO_JUDGE])) == 0.0
+
+
+class _Actor:
+    """Answers by a table: row i of all rows gets column i of it."""
+
+    labels = ("joy", "fear")
+
+    def __init__(self, answers: list[int], inferred: list[int], reflects: bool) -> None:
+        self.rule = object() if reflects else None
+        self.tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
+        self._answers, self._inferred, self._row = answers, inferred, 0
+        self.keys: list[object] = []
+
+    def roll_out(self, params, batch, key, *, responses, rule):
+        assert responses == 1
+        self.keys.append(key)
+        b = len(batch.answers)
+        tokens = np.full((b, 1, rule.max_tokens), 7)
+        return None, Samples(tokens, tokens * 0.0, np.full((b, 1), 2), np.ones((b, 1), bool))
+
+    def reflect(self, params, batch, prefix, samples, key):
+        if self.rule is None:
+            return None
+        return SimpleNamespace(coherence=samples, consistency=samples)
+
+    def score(self, batch, samples, replies):
+        rows = slice(self._row, self._row + len(batch.answers))
+        self._row = rows.stop
+        answer = np.array(self._answers[rows])[:, None]
+        inferred = np.array(self._inferred[rows])[:, None]
+        accuracy = (answer == batch.answers[:, None]).astype(np.float32)
+        one = np.ones_like(accuracy)
+        return Scores(accuracy, one, accuracy, one, one, answer, inferred)
+
+
+def _batch(answers: list[int], weight: list[float]) -> tuple[Batch, tuple[str, ...]]:
+    fields = dict.fromkeys(Batch._fields)
+    fields |= {"answers": np.array(answers), "weight": np.array(weight, np.float32)}
+    return Batch(**fields), tuple(f"row {i}" if w else "" for i, w in enumerate(weight))
+
+
+@pytest.mark.parametrize("reflects", [True, False])
+def test_padding_rows_do_not_count(reflects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stand-in for replies is no pytree: fetching from the device is left out.
+    monkeypatch.setattr("jax.device_get", lambda tree: tree)
+    batches = [_batch([0, 1], [1, 1]), _batch([1, 0], [1, 0])]
+    actor = _Actor([0, 0, 1, 1], [0, 1, 1, 0], reflects)
+    rule = SamplingRule(3, 0.0, 1.0, (0,))
+    result = evaluate(actor, {}, batches, 5, rule=rule, put=lambda batch: batch, keep=2)
+    metrics = result.metrics
+    assert metrics["rows"] == 3
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["response_length"] == 2
+    assert metrics["truncated"] == 0
+    # Label 0: 1 hit, 1 true, 2 said: 2/3. Label 1: 1 hit, 2 true, 1 said: 2/3.
+    assert metrics["macro_f1"] == pytest.approx(2 / 3)
+    assert ("decoupling" in metrics) == ("coherence" in metrics) == reflects
+    if reflects:
+        assert metrics["decoupling"] == pytest.approx(1 / 3)
+    assert [sample.id for sample in result.samples] == ["row 0", "row 1"]
+    assert result.samples[1].label == "fear" and result.samples[1].answer == "joy"
+    assert result.samples[0].response == "7 7"
+    assert result.samples[0].coherence_reply == ("7 7" if reflects else "")
+    assert len(set(map(str, actor.keys))) == 2
