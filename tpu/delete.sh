@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Deletes a TPU VM and everything on its disks. gcloud asks first, unless --yes is given.
+#
+#   tpu/delete.sh NAME --zone ZONE [--yes] [--project PROJECT] [--dry-run]
+#
+#   --dry-run  prints the command instead of running it
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+
+quiet=()
+if [[ ${#rest[@]} -gt 0 && "${rest[0]}" == --yes ]]; then
+  quiet=(--quiet)
+  rest=("${rest[@]:1}")
+fi
+no_more
+
+run gcloud compute tpus tpu-vm delete "$name" "${where[@]}" "${quiet[@]+"${quiet[@]}"}"
