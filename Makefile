@@ -47,7 +47,7 @@ parity: $(VENV)/installed-parity
 	$(RUN) -m pytest tests/parity
 
 bench: $(VENV)/installed-bench
-	$(RUN) -m benchmarks.rollout
+	$(RUN) -m benchmarks.grouped
 
 clean:
 	rm -rf $(VENV) runs

@@ -11,7 +11,7 @@ from emor3_jax.config import dataset, default
 def get_config() -> ConfigDict:
     """Returns the config."""
     config = default()
-    config.steps = 120
+    config.steps = 80
     config.policy.dtype = "float32"
 
     config.data.prompt_lengths = (80,)
@@ -29,12 +29,16 @@ def get_config() -> ConfigDict:
     config.policy_update.micro_prompts = 8
     config.policy_update.learning_rate = 3e-4
     config.policy_update.warmup_steps = 5
+    # A rate this high, kept to the end, would wear down the policy's judgement of its own steps.
+    config.policy_update.schedule = "linear"
     config.policy_update.remat = False
     config.policy_update.response_lengths = (48, 56, 64)
 
     config.evaluate.sets.emoscenes = dataset(split="test")
     config.evaluate.sets.shifted = dataset(split="shifted_test", labels="emotion6")
-    config.evaluate.every = 30
+    # As in training: how often the policy does the right thing, not only its likeliest response.
+    config.evaluate.temperature = 1.0
+    config.evaluate.every = 20
     config.evaluate.during = 200
     config.evaluate.prompts = 100
     config.checkpoint.every = 40

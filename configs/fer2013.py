@@ -25,6 +25,8 @@ def get_config(program: str = "train") -> ConfigDict:
         return config
     config = cpu_demo.get_config()
     config.steps = 60
+    # Named on the command line: the embedded policy knows drawn scenes, not faces.
+    config.policy.path = ""
     config.data.prompt_lengths = (128,)
     config.data.train = dataset(kind="parquet", labels="fer7")
     config.rollout.max_tokens = 72

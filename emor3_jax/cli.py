@@ -9,9 +9,23 @@ from ml_collections import ConfigDict, config_flags
 
 from emor3_jax.config import ConfigError
 from emor3_jax.data.errors import DataError
+from emor3_jax.models.qwen2_5_vl.config import ConfigError as PolicyError
+from emor3_jax.models.qwen2_5_vl.processor import ProcessorError
+from emor3_jax.models.qwen2_5_vl.weights import WeightsError
 from emor3_jax.parallel.mesh import MeshError
+from emor3_jax.rewards import LabelError, TokenizerError
 
-USER_ERRORS = (ConfigError, DataError, MeshError)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    FileNotFoundError,
+    LabelError,
+    MeshError,
+    PolicyError,
+    ProcessorError,
+    TokenizerError,
+    WeightsError,
+)
 """Mistakes of a config or of data: their message is all that a user needs."""
 
 

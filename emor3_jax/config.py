@@ -100,7 +100,10 @@ def default() -> ConfigDict:
     # Prompts whose activations are in memory at once.
     config.policy_update.micro_prompts = 8
     config.policy_update.learning_rate = 2e-6
+    # Updates over which the learning rate rises to its value.
     config.policy_update.warmup_steps = 0
+    # "constant", or "linear": falls to 0 at the last of `steps`.
+    config.policy_update.schedule = "constant"
     config.policy_update.weight_decay = 1e-2
     config.policy_update.max_grad_norm = 1.0
     config.policy_update.clip_low = 0.2
@@ -243,6 +246,8 @@ def validate(config: ConfigDict) -> None:
         f"must divide policy_update.prompts={update.prompts}",
     )
     need(update.learning_rate > 0, "policy_update.learning_rate", "must be over 0")
+    schedules = ("constant", "linear")
+    need(update.schedule in schedules, "policy_update.schedule", f"must be one of {schedules}")
     need(0 <= update.clip_low < 1, "policy_update.clip_low", "must lie in [0, 1)")
     need(update.clip_high >= 0, "policy_update.clip_high", "must be 0 or more")
     need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1")

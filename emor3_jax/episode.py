@@ -54,7 +54,7 @@ class Scores(NamedTuple):
 
     Attributes:
       overall, format, accuracy, coherence, consistency: in [0, 1] (release: overall up to 1.1);
-        coherence and consistency are 0 where no reflection was asked.
+        where no reflection is asked, coherence and consistency are 0 (paper) or 1 (release).
       answer: int32[B, G], index of the boxed label, -1 where there is none.
       inferred: int32[B, G], index of the label that the policy inferred from s1..s2, negative
         where the reply was no label, `NOTHING_TO_JUDGE` where it was not asked.
@@ -293,7 +293,7 @@ def _score(
     label = jnp.broadcast_to(answers[:, None], shape)
     accuracy = (answer == label).astype(jnp.float32)
     if replies is None:
-        coherence = consistency = jnp.zeros(shape)
+        coherence = consistency = jnp.full(shape, float(profile == "release"))
         inferred = jnp.full(shape, NOTHING_TO_JUDGE)
     else:
         inferred = rewards.read_label(tables, *flat(replies.coherence)).reshape(shape)

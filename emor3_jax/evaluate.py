@@ -114,10 +114,12 @@ def evaluate(
     """
     columns: dict[str, list[np.ndarray]] = {}
     samples: list[Sample] = []
+    # Training folds its step into the same seed: one more number keeps the two apart.
+    noise = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     for index, (batch, ids) in enumerate(batches):
         weight = np.asarray(batch.weight) > 0
         batch = put(batch)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+        keys = jax.random.split(jax.random.fold_in(noise, index))
         prefix, responses = actor.roll_out(params, batch, keys[0], responses=1, rule=rule)
         replies = actor.reflect(params, batch, prefix, responses, keys[1])
         scores = actor.score(batch, responses, replies)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from emor3_jax import cli
 from emor3_jax.data.batch import collate
-from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.pipeline import encode_row
 from emor3_jax.data.prompts import PromptTemplates
@@ -82,8 +82,8 @@ def answer(
 
 def main(_: list[str]) -> None:
     """Runs the program."""
-    policy = load(FLAGS.policy)
     try:
+        policy = load(FLAGS.policy)
         text, label = answer(
             policy,
             Path(FLAGS.image).read_bytes(),
@@ -93,7 +93,7 @@ def main(_: list[str]) -> None:
             max_tokens=FLAGS.max_tokens,
             temperature=FLAGS.temperature,
         )
-    except (DataError, OSError) as error:
+    except (*cli.USER_ERRORS, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(text)
     print(f"\nemotion: {label or 'none of the labels'}")

@@ -25,9 +25,6 @@ from emor3_jax.models import Policy, load
 from emor3_jax.rl.update import make_optimizer
 from emor3_jax.rollout.generate import SamplingRule
 
-EVALUATION_NUMBERS = 100
-"""Step of an evaluation's noise, added to the seed: apart from that of training."""
-
 
 class CompileCounter:
     """Counts the programs that XLA has compiled, or fetched from the cache, in this process."""
@@ -125,8 +122,8 @@ def open_source(config: ConfigDict, field: str, dataset: ConfigDict) -> Source:
       DataError: if it cannot be opened.
     """
     if dataset.kind == "emoscenes":
-        builder.prepare(config.data.folder, config.data.scene_size)
-        return EmoScenesSource(dataset.split, config.data.folder, words.QUESTION)
+        built = builder.prepare(config.data.folder, config.data.scene_size)
+        return EmoScenesSource(dataset.split, built.data_dir, words.QUESTION)
     if dataset.kind == "parquet":
         if not dataset.path:
             rule = "name parquet files, a glob, or several joined by commas"
@@ -223,9 +220,14 @@ def evaluation_rule(config: ConfigDict, policy: Policy) -> SamplingRule:
 def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossOptions]:
     """Returns the optimizer and the loss of `config.policy_update`."""
     c = config.policy_update
-    rate = c.learning_rate
+    updates = max(config.steps * (config.rollout.prompts // c.prompts), 1)
+    final = c.learning_rate if c.schedule == "constant" else 0.0
+    rate = optax.linear_schedule(c.learning_rate, final, max(updates - c.warmup_steps, 1))
     if c.warmup_steps:
-        rate = optax.linear_schedule(rate / c.warmup_steps, rate, c.warmup_steps - 1)
+        rise = optax.linear_schedule(
+            c.learning_rate / c.warmup_steps, c.learning_rate, c.warmup_steps
+        )
+        rate = optax.join_schedules([rise, rate], [c.warmup_steps])
 
     def in_vision_tower(path: tuple) -> bool:
         return getattr(path[0], "key", None) == "visual"

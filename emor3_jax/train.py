@@ -33,7 +33,7 @@ from emor3_jax.io.console import Console, duration
 from emor3_jax.io.metrics import MetricWriter, Timer, memory
 from emor3_jax.learner import reference_logprobs, trim, update
 from emor3_jax.models import Policy, save
-from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
+from emor3_jax.parallel.mesh import check_batch, make_mesh, param_shardings, shard_batch
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.generate import Samples
@@ -56,6 +56,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     say = Console("train")
     compiles = prepare.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    for section in ("rollout", "policy_update", "evaluate"):
+        check_batch(mesh, f"{section}.prompts", config[section].prompts)
     workdir.mkdir(parents=True, exist_ok=True)
     say(f"loading the policy {config.policy.path}")
     policy = prepare.load_policy(config, say)
@@ -181,13 +183,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         if step % config.checkpoint.every == 0 or step == config.steps or stop.asked:
             checkpoints.save(step, state, progress | {"data": data.train.get_state()})
 
-    writer.close()
+    stop.restore()
     checkpoints.close()
     if step < config.steps:
+        writer.close()
         say(f"stopped after step {step} as asked; start again with this workdir to go on")
         return {}
     say("evaluating after training")
     before, after = report.from_json(progress["before"]), look(names)
+    writer.add_events(step, _evaluation_metrics(after))
+    writer.close()
     metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
     (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
     images = {name: data.image(name) for name in names}
@@ -204,12 +209,17 @@ class _StopSignal:
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._hear) for number in numbers}
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+
+    def restore(self) -> None:
+        """Puts back what was there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _rows(tree: Any, part: int, parts: int) -> Any:

@@ -59,11 +59,11 @@ class Course(NamedTuple):
 
 def emoscenes_course(config: ConfigDict) -> Course:
     """Returns the course on both pretraining splits of EmoScenes, drawing them first if needed."""
-    builder.prepare(config.data.folder, config.data.size)
+    built = builder.prepare(config.data.folder, config.data.size)
     rows = [
         row
         for split in ("pretrain", "shifted_pretrain")
-        for row in builder.load(split, config.data.folder)
+        for row in builder.load(split, built.data_dir)
     ]
     order = np.random.default_rng(config.seed).permutation(len(rows))[: config.data.limit]
     rows = [rows[i] for i in order]

@@ -45,7 +45,11 @@ class MetricWriter:
         row = {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
-        for name, value in row.items():
+        self.add_events(step, row)
+
+    def add_events(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Writes values to TensorBoard alone."""
+        for name, value in values.items():
             if value is not None:
                 self._events.add_scalar(name, value, step)
 

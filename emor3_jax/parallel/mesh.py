@@ -95,24 +95,21 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a pytree of host arrays on the devices, their first axis cut over `data` and `fsdp`.
+    """Puts a pytree of host arrays on the devices, their first axis cut over `data` and `fsdp`."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch)
 
-    Raises:
-      MeshError: if the first axis does not divide.
+
+def check_batch(mesh: Mesh, field: str, size: int) -> None:
+    """Raises MeshError, naming the config's field, if a batch does not divide over the mesh.
+
+    Args:
+      mesh: the mesh.
+      field: of the config, which gives the size.
+      size: number of prompts.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def put(x):
-        if x.shape[0] % parts:
-            raise MeshError(
-                f"a batch of {x.shape[0]} does not divide over data * fsdp = {parts}; "
-                "choose rollout.prompts and evaluate.prompts as multiples of it"
-            )
-        return jax.device_put(x, NamedSharding(mesh, BATCH))
-
-    return jax.tree.map(put, batch)
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts a pytree of host arrays whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    if size % parts:
+        raise MeshError(
+            f"config.{field}={size}: must be a multiple of mesh.data * mesh.fsdp = {parts}; "
+            f"{size // parts * parts or parts} or {(size // parts + 1) * parts} would do"
+        )
