@@ -11,7 +11,7 @@ from emor3_jax.config import dataset, default
 def get_config() -> ConfigDict:
     """Returns the config."""
     config = default()
-    config.steps = 80
+    config.steps = 120
     config.policy.dtype = "float32"
 
     config.data.prompt_lengths = (80,)
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
     config.policy_update.prompts = 16
     config.policy_update.micro_prompts = 8
-    config.policy_update.learning_rate = 3e-4
+    config.policy_update.learning_rate = 2.5e-4
     config.policy_update.warmup_steps = 5
     # A rate this high, kept to the end, would wear down the policy's judgement of its own steps.
     config.policy_update.schedule = "linear"

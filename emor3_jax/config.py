@@ -172,7 +172,7 @@ def base_policy() -> ConfigDict:
     config.model.heads = 6
     config.model.kv_heads = 2
 
-    config.steps = 420
+    config.steps = 380
     config.batch = 32
     config.learning_rate = 2e-3
     config.warmup_steps = 30

@@ -4,7 +4,7 @@ Format and boxed answer read the normalised text: every run of whitespace next t
 removed first. `Normalised` does that on the fly, in front of a rule.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from emor3_jax.rewards.automaton import OTHER, SPACES, Rule
@@ -31,8 +31,10 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
         name = f"label {labels[i]!r}"
         if label in lowered[:i]:
             raise LabelError(f"{name} is equal to {labels[lowered.index(label)]!r} in lower case")
-        if set(label) & set("{}<>\\"):
-            raise LabelError(f"{name} contains a brace, an angle bracket or a backslash")
+        if set(label) & {*"{}<>\\", OTHER}:
+            raise LabelError(
+                f"{name} contains a brace, an angle bracket, a backslash or an invalid character"
+            )
         if not label or " ".join(label.split()) != label:
             raise LabelError(f"{name} must have words joined by single spaces")
         if label == "none":
@@ -95,9 +97,9 @@ class BoxRule:
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = {label: i for i, label in enumerate(check_labels(labels))}
-        self._prefixes = {label[:i] for label in self._labels for i in range(len(label) + 1)}
+        self._words = _Words(self._labels)
         self._back = failure(self._MARK)
-        self.alphabet = (*SPACES, *_variants(self._labels))
+        self.alphabet = (*SPACES, *self._words.alphabet)
 
     def step(self, state: Any, char: str) -> Hashable:
         position, content = state
@@ -116,12 +118,12 @@ class BoxRule:
         else:
             text, space = content
         if char == "}":
-            return self._labels.get(text, self._DEAD)
+            return self._labels.get(text.lower(), self._DEAD)
         if char.isspace():
             # One plain space may stand inside a label; any other run may only be stripped.
-            return (text, " " if char == " " and not space else "?")
-        text = text + space + char.lower()
-        return (text, "") if text in self._prefixes else self._DEAD
+            return (text, " " if char == " " and not space else "\t")
+        text = self._words.extend(text + space, char)
+        return self._DEAD if text is None else (text, "")
 
     def output(self, state: Any) -> int:
         return state[1] if isinstance(state[1], int) else NO_LABEL
@@ -132,17 +134,16 @@ class ReplyRule:
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = {label: i for i, label in enumerate(check_labels(labels))}
-        words = (*self._labels, "none")
-        self._prefixes = {word[:i] for word in words for i in range(len(word) + 1)}
+        self._words = _Words((*self._labels, "none"))
         self.start: Hashable = ""
-        self.alphabet = _variants(words)
+        self.alphabet = self._words.alphabet
 
     def step(self, state: Any, char: str) -> Hashable:
-        text = None if state is None else state + char.lower()
-        return text if text in self._prefixes else None
+        return None if state is None else self._words.extend(state, char)
 
     def output(self, state: Any) -> int:
-        return NO_REPLY if state in ("", "none") else self._labels.get(state, NO_LABEL)
+        text = None if state is None else state.lower()
+        return NO_REPLY if text in ("", "none") else self._labels.get(text, NO_LABEL)
 
 
 class YesNoRule:
@@ -191,8 +192,28 @@ class Normalised:
         return self._rule.output(state[0])
 
 
-def _variants(words: Sequence[str]) -> tuple[str, ...]:
-    """Characters over one byte long whose lower case occurs in `words` (K of Kelvin reads as k)."""
-    wanted = {c for word in words for c in word}
-    points = (p for p in range(128, 0x110000) if not 0xD800 <= p < 0xE000)
-    return tuple(c for c in map(chr, points) if c.lower() in wanted and c != OTHER)
+class _Words:
+    """Reads text as long as it may become one of some lower-case words, whatever its case.
+
+    The text read so far is kept in lower case but for capital sigmas, whose lower case depends on
+    what follows them.
+    """
+
+    _CAPITAL, _SIGMA, _FINAL = "\u03a3\u03c3\u03c2"
+
+    def __init__(self, words: Iterable[str]) -> None:
+        words = [self._fold(word) for word in words]
+        self._prefixes = {word[:i] for word in words for i in range(len(word) + 1)}
+        # Characters over one byte long whose lower case occurs (K of Kelvin reads as k).
+        wanted = {c for word in words for c in word}
+        wanted |= {self._FINAL} if self._SIGMA in wanted else set()
+        points = (p for p in range(128, 0x110000) if not 0xD800 <= p < 0xE000)
+        self.alphabet = tuple(c for c in map(chr, points) if set(c.lower()) <= wanted)
+
+    def _fold(self, text: str) -> str:
+        return text.replace(self._CAPITAL, self._SIGMA).replace(self._FINAL, self._SIGMA)
+
+    def extend(self, text: str, char: str) -> str | None:
+        """Returns the text with a character more, None if no word begins so."""
+        text += char if char == self._CAPITAL else char.lower()
+        return text if self._fold(text) in self._prefixes else None

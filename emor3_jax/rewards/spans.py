@@ -104,13 +104,14 @@ class _Tags:
             return (stage, 0, b""), False, False
         if code in self._held:
             return (stage, 0, code), False, False
+        if held:
+            # No character after all: the held bytes are text, and this byte begins anew.
+            following, _, is_text = self.read((stage, 0, b""), byte)
+            return following, True, is_text
         position = search(self.tags[stage], self._back[stage], position, chr(byte))
         if position == len(self.tags[stage]):
-            return (stage + 1, 0, b""), bool(held), True
-        # A byte that ends what was held may itself begin a space.
-        if held and bytes([byte]) in self._held:
-            return (stage, 0, bytes([byte])), True, False
-        return (stage, position, b""), bool(held), True
+            return (stage + 1, 0, b""), False, True
+        return (stage, position, b""), False, True
 
 
 def _span_table(close_tag: str, stop_before: bool, tokens: Sequence[bytes]) -> SpanTable:

@@ -1,0 +1,159 @@
+"""The clipped loss and the KL estimate, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emor3_jax.rl import losses
+
+MASK = jnp.asarray([[[1, 1, 1, 0], [1, 0, 0, 0]]], bool)
+
+
+def single(ratio, advantage, **options):
+    """Loss and metrics of one token."""
+    logprobs = jnp.log(jnp.full((1, 1, 1), ratio))
+    return losses.policy_loss(
+        logprobs, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), jnp.ones((1, 1, 1)), **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.0, 2.0, -2.0, None),
+        # A good token: the ratio counts up to 1.3; below 0.8 it is not clipped.
+        (1.2, 2.0, -2.4, None),
+        (1.5, 2.0, -2.6, "high"),
+        (0.5, 2.0, -1.0, None),
+        # A bad token: the ratio counts from 0.8 on; above 1.3 it is not clipped, up to 3.
+        (0.9, -2.0, 1.8, None),
+        (0.5, -2.0, 1.6, "low"),
+        (2.0, -2.0, 4.0, None),
+        (5.0, -2.0, 6.0, "dual"),
+        (5.0, 0.0, 0.0, None),
+    ],
+)
+def test_clips_by_hand(ratio, advantage, loss, clipped):
+    got, metrics = single(ratio, advantage)
+    assert got == pytest.approx(loss, rel=1e-5)
+    assert metrics["loss"] == got and metrics["kl"] == 0
+    for name in ("low", "high", "dual"):
+        assert metrics[f"clip_fraction_{name}"] == (name == clipped)
+
+
+def test_clips_are_options():
+    assert single(1.5, 1.0, clip_high=0.1)[0] == pytest.approx(-1.1, rel=1e-5)
+    assert single(0.5, -1.0, clip_low=0.4)[0] == pytest.approx(0.6, rel=1e-5)
+    assert single(9.0, -1.0, clip_dual=8.0)[0] == pytest.approx(8.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "slope"),
+    [(1.0, 2.0, -2.0), (1.5, 2.0, 0.0), (0.5, 2.0, -1.0), (0.5, -2.0, 0.0), (5.0, -2.0, 0.0)],
+)
+def test_gradient_by_hand(ratio, advantage, slope):
+    """d loss / d logp is -A r where no clip binds, and 0 where one does."""
+
+    def loss(logprob):
+        logprobs = jnp.full((1, 1, 1), logprob)
+        return losses.policy_loss(
+            logprobs, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), jnp.ones((1, 1, 1))
+        )[0]
+
+    assert jax.grad(loss)(jnp.log(ratio)) == pytest.approx(slope, rel=1e-5)
+
+
+def test_kl_by_hand():
+    # d = ref - logp = log 2: 2 - log 2 - 1; d = -log 2: 1/2 + log 2 - 1.
+    logprobs = jnp.float32([-2.0, -2.0, -1.0, 0.0, -90.0, 0.0])
+    reference = logprobs + jnp.float32([np.log(2), -np.log(2), 0.0, 30.0, 3.0, -50.0])
+    got = losses.low_variance_kl(logprobs, reference)
+    # The difference is held to ±20, the estimate to 10.
+    wanted = [1 - np.log(2), np.log(2) - 0.5, 0.0, 10.0, 10.0, 10.0]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_kl_pulls_towards_the_reference():
+    slope = jax.grad(lambda x: losses.low_variance_kl(x, jnp.float32(-1.0)))
+    assert slope(jnp.float32(-1.0)) == 0
+    # d/dlogp of exp(d) - d - 1 is 1 - exp(d).
+    assert slope(jnp.float32(-2.0)) == pytest.approx(1 - np.e, rel=1e-5)
+    assert slope(jnp.float32(0.0)) == pytest.approx(1 - 1 / np.e, rel=1e-5)
+
+
+def test_kl_is_added_with_its_coefficient():
+    logprobs = jnp.zeros((1, 1, 2)) - 1.0
+    loss, metrics = losses.policy_loss(
+        logprobs,
+        logprobs,
+        jnp.ones((1, 1)),
+        jnp.full((1, 1, 2), 0.5),
+        ref_logprobs=logprobs + jnp.log(2.0),
+        kl_coef=0.5,
+    )
+    assert metrics["kl"] == pytest.approx(1 - np.log(2), rel=1e-4)
+    assert loss == pytest.approx(-1 + 0.5 * (1 - np.log(2)), rel=1e-4)
+
+
+def test_weights_by_hand():
+    np.testing.assert_allclose(
+        losses.token_weights(MASK, "token"), [[[0.25, 0.25, 0.25, 0], [0.25, 0, 0, 0]]]
+    )
+    np.testing.assert_allclose(
+        losses.token_weights(MASK, "seq"), [[[1 / 6, 1 / 6, 1 / 6, 0], [0.5, 0, 0, 0]]]
+    )
+    # A response of no tokens counts for nothing, a batch of none divides by nothing.
+    empty = jnp.concatenate([MASK, jnp.zeros_like(MASK)])
+    for mean in ("token", "seq"):
+        weights = losses.token_weights(empty, mean)
+        np.testing.assert_allclose(weights[:1], losses.token_weights(MASK, mean))
+        assert not np.any(losses.token_weights(jnp.zeros((1, 2, 3), bool), mean))
+    with pytest.raises(ValueError, match="mean='batch'"):
+        losses.token_weights(MASK, "batch")
+
+
+def test_padding_counts_for_nothing():
+    """Not in the loss, not in the gradient, whatever stands there."""
+    logprobs = jnp.where(MASK, -1.0, -1e30)
+    weights = losses.token_weights(MASK)
+
+    def loss(x, old):
+        return losses.policy_loss(x, old, jnp.ones((1, 2)), weights, ref_logprobs=old)[0]
+
+    value, slope = jax.value_and_grad(loss)(logprobs, jnp.where(MASK, -1.0, 0.0))
+    assert value == pytest.approx(-1.0)
+    np.testing.assert_allclose(slope, -weights, atol=1e-7)
+
+
+@pytest.mark.parametrize("mean", ["token", "seq"])
+def test_parts_of_a_batch_add_up(mean):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    lengths = rng.integers(1, 6, (6, 4, 1))
+    weights = losses.token_weights(jnp.arange(6) < lengths, mean)
+    new, old, ref = draw(6, 4, 6) * 0.3, draw(6, 4, 6) * 0.3, draw(6, 4, 6) * 0.3
+    advantage = draw(6, 4)
+    whole, metrics = losses.policy_loss(new, old, advantage, weights, ref_logprobs=ref)
+    for cut in (1, 2, 3):
+        parts = [
+            losses.policy_loss(
+                new[i : i + cut],
+                old[i : i + cut],
+                advantage[i : i + cut],
+                weights[i : i + cut],
+                ref_logprobs=ref[i : i + cut],
+            )
+            for i in range(0, 6, cut)
+        ]
+        np.testing.assert_allclose(sum(loss for loss, _ in parts), whole, rtol=1e-5)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(sum(m[name] for _, m in parts), value, rtol=1e-5, atol=1e-7)
+
+
+def test_shapes_are_checked():
+    x = jnp.zeros((1, 2, 3))
+    with pytest.raises(AssertionError):
+        losses.policy_loss(x, x, jnp.zeros((2, 1)), x)
+    with pytest.raises(AssertionError):
+        losses.policy_loss(x, x[..., :2], jnp.zeros((1, 2)), x)

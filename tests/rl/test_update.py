@@ -1,0 +1,88 @@
+"""The optimizer step: micro-batches, clipping, the guard, frozen parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emor3_jax.rl.update import TrainState, accumulate, apply_gradients, make_optimizer
+
+
+@pytest.fixture
+def params():
+    return {"visual": {"w": jnp.float32([1.0, -2.0])}, "model": {"w": jnp.float32([[3.0], [0.5]])}}
+
+
+def ones(params):
+    return jax.tree.map(jnp.ones_like, params)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 12])
+def test_any_cut_gives_the_same_gradient(params, count):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(12, 2)), jnp.float32)
+    weight = jnp.asarray(rng.uniform(size=12), jnp.float32)
+    weight /= weight.sum()
+
+    def loss(params, batch):
+        x, weight = batch
+        out = jnp.tanh(x * params["visual"]["w"]) @ params["model"]["w"]
+        return jnp.sum(weight * out[:, 0] ** 2), {"seen": jnp.sum(weight)}
+
+    whole, _ = jax.grad(loss, has_aux=True)(params, (x, weight))
+    micro = jax.tree.map(lambda a: a.reshape(count, 12 // count, *a.shape[1:]), (x, weight))
+    grads, metrics = jax.jit(lambda p, m: accumulate(loss, p, m))(params, micro)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grads, whole)
+    assert metrics["seen"] == pytest.approx(1.0)
+
+
+def test_first_step_by_hand(params):
+    """Adam's first step is the sign of the gradient; decay is decoupled and on every parameter."""
+    optimizer = make_optimizer(0.1, weight_decay=0.01, max_grad_norm=1.0)
+    state = TrainState.create(params, optimizer)
+    grads = {"visual": {"w": jnp.float32([3.0, -4.0])}, "model": {"w": jnp.zeros((2, 1))}}
+    state, metrics = apply_gradients(state, grads, optimizer)
+    assert metrics["grad_norm"] == pytest.approx(5.0) and metrics["skipped"] == 0
+    assert state.updates == 1
+    np.testing.assert_allclose(
+        state.params["visual"]["w"], [1 - 0.1 - 0.001, -2 + 0.1 + 0.002], rtol=1e-5
+    )
+    np.testing.assert_allclose(state.params["model"]["w"], [[3 - 0.003], [0.5 - 0.0005]], rtol=1e-5)
+    # The gradient that Adam saw had norm 1: (0.6, -0.8).
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (2,)]
+    np.testing.assert_allclose(moments[0], [0.06, -0.08], rtol=1e-5)
+
+
+def test_a_small_gradient_is_not_scaled(params):
+    optimizer = make_optimizer(0.1, max_grad_norm=1.0)
+    state = TrainState.create(params, optimizer)
+    grads = jax.tree.map(lambda x: x * 0.1, ones(params))
+    state, _ = apply_gradients(state, grads, optimizer)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (2,)]
+    np.testing.assert_allclose(moments[0], [0.01, 0.01], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(params, bad):
+    optimizer = make_optimizer(lambda count: 0.1 / (count + 1))
+    state = TrainState.create(params, optimizer)
+    state, _ = apply_gradients(state, ones(params), optimizer)
+    grads = ones(params)
+    grads["visual"]["w"] = grads["visual"]["w"].at[1].set(bad)
+    step = jax.jit(lambda s, g: apply_gradients(s, g, optimizer))
+    after, metrics = step(state, grads)
+    assert metrics["skipped"] == 1 and not np.isfinite(metrics["grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    # And training goes on from there.
+    after, metrics = step(after, ones(params))
+    assert metrics["skipped"] == 0 and after.updates == 2
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after))
+
+
+def test_frozen_parameters_stay(params):
+    optimizer = make_optimizer(0.1, frozen=lambda path: path[0].key == "visual")
+    state = TrainState.create(params, optimizer)
+    for _ in range(2):
+        state, _ = apply_gradients(state, ones(params), optimizer)
+    np.testing.assert_array_equal(state.params["visual"]["w"], params["visual"]["w"])
+    assert np.all(state.params["model"]["w"] < params["model"]["w"])
