@@ -11,6 +11,9 @@ SEED ?= 0
 # without them. Read by glibc, ignored elsewhere.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
+# Compiled programs, kept between runs.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
 .PHONY: demo test parity bench lint setup clean
 
 setup: $(VENV)/installed
@@ -50,4 +53,4 @@ bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.grouped
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs .cache

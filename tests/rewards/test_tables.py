@@ -145,7 +145,7 @@ def test_tokens_do_straddle_tags(straddling):
 
 
 def test_hostile_text_is_linear(straddling, build_tables, tools):
-    """Repeated steps without a box take a backtracking expression seconds; here any text is alike."""
+    """Repeated steps without a box cost a backtracking expression seconds; here, nothing extra."""
     steps = "".join(f"<step{i}></step{i}>" for i in (1, 2, 3))
     single = {code: ids[0] for code, ids in straddling.ids.items() if len(code) == 1}
     code = (steps * 64).encode()[:3072]
