@@ -20,7 +20,6 @@ setup: $(VENV)/installed
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable .
 	touch $@
 

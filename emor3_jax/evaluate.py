@@ -16,49 +16,21 @@ Deviations, numbered:
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from emor3_jax import cli, prepare
+from emor3_jax.config import validate
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import NOTHING_TO_JUDGE, Actor
+from emor3_jax.io import report
+from emor3_jax.io.console import Console
+from emor3_jax.io.evaluation import Evaluation, Sample, to_json
+from emor3_jax.parallel.mesh import check_batch, make_mesh, param_shardings, shard_batch
 from emor3_jax.rollout.generate import SamplingRule
-
-
-class Sample(NamedTuple):
-    """One held-out response with everything that was said and scored about it, for people to read.
-
-    Attributes:
-      id: of the row.
-      label: the true label.
-      answer: the boxed label, "" where there is none.
-      response: the text.
-      coherence_reply, consistency_reply: the texts.
-      scores: name → value.
-    """
-
-    id: str
-    label: str
-    answer: str
-    response: str
-    coherence_reply: str
-    consistency_reply: str
-    scores: dict[str, float]
-
-
-class Evaluation(NamedTuple):
-    """The result on one data set.
-
-    Attributes:
-      metrics: name → mean: accuracy, macro_f1, format, coherence, consistency, decoupling,
-        overall, response_length, and rows, the number of responses.
-      samples: the first few responses.
-    """
-
-    metrics: dict[str, float]
-    samples: list[Sample]
 
 
 def macro_f1(labels: np.ndarray, answers: np.ndarray, k: int) -> float:
@@ -168,17 +140,11 @@ def read_sample(actor, row_id, label, i, g, responses, replies, scores) -> Sampl
 
 def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     """Evaluates `config.policy.path` on `config.evaluate.sets`; see the module's docstring."""
-    # Imported here: they build on this module.
-    from emor3_jax import prepare
-    from emor3_jax.config import validate
-    from emor3_jax.io import report
-    from emor3_jax.io.console import Console
-    from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
-
     validate(config)
     say = Console("evaluate")
     prepare.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
     policy = prepare.load_policy(config, say)
     data = prepare.open_data(config, policy)
     params = jax.device_put(policy.params, param_shardings(policy.params, mesh))
@@ -195,7 +161,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
             keep=report.SAMPLES,
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report.to_json(results), indent=2, ensure_ascii=False)
+    text = json.dumps(to_json(results), indent=2, ensure_ascii=False)
     (workdir / "evaluation.json").write_text(text + "\n")
     images = {name: data.image(name) for name in results}
     report.write_report(workdir, f"Evaluation of {config.policy.path}", {}, results, images)
@@ -205,6 +171,4 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
 
 
 if __name__ == "__main__":
-    from emor3_jax import cli
-
     cli.run(main)

@@ -26,10 +26,11 @@ from ml_collections import ConfigDict
 from emor3_jax import cli, prepare
 from emor3_jax.config import validate
 from emor3_jax.episode import Scores
-from emor3_jax.evaluate import Evaluation, Sample, evaluate, read_sample
+from emor3_jax.evaluate import evaluate, read_sample
 from emor3_jax.io import report
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console, duration
+from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
 from emor3_jax.io.metrics import MetricWriter, Timer, memory
 from emor3_jax.learner import reference_logprobs, trim, update
 from emor3_jax.models import Policy, save
@@ -102,7 +103,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     if not progress:
         say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
         before = look(names)
-        progress = {"before": report.to_json(before)}
+        progress = {"before": to_json(before)}
         writer.write(0, _evaluation_metrics(before))
         say(_evaluation_line(before))
 
@@ -190,7 +191,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         say(f"stopped after step {step} as asked; start again with this workdir to go on")
         return {}
     say("evaluating after training")
-    before, after = report.from_json(progress["before"]), look(names)
+    before, after = from_json(progress["before"]), look(names)
     writer.add_events(step, _evaluation_metrics(after))
     writer.close()
     metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]

@@ -21,6 +21,7 @@ from emor3_jax.embedded import tasks
 from emor3_jax.embedded.base_policy import model_config
 from emor3_jax.embedded.emoscenes import draw, scene
 from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.export import export
 from emor3_jax.models import Policy, load, save
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
@@ -196,6 +197,16 @@ def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
     assert (workdir / "checkpoints" / "1").is_dir()
+    # It never came to its end: its policy is exported from the checkpoint.
+    assert not (workdir / "policy").exists()
+    exported, base = load(export(config, workdir)), load(folder / "policy")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), exported.params, base.params)
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_exporting_a_run_without_checkpoint_is_refused(folder):
+    with pytest.raises(ConfigError, match="train first"):
+        export(make_config(folder), folder / "empty")
 
 
 @pytest.mark.parametrize(

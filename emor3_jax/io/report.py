@@ -5,9 +5,8 @@ import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from emor3_jax.evaluate import Evaluation, Sample
+from emor3_jax.io.evaluation import Evaluation, Sample
 
 SAMPLES = 12
 """How many samples a sheet shows."""
@@ -49,22 +48,6 @@ def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Eva
                 numbers = f"{'–':>9}{new:>9.1f}{'–':>9}"
             lines.append(f"{name:<16}{score:<14}{numbers}")
     return "\n".join(lines)
-
-
-def to_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Returns evaluations as plain data that fits JSON, for a checkpoint."""
-    return {
-        name: {"metrics": e.metrics, "samples": [s._asdict() for s in e.samples]}
-        for name, e in evaluations.items()
-    }
-
-
-def from_json(data: Mapping[str, Any]) -> dict[str, Evaluation]:
-    """Returns what `to_json` was given."""
-    return {
-        name: Evaluation(dict(e["metrics"]), [Sample(**s) for s in e["samples"]])
-        for name, e in data.items()
-    }
 
 
 def write_samples(

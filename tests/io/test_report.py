@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from emor3_jax.evaluate import Evaluation, Sample
 from emor3_jax.io import report
+from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
 
 PNG = b"\x89PNG not really"
 
@@ -45,7 +45,7 @@ def test_the_table_has_before_after_and_change(evaluations) -> None:
 
 def test_evaluations_survive_json(evaluations) -> None:
     _, after = evaluations
-    assert report.from_json(json.loads(json.dumps(report.to_json(after)))) == after
+    assert from_json(json.loads(json.dumps(to_json(after)))) == after
 
 
 def test_the_report_has_numbers_curves_and_samples(tmp_path: Path, evaluations) -> None:
