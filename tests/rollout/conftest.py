@@ -1,0 +1,139 @@
+"""A tiny policy with strong random weights, two prompts with an image each, and a sampler."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
+from emor3_jax.rollout.generate import Samples, SamplingRule, generate
+from emor3_jax.rollout.score import score_responses
+
+STOP, BANNED, VOCABULARY = 7, (70, 71, 72, 73), 80
+
+
+class Setting(NamedTuple):
+    """A policy and its prompts, each without its last token."""
+
+    config: Config
+    params: dict
+    prompt: Prompt
+    images: Images
+    last: np.ndarray
+    position: np.ndarray
+    banned: np.ndarray
+
+    def prefix(self) -> KV:
+        features = model.encode_images(self.config, self.params, self.images)
+        return model.forward_prompt(self.config, self.params, self.prompt, features)[1]
+
+    def roll_out(self, rule: SamplingRule, seed: int, g: int) -> Samples:
+        shape = (len(self.last), g)
+
+        @jax.jit
+        def run(key):
+            return generate(
+                self.config,
+                self.params,
+                self.prefix(),
+                jnp.broadcast_to(self.last[:, None, None], (*shape, 1)),
+                jnp.ones(shape, jnp.int32),
+                jnp.broadcast_to(self.position[:, None], shape),
+                key,
+                rule,
+                banned=self.banned,
+            )
+
+        return run(jax.random.key(seed))
+
+    def score(self, params, responses, lengths, temperature=1.0):
+        return score_responses(
+            self.config,
+            params,
+            self.prompt,
+            self.images,
+            self.last,
+            self.position,
+            responses,
+            lengths,
+            banned=self.banned,
+            temperature=temperature,
+            chunk=8,
+        ).logprobs
+
+
+def make_setting(b: int = 2) -> Setting:
+    vision = VisionConfig(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        patch_size=4,
+        temporal_patch_size=2,
+        spatial_merge_size=2,
+        window_size=16,
+        fullatt_block_indexes=(1,),
+        out_hidden_size=32,
+    )
+    config = Config(
+        vision=vision,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mrope_section=(1, 1, 2),
+        tie_word_embeddings=True,
+        image_token_id=70,
+    )
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return (name == "scale") + 0.3 * noise
+        gain = 0.35 if name == "embedding" else 1.3 / np.sqrt(leaf.shape[-2])
+        return (gain * noise).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    p = 9
+    tokens = rng.integers(8, 60, (b, p)).astype(np.int32)
+    slots = np.full((b, p), -1, np.int32)
+    slots[:, 1:5] = np.arange(b)[:, None] * 4 + np.arange(4)
+    lengths = rng.integers(6, p + 1, b)
+    mask = np.arange(p) < lengths[:, None]
+    positions = np.broadcast_to(np.arange(p, dtype=np.int32)[None, :, None], (b, p, 3))
+    coords = np.stack(np.divmod(np.arange(16), 4), -1).astype(np.int32)
+    images = Images(
+        rng.normal(size=(b, 1, 16, vision.patch_dim)).astype(np.float32),
+        np.broadcast_to(coords, (b, 1, 16, 2)),
+        np.ones((b, 1, 16), bool),
+    )
+    banned = np.zeros(VOCABULARY, bool)
+    banned[list(BANNED)] = True
+    last = rng.integers(8, 60, b).astype(np.int32)
+    prompt = Prompt(tokens, positions, mask, slots)
+    return Setting(config, params, prompt, images, last, lengths.astype(np.int32), banned)
+
+
+@pytest.fixture(scope="session")
+def setting() -> Setting:
+    return make_setting()
+
+
+@pytest.fixture(scope="session")
+def rule() -> SamplingRule:
+    return SamplingRule(max_tokens=10, temperature=0.8, top_p=1.0, stop=(STOP,))
+
+
+@pytest.fixture(scope="session")
+def samples(setting, rule) -> Samples:
+    return setting.roll_out(rule, 3, 6)

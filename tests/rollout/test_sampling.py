@@ -1,0 +1,61 @@
+"""One token: its distribution, the top-p cut, greedy choice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from emor3_jax.rollout import sampling
+
+LOGITS = jnp.asarray([0.3, 2.0, -1.0, 1.2, 0.9, 3.0])
+BANNED = np.asarray([False, False, False, True, False, False])
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (1.5, 0.95)])
+def test_draws_follow_the_tempered_cut_distribution(temperature, top_p):
+    n = 20_000
+    tokens, logprobs = sampling.sample(
+        jnp.broadcast_to(LOGITS, (n, 6)),
+        jax.random.key(5),
+        temperature=temperature,
+        top_p=top_p,
+        banned=BANNED,
+    )
+    weights = np.where(BANNED, 0.0, np.exp(np.asarray(LOGITS, np.float64) / temperature))
+    weights /= weights.sum()
+    np.testing.assert_allclose(logprobs, np.log(weights[np.asarray(tokens)]), rtol=1e-5)
+    ranked = np.sort(weights)[::-1]
+    kept = weights >= ranked[np.searchsorted(np.cumsum(ranked), top_p - 1e-9)]
+    weights = np.where(kept, weights, 0.0) / weights[kept].sum()
+    counts = np.bincount(tokens, minlength=6)
+    assert not counts[weights == 0].any()
+    possible = weights > 0
+    assert stats.chisquare(counts[possible], n * weights[possible]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.4, [0, 0, 0, 1]), (0.5, [0, 0, 1, 1]), (0.71, [0, 1, 1, 1]), (1.0, [1, 1, 1, 1])],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
+    probs = np.asarray([0.1, 0.2, 0.3, 0.4], np.float32)
+    cut = sampling.top_p_filter(jnp.log(probs), top_p)
+    np.testing.assert_allclose(cut, probs * kept, rtol=1e-6)
+
+
+def test_greedy_takes_the_best_allowed_id_whatever_the_key():
+    for seed in range(3):
+        token, logprob = sampling.sample(
+            LOGITS.at[3].set(9.0), jax.random.key(seed), temperature=0, top_p=1.0, banned=BANNED
+        )
+        assert token == 5
+        assert logprob == pytest.approx(
+            float(jax.nn.log_softmax(LOGITS[jnp.asarray([0, 1, 2, 4, 5])])[-1]), abs=1e-6
+        )
+
+
+def test_a_draw_never_falls_on_probability_zero():
+    probs = jnp.zeros((4096, 5)).at[:, 1].set(1e-8).at[:, 3].set(1e-3)
+    tokens = sampling.draw(probs, jax.random.key(0))
+    assert set(np.asarray(tokens)) <= {1, 3}
