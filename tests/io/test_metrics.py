@@ -1,0 +1,67 @@
+"""Metrics and checkpoints of a run that is stopped and goes on."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax.io.checkpoints import Checkpoints
+from emor3_jax.io.console import duration
+from emor3_jax.io.metrics import MetricWriter, Timer, memory
+from emor3_jax.parallel.mesh import make_mesh
+
+
+def test_a_run_that_goes_on_drops_later_and_torn_lines(tmp_path):
+    writer = MetricWriter(tmp_path)
+    for step in range(4):
+        writer.write(step, {"reward/overall": step / 2, "policy/kl": float("nan")})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    writer = MetricWriter(tmp_path, first_step=2)
+    writer.write(2, {"reward/overall": 9.0})
+    writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[1] == {"step": 1, "reward/overall": 0.5, "policy/kl": None}
+    assert rows[2]["reward/overall"] == 9.0
+
+
+def test_timer_adds_up_and_starts_anew():
+    timer = Timer()
+    for _ in range(2):
+        with timer("rollout"):
+            pass
+    with timer("update"):
+        pass
+    times = timer.pop()
+    assert set(times) == {"time/rollout_s", "time/update_s"}
+    assert all(value >= 0 for value in times.values())
+    assert timer.pop() == {}
+
+
+def test_memory_is_that_of_the_process():
+    assert 1e7 < memory()["memory/host_bytes"] < 1e12
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 59, 61, 3661)] == ["0s", "59s", "1m01s", "1h01m"]
+
+
+def test_checkpoints_keep_the_newest_and_come_back_as_they_were(tmp_path):
+    state = {"params": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "count": jnp.int32(3)}
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() is None
+    for step in (1, 2, 3):
+        moved = jax.tree.map(lambda x, step=step: x + step, state)
+        checkpoints.save(step, moved, {"data": {"rows": step}})
+    checkpoints.save(3, state, {"data": {}})  # already there: kept as it is
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest() == 3
+    restored, progress = again.restore(3, state, make_mesh())
+    again.close()
+    np.testing.assert_array_equal(restored["params"]["kernel"], np.arange(6.0).reshape(2, 3) + 3)
+    assert restored["count"] == 6 and progress == {"data": {"rows": 3}}
