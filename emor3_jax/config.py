@@ -150,7 +150,7 @@ def default() -> ConfigDict:
 
 
 def base_policy() -> ConfigDict:
-    """Returns the defaults: a policy of 2.7 million parameters on EmoScenes."""
+    """Returns the defaults: a policy of 2.1 million parameters on EmoScenes."""
     config = ConfigDict()
     config.seed = 0
     # "emoscenes", or "faces": the parquet files of `data.path`, as `configs/fer2013.py` reads.

@@ -3,6 +3,7 @@
 python -m emor3_jax.infer --policy=runs/cpu_demo/policy --image=photo.jpg [--labels=mikels8]
 """
 
+import logging
 from pathlib import Path
 
 import jax
@@ -82,6 +83,8 @@ def answer(
 
 def main(_: list[str]) -> None:
     """Runs the program."""
+    # The parameter overview is of no interest to who asks about a picture.
+    logging.getLogger("emor3_jax").setLevel(logging.WARNING)
     try:
         policy = load(FLAGS.policy)
         text, label = answer(
