@@ -53,12 +53,26 @@ def draw(probs: jax.Array, key: jax.Array) -> jax.Array:
       probs: float32[..., V], at least one of them over 0 in each row.
       key: a PRNG key.
     """
-    cumulative = jnp.cumsum(probs, axis=-1)
-    total = cumulative[..., -1]
-    point = jax.random.uniform(key, total.shape) * total
+    return invert(probs, jax.random.uniform(key, probs.shape[:-1]))
+
+
+def invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Returns int32[...], the id at the share `uniform` of the cumulative distribution.
+
+    A cumulative sum in float32 is added up in pieces, so it may step at an id of probability 0 or
+    even fall; such ids take no part.
+
+    Args:
+      probs: float32[..., V], at least one of them over 0 in each row.
+      uniform: float32[...] in [0, 1).
+    """
+    cumulative = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
+    total = jnp.max(cumulative, axis=-1)
     # Rounding could put the point on the very end, past the last id.
-    point = jnp.minimum(point, jnp.nextafter(total, jnp.zeros_like(total)))
-    return jnp.sum(cumulative <= point[..., None], axis=-1).astype(jnp.int32)
+    point = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    ids = jnp.arange(probs.shape[-1], dtype=jnp.int32)
+    passed = cumulative > point[..., None]
+    return jnp.min(jnp.where(passed, ids, probs.shape[-1]), axis=-1)
 
 
 def sample(

@@ -87,28 +87,8 @@ def test_rules_on_random_bytes_and_ids(speller, tables, tools, oracle, labels):
 @given(data=st.data())
 def test_rules_on_drawn_texts(data, straddling, build_tables, tools, oracle, labels):
     """As above with hypothesis, which makes a failing text short."""
-    piece = st.sampled_from(
-        [
-            "<step1>",
-            "</step1>",
-            "<step2>",
-            "</step2>",
-            "<step3>",
-            "</step3>",
-            "\\boxed{",
-            "}",
-            "joy",
-            "Sky",
-            " blue",
-            " ",
-            "\u2003",
-            "<",
-            "/",
-            ">",
-            "é",
-            "step",
-        ]
-    )
+    pieces = ["joy", "Sky", " blue", " ", "\u2003", "<", "/", ">", "é", "step", *oracle.MARKS]
+    piece = st.sampled_from(pieces)
     text = st.lists(piece | st.characters(exclude_categories=["Cs"]), max_size=20).map("".join)
     texts = data.draw(st.lists(text, min_size=8, max_size=32))
     rng = random.Random(data.draw(st.integers(0, 2**32)))

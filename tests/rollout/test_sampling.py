@@ -59,3 +59,23 @@ def test_a_draw_never_falls_on_probability_zero():
     probs = jnp.zeros((4096, 5)).at[:, 1].set(1e-8).at[:, 3].set(1e-3)
     tokens = sampling.draw(probs, jax.random.key(0))
     assert set(np.asarray(tokens)) <= {1, 3}
+
+
+def test_rounding_of_a_long_cumulative_sum_draws_nothing_impossible():
+    """Aimed at every step of the cumulative sum, also where it steps at an id of probability 0."""
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.full(4000, 0.3)).astype(np.float32)
+    probs[rng.random(4000) < 0.3] = 0
+    cumulative = np.asarray(jnp.cumsum(probs))
+    assert np.any(np.diff(cumulative)[probs[1:] == 0] != 0)
+    aimed = np.unique(np.clip(cumulative / cumulative.max(), 0, 1 - 2**-24))
+    for share in (aimed, np.nextafter(aimed, np.float32(0)), np.float32([0.0, 1 - 2**-24])):
+        tokens = jax.vmap(sampling.invert, (None, 0))(probs, jnp.asarray(share))
+        assert np.all(probs[np.asarray(tokens)] > 0)
+
+
+def test_inversion_by_hand():
+    probs = jnp.float32([0.0, 1.0, 0.0, 2.0, 1.0, 0.0])
+    shares = jnp.float32([0.0, 0.24, 0.25, 0.74, 0.75, 0.9999999])
+    tokens = jax.vmap(sampling.invert, (None, 0))(probs, shares)
+    assert tokens.tolist() == [1, 1, 3, 3, 4, 4]
