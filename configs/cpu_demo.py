@@ -11,7 +11,7 @@ from emor3_jax.config import dataset, default
 def get_config() -> ConfigDict:
     """Returns the config."""
     config = default()
-    config.steps = 120
+    config.steps = 100
     config.policy.dtype = "float32"
 
     config.data.prompt_lengths = (80,)
@@ -27,10 +27,12 @@ def get_config() -> ConfigDict:
 
     config.policy_update.prompts = 16
     config.policy_update.micro_prompts = 8
-    config.policy_update.learning_rate = 2.5e-4
+    config.policy_update.learning_rate = 2e-4
     config.policy_update.warmup_steps = 5
-    # A rate this high, kept to the end, would wear down the policy's judgement of its own steps.
+    # A rate this high, kept to the end, would wear down the policy's judgement of its own steps;
+    # so would a weaker pull to the reference than this, three times the release's.
     config.policy_update.schedule = "linear"
+    config.policy_update.kl_coef = 0.03
     config.policy_update.remat = False
     config.policy_update.response_lengths = (48, 56, 64)
 
