@@ -31,7 +31,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     devices = jax.device_count()
     free = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(free) > 1 or known < 1 or devices % known or (not free and known != devices):
+    unfit = any(size < 1 and size != -1 for size in sizes.values())
+    if unfit or len(free) > 1 or devices % known or (not free and known != devices):
         wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
         raise MeshError(
             f"{wanted}: the axes must multiply to the number of devices, and this machine has "

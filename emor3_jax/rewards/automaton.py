@@ -1,8 +1,9 @@
 """Text rules as token tables: a rule reads characters, a table reads token ids.
 
-A rule is a small machine over characters. It is closed over bytes (`close`), then composed with
-the byte strings of a tokenizer's tokens (`compose`): the table says, for a state and a token, which
-state follows. Scoring a batch is then one scan over integers, linear in length whatever the text.
+A rule is a small machine over characters. It is closed over them (`close`) and spelled out over
+bytes (`over_bytes`), with as few states as do (`merge`), then composed with the byte strings of a
+tokenizer's tokens (`compose`): the table says, for a state and a token, which state follows.
+Scoring a batch is then one scan over integers, linear in length whatever the text.
 
 Deviations, numbered:
  1. Bytes that are not valid UTF-8 decode to U+FFFD, once or several times; here they are read as
@@ -63,45 +64,96 @@ class Automaton(NamedTuple):
     output: jax.Array | np.ndarray
 
 
-class _Bytes:
-    """A rule over bytes: holds back the bytes of a character until it is known."""
+def close(
+    start: Hashable, step: Callable[[Any, int], Hashable], inputs: int = 256
+) -> tuple[list, np.ndarray]:
+    """Returns all states that inputs can lead to from `start`, and the table int32[states, inputs].
 
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
-        self._chars = {c.encode(): c for c in rule.alphabet}
-        self._prefixes = {code[:i] for code in self._chars for i in range(1, len(code))}
-        self.start = (rule.start, b"")
-
-    def step(self, state: tuple[Hashable, bytes], byte: int) -> tuple[Hashable, bytes]:
-        inner, held = state
-        code = held + bytes([byte])
-        if code in self._chars:
-            return self._rule.step(inner, self._chars[code]), b""
-        if code in self._prefixes:
-            return inner, code
-        if held:
-            return self.step((self._rule.step(inner, OTHER), b""), byte)
-        char = chr(byte) if byte < 128 else OTHER
-        return self._rule.step(inner, char), b""
-
-    def output(self, state: tuple[Hashable, bytes]) -> int:
-        inner, held = state
-        return self._rule.output(self._rule.step(inner, OTHER) if held else inner)
-
-
-def close(start: Hashable, step: Callable[[Any, int], Hashable]) -> tuple[list, np.ndarray]:
-    """Returns all states that bytes can lead to from `start`, and the table int32[states, 256]."""
+    Args:
+      start: the first state.
+      step: the state after an input in `range(inputs)`.
+      inputs: how many there are; a byte's values unless said otherwise.
+    """
     states, index, rows = [start], {start: 0}, []
     for state in states:
         row = []
-        for byte in range(256):
-            following = step(state, byte)
+        for code in range(inputs):
+            following = step(state, code)
             if following not in index:
                 index[following] = len(states)
                 states.append(following)
             row.append(index[following])
         rows.append(row)
     return states, np.asarray(rows, np.int32)
+
+
+def merge(table: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the smallest machine with the same outputs (Moore's partition); state 0 stays first.
+
+    Args:
+      table: int32[states, inputs].
+      outputs: int32[states], the result of a text that ends there.
+    """
+    columns = np.unique(table, axis=1)
+    group = _group_rows(outputs[:, None])
+    while True:
+        finer = _group_rows(np.column_stack([group, group[columns]]))
+        if finer.max() == group.max():
+            break
+        group = finer
+    # Groups are numbered by first member, so state 0 is in group 0.
+    _, first = np.unique(group, return_index=True)
+    return group[table[first]], outputs[first]
+
+
+def _group_rows(rows: np.ndarray) -> np.ndarray:
+    """Returns int32[n], equal numbers for equal rows, numbered in order of appearance."""
+    _, first, inverse = _unique_rows(rows)
+    order = np.empty(len(first), np.int32)
+    order[np.argsort(first)] = np.arange(len(first))
+    return order[inverse]
+
+
+def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`np.unique` of the rows of a matrix, compared as bytes, with first places and inverse."""
+    rows = np.ascontiguousarray(rows)
+    view = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+    _, first, inverse = np.unique(view, return_index=True, return_inverse=True)
+    return rows[first], first, inverse.ravel()
+
+
+def over_bytes(rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a rule as a table over bytes, int32[states, 256], and each state's result.
+
+    A state is one of the rule's with the bytes of a character that is not whole yet: these are
+    held back until it is known which character, or that none, it is.
+    """
+    chars = [*map(chr, range(128)), *rule.alphabet, OTHER]
+    states, table = close(rule.start, lambda s, i: rule.step(s, chars[i]), len(chars))
+    table, outputs = merge(table, np.asarray([rule.output(s) for s in states], np.int32))
+    code_of = {c.encode(): i for i, c in enumerate(chars[:-1])}
+    prefixes = [b"", *sorted({code[:i] for code in code_of for i in range(1, len(code))})]
+    place = {prefix: i for i, prefix in enumerate(prefixes)}
+    other = table[:, -1]
+    n, width = len(table), len(prefixes)
+
+    def after(inner: np.ndarray, held: bytes, byte: int) -> np.ndarray:
+        """The states that follow `inner` with some bytes held back."""
+        code = held + bytes([byte])
+        if code in code_of:
+            return table[inner, code_of[code]] * width
+        if code in place:
+            return inner * width + place[code]
+        return after(other[inner], b"", byte) if held else other[inner] * width
+
+    everywhere = np.arange(n, dtype=np.int32)
+    following = np.empty((n, width, 256), np.int32)
+    for prefix, i in place.items():
+        for byte in range(256):
+            following[:, i, byte] = after(everywhere, prefix, byte)
+    # A text that ends within a character has an invalid one there.
+    results = np.column_stack([outputs, *[outputs[other]] * (width - 1)])
+    return merge(following.reshape(n * width, 256), results.ravel())
 
 
 def compose(table: np.ndarray, tokens: Sequence[bytes]) -> np.ndarray:
@@ -129,11 +181,9 @@ def classify(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarra
     Returns:
       The tables [states, classes] and the class of each token, int32[V + 1].
     """
-    joined = np.concatenate(columns).T
-    view = np.ascontiguousarray(joined).view([("", joined.dtype)] * joined.shape[1]).ravel()
-    _, first, inverse = np.unique(view, return_index=True, return_inverse=True)
+    _, first, inverse = _unique_rows(np.concatenate(columns).T)
     tables = [np.ascontiguousarray(c[:, first]).astype(np.int32) for c in columns]
-    return tables, inverse.ravel().astype(np.int32)
+    return tables, inverse.astype(np.int32)
 
 
 def build(rule: Rule, tokens: Sequence[bytes]) -> Automaton:
@@ -143,10 +193,8 @@ def build(rule: Rule, tokens: Sequence[bytes]) -> Automaton:
       rule: the machine over characters.
       tokens: byte string of each token, empty for special tokens.
     """
-    over_bytes = _Bytes(rule)
-    states, table = close(over_bytes.start, over_bytes.step)
+    table, outputs = over_bytes(rule)
     (following,), token_class = classify([compose(table, tokens)])
-    outputs = np.asarray([over_bytes.output(state) for state in states], np.int32)
     return Automaton(following, token_class, outputs)
 
 

@@ -116,39 +116,36 @@ class _Tags:
 
 def _span_table(close_tag: str, stop_before: bool, tokens: Sequence[bytes]) -> SpanTable:
     machine = _Tags(close_tag)
-    states, _ = close(machine.start, machine.step)
-    index = {state: i for i, state in enumerate(states)}
+    states, table = close(machine.start, machine.step)
+    stages = np.asarray([state[0] for state in states])
+    texts = np.asarray([[machine.read(s, b)[1:] for b in range(256)] for s in states])
     shape = (len(states), len(tokens) + 1)
     following = np.repeat(np.arange(shape[0])[:, None], shape[1], axis=1)
     begin, last, end = np.full(shape, _NEVER), np.full(shape, _KEEP), np.full(shape, _KEEP)
-    memo: dict[tuple[int, bytes], tuple[int, int, int, int]] = {}
-    for i, state in enumerate(states):
-        for t, token in enumerate(tokens):
-            key = (i, token)
-            if key not in memo:
-                memo[key] = _read_token(machine, index, state, token, stop_before)
-            following[i, t], begin[i, t], last[i, t], end[i, t] = memo[key]
+    sizes = np.asarray([len(token) for token in tokens])
+    for place in range(max(sizes, default=0)):
+        alive = np.flatnonzero(sizes > place)
+        byte = np.asarray([tokens[i][place] for i in alive])
+        state, begins, lasts, ends = (x[:, alive] for x in (following, begin, last, end))
+        now = table[state, byte]
+        held_is_text, is_text = texts[state, byte, 0], texts[state, byte, 1]
+        stage, reached = stages[state], stages[now]
+        lasts[held_is_text] = place
+        if stop_before:
+            opens = (byte == ord("<")) & (stage < 2)
+            ends = np.where(opens, np.where(lasts == _KEEP, _TAKE_LAST, lasts), ends)
+        else:
+            ends[(stage == 1) & (reached == 2)] = place + 1
+        lasts[is_text] = place + 1
+        begins[(stage == 0) & (reached == 1)] = place + 1 - len(_OPEN)
+        following[:, alive], begin[:, alive], last[:, alive], end[:, alive] = (
+            now,
+            begins,
+            lasts,
+            ends,
+        )
     tables, token_class = classify([following, begin, last, end])
-    found = np.asarray([state[0] == 2 for state in states])
-    return SpanTable(*tables, token_class, found)
-
-
-def _read_token(machine: _Tags, index, state, token: bytes, stop_before: bool):
-    begin, last, end = _NEVER, _KEEP, _KEEP
-    for place, byte in enumerate(token):
-        stage = state[0]
-        state, held_is_text, is_text = machine.read(state, byte)
-        if held_is_text:
-            last = place
-        if stop_before and byte == ord("<") and stage < 2:
-            end = _TAKE_LAST if last == _KEEP else last
-        if is_text:
-            last = place + 1
-        if state[0] == stage + 1 == 1:
-            begin = place + 1 - len(_OPEN)
-        elif state[0] == stage + 1 == 2 and not stop_before:
-            end = place + 1
-    return index[state], begin, last, end
+    return SpanTable(*tables, token_class, stages == 2)
 
 
 def build_spans(tokens: Sequence[bytes]) -> SpanTables:

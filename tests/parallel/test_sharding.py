@@ -46,6 +46,9 @@ def test_a_mesh_that_does_not_fit_the_devices_names_fields_and_devices():
         meshes.make_mesh(1, 1, 7)
     with pytest.raises(meshes.MeshError, match="set one axis to -1"):
         meshes.make_mesh(-1, -1, 1)
+    for sizes in ((0, 1, 1), (-1, 0, 1), (-2, -2, 1)):
+        with pytest.raises(meshes.MeshError, match=f"mesh.data={sizes[0]}, mesh.fsdp={sizes[1]}"):
+            meshes.make_mesh(*sizes)
     assert meshes.make_mesh(-1, 1, 1).size == jax.device_count()
 
 

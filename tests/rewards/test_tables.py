@@ -179,6 +179,15 @@ def test_closure_finds_only_what_bytes_reach():
     assert token_class[1] == token_class[2] == token_class[3] != token_class[0]
 
 
+def test_states_that_act_alike_are_merged():
+    """Count to two, saturating, by two numberings of the same counts; only "two" has a result."""
+    table = np.asarray([[3, 0], [2, 1], [2, 2], [4, 3], [4, 4], [2, 5]], np.int32)
+    following, outputs = automaton.merge(table, np.asarray([0, 0, 1, 0, 1, 0], np.int32))
+    # 0 counts none, 1 and 3 and 5 one, 2 and 4 two.
+    assert outputs.tolist() == [0, 0, 1]
+    assert following.tolist() == [[1, 0], [2, 1], [2, 2]]
+
+
 def test_span_needs_all_bytes():
     with pytest.raises(ValueError, match="no token for the byte 0x01"):
         spans.build_spans([b"\x00", b"ab"])

@@ -1,0 +1,138 @@
+"""The update of whole groups in micro-batches: any cut, the same gradient; padding cut off."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from emor3_jax import learner
+from emor3_jax.data.batch import Batch
+from emor3_jax.rl.update import TrainState
+from emor3_jax.rollout.generate import Samples
+
+B, G, T = 4, 3, 6
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """The tiny policy of the rollout tests, with four prompts."""
+    path = Path(__file__).parent / "rollout" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("rollout_setting", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.make_setting(b=B)
+
+
+@pytest.fixture(scope="module")
+def batch(setting) -> Batch:
+    zeros = np.zeros(B, np.int32)
+    return Batch(
+        prompt=setting.prompt,
+        last_token=setting.last,
+        next_position=setting.position,
+        images=setting.images,
+        shared_length=zeros,
+        shared_position=zeros,
+        answers=zeros,
+        weight=np.ones(B, np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def samples() -> Samples:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, T + 1, (B, G)).astype(np.int32)
+    mask = np.arange(T) < lengths[..., None]
+    tokens = np.where(mask, rng.integers(8, 60, (B, G, T)), 0).astype(np.int32)
+    logprobs = np.where(mask, rng.normal(-4, 1, (B, G, T)), 0).astype(np.float32)
+    return Samples(*map(jnp.asarray, (tokens, logprobs, lengths, lengths < T)))
+
+
+OPTIONS = learner.ScoreOptions(temperature=0.9, dtype=jnp.float32, remat=False, chunk=8)
+
+
+def test_a_micro_batch_is_its_rows_and_their_images(batch):
+    """Every image token finds the patches that it had in the whole batch."""
+    merge = 4
+
+    def seen(part: Batch, row: int) -> np.ndarray:
+        features = np.asarray(part.images.patches).reshape(-1, merge, part.images.patches.shape[-1])
+        slots = np.asarray(part.prompt.image_slots)[row]
+        assert (slots >= 0).sum() == 4
+        return features[slots[slots >= 0]]
+
+    for count in (1, 2, 4):
+        micro = learner.micro_batches(batch, merge, count)
+        for row in range(B):
+            part = jax.tree.map(lambda x, row=row, count=count: x[row % count], micro)
+            place = row // count
+            np.testing.assert_array_equal(part.prompt.tokens[place], batch.prompt.tokens[row])
+            np.testing.assert_array_equal(part.last_token[place], batch.last_token[row])
+            np.testing.assert_array_equal(seen(part, place), seen(batch, row))
+            text = np.asarray(batch.prompt.image_slots[row]) < 0
+            assert np.all(np.asarray(part.prompt.image_slots)[place][text] == -1)
+
+
+def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
+    wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
+    for count in (1, 2):
+        found = learner.reference_logprobs(
+            setting.params,
+            batch,
+            samples,
+            setting.banned,
+            config=setting.config,
+            options=OPTIONS,
+            count=count,
+        )
+        difference = np.where(samples.mask, found - wanted, 0.0)
+        assert np.abs(difference).max() < 1e-5
+
+
+@pytest.mark.parametrize(("mean", "cut"), [("token", 2), ("seq", 4)])
+def test_update_does_not_depend_on_the_cut(setting, batch, samples, mean, cut):
+    advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
+    optimizer = optax.sgd(1.0)
+    found = {}
+    for count in (1, cut):
+        params = jax.tree.map(jnp.array, setting.params)
+        state, metrics = learner.update(
+            TrainState.create(params, optimizer),
+            batch,
+            samples,
+            advantages,
+            samples.logprobs - 0.3,
+            setting.banned,
+            config=setting.config,
+            optimizer=optimizer,
+            loss=learner.LossOptions(0.2, 0.3, 3.0, 0.01, mean),
+            options=OPTIONS,
+            count=count,
+        )
+        step = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, setting.params)
+        found[count] = step, jax.tree.map(float, metrics)
+    moved, metrics = found[1]
+    # Vision tower, decoder and embedding all learn.
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(moved["visual"]["blocks"]))
+    assert np.abs(moved["model"]["embed_tokens"]["embedding"]).max() > 0
+    assert metrics["skipped"] == 0 and metrics["entropy"] > 0 and metrics["kl"] > 0
+    assert found[cut][1] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    for a, b in zip(jax.tree.leaves(found[cut][0]), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-3, np.abs(b).max()) + 1e-6)
+
+
+def test_trim_keeps_every_token(samples):
+    assert learner.trim(samples, 3, (2, 4)).tokens.shape == (B, G, 4)
+    assert learner.trim(samples, 4, (2, 4)).logprobs.shape == (B, G, 4)
+    # No size is enough, or one is larger than there are tokens: all stay.
+    for sizes in ((2, 4), (2, 99), ()):
+        whole = learner.trim(samples, 5, sizes)
+        np.testing.assert_array_equal(whole.tokens, samples.tokens)
+        np.testing.assert_array_equal(whole.lengths, samples.lengths)
+    np.testing.assert_array_equal(learner.trim(samples, 1, (2, 4)).tokens, samples.tokens[..., :2])
