@@ -240,6 +240,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     say("preparing the data and the tokenizer")
     if config.data.kind not in COURSES:
         raise ConfigError("data.kind", config.data.kind, f"must be one of {', '.join(COURSES)}")
+    if config.steps <= config.warmup_steps:
+        rule = f"must be over warmup_steps={config.warmup_steps}"
+        raise ConfigError("steps", config.steps, rule)
     course = COURSES[config.data.kind](config)
     tokenizer = train_tokenizer(course.corpus, config.model.vocab_size)
     pixels = config.data.size**2
