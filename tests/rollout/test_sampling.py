@@ -44,6 +44,32 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
     np.testing.assert_allclose(cut, probs * kept, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("probs", "top_p", "kept"),
+    [
+        # One of the three would do to cross the mass, but none of them comes before the others.
+        ([0.4, 0.2, 0.2, 0.2], 0.5, [1, 1, 1, 1]),
+        ([0.25, 0.25, 0.25, 0.25], 0.1, [1, 1, 1, 1]),
+        ([0.1, 0.3, 0.3, 0.3], 0.35, [0, 1, 1, 1]),
+    ],
+)
+def test_ids_as_probable_as_the_last_one_stay(probs, top_p, kept):
+    cut = sampling.top_p_filter(jnp.log(jnp.float32(probs)), top_p)
+    np.testing.assert_allclose(cut, np.multiply(probs, kept), rtol=1e-6)
+
+
+def test_greedy_takes_the_first_of_equals():
+    token, logprob = sampling.sample(
+        jnp.float32([0.0, 5.0, 2.0, 2.0]),
+        jax.random.key(0),
+        temperature=0,
+        top_p=1.0,
+        banned=np.asarray([False, True, False, False]),
+    )
+    assert token == 2
+    assert logprob == pytest.approx(2 - np.log(1 + 2 * np.exp(2)), abs=1e-6)
+
+
 def test_greedy_takes_the_best_allowed_id_whatever_the_key():
     for seed in range(3):
         token, logprob = sampling.sample(
