@@ -80,8 +80,12 @@ def micro_batches(batch: Batch, merge: int, count: int) -> Batch:
     row = jnp.arange(rows)[:, None]
     moved = batch.prompt.image_slots - row * slots + row // count * slots
     image_slots = jnp.where(batch.prompt.image_slots >= 0, moved, -1)
-    batch = batch._replace(prompt=batch.prompt._replace(image_slots=image_slots))
-    return jax.tree.map(lambda x: _cut(x, count), batch)
+    by_prompt = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]), batch.images)
+    batch = batch._replace(prompt=batch.prompt._replace(image_slots=image_slots), images=by_prompt)
+    micro = jax.tree.map(lambda x: _cut(x, count), batch)
+    return micro._replace(
+        images=jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[3:]), micro.images)
+    )
 
 
 def _cut(x: jax.Array, count: int) -> jax.Array:

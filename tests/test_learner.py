@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from emor3_jax import learner
+from emor3_jax import learner, prepare
 from emor3_jax.data.batch import Batch
+from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.generate import Samples
 
@@ -79,9 +80,56 @@ def test_a_micro_batch_is_its_rows_and_their_images(batch):
             assert np.all(np.asarray(part.prompt.image_slots)[place][text] == -1)
 
 
+@pytest.mark.parametrize("per_prompt", [1, 2])
+@pytest.mark.parametrize("cut", ["micro", "part"])
+def test_several_images_go_with_their_prompt(batch, per_prompt, cut):
+    """With k images a prompt, image k * r + j is the j-th of prompt r; patches hold that number."""
+    slots = 4  # merged slots of an image: one window of 16 patches, 4 of them joined
+    number = np.arange(B * per_prompt, dtype=np.float32)
+    patches = np.broadcast_to(number[:, None, None, None], (len(number), 1, 16, 2))
+    coords = np.zeros((*patches.shape[:3], 2), np.int32)
+    images = Images(patches, coords, np.ones(patches.shape[:3], bool))
+    # Each prompt: one text token, then the last slot of each of its images.
+    own = np.arange(B * per_prompt, dtype=np.int32).reshape(B, per_prompt) * slots + slots - 1
+    image_slots = np.concatenate([np.full((B, 1), -1, np.int32), own], axis=1)
+    prompt = Prompt(*[np.zeros(image_slots.shape, np.int32)] * 3, image_slots)
+    host = batch._replace(prompt=prompt, images=images)
+    for count in (1, 2, 4):
+        micro = learner.micro_batches(host, 4, count)
+        for i in range(count):
+            if cut == "micro":
+                part = jax.tree.map(lambda x, i=i: np.asarray(x[i]), micro)
+                rows = np.arange(i, B, count)
+            else:
+                part = prepare.part_of(host, i, count, 4)
+                rows = np.arange(B // count) + i * (B // count)
+            np.testing.assert_array_equal(part.last_token, batch.last_token[rows])
+            of_slot = part.images.patches.reshape(-1, 4, 2)[:, 0, 0]
+            assert (part.prompt.image_slots[:, 0] == -1).all()
+            seen = of_slot[part.prompt.image_slots[:, 1:]]
+            np.testing.assert_array_equal(seen, number.reshape(B, per_prompt)[rows])
+
+
+def test_a_part_scores_as_its_rows_do_in_the_whole(setting, batch, samples):
+    wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
+    for part in range(2):
+        rows = slice(2 * part, 2 * part + 2)
+        own = jax.tree.map(lambda x, rows=rows: x[rows], samples)
+        found = learner.reference_logprobs(
+            setting.params,
+            prepare.part_of(batch, part, 2, 4),
+            own,
+            setting.banned,
+            config=setting.config,
+            options=OPTIONS,
+            count=2,
+        )
+        assert np.abs(np.where(own.mask, found - wanted[rows], 0.0)).max() < 1e-5
+
+
 def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
     wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
-    for count in (1, 2):
+    for count in (1, 2, 4):
         found = learner.reference_logprobs(
             setting.params,
             batch,
