@@ -110,7 +110,8 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % parts:
+        below, above = size // parts * parts, (size // parts + 1) * parts
         raise MeshError(
             f"config.{field}={size}: must be a multiple of mesh.data * mesh.fsdp = {parts}; "
-            f"{size // parts * parts or parts} or {(size // parts + 1) * parts} would do"
+            f"{f'{below} or {above}' if below else above} would do"
         )
