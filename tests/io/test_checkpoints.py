@@ -1,0 +1,86 @@
+"""Checkpoints of a train state: what comes back, what stays, what a killed run leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from emor3_jax.io.checkpoints import Checkpoints
+from emor3_jax.parallel.mesh import make_mesh, param_shardings
+from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
+
+
+@pytest.fixture(scope="module")
+def optimizer() -> optax.GradientTransformation:
+    return make_optimizer(optax.linear_schedule(1e-2, 0.0, 10))
+
+
+def make_state(optimizer: optax.GradientTransformation) -> TrainState:
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+    params = {"model": {"embed_tokens": {"embedding": kernel}, "norm": {"scale": jnp.ones(6)}}}
+    return TrainState.create(params, optimizer)
+
+
+def step(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
+    """An update whose gradient depends on the parameters and on how many there were."""
+    grads = jax.tree.map(lambda x: jnp.sin(x) + state.updates, state.params)
+    return apply_gradients(state, grads, optimizer)[0]
+
+
+def test_a_restored_state_goes_on_exactly(tmp_path, optimizer):
+    state = step(step(make_state(optimizer), optimizer), optimizer)
+    progress = {"data": {"epoch": 1, "row": 7}, "evaluations": {"test": {"accuracy": 0.1}}}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, state, progress)
+    checkpoints.close()
+
+    again, mesh = Checkpoints(tmp_path), make_mesh()
+    fresh = make_state(optimizer)
+    restored, told = again.restore(2, fresh, mesh)
+    again.close()
+    assert told == progress
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    wanted = param_shardings(fresh, mesh)
+    assert jax.tree.map(lambda x: x.sharding, restored) == wanted
+    ours, theirs = step(restored, optimizer), step(state, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_only_the_newest_stay_also_across_runs(tmp_path, optimizer):
+    state = make_state(optimizer)
+    for steps in ((1, 2, 3), (5, 8)):
+        checkpoints = Checkpoints(tmp_path, keep=2)
+        for number in steps:
+            checkpoints.save(number, state._replace(updates=jnp.int32(number)), {})
+        assert checkpoints.latest() == steps[-1]
+        checkpoints.close()
+        kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+        assert kept == list(steps[-2:])
+    again = Checkpoints(tmp_path, keep=2)
+    for number in (5, 8):
+        assert again.restore(number, state, make_mesh())[0].updates == number
+    again.close()
+
+
+def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path, optimizer):
+    state = make_state(optimizer)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, state, {"data": {"row": 4}})
+    checkpoints.close()
+    # What a run that is killed while it writes step 6 leaves behind.
+    torn = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
+    (torn / "state").mkdir(parents=True)
+    (torn / "state" / "d").write_bytes(b"half")
+    again = Checkpoints(tmp_path)
+    assert again.latest() == 4
+    assert again.restore(4, state, make_mesh())[1] == {"data": {"row": 4}}
+    # The repeated step is written as if nothing had been there.
+    again.save(6, state, {"data": {"row": 6}})
+    assert again.latest() == 6
+    assert again.restore(6, state, make_mesh())[1] == {"data": {"row": 6}}
+    again.close()
