@@ -19,6 +19,8 @@ setup(
         "tensorflow-datasets>=4.9.10",
         # tensorflow-datasets imports it without saying so.
         "importlib_resources",
+        # transformers renders chat templates with it, and does not ask for it.
+        "jinja2>=3.1",
         "grain>=0.2.18,<0.3",
         "ml_collections>=1.1",
         "absl-py",
