@@ -28,7 +28,7 @@ CASES = (  # prompts, responses, windows of an image (16 tokens each), text toke
 
 
 def small_config() -> Config:
-    """Returns a Qwen2.5-VL of 2.7 million parameters."""
+    """Returns a Qwen2.5-VL of 2.8 million parameters."""
     vision = VisionConfig(
         depth=3,
         hidden_size=128,
