@@ -29,7 +29,7 @@ from emor3_jax.episode import NOTHING_TO_JUDGE, Actor
 from emor3_jax.io import report
 from emor3_jax.io.console import Console
 from emor3_jax.io.evaluation import Evaluation, Sample, to_json
-from emor3_jax.parallel.mesh import check_batch, make_mesh, param_shardings, shard_batch
+from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rollout.generate import SamplingRule
 
 
@@ -145,15 +145,14 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     prepare.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
-    policy = prepare.load_policy(config, say)
+    policy = prepare.load_policy(config, say, mesh)
     data = prepare.open_data(config, policy)
-    params = jax.device_put(policy.params, param_shardings(policy.params, mesh))
     results = {}
     for name, batches in data.evaluate.items():
         say(f"evaluating on {name}")
         results[name] = evaluate(
             prepare.make_actor(config, policy, data.labels[name]),
-            params,
+            policy.params,
             batches,
             config.seed,
             rule=prepare.evaluation_rule(config, policy),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax.config import EMBEDDED, ConfigError, base_policy
@@ -21,7 +22,8 @@ from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
 from emor3_jax.embedded.emoscenes import builder, words
 from emor3_jax.episode import Actor, stop_ids
 from emor3_jax.learner import LossOptions, ScoreOptions
-from emor3_jax.models import Policy, load
+from emor3_jax.models import Policy, find, load
+from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.rl.update import make_optimizer
 from emor3_jax.rollout.generate import SamplingRule
 
@@ -58,12 +60,21 @@ def keep_config(config: ConfigDict, workdir: Path) -> None:
     (workdir / "config.json").write_text(text + "\n")
 
 
-def load_policy(config: ConfigDict, say: Callable[[str], None]) -> Policy:
-    """Loads the policy; trains the embedded base policy first if that is asked for and not there.
+def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> Policy:
+    """Loads the policy onto the mesh, in float32; see `find_policy`."""
+    folder = find_policy(config, say)
+    return load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
+
+
+def find_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
+    """Returns the policy's folder; trains the embedded base policy if that is asked for and absent.
 
     Args:
       config: of the run.
       say: announces stages.
+
+    Raises:
+      FileNotFoundError: if `policy.path` is neither a folder nor a policy on the hub.
     """
     path = config.policy.path
     if path == EMBEDDED:
@@ -76,7 +87,7 @@ def load_policy(config: ConfigDict, say: Callable[[str], None]) -> Policy:
             base.data.folder, base.data.size = config.data.folder, config.data.scene_size
             base.compile_cache = config.log.compile_cache
             train(base, Path(path))
-    return load(path)
+    return find(path)
 
 
 class Data(NamedTuple):

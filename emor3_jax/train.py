@@ -34,7 +34,7 @@ from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
 from emor3_jax.io.metrics import MetricWriter, Timer, memory
 from emor3_jax.learner import reference_logprobs, trim, update
 from emor3_jax.models import Policy, save
-from emor3_jax.parallel.mesh import check_batch, make_mesh, param_shardings, shard_batch
+from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.generate import Samples
@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         check_batch(mesh, f"{section}.prompts", config[section].prompts)
     workdir.mkdir(parents=True, exist_ok=True)
     say(f"loading the policy {config.policy.path}")
-    policy = prepare.load_policy(config, say)
+    policy = prepare.load_policy(config, say, mesh)
     say("opening the data")
     data = prepare.open_data(config, policy)
     prepare.keep_config(config, workdir)
@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     actor = actors["train"]
 
     optimizer, loss = prepare.make_update(config)
-    reference = jax.device_put(policy.params, param_shardings(policy.params, mesh))
+    reference = policy.params
     # The state is given up to each update, so it starts as a copy of what the reference keeps.
     state = TrainState.create(jax.tree.map(jnp.copy, reference), optimizer)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -198,7 +198,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
     images = {name: data.image(name) for name in names}
     report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
-    save(Policy(policy.config, jax.device_get(state.params), policy.processor), workdir / "policy")
+    save(Policy(policy.config, state.params, policy.processor), workdir / "policy")
     for line in report.before_after_table(before, after).splitlines():
         say(line)
     say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")

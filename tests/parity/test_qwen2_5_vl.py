@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from emor3_jax import models  # noqa: E402
-from emor3_jax.models.qwen2_5_vl import model, weights  # noqa: E402
+from emor3_jax.models.qwen2_5_vl import model, naming, weights  # noqa: E402
 from emor3_jax.models.qwen2_5_vl.config import Config  # noqa: E402
 from emor3_jax.rollout.generate import SamplingRule, generate  # noqa: E402
 
@@ -40,7 +40,7 @@ def policy(oracle, tmp_path_factory) -> models.Policy:
     folder = tmp_path_factory.mktemp("policy")
     oracle.save_pretrained(folder)
     config = models.read_config(folder)
-    return models.Policy(config, weights.params_from_hf(folder, config))
+    return models.Policy(config, weights.read_params(folder, config))
 
 
 def test_committed_goldens_are_what_transformers_says_today(tmp_path):
@@ -57,8 +57,8 @@ def test_committed_goldens_are_what_transformers_says_today(tmp_path):
         assert old_config == models.read_config(tmp_path / name)
         jax.tree.map(
             np.testing.assert_array_equal,
-            weights.params_from_hf(tmp_path / name, old_config),
-            weights.params_from_hf(goldens.GOLDEN / name, old_config),
+            weights.read_params(tmp_path / name, old_config),
+            weights.read_params(goldens.GOLDEN / name, old_config),
         )
 
 
@@ -145,7 +145,7 @@ def test_gradients(oracle, policy):
     oracle.zero_grad()
     logp[torch.tensor(wanted)].mean().backward()
     expected = {
-        weights._hub_name(name): parameter.grad.numpy()
+        naming.hub_name(name): parameter.grad.numpy()
         for name, parameter in oracle.named_parameters()
     }
 
@@ -161,7 +161,11 @@ def test_gradients(oracle, policy):
         )
         return jnp.sum(jnp.where(wanted, logprobs, 0.0)) / wanted.sum()
 
-    actual = weights.params_to_hf(gradient(policy.params), config)
+    actual = {
+        tensor.name: weights.fetch(path, leaf, tensor)
+        for path, leaf in naming.leaves(gradient(policy.params))
+        for tensor in naming.hub_tensors(path, leaf.shape, config)
+    }
     assert set(actual) == set(expected)
     for name, tensor in expected.items():
         scale = np.abs(tensor).max()

@@ -44,7 +44,7 @@ def init_params(config: Config, key: jax.Array) -> Params:
     params = {
         "visual": VisionTower(v).init(visual, images)["params"],
         "model": Decoder(config).init(
-            decoder, tokens, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1, 1), bool)
+            decoder, tokens, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1), bool)
         )["params"],
     }
     normal = nn.initializers.normal(0.02)
@@ -75,7 +75,7 @@ def encode_images(
     Returns:
       float[I, W * L / m**2, D], the features of the merged slots; those of padding are meaningless.
     """
-    tower = VisionTower(config.vision, dtype, remat)
+    tower = VisionTower(config.vision, dtype, remat, config.attention)
     return tower.apply({"params": params["visual"]}, images)
 
 
@@ -105,7 +105,7 @@ def forward_prompt(
         {"params": params["model"]},
         prompt.tokens[:, None],
         prompt.positions[:, None],
-        _causal(prompt.mask[:, None]),
+        jnp.asarray(prompt.mask)[:, None],
         image_features=image_features,
         image_slots=prompt.image_slots[:, None],
     )
@@ -149,7 +149,7 @@ def forward_continuation(
         {"params": params["model"]},
         tokens,
         jnp.broadcast_to(positions[..., None], (*positions.shape, 3)),
-        _causal(mask),
+        jnp.asarray(mask),
         prefix=prefix,
     )
     if cache_size is None:
@@ -191,7 +191,7 @@ def decode_step(
         {"params": params["model"]},
         tokens[..., None],
         jnp.broadcast_to(positions[..., None, None], (b, g, 1, 3)),
-        jnp.ones((b, g, 1, 1), bool),
+        jnp.ones((b, g, 1), bool),
         prefix=prefix,
         cache=cache,
     )
@@ -272,9 +272,3 @@ def token_logprobs(
 
     pieces = (cut(hidden), cut(targets))
     return jax.tree.map(join, jax.lax.map(jax.checkpoint(score), pieces))
-
-
-def _causal(mask: jax.Array) -> jax.Array:
-    """Returns bool[..., S, S] [query, key]: the key is real and not after the query."""
-    place = jnp.arange(mask.shape[-1])
-    return (place <= place[:, None]) & mask[..., None, :]

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         Args:
           x: float[B, G, S, D].
           table: cosine and sine, float32[B, G, S, head_dim // 2].
-          own_mask: bool[B, G, S, S], [query, key].
+          own_mask: bool[B, G, S], which of these tokens may be seen by those after them.
           earlier: keys of the prompt and of the cache.
 
         Returns:
@@ -60,7 +60,9 @@ class Attention(nn.Module):
         q = rope.rotate(project("q_proj", c.num_heads), *table)
         k = rope.rotate(project("k_proj", c.num_kv_heads), *table)
         k, v = slots_last(k, project("v_proj", c.num_kv_heads))
-        out = attend(q, [*earlier, Own(k, v, own_mask)]).reshape(*x.shape[:-1], -1)
+        out = attend(q, [*earlier, Own(k, v, own_mask, causal=True)], c.attention).reshape(
+            *x.shape[:-1], -1
+        )
         out = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(out)
         return out, (k, v)
 
@@ -102,7 +104,7 @@ class DecoderLayer(nn.Module):
         if prefix is not None:
             earlier.append(Shared(*prefix, shared["prefix"]))
         if cache is not None:
-            earlier.append(Own(*cache, shared["cache"][:, :, None]))
+            earlier.append(Own(*cache, shared["cache"]))
         normed = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
         out, keys = Attention(self.config, self.dtype, name="self_attn")(
             normed, shared["table"], shared["own"], earlier
@@ -145,7 +147,7 @@ class Decoder(nn.Module):
         Args:
           tokens: int32[B, G, S].
           positions: int32[B, G, S, 3].
-          own_mask: bool[B, G, S, S], [query, key].
+          own_mask: bool[B, G, S], which of the tokens may be seen by those after them.
           image_features: float[..., D], merged slots of the batch.
           image_slots: int32[B, G, S], which feature replaces the token's embedding; -1 for none.
           prefix: keys and values of the prompts.

@@ -24,10 +24,12 @@ class VisionAttention(nn.Module):
     Attributes:
       config: the tower's shapes.
       dtype: compute type.
+      attention: back end, see `attention.attend`.
     """
 
     config: VisionConfig
     dtype: Dtype
+    attention: str
 
     @nn.compact
     def __call__(
@@ -53,7 +55,7 @@ class VisionAttention(nn.Module):
         # be kept too, and over a whole image they are the largest arrays of the tower.
         @jax.checkpoint
         def windowed(q, k, v, mask):
-            return attend(q, [Own(*slots_last(k, v), mask[:, :, None])])
+            return attend(q, [Own(*slots_last(k, v), mask)], self.attention)
 
         @jax.checkpoint
         def whole(q, k, v, mask):
@@ -74,10 +76,12 @@ class VisionBlock(nn.Module):
     Attributes:
       config: the tower's shapes.
       dtype: compute type.
+      attention: back end, see `attention.attend`.
     """
 
     config: VisionConfig
     dtype: Dtype
+    attention: str
 
     @nn.compact
     def __call__(
@@ -85,7 +89,8 @@ class VisionBlock(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Applies the layer; arguments as of `VisionAttention`."""
         normed = RMSNorm(_EPS, self.dtype, name="norm1")(x)
-        x = x + VisionAttention(self.config, self.dtype, name="attn")(normed, full, table, mask)
+        attention = VisionAttention(self.config, self.dtype, self.attention, name="attn")
+        x = x + attention(normed, full, table, mask)
         normed = RMSNorm(_EPS, self.dtype, name="norm2")(x)
         x = x + Mlp(self.config.intermediate_size, True, self.dtype, name="mlp")(normed)
         return x, None
@@ -119,11 +124,13 @@ class VisionTower(nn.Module):
       config: the tower's shapes.
       dtype: compute type.
       remat: recompute each layer in the backward pass.
+      attention: back end, see `attention.attend`.
     """
 
     config: VisionConfig
     dtype: Dtype = jnp.float32
     remat: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, images: Images) -> jax.Array:
@@ -139,7 +146,7 @@ class VisionTower(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
         )
-        x, _ = stack(c, self.dtype, name="blocks")(
+        x, _ = stack(c, self.dtype, self.attention, name="blocks")(
             embed(jnp.asarray(images.patches)),
             jnp.asarray(full),
             rope.vision_table(images.coords, c),
