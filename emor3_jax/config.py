@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from emor3_jax.models import is_hub_id
+from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
+
 EMBEDDED = "embedded"
 """`policy.path` of the base policy that the package trains itself, without any download."""
 
@@ -46,12 +49,15 @@ def default() -> ConfigDict:
     config.profile = "paper"
 
     config.policy = ConfigDict()
-    # A Hugging Face folder, or "embedded".
+    # A Hugging Face folder; an id on the hub, "owner/name" or "owner/name@revision"; or "embedded".
     config.policy.path = EMBEDDED
     # Where the embedded base policy is kept, and trained first if it is not there.
     config.policy.embedded_folder = "runs/base_policy"
-    # Type of the layers' arithmetic; master weights, norms and softmax are float32.
+    # Type of the layers' arithmetic; master weights, norms and softmax are float32. What bfloat16
+    # changes in log-probabilities: docs/results/precision.md.
     config.policy.dtype = "bfloat16"
+    # "xla", "splash" (TPU), "cudnn" (NVIDIA GPU), or "auto": the one of the platform.
+    config.policy.attention = "auto"
     config.policy.freeze_vision_tower = False
 
     config.data = ConfigDict()
@@ -63,6 +69,9 @@ def default() -> ConfigDict:
     # Padded prompt lengths and numbers of attention windows; a batch takes the smallest that fits.
     config.data.prompt_lengths = (512, 1024, 2048)
     config.data.image_windows = (64, 128, 256, 350)
+    # Pictures are scaled to have between so many pixels; 0 keeps what the policy's folder says.
+    config.data.min_pixels = 0
+    config.data.max_pixels = 0
     # Processes that decode images; 0 does it in the training process.
     config.data.workers = 0
     # Template files, or a built-in set by name: "qwen" or "tiny".
@@ -200,12 +209,24 @@ def validate(config: ConfigDict) -> None:
     need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
     dtypes = ("float32", "bfloat16")
     need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
+    backends = ("auto", *BACKENDS)
+    need(config.policy.attention in backends, "policy.attention", f"must be one of {backends}")
+    need(
+        config.policy.attention != "cudnn" or config.policy.dtype == "bfloat16",
+        "policy.attention",
+        "cuDNN has no kernel for float32; set policy.dtype=bfloat16, or attention to 'xla'",
+    )
     if config.policy.path != EMBEDDED:
+        path = Path(config.policy.path)
         need(
-            (Path(config.policy.path) / "config.json").is_file(),
+            (path / "config.json").is_file()
+            or (not path.exists() and is_hub_id(config.policy.path)),
             "policy.path",
-            "must be a Hugging Face folder with a config.json, or 'embedded'",
+            "must be a Hugging Face folder with a config.json, an id on the hub ('owner/name'), or "
+            "'embedded'",
         )
+    for name in ("data.min_pixels", "data.max_pixels"):
+        need(config.data[name.split(".")[1]] >= 0, name, "must be 0 or more")
     size = config.data.scene_size
     need(112 <= size <= 224, "data.scene_size", "must lie between 112 and 224 pixels")
     for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):

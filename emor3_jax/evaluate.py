@@ -144,6 +144,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     say = Console("evaluate")
     prepare.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    jax.set_mesh(mesh)
     check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
     policy = prepare.load_policy(config, say, mesh)
     data = prepare.open_data(config, policy)

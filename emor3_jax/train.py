@@ -57,6 +57,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     say = Console("train")
     compiles = prepare.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    # For attention kernels, which must be told what part of a batch is a device's.
+    jax.set_mesh(mesh)
     for section in ("rollout", "policy_update", "evaluate"):
         check_batch(mesh, f"{section}.prompts", config[section].prompts)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from emor3_jax.models.qwen2_5_vl import layout, model, rope, weights
 from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 """What of a repository on the hub is downloaded: no weights in other formats."""
 
@@ -77,7 +78,7 @@ def find(name: str | Path) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", str(name))
+    match = _HUB_ID.fullmatch(str(name))
     if match is None:
         raise FileNotFoundError(f"there is no folder {name}, and an id on the hub is 'owner/name'")
     from huggingface_hub import snapshot_download
@@ -90,6 +91,11 @@ def find(name: str | Path) -> Path:
         raise FileNotFoundError(
             f"there is no folder {name}, and the hub gave no policy of that name: {error}"
         ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns whether a name has the form of an id on the hub."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def read_config(folder: str | Path) -> Config:

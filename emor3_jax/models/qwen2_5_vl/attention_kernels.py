@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
+    splash_attention_mask_info,
 )
 from jax.sharding import PartitionSpec as P
 
@@ -201,15 +202,28 @@ def _splash_kernel(heads: int, mask: GroupMask, interpret: bool):
         block_q_dq=block,
         block_kv_dq=block,
     )
-    with jax.ensure_compile_time_eval():
-        kernel = splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([mask] * heads),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
+    # As `make_splash_mha` does, but with tables that stay NumPy: making arrays of a device fails
+    # where the program is compiled for devices that are not there.
+    heads_mask = splash_attention_mask.MultiHeadMask([mask] * heads)
+    tables = [
+        process(heads_mask, (block, block), head_shards=1, q_seq_shards=1)[0]
+        for process in (
+            splash_attention_mask_info.process_mask,
+            splash_attention_mask_info.process_mask,
+            splash_attention_mask_info.process_mask_dkv,
         )
-        return jax.tree.map(np.asarray, kernel)
+    ]
+    return splash_attention_kernel.SplashAttentionKernel(
+        *tables,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=None,
+        interpret=interpret,
+    )
 
 
 def _parts(
