@@ -18,10 +18,10 @@ B, G, HEADS, KV_HEADS, WIDTH = 2, 2, 4, 2, 8
 
 
 def oracle(q, k, v, visible):
-    """float64 attention of one group: q [S, heads, d], k and v [C, kv_heads, d], visible [S, C]."""
+    """float64 attention: scaled q [S, heads, d], k and v [C, kv_heads, d], visible [S, C]."""
     copies = q.shape[1] // k.shape[1]
     k, v = (np.repeat(np.asarray(x, np.float64), copies, axis=1) for x in (k, v))
-    scores = np.einsum("shd,chd->hsc", np.asarray(q, np.float64), k) / np.sqrt(q.shape[-1])
+    scores = np.einsum("shd,chd->hsc", np.asarray(q, np.float64), k)
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.einsum("hsc,chd->shd", weights / weights.sum(axis=-1, keepdims=True), v)
@@ -34,7 +34,7 @@ class Case:
         rng = np.random.default_rng(seed)
         draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
         self.causal, self.p = causal, p
-        self.q = draw(B, G, s, HEADS, WIDTH)
+        self.q = draw(B, G, s, HEADS, WIDTH) / np.float32(WIDTH**0.5)
         self.own_k, self.own_v = draw(B, G, s, KV_HEADS, WIDTH), draw(B, G, s, KV_HEADS, WIDTH)
         self.prefix_k, self.prefix_v = draw(B, p, KV_HEADS, WIDTH), draw(B, p, KV_HEADS, WIDTH)
         self.lengths = rng.integers(s // 2, s + 1, (B, G))

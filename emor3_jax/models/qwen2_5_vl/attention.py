@@ -66,7 +66,7 @@ def attend(q: jax.Array, sources: list[Shared | Own], backend: str = "xla") -> j
     """Returns the values that the queries select from all sources together.
 
     Args:
-      q: float[B, G, S, heads, head_dim].
+      q: float[B, G, S, heads, head_dim], scaled already: in float32, before they were rounded.
       sources: at least one; kernels take a `Shared` (or none) and one `Own` with C = S.
       backend: one of `BACKENDS`, or "splash_interpret".
 
@@ -113,7 +113,7 @@ def _attend_block(q: jax.Array, sources: list[Shared | Own], start: jax.Array) -
     """
     b, g, s, heads, head_dim = q.shape
     kv_heads = sources[0].v.shape[-3]
-    q = (q * head_dim**-0.5).reshape(b, g, s, kv_heads, heads // kv_heads, head_dim)
+    q = q.reshape(b, g, s, kv_heads, heads // kv_heads, head_dim)
     q = jnp.swapaxes(q, 2, 3)  # [B, G, kv_heads, S, heads of the group, head_dim]
 
     def align(x: jax.Array, source: Shared | Own) -> jax.Array:

@@ -77,7 +77,7 @@ def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = F
     Under a mesh (`jax.set_mesh`) each device computes its own prompts and heads.
 
     Args:
-      q: float[B, G, S, heads, head_dim].
+      q: float[B, G, S, heads, head_dim], scaled.
       prefix: keys of the prompts.
       own: keys of the continuations, C = S.
       interpret: emulate the kernel, on any platform.
@@ -99,7 +99,7 @@ def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = F
         x = jnp.swapaxes(fill(fill(x, 3, length), 4, width), 1, 2)
         return x.reshape(b, x.shape[1], g * length, width)
 
-    queries = join(jnp.swapaxes(q * head_dim**-0.5, 2, 3))
+    queries = join(jnp.swapaxes(q, 2, 3))
     keys, values = join(jnp.swapaxes(own.k, 3, 4)), join(own.v)
     seen = fill(own.mask, 2, length).reshape(b, g * length)
     if prefix is not None:
@@ -143,7 +143,7 @@ def cudnn(
     """Attention by cuDNN's kernel.
 
     Args:
-      q: float[B, G, S, heads, head_dim], of 16 bits.
+      q: float[B, G, S, heads, head_dim], scaled, of 16 bits.
       prefix: keys of the prompts.
       own: keys of the continuations, C = S.
       implementation: of `jax.nn.dot_product_attention`; "xla" computes the same on any platform.
@@ -160,6 +160,7 @@ def cudnn(
     attention = functools.partial(
         jax.nn.dot_product_attention,
         q.reshape(b * g, s, heads, head_dim),
+        scale=1.0,
         implementation=implementation,
     )
     k, v = rows(jnp.swapaxes(own.k, 3, 4)), rows(own.v)

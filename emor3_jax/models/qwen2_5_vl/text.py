@@ -57,7 +57,7 @@ class Attention(nn.Module):
             dense = Dense(heads * c.head_dim, dtype=self.dtype, name=name)
             return dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
 
-        q = rope.rotate(project("q_proj", c.num_heads), *table)
+        q = rope.rotate(project("q_proj", c.num_heads), *table, scale=c.head_dim**-0.5)
         k = rope.rotate(project("k_proj", c.num_kv_heads), *table)
         k, v = slots_last(k, project("v_proj", c.num_kv_heads))
         out = attend(q, [*earlier, Own(k, v, own_mask, causal=True)], c.attention).reshape(

@@ -49,7 +49,8 @@ class VisionAttention(nn.Module):
         c = self.config
         qkv = Dense(3 * c.hidden_size, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:-1], 3, c.num_heads, c.head_dim), -3, 0)
-        q, k = rope.rotate(q, *table), rope.rotate(k, *table)
+        q = rope.rotate(q, *table, scale=c.head_dim**-0.5)
+        k = rope.rotate(k, *table)
 
         # The scores are recomputed in the backward pass: kept, those of the branch not taken would
         # be kept too, and over a whole image they are the largest arrays of the tower.
@@ -113,7 +114,8 @@ class Merger(nn.Module):
         c = self.config
         width = c.hidden_size * c.merge_unit
         x = RMSNorm(_EPS, self.dtype, name="ln_q")(x).reshape(x.shape[0], -1, width)
-        x = nn.gelu(Dense(width, dtype=self.dtype, name="mlp_0")(x), approximate=False)
+        x = Dense(width, dtype=self.dtype, name="mlp_0")(x).astype(jnp.float32)
+        x = nn.gelu(x, approximate=False).astype(self.dtype)
         return Dense(c.out_hidden_size, dtype=self.dtype, name="mlp_2")(x)
 
 
