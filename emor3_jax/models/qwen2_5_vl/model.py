@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
-from emor3_jax.models.qwen2_5_vl.layers import Dtype
+from emor3_jax.models.qwen2_5_vl.layers import Dtype, two_rows
 from emor3_jax.models.qwen2_5_vl.text import Decoder
 from emor3_jax.models.qwen2_5_vl.vision import VisionTower
 
@@ -206,13 +206,14 @@ def decode_step(
 
 def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32[..., V] of final hidden states float[..., D]."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
     if config.tie_word_embeddings:
-        head, equation = params["model"]["embed_tokens"]["embedding"], "...d,vd->...v"
+        head, equation = params["model"]["embed_tokens"]["embedding"], "nd,vd->nv"
     else:
-        head, equation = params["lm_head"]["kernel"], "...d,dv->...v"
-    return jnp.einsum(
-        equation, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+        head, equation = params["lm_head"]["kernel"], "nd,dv->nv"
+    head = head.astype(hidden.dtype)
+    scores = jnp.einsum(equation, two_rows(rows), head, preferred_element_type=jnp.float32)
+    return scores[: len(rows)].reshape(*hidden.shape[:-1], -1)
 
 
 def token_logprobs(

@@ -309,7 +309,8 @@ def _place(transpose: bool, sharding: Sharding) -> Callable[..., jax.Array]:
     """Returns the program that writes one layer into a stack, in the stack's own memory."""
 
     def place(stack: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:
-        return stack.at[layer].set((x.T if transpose else x).astype(stack.dtype))
+        x = (x.T if transpose else x).astype(stack.dtype)
+        return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
 
     return jax.jit(place, out_shardings=sharding, donate_argnums=0)
 
