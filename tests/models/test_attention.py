@@ -178,3 +178,55 @@ def test_devices_share_prompts_and_heads():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 4
+
+
+def largest(jaxpr) -> int:
+    """Numbers of the largest array that a program holds, those inside its loops included."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found = max([found, *(int(np.prod(v.aval.shape)) for v in equation.outvars)])
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found = max(found, largest(inner))
+    return found
+
+
+def branches(jaxpr):
+    """Yields the branches of every `cond` in a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            yield [branch.jaxpr for branch in equation.params["branches"]]
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from branches(inner)
+
+
+def test_no_layer_of_the_tower_holds_the_scores_of_a_whole_image(config, image_program):
+    """64 windows of 16 patches: windowed layers hold a window's scores, full ones a part's."""
+    patches, program = image_program
+    full, windowed = 0, 0
+    for windowed_branch, full_branch in branches(program):
+        windowed = max(windowed, largest(windowed_branch))
+        full = max(full, largest(full_branch))
+    heads = config.vision.num_heads
+    assert 0 < windowed <= heads * patches * config.vision.window_patches
+    assert windowed < full <= heads * patches * 2 * attention._QUERIES
+    assert largest(program) < patches**2
+
+
+@pytest.fixture
+def image_program(config, params):
+    """Patches of an image and the program that encodes it and differentiates."""
+    from emor3_jax.models.qwen2_5_vl import layout, model
+
+    grid = (1, 32, 32)
+    patches = np.zeros((32 * 32, config.vision.patch_dim), np.float32)
+    images = layout.pad_images([layout.window_layout(patches, grid, config.vision)], 64)
+
+    def loss(params):
+        return jnp.sum(model.encode_images(config, params, images))
+
+    return len(patches), jax.make_jaxpr(jax.grad(loss))(params).jaxpr

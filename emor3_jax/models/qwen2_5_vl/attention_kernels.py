@@ -91,24 +91,21 @@ def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = F
     length = _padded_length(s)
     before = _padded_length(prefix.mask.shape[-1]) if prefix is not None else 0
 
-    def fill(x: jax.Array, axis: int, size: int) -> jax.Array:
-        return jnp.pad(x, [(0, (size - x.shape[i]) * (i == axis)) for i in range(x.ndim)])
-
     def join(x: jax.Array) -> jax.Array:
         """Joins [B, G, heads, S, head_dim] to [B, heads, G * length, width]."""
-        x = jnp.swapaxes(fill(fill(x, 3, length), 4, width), 1, 2)
+        x = jnp.swapaxes(_fill(_fill(x, 3, length), 4, width), 1, 2)
         return x.reshape(b, x.shape[1], g * length, width)
 
     queries = join(jnp.swapaxes(q, 2, 3))
     keys, values = join(jnp.swapaxes(own.k, 3, 4)), join(own.v)
-    seen = fill(own.mask, 2, length).reshape(b, g * length)
+    seen = _fill(own.mask, 2, length).reshape(b, g * length)
     if prefix is not None:
         parts = ((jnp.swapaxes(prefix.k, 2, 3), keys), (prefix.v, values))
         keys, values = (
-            jnp.concatenate([fill(fill(x, 2, before), 3, width).astype(y.dtype), y], axis=2)
+            jnp.concatenate([_fill(_fill(x, 2, before), 3, width).astype(y.dtype), y], axis=2)
             for x, y in parts
         )
-        seen = jnp.concatenate([fill(prefix.mask, 1, before), seen], axis=1)
+        seen = jnp.concatenate([_fill(prefix.mask, 1, before), seen], axis=1)
 
     def compute(queries, keys, values, seen):
         kernel = _splash_kernel(
@@ -152,6 +149,18 @@ def cudnn(
       float[B, G, S, heads, head_dim].
     """
     b, g, s, heads, head_dim = q.shape
+    if prefix is not None:
+        # With a mask, the kernel's backward pass wants even lengths.
+        even = s + s % 2
+        q = _fill(q, 2, even)
+        own = Own(
+            _fill(own.k, 4, even), _fill(own.v, 3, even), _fill(own.mask, 2, even), own.causal
+        )
+        size = prefix.mask.shape[-1] + prefix.mask.shape[-1] % 2
+        prefix = Shared(
+            _fill(prefix.k, 3, size), _fill(prefix.v, 2, size), _fill(prefix.mask, 1, size)
+        )
+    length = q.shape[2]
 
     def rows(x: jax.Array) -> jax.Array:
         """Joins B and G; [B, G, kv_heads, C, head_dim] becomes [B * G, C, kv_heads, head_dim]."""
@@ -159,12 +168,12 @@ def cudnn(
 
     attention = functools.partial(
         jax.nn.dot_product_attention,
-        q.reshape(b * g, s, heads, head_dim),
+        q.reshape(b * g, length, heads, head_dim),
         scale=1.0,
         implementation=implementation,
     )
     k, v = rows(jnp.swapaxes(own.k, 3, 4)), rows(own.v)
-    mask = own.mask.reshape(b * g, s)
+    mask = own.mask.reshape(b * g, length)
     if prefix is None and own.causal:
         # Padding is on the right, where no real query looks.
         out = attention(k, v, is_causal=True)
@@ -175,20 +184,19 @@ def cudnn(
         lengths = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
         out = attention(k, v, key_value_seq_lengths=lengths)
     else:
-        size = prefix.mask.shape[-1]
 
         def copies(x: jax.Array) -> jax.Array:
             return rows(jnp.broadcast_to(x[:, None], (b, g, *x.shape[1:])))
 
         k = jnp.concatenate([copies(jnp.swapaxes(prefix.k, 2, 3)).astype(k.dtype), k], axis=1)
         v = jnp.concatenate([copies(prefix.v).astype(v.dtype), v], axis=1)
-        before = jnp.broadcast_to(prefix.mask[:, None, None], (b, g, s, size))
-        mine = jnp.broadcast_to(own.mask[:, :, None], (b, g, s, s))
+        before = jnp.broadcast_to(prefix.mask[:, None, None], (b, g, length, size))
+        mine = jnp.broadcast_to(own.mask[:, :, None], (b, g, length, length))
         if own.causal:
-            mine &= jnp.tri(s, dtype=bool)
-        seen = jnp.concatenate([before, mine], axis=-1).reshape(b * g, 1, s, size + s)
-        out = attention(k, v, mask=seen)
-    return out.reshape(b, g, s, heads, head_dim)
+            mine &= jnp.tri(length, dtype=bool)
+        seen = jnp.concatenate([before, mine], axis=-1)
+        out = attention(k, v, mask=seen.reshape(b * g, 1, length, size + length))
+    return out.reshape(b, g, length, heads, head_dim)[:, :, :s]
 
 
 @functools.cache
@@ -245,6 +253,11 @@ def _parts(
 def _padded_length(n: int) -> int:
     """Returns a length in whole blocks: small ones for short sequences, large ones for long."""
     return _up(n, _LANES if n < 2 * _BLOCK else _BLOCK)
+
+
+def _fill(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Pads one axis at its end with zeros."""
+    return jnp.pad(x, [(0, (size - x.shape[i]) * (i == axis)) for i in range(x.ndim)])
 
 
 def _up(n: int, unit: int) -> int:
