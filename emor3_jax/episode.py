@@ -232,7 +232,7 @@ def _roll_out(params, batch, key, banned, *, config, responses, rule, dtype):
 def _spans(tables, samples):
     shape = samples.lengths.shape
     flat = samples.tokens.reshape(-1, samples.tokens.shape[-1]), samples.lengths.reshape(-1)
-    spans = rewards.coherence_span(tables, *flat), rewards.consistency_span(tables, *flat)
+    spans = rewards.cut_spans(tables, *flat)
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), spans)
 
 

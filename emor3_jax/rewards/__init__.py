@@ -29,10 +29,9 @@ __all__ = [
     "Tables",
     "TokenizerError",
     "coherence_score",
-    "coherence_span",
     "combine",
     "consistency_score",
-    "consistency_span",
+    "cut_spans",
     "read_label",
     "read_yes_no",
     "score_response",
@@ -76,14 +75,9 @@ def read_yes_no(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> jax.Ar
     return automaton.run(tables.yes_no, tokens, lengths)
 
 
-def coherence_span(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> Span:
-    """Returns s1..s2 of each response, the text that the coherence question is about."""
-    return spans.cut(tables.spans.coherence, tables.spans, tokens, lengths)
-
-
-def consistency_span(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> Span:
-    """Returns s1 of each response, the text that the consistency question is about."""
-    return spans.cut(tables.spans.consistency, tables.spans, tokens, lengths)
+def cut_spans(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span, Span]:
+    """Returns s1..s2 and s1 of each response: what coherence and consistency are asked about."""
+    return spans.cut(tables.spans, tokens, lengths)
 
 
 class Scorer:
@@ -161,16 +155,17 @@ class Scorer:
         reflect = coherence_replies is not None
         coherence = consistency = jnp.ones if self.profile == "release" else jnp.zeros
         coherence = consistency = coherence(label.shape)
+        judged = cut_spans(self.tables, tokens, lengths)
         if coherence_replies is not None and consistency_replies is not None:
             coherence = coherence_score(
                 read_label(self.tables, *coherence_replies),
                 answer if self.coherence_target == "answer" else label,
-                coherence_span(self.tables, tokens, lengths).found,
+                judged[0].found,
                 self.profile,
             )
             consistency = consistency_score(
                 read_yes_no(self.tables, *consistency_replies),
-                consistency_span(self.tables, tokens, lengths).found,
+                judged[1].found,
                 self.profile,
             )
         overall = combine(
