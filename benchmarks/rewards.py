@@ -172,13 +172,17 @@ def main() -> None:
     print(f"| decode and Python | {theirs:.3f} | {RESPONSES / theirs:,.0f} |")
     print(f"\nratio {theirs / ours:.1f}\n")
 
-    print("| tokens | microseconds a response | hostile | per token, ordinary, ns |\n|---|---|---|---|")
+    print(
+        "| tokens | microseconds a response | hostile | per token, ordinary, ns |\n|---|---|---|---|"
+    )
     for length in (256, 1024, 4096, 8192):
         count = RESPONSES * TOKENS // length
         ordinary, bad = (
             seconds(device(make(spell, count, length)), 3) / count for make in (responses, hostile)
         )
-        print(f"| {length} | {ordinary * 1e6:.1f} | {bad * 1e6:.1f} | {ordinary / length * 1e9:.1f} |")
+        print(
+            f"| {length} | {ordinary * 1e6:.1f} | {bad * 1e6:.1f} | {ordinary / length * 1e9:.1f} |"
+        )
 
 
 if __name__ == "__main__":

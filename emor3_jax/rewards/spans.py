@@ -26,6 +26,7 @@ from emor3_jax.rewards.rules import failure, search
 _OPEN, _COHERENCE_END, _CONSISTENCY_END = "<step1>", "</step2>", "<step2>"
 _OPENED, _COHERENCE, _CONSISTENCY = 1, 2, 4
 """Flags of a state: the opening tag was read; the closing tag of a span was."""
+_CLASS_BITS = 16
 _KEEP, _TAKE_LAST = 0, 1
 """Entries for what a token does to a byte position; others are an offset in the token and more."""
 
@@ -55,10 +56,11 @@ class SpanTables(NamedTuple):
       begin: int32[states, classes], offset of the opening tag where the token completes it;
         negative if the tag began in an earlier token.
       end: int32[states, classes], offset behind the tag that closes coherence, likewise.
+      bounds: int32[2]. States are sorted: those below the first lack `_OPENED`, those below the
+        second `_COHERENCE`.
       flags: int32[states].
       bits: int32[2].
-      token_class: int32[V + 1].
-      sizes: int32[V + 1], bytes of each token.
+      token: int32[V + 1], packed from the right: the class in 16 bits, the size in bytes.
       row: int32[V + 1], row of `parts` of a token that can be cut, 0 for others.
       parts: int32[rows, L], the byte tokens of such a token.
     """
@@ -66,10 +68,10 @@ class SpanTables(NamedTuple):
     entry: jax.Array | np.ndarray
     begin: jax.Array | np.ndarray
     end: jax.Array | np.ndarray
+    bounds: jax.Array | np.ndarray
     flags: jax.Array | np.ndarray
     bits: jax.Array | np.ndarray
-    token_class: jax.Array | np.ndarray
-    sizes: jax.Array | np.ndarray
+    token: jax.Array | np.ndarray
     row: jax.Array | np.ndarray
     parts: jax.Array | np.ndarray
 
@@ -148,15 +150,19 @@ def build_spans(tokens: Sequence[bytes]) -> SpanTables:
     for r, i in enumerate(cut, 1):
         row[i] = r
         parts[r, : len(tokens[i])] = [single[b] for b in tokens[i]]
-    sizes = np.asarray([*map(len, tokens), 0], np.int32)
-    return SpanTables(*_machine(tokens, sizes), sizes, row, parts)
+    return SpanTables(*_machine(tokens), row, parts)
 
 
-def _machine(tokens: Sequence[bytes], sizes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns the fields of `SpanTables` up to `token_class`."""
+def _machine(tokens: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+    """Returns the fields of `SpanTables` up to `token`."""
     machine = _Tags()
     states, table = close(machine.start, machine.step)
+    # The tags are read in this order, so their flags rise along any text.
+    order = np.argsort([machine.flags(s) & (_OPENED | _COHERENCE) for s in states], kind="stable")
+    states, table = [states[i] for i in order], np.argsort(order).astype(np.int32)[table[order]]
     flags = np.asarray([machine.flags(state) for state in states], np.int32)
+    bounds = [np.sum(flags & flag == 0) for flag in (_OPENED, _COHERENCE)]
+    sizes = np.asarray([*map(len, tokens), 0], np.int32)
     texts = np.asarray([[machine.read(s, b)[1:] for b in range(256)] for s in states])
     shape = (len(states), len(tokens) + 1)
     following = np.repeat(np.arange(shape[0], dtype=np.int32)[:, None], shape[1], axis=1)
@@ -186,7 +192,8 @@ def _machine(tokens: Sequence[bytes], sizes: np.ndarray) -> tuple[np.ndarray, ..
     if bits[0] + 2 * bits[1] > 31:
         raise TokenizerError(f"the tokenizer has a token of {sizes.max()} bytes; 1000 would do")
     entry = following | last << bits[0] | stop << (bits[0] + bits[1])
-    return entry, begin, end, flags, bits, token_class
+    token = token_class | sizes << _CLASS_BITS
+    return entry, begin, end, np.asarray(bounds, np.int32), flags, bits, token
 
 
 def cut(spans: SpanTables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span, Span]:
@@ -199,59 +206,107 @@ def cut(spans: SpanTables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span,
     """
     spans = jax.tree.map(jnp.asarray, spans)
     n, t = tokens.shape
-    last_id = spans.token_class.shape[0] - 1
+    last_id = spans.token.shape[0] - 1
     known = (tokens >= 0) & (tokens < last_id) & (jnp.arange(t) < lengths[:, None])
-    ids = jnp.where(known, tokens, last_id).T
-    sizes, classes = spans.sizes[ids], spans.token_class[ids]
+    columns = spans.token[jnp.where(known, tokens, last_id).T]
     state_bits, place_bits = spans.bits[0], spans.bits[1]
-    places = (1 << place_bits) - 1
+    state_mask, place_mask = (1 << state_bits) - 1, (1 << place_bits) - 1
 
     def step(carry, column):
-        state, start, count, last, stop = carry
-        token_class, size = column
+        state, start, count, last, stop, opening, ending = carry
+        token_class, size = column & ((1 << _CLASS_BITS) - 1), column >> _CLASS_BITS
         entry = spans.entry[state, token_class]
-        new_last = entry >> state_bits & places
+        new_last = entry >> state_bits & place_mask
         new_stop = entry >> (state_bits + place_bits)
         moved = jnp.where(new_stop == _TAKE_LAST, last, start + new_stop - 2)
         stop = jnp.where(new_stop == _KEEP, stop, moved)
         last = jnp.where(new_last == _KEEP, last, start + new_last - 1)
-        seen = (state, start, count)
-        following = entry & ((1 << state_bits) - 1)
-        return (following, start + size, count + (size > 0), last, stop), seen
+        # The token that completes a tag is the last one that is read in a state without it.
+        here = state, token_class, start
+        opening, ending = (
+            tuple(jnp.where(state < bound, new, old) for new, old in zip(here, event, strict=True))
+            for bound, event in zip(spans.bounds, (opening, ending), strict=True)
+        )
+        seen = start, count
+        count = count + (size > 0)
+        return (entry & state_mask, start + size, count, last, stop, opening, ending), seen
 
     zero = jnp.zeros(n, jnp.int32)
-    (final, _, _, _, stop), (states, starts, counts) = jax.lax.scan(
-        step, (zero,) * 5, (classes, sizes)
+    carry = (zero, zero, zero, zero, zero, (zero,) * 3, (zero,) * 3)
+    (final, total, count, _, stop, opening, ending), (starts, counts) = jax.lax.scan(
+        step, carry, columns
     )
-    flags = spans.flags[states]
-
-    def completed(flag: int, table: jax.Array) -> jax.Array:
-        """Byte position that `table` says of the token which completed a tag."""
-        at = jnp.sum(flags & flag == 0, axis=0)[None] - 1
-        state, token_class, start = (
-            jnp.take_along_axis(x, at, axis=0)[0] for x in (states, classes, starts)
-        )
-        return start + table[state, token_class]
-
-    found = spans.flags[final]
-    begin = completed(_OPENED, spans.begin)
+    begin = opening[2] + spans.begin[opening[:2]]
+    end = ending[2] + spans.end[ending[:2]]
     # Tokens without bytes are left out; what is left lies in `text` without gaps.
-    place = jnp.where(sizes > 0, counts, t + jnp.arange(t)[:, None])
-    text = jnp.zeros((n, t), jnp.int32)
+    place = jnp.where(columns >> _CLASS_BITS > 0, counts, t + jnp.arange(t)[:, None])
     rows = jnp.arange(n)[:, None]
+    text = jnp.zeros((n, t), jnp.int32)
     text = text.at[rows, place.T].set(tokens, mode="drop", unique_indices=True)
-    where = text, sizes, starts, begin
-    return (
-        _assemble(spans, *where, completed(_COHERENCE, spans.end), found & _COHERENCE > 0),
-        _assemble(spans, *where, stop, found & _CONSISTENCY > 0),
+    found = spans.flags[final]
+    response = _Text(text, starts, counts, total, count)
+    first = _token_before(spans, response, begin)
+    return tuple(
+        _assemble(spans, response, first, begin, after, found & flag > 0)
+        for after, flag in ((end, _COHERENCE), (stop, _CONSISTENCY))
     )
+
+
+class _Text(NamedTuple):
+    """The tokens of responses that have bytes, and where all tokens lie.
+
+    Attributes:
+      tokens: int32[n, T], those that have bytes, without gaps.
+      starts: int32[T, n], bytes before each token of the response.
+      counts: int32[T, n], tokens with bytes before it.
+      size, count: int32[n], bytes and tokens with bytes of the whole response.
+    """
+
+    tokens: jax.Array
+    starts: jax.Array
+    counts: jax.Array
+    size: jax.Array
+    count: jax.Array
+
+
+class _Edge(NamedTuple):
+    """The last token that starts before a byte.
+
+    Attributes:
+      count: int32[n], tokens with bytes that start before it.
+      token, start, size: int32[n], the last of them, its first byte and how many it has.
+    """
+
+    count: jax.Array
+    token: jax.Array
+    start: jax.Array
+    size: jax.Array
+
+
+def _token_before(spans: SpanTables, text: _Text, byte: jax.Array) -> _Edge:
+    """Returns the last token that starts before `byte`, int32[n], by halving."""
+    t = len(text.starts)
+
+    def at(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, index[None], axis=0, mode="clip")[0]
+
+    below = jnp.zeros_like(byte)
+    for power in range(t.bit_length() - 1, -1, -1):
+        further = below + (1 << power)
+        below = jnp.where((further <= t) & (at(text.starts, further - 1) < byte), further, below)
+    past = below >= t
+    count = jnp.where(past, text.count, at(text.counts, below))
+    behind = jnp.where(past, text.size, at(text.starts, below))
+    last = jnp.maximum(count - 1, 0)[:, None]
+    token = jnp.take_along_axis(text.tokens, last, axis=1)[:, 0]
+    size = spans.token[token] >> _CLASS_BITS
+    return _Edge(count, token, behind - size, size)
 
 
 def _assemble(
     spans: SpanTables,
-    text: jax.Array,
-    sizes: jax.Array,
-    starts: jax.Array,
+    text: _Text,
+    first: _Edge,
     begin: jax.Array,
     end: jax.Array,
     found: jax.Array,
@@ -262,50 +317,33 @@ def _assemble(
 
     Args:
       spans: the tables.
-      text: int32[n, T], tokens that have bytes, without gaps.
-      sizes, starts: int32[T, n], bytes of each token and before it, in the order of the response.
-      begin, end: int32[n], bytes.
+      text: the responses.
+      first: the last token that starts before `begin`.
+      begin, end: int32[n], bytes; anything where there is no span.
       found: bool[n].
     """
-    n, t = text.shape
-    begin, end = jnp.where(found, begin, 0), jnp.where(found, end, 0)
-    real = sizes > 0
-
-    def straddling(edge: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The last token that starts before a byte: how many do, its start, and its id."""
-        before = real & (starts < edge)
-        count = jnp.sum(before, axis=0)
-        start = jnp.max(jnp.where(before, starts, 0), axis=0)
-        token = jnp.take_along_axis(text, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-        return count, start, token
-
-    first, head_start, head = straddling(begin)
-    stop, tail_start, tail = straddling(end)
-    tail_end = tail_start + spans.sizes[tail]
+    n, t = text.tokens.shape
+    end = jnp.where(found, end, begin)
+    final = _token_before(spans, text, end)
     # How many byte tokens stand for the head, and for the tail; one token may be both.
-    head_bytes = jnp.clip(jnp.minimum(head_start + spans.sizes[head], end) - begin, 0)
-    head_bytes = jnp.where(first > 0, head_bytes, 0)
-    cuts_tail = (tail_end > end) & (stop > first)
-    tail_bytes = jnp.where(cuts_tail, end - tail_start, 0)
-    whole = jnp.maximum(stop - cuts_tail - first, 0)
+    head_bytes = jnp.clip(jnp.minimum(first.start + first.size, end) - begin, 0)
+    head_bytes = jnp.where(first.count > 0, head_bytes, 0)
+    cuts_tail = (final.start + final.size > end) & (final.count > first.count)
+    tail_bytes = jnp.where(cuts_tail, end - final.start, 0)
+    whole = final.count - cuts_tail - first.count
 
     width = spans.parts.shape[1]
-    column = jnp.arange(t + 2 * width)
-    middle = column - head_bytes[:, None]
-    ending = middle - whole[:, None]
-
-    def gather(x: jax.Array, at: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, jnp.clip(at, 0, x.shape[1] - 1), axis=1)
-
-    head_at = (begin - head_start)[:, None] + column
-    out = jnp.where(
-        middle < 0,
-        gather(spans.parts[spans.row[head]], head_at),
-        jnp.where(
-            ending < 0,
-            gather(text, first[:, None] + middle),
-            gather(spans.parts[spans.row[tail]], ending),
-        ),
-    )
-    length = head_bytes + whole + tail_bytes
+    column, part = jnp.arange(t + 2 * width), jnp.arange(width)
+    middle = first.count[:, None] + column - head_bytes[:, None]
+    out = jnp.take_along_axis(text.tokens, middle, axis=1, mode="clip")
+    # Byte tokens are few: those of the head lie in front, those of the tail are put in place.
+    at = (begin - first.start)[:, None] + part
+    bytes_of_head = spans.parts[spans.row[first.token]]
+    bytes_of_head = jnp.take_along_axis(bytes_of_head, at, axis=1, mode="clip")
+    front = jnp.where(part < head_bytes[:, None], bytes_of_head, out[:, :width])
+    out = jnp.concatenate([front, out[:, width:]], axis=1)
+    at = jnp.where(part < tail_bytes[:, None], (head_bytes + whole)[:, None] + part, t + 2 * width)
+    rows = jnp.arange(n)[:, None]
+    out = out.at[rows, at].set(spans.parts[spans.row[final.token]], mode="drop")
+    length = jnp.where(found, head_bytes + whole + tail_bytes, 0)
     return Span(jnp.where(column < length[:, None], out, 0), length, found)
