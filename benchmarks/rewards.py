@@ -1,7 +1,7 @@
 """Rewards as token tables beside decoding and plain Python. python -m benchmarks.rewards
 
-At Qwen's vocabulary size: how long the tables take to build and to read from disk and how large they
-are; responses a second; time by length; ordinary text beside a text that a backtracking regular
+At Qwen's vocabulary size: how long the tables take to build and to read from disk, how large
+they are; responses a second; time by length; ordinary text beside one that a backtracking regular
 expression takes seconds for. The vocabulary is made of the words of this Python's own packages.
 """
 
@@ -10,7 +10,6 @@ import re
 import resource
 import statistics
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -161,7 +160,7 @@ def main() -> None:
         return lambda: on_device(tables, *rows)
 
     tokens = responses(spell, RESPONSES, TOKENS)
-    (format_, answer), coherence, consistency = device(tokens)()
+    (format_, answer), *_ = device(tokens)()
     assert np.asarray(format_).all() and (np.asarray(answer) >= 0).all()
     plain = in_python(tokenizer, tokens)
     assert all(row[0] and LABELS[i] == row[1] for row, i in zip(plain, answer, strict=True))

@@ -42,10 +42,16 @@ Tokens = tuple[jax.Array, jax.Array]
 
 
 class Tables(NamedTuple):
-    """All rules for one tokenizer and label set; a pytree of arrays."""
+    """All rules for one tokenizer and label set; a pytree of arrays.
 
-    format: Automaton
-    box: Automaton
+    Attributes:
+      response: the rules of format and box.
+      reply: the rule of a reply that is a label.
+      yes_no: the rule of a reply that says yes or no.
+      spans: the parts of a response that are judged.
+    """
+
+    response: Automaton
     reply: Automaton
     yes_no: Automaton
     spans: SpanTables
@@ -61,18 +67,18 @@ def score_response(
       tokens: int32[n, T].
       lengths: int32[n].
     """
-    matches = automaton.run(tables.format, tokens, lengths)
-    return matches.astype(jnp.float32), automaton.run(tables.box, tokens, lengths)
+    matches, label = automaton.run(tables.response, tokens, lengths)
+    return matches.astype(jnp.float32), label
 
 
 def read_label(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Returns the label that each reply is, int32[n]: -1 another text, -2 empty or `none`."""
-    return automaton.run(tables.reply, tokens, lengths)
+    return automaton.run(tables.reply, tokens, lengths)[0]
 
 
 def read_yes_no(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Returns int32[n]: 1 if the reply contains `yes`, else 0 if it contains `no`, else -1."""
-    return automaton.run(tables.yes_no, tokens, lengths)
+    return automaton.run(tables.yes_no, tokens, lengths)[0]
 
 
 def cut_spans(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span, Span]:
@@ -110,10 +116,12 @@ class Scorer:
         self.coherence_target = coherence_target
         self._bytes = token_bytes(tokenizer)
         self.tables = Tables(
-            automaton.build(rules.Normalised(rules.FormatRule()), self._bytes),
-            automaton.build(rules.Normalised(rules.BoxRule(labels)), self._bytes),
-            automaton.build(rules.ReplyRule(labels), self._bytes),
-            automaton.build(rules.YesNoRule(), self._bytes),
+            automaton.build(
+                [rules.Normalised(rules.FormatRule()), rules.Normalised(rules.BoxRule(labels))],
+                self._bytes,
+            ),
+            automaton.build([rules.ReplyRule(labels)], self._bytes),
+            automaton.build([rules.YesNoRule()], self._bytes),
             spans.build_spans(self._bytes),
         )
         self._single = {t[0]: i for i, t in enumerate(self._bytes) if len(t) == 1}

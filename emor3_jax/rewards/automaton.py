@@ -50,18 +50,19 @@ class Rule(Protocol):
 
 
 class Automaton(NamedTuple):
-    """A rule composed with a tokenizer.
+    """Rules composed with a tokenizer; they are read side by side in one scan.
 
     Attributes:
-      next: int32[states, classes], the state that follows. Tokens that act alike in every state
-        share a class.
+      next: for each rule int32[states, classes], the state that follows. Tokens that act alike in
+        every state of every rule share a class.
       token_class: int32[V + 1]; the last entry is for ids that stand for nothing.
-      output: int32[states], the result of a text that ends there. State 0 is the first one.
+      output: for each rule int32[states], the result of a text that ends there. State 0 is the
+        first one.
     """
 
-    next: jax.Array | np.ndarray
+    next: tuple[jax.Array | np.ndarray, ...]
     token_class: jax.Array | np.ndarray
-    output: jax.Array | np.ndarray
+    output: tuple[jax.Array | np.ndarray, ...]
 
 
 def close(
@@ -186,37 +187,39 @@ def classify(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarra
     return tables, inverse.astype(np.int32)
 
 
-def build(rule: Rule, tokens: Sequence[bytes]) -> Automaton:
-    """Returns a rule as a table over tokens.
+def build(rules: Sequence[Rule], tokens: Sequence[bytes]) -> Automaton:
+    """Returns rules as tables over tokens.
 
     Args:
-      rule: the machine over characters.
+      rules: the machines over characters.
       tokens: byte string of each token, empty for special tokens.
     """
-    table, outputs = over_bytes(rule)
-    (following,), token_class = classify([compose(table, tokens)])
-    return Automaton(following, token_class, outputs)
+    tables, outputs = zip(*map(over_bytes, rules), strict=True)
+    following, token_class = classify([compose(table, tokens) for table in tables])
+    return Automaton(tuple(following), token_class, outputs)
 
 
-def run(automaton: Automaton, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Returns the rule's result for each text, int32[n]; one scan over the tokens.
+def run(automaton: Automaton, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns each rule's result for each text, int32[n]; one scan over the tokens.
 
     Args:
-      automaton: the rule.
+      automaton: the rules.
       tokens: int32[n, T].
       lengths: int32[n], tokens that count.
     """
     last = automaton.token_class.shape[0] - 1
     known = (tokens >= 0) & (tokens < last) & (jnp.arange(tokens.shape[1]) < lengths[:, None])
-    classes = jnp.asarray(automaton.token_class)[jnp.where(known, tokens, last)]
-    table = jnp.asarray(automaton.next)
+    classes = jnp.asarray(automaton.token_class)[jnp.where(known, tokens, last).T]
+    tables = [jnp.asarray(table) for table in automaton.next]
 
-    def step(state, token_class):
-        return table[state, token_class], None
+    def step(states, token_class):
+        return [t[s, token_class] for t, s in zip(tables, states, strict=True)], None
 
-    start = jnp.zeros(tokens.shape[0], jnp.int32)
-    state, _ = jax.lax.scan(step, start, classes.T)
-    return jnp.asarray(automaton.output)[state]
+    start = [jnp.zeros(tokens.shape[0], jnp.int32)] * len(tables)
+    states, _ = jax.lax.scan(step, start, classes)
+    return tuple(
+        jnp.asarray(output)[state] for output, state in zip(automaton.output, states, strict=True)
+    )
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:

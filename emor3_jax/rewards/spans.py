@@ -222,7 +222,7 @@ def cut(spans: SpanTables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span,
         stop = jnp.where(new_stop == _KEEP, stop, moved)
         last = jnp.where(new_last == _KEEP, last, start + new_last - 1)
         # The token that completes a tag is the last one that is read in a state without it.
-        here = state, token_class, start
+        here = state << _CLASS_BITS | token_class, start
         opening, ending = (
             tuple(jnp.where(state < bound, new, old) for new, old in zip(here, event, strict=True))
             for bound, event in zip(spans.bounds, (opening, ending), strict=True)
@@ -232,12 +232,16 @@ def cut(spans: SpanTables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span,
         return (entry & state_mask, start + size, count, last, stop, opening, ending), seen
 
     zero = jnp.zeros(n, jnp.int32)
-    carry = (zero, zero, zero, zero, zero, (zero,) * 3, (zero,) * 3)
+    carry = (zero, zero, zero, zero, zero, (zero,) * 2, (zero,) * 2)
     (final, total, count, _, stop, opening, ending), (starts, counts) = jax.lax.scan(
         step, carry, columns
     )
-    begin = opening[2] + spans.begin[opening[:2]]
-    end = ending[2] + spans.end[ending[:2]]
+
+    def position(event: tuple[jax.Array, jax.Array], offsets: jax.Array) -> jax.Array:
+        pair, start = event
+        return start + offsets[pair >> _CLASS_BITS, pair & ((1 << _CLASS_BITS) - 1)]
+
+    begin, end = position(opening, spans.begin), position(ending, spans.end)
     # Tokens without bytes are left out; what is left lies in `text` without gaps.
     place = jnp.where(columns >> _CLASS_BITS > 0, counts, t + jnp.arange(t)[:, None])
     rows = jnp.arange(n)[:, None]
@@ -322,7 +326,7 @@ def _assemble(
       begin, end: int32[n], bytes; anything where there is no span.
       found: bool[n].
     """
-    n, t = text.tokens.shape
+    t = text.tokens.shape[1]
     end = jnp.where(found, end, begin)
     final = _token_before(spans, text, end)
     # How many byte tokens stand for the head, and for the tail; one token may be both.
@@ -332,18 +336,23 @@ def _assemble(
     tail_bytes = jnp.where(cuts_tail, end - final.start, 0)
     whole = final.count - cuts_tail - first.count
 
-    width = spans.parts.shape[1]
-    column, part = jnp.arange(t + 2 * width), jnp.arange(width)
-    middle = first.count[:, None] + column - head_bytes[:, None]
-    out = jnp.take_along_axis(text.tokens, middle, axis=1, mode="clip")
-    # Byte tokens are few: those of the head lie in front, those of the tail are put in place.
-    at = (begin - first.start)[:, None] + part
-    bytes_of_head = spans.parts[spans.row[first.token]]
-    bytes_of_head = jnp.take_along_axis(bytes_of_head, at, axis=1, mode="clip")
-    front = jnp.where(part < head_bytes[:, None], bytes_of_head, out[:, :width])
-    out = jnp.concatenate([front, out[:, width:]], axis=1)
-    at = jnp.where(part < tail_bytes[:, None], (head_bytes + whole)[:, None] + part, t + 2 * width)
-    rows = jnp.arange(n)[:, None]
-    out = out.at[rows, at].set(spans.parts[spans.row[final.token]], mode="drop")
+    head, tail = (spans.parts[spans.row[edge.token]] for edge in (first, final))
+    # Computed once for each response: fused into what follows, it would be for each column.
+    offset = begin - first.start
+    offset, skipped, head_bytes, whole, tail_bytes, head, tail = jax.lax.optimization_barrier(
+        (offset, first.count, head_bytes, whole, tail_bytes, head, tail)
+    )
+    column = jnp.arange(t + 2 * spans.parts.shape[1])
+    middle = column - head_bytes[:, None]
+    ending = middle - whole[:, None]
+
+    def take(x: jax.Array, at: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, at, axis=1, mode="clip")
+
+    out = jnp.where(
+        middle < 0,
+        take(head, offset[:, None] + column),
+        jnp.where(ending < 0, take(text.tokens, skipped[:, None] + middle), take(tail, ending)),
+    )
     length = jnp.where(found, head_bytes + whole + tail_bytes, 0)
     return Span(jnp.where(column < length[:, None], out, 0), length, found)
