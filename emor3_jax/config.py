@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from emor3_jax.models import is_hub_id
 from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
+from emor3_jax.rewards.patterns import PatternError
+from emor3_jax.rewards.terms import Term, TermError, make_term
 
 EMBEDDED = "embedded"
 """`policy.path` of the base policy that the package trains itself, without any download."""
@@ -35,6 +37,20 @@ def dataset(**fields: object) -> ConfigDict:
     config.labels = "mikels8"
     # Evaluation reads at most so many rows; 0 reads all.
     config.limit = 0
+    config.update(fields)
+    return config
+
+
+def reward_term(**fields: object) -> ConfigDict:
+    """Returns the description of one reward term; give its weight and one of the three kinds."""
+    config = ConfigDict()
+    config.weight = 0.1
+    # A regular expression: 1 where it matches the response, else 0.
+    config.pattern = ""
+    # "module:name" of a jitted function: `rewards.Group` → float32[B, G].
+    config.function = ""
+    # "module:name" of a function in plain Python: (response, label) → a number. Slow.
+    config.text = ""
     config.update(fields)
     return config
 
@@ -103,6 +119,10 @@ def default() -> ConfigDict:
     config.reward.coherence_target = "label"
     config.reward.lambda_reflect = 0.1
     config.reward.lambda_format = 0.1
+    # Name → `reward_term(…)`: terms of one's own, added with their weights.
+    config.reward.terms = ConfigDict()
+    # Folder of reward tables, shared by runs; "" keeps none.
+    config.reward.table_cache = "runs/reward_tables"
 
     config.policy_update = ConfigDict()
     config.policy_update.prompts = 256
@@ -255,6 +275,7 @@ def validate(config: ConfigDict) -> None:
         "reward.lambda_reflect",
         "the weights must not be negative, nor be over 1 with reward.lambda_format",
     )
+    reward_terms(config)
     update = config.policy_update
     need(
         update.prompts >= 1 and config.rollout.prompts % update.prompts == 0,
@@ -279,6 +300,21 @@ def validate(config: ConfigDict) -> None:
         need(config[section][key] >= 1, name, "must be at least 1")
     need(config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
     need(config.evaluate.prompts >= 1, "evaluate.prompts", "must be at least 1")
+
+
+def reward_terms(config: ConfigDict) -> tuple[Term, ...]:
+    """Returns the reward terms of one's own.
+
+    Raises:
+      ConfigError: if one cannot be used.
+    """
+    found = []
+    for name, each in config.reward.terms.items():
+        try:
+            found.append(make_term(name, each.weight, each.pattern, each.function, each.text))
+        except (TermError, PatternError) as error:
+            raise ConfigError(f"reward.terms.{name}", each.to_dict(), str(error)) from error
+    return tuple(found)
 
 
 def _need_buckets(config: ConfigDict, field: str) -> None:

@@ -28,6 +28,7 @@ from emor3_jax.data.prompts import PromptTemplates, reflection_parts
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.rewards.terms import Term
 from emor3_jax.rollout import reflect
 from emor3_jax.rollout.generate import Samples, SamplingRule, generate
 
@@ -50,7 +51,7 @@ class Replies(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores of responses, float32[B, G] each but for the last two.
+    """Scores of responses, float32[B, G] each but for the last three.
 
     Attributes:
       overall, format, accuracy, coherence, consistency: in [0, 1] (release: overall up to 1.1);
@@ -58,6 +59,7 @@ class Scores(NamedTuple):
       answer: int32[B, G], index of the boxed label, -1 where there is none.
       inferred: int32[B, G], index of the label that the policy inferred from s1..s2, negative
         where the reply was no label, `NOTHING_TO_JUDGE` where it was not asked.
+      terms: name → float32[B, G], reward terms of one's own, before their weights.
     """
 
     overall: jax.Array
@@ -67,6 +69,12 @@ class Scores(NamedTuple):
     consistency: jax.Array
     answer: jax.Array
     inferred: jax.Array
+    terms: dict[str, jax.Array]
+
+    def named(self) -> dict[str, jax.Array]:
+        """Returns the scores by name, terms of one's own among them."""
+        names = ("overall", "format", "accuracy", "coherence", "consistency")
+        return {name: getattr(self, name) for name in names} | self.terms
 
 
 def bucket(size: int, sizes: Sequence[int]) -> int:
@@ -114,6 +122,8 @@ class Actor:
         reflect_rule: SamplingRule | None,
         text_lengths: Sequence[int],
         dtype: jnp.dtype,
+        terms: Sequence[Term] = (),
+        table_cache: str = "",
     ) -> None:
         """Prepares the reward tables and the two questions.
 
@@ -128,10 +138,15 @@ class Actor:
           reflect_rule: how replies are sampled; None asks no reflection.
           text_lengths: rising padded lengths of the judged texts.
           dtype: compute type.
+          terms: reward terms of one's own.
+          table_cache: folder where reward tables are kept; "" keeps none.
         """
         self.config, self.tokenizer, self.labels = config, tokenizer, tuple(labels)
         self.dtype, self.rule, self.text_lengths = dtype, reflect_rule, tuple(text_lengths)
-        self.tables = rewards.Scorer(tokenizer, labels, profile=profile).tables
+        self.terms = tuple(terms)
+        patterns = [term.pattern for term in terms if term.pattern]
+        scorer = rewards.Scorer(tokenizer, labels, profile, patterns=patterns, cache=table_cache)
+        self.tables = scorer.tables
         self.banned = banned_ids(config, tokenizer)
         self.coherence_parts, self.consistency_parts = (
             tuple(
@@ -148,6 +163,7 @@ class Actor:
             "answer_is_target": coherence_target == "answer",
             "lambda_reflect": lambda_reflect,
             "lambda_format": lambda_format,
+            "terms": self.terms,
         }
 
     def roll_out(
@@ -205,7 +221,22 @@ class Actor:
 
     def score(self, batch: Batch, samples: Samples, replies: Replies | None) -> Scores:
         """Scores each response by the rules of the profile."""
-        return _score(self.tables, batch.answers, samples, replies, **self.score_options)
+        said = self._read_texts(batch, samples)
+        return _score(self.tables, batch.answers, samples, replies, said, **self.score_options)
+
+    def _read_texts(self, batch: Batch, samples: Samples) -> dict[str, np.ndarray]:
+        """Returns the terms that are functions of the text, float32[B, G] each."""
+        terms = [term for term in self.terms if term.text]
+        if not terms:
+            return {}
+        tokens, lengths, answers = jax.device_get((samples.tokens, samples.lengths, batch.answers))
+        shape = lengths.shape
+        said = {term.name: np.zeros(shape, np.float32) for term in terms}
+        for at in np.ndindex(shape):
+            text = self.tokenizer.decode(tokens[at][: lengths[at]], skip_special_tokens=True)
+            for term in terms:
+                said[term.name][at] = term.text(text, self.labels[answers[at[0]]])
+        return said
 
 
 @partial(jax.jit, static_argnames=("config", "responses", "rule", "dtype"))
@@ -279,17 +310,29 @@ def _ask_consistency(
 
 @partial(
     jax.jit,
-    static_argnames=("profile", "answer_is_target", "lambda_reflect", "lambda_format"),
+    static_argnames=("profile", "answer_is_target", "lambda_reflect", "lambda_format", "terms"),
 )
 def _score(
-    tables, answers, samples, replies, *, profile, answer_is_target, lambda_reflect, lambda_format
+    tables,
+    answers,
+    samples,
+    replies,
+    said,
+    *,
+    profile,
+    answer_is_target,
+    lambda_reflect,
+    lambda_format,
+    terms,
 ):
     shape = samples.lengths.shape
 
     def flat(s):
         return s.tokens.reshape(-1, s.tokens.shape[-1]), s.lengths.reshape(-1)
 
-    format_, answer = (x.reshape(shape) for x in rewards.score_response(tables, *flat(samples)))
+    format_, answer, *matches = (
+        x.reshape(shape) for x in rewards.score_response(tables, *flat(samples))
+    )
     label = jnp.broadcast_to(answers[:, None], shape)
     accuracy = (answer == label).astype(jnp.float32)
     if replies is None:
@@ -315,4 +358,16 @@ def _score(
         lambda_format=lambda_format,
         reflect=replies is not None,
     )
-    return Scores(overall, format_, accuracy, coherence, consistency, answer, inferred)
+    group = rewards.Group(
+        samples.tokens, samples.lengths, answers, answer, format_, accuracy, coherence, consistency
+    )
+    values = {}
+    for term in terms:
+        if term.pattern:
+            values[term.name] = matches.pop(0)
+        elif term.function:
+            values[term.name] = jnp.broadcast_to(term.function(group), shape).astype(jnp.float32)
+        else:
+            values[term.name] = said[term.name]
+        overall += term.weight * values[term.name]
+    return Scores(overall, format_, accuracy, coherence, consistency, answer, inferred, values)

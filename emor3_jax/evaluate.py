@@ -97,7 +97,8 @@ def evaluate(
         scores = actor.score(batch, responses, replies)
         host = jax.device_get((scores, responses, replies, batch.answers))
         scores, responses, replies, answers = host
-        rows = {name: value[weight, 0] for name, value in scores._asdict().items()}
+        rows = {name: value[weight, 0] for name, value in scores.named().items()}
+        rows["answer"], rows["inferred"] = scores.answer[weight, 0], scores.inferred[weight, 0]
         rows["label"] = answers[weight]
         rows["response_length"] = responses.lengths[weight, 0]
         rows["truncated"] = ~responses.ended[weight, 0]
@@ -106,9 +107,10 @@ def evaluate(
         for i in np.flatnonzero(weight)[: max(keep - len(samples), 0)]:
             samples.append(read_sample(actor, ids[i], answers[i], i, 0, responses, replies, scores))
     data = {name: np.concatenate(value) for name, value in columns.items()}
+    terms = [term.name for term in actor.terms]
     metrics = {
         name: float(np.mean(data[name]))
-        for name in ("accuracy", "format", "overall", "response_length", "truncated")
+        for name in ("accuracy", "format", "overall", "response_length", "truncated", *terms)
     }
     metrics["macro_f1"] = macro_f1(data["label"], data["answer"], len(actor.labels))
     metrics["rows"] = float(len(data["label"]))
@@ -125,7 +127,6 @@ def read_sample(actor, row_id, label, i, g, responses, replies, scores) -> Sampl
     def text(s):
         return actor.tokenizer.decode(s.tokens[i, g, : s.lengths[i, g]], skip_special_tokens=True)
 
-    names = ("format", "accuracy", "coherence", "consistency", "overall")
     answer = int(scores.answer[i, g])
     return Sample(
         id=row_id,
@@ -134,7 +135,7 @@ def read_sample(actor, row_id, label, i, g, responses, replies, scores) -> Sampl
         response=text(responses),
         coherence_reply=text(replies.coherence) if replies is not None else "",
         consistency_reply=text(replies.consistency) if replies is not None else "",
-        scores={name: float(getattr(scores, name)[i, g]) for name in names},
+        scores={name: float(value[i, g]) for name, value in scores.named().items()},
     )
 
 

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from emor3_jax.config import EMBEDDED, ConfigError, base_policy
+from emor3_jax.config import EMBEDDED, ConfigError, base_policy, reward_terms
 from emor3_jax.data.batch import Batch
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
@@ -250,6 +250,8 @@ def make_actor(config: ConfigDict, policy: Policy, labels: tuple[str, ...]) -> A
         reflect_rule=rule if config.reflect.enabled else None,
         text_lengths=tuple(config.reflect.text_lengths),
         dtype=jnp.dtype(config.policy.dtype),
+        terms=reward_terms(config),
+        table_cache=config.reward.table_cache,
     )
 
 

@@ -234,8 +234,7 @@ def _step_metrics(
     scores: Scores, samples: Samples, learned: list[dict[str, np.ndarray]], seconds: float
 ) -> dict[str, float]:
     host_scores, lengths, ended = jax.device_get((scores, samples.lengths, samples.ended))
-    names = ("overall", "format", "accuracy", "coherence", "consistency")
-    values = {f"reward/{name}": float(np.mean(getattr(host_scores, name))) for name in names}
+    values = {f"reward/{k}": float(np.mean(value)) for k, value in host_scores.named().items()}
     for name in learned[0]:
         values[f"policy/{name}"] = float(np.mean([metrics[name] for metrics in learned]))
     return values | {
