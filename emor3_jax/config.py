@@ -107,6 +107,8 @@ def default() -> ConfigDict:
     config.reflect = ConfigDict()
     # False is plain GRPO: no reflection is asked, and its weight goes as the profile says.
     config.reflect.enabled = True
+    # Beyond the method: score replies by their likelihood, in one pass, instead of sampling one.
+    config.reflect.soft = False
     config.reflect.temperature = 0.6
     config.reflect.top_p = 0.95
     # Replies are cut at so many tokens; a label and the end of sequence must fit.

@@ -31,6 +31,7 @@ from emor3_jax.models.qwen2_5_vl.inputs import KV
 from emor3_jax.rewards.terms import Term
 from emor3_jax.rollout import reflect
 from emor3_jax.rollout.generate import Samples, SamplingRule, generate
+from emor3_jax.rollout.likelihood import make_candidates
 
 NOTHING_TO_JUDGE = -3
 """`Scores.inferred` of a response without a text for the coherence question, or not asked."""
@@ -46,6 +47,21 @@ class Replies(NamedTuple):
 
     coherence: Samples
     consistency: Samples
+    coherence_found: jax.Array
+    consistency_found: jax.Array
+
+
+class Judgement(NamedTuple):
+    """What the policy would say of its own responses, as probabilities instead of replies.
+
+    Attributes:
+      labels: float32[B, G, K], how likely each label is among all.
+      yes: float32[B, G], how likely yes is beside no.
+      coherence_found, consistency_found: bool[B, G], whether there was a text to judge.
+    """
+
+    labels: jax.Array
+    yes: jax.Array
     coherence_found: jax.Array
     consistency_found: jax.Array
 
@@ -122,6 +138,7 @@ class Actor:
         reflect_rule: SamplingRule | None,
         text_lengths: Sequence[int],
         dtype: jnp.dtype,
+        soft: bool = False,
         terms: Sequence[Term] = (),
         table_cache: str = "",
     ) -> None:
@@ -138,6 +155,7 @@ class Actor:
           reflect_rule: how replies are sampled; None asks no reflection.
           text_lengths: rising padded lengths of the judged texts.
           dtype: compute type.
+          soft: score replies by their likelihood instead of sampling them.
           terms: reward terms of one's own.
           table_cache: folder where reward tables are kept; "" keeps none.
         """
@@ -157,6 +175,11 @@ class Actor:
                 (templates.coherence, False),
                 (templates.consistency, True),
             )
+        )
+        self.soft = soft
+        self.candidates = tuple(
+            make_candidates(tokenizer, [[word.lower(), word.capitalize()] for word in words])
+            for words in (self.labels, ("yes", "no"))
         )
         self.score_options = {
             "profile": profile,
@@ -183,29 +206,20 @@ class Actor:
 
     def reflect(
         self, params: dict, batch: Batch, prefix: KV, samples: Samples, key: jax.Array
-    ) -> Replies | None:
+    ) -> Replies | Judgement | None:
         """Asks both questions about each response; None if reflection is switched off."""
         if self.rule is None:
             return None
         coherence, consistency = _spans(self.tables, samples)
         keys = jax.random.split(key)
-        options = {"config": self.config, "rule": self.rule, "dtype": self.dtype}
         longest = jax.device_get([coherence.lengths.max(), consistency.lengths.max()])
         sizes = (*self.text_lengths, coherence.tokens.shape[-1])
         coherence_text, consistency_text = (
             span.tokens[..., : bucket(int(size), sizes)]
             for span, size in zip((coherence, consistency), longest, strict=True)
         )
-        coherence_replies = _ask_coherence(
-            params,
-            *self.coherence_parts,
-            coherence_text,
-            coherence.lengths,
-            keys[0],
-            self.banned,
-            **options,
-        )
-        consistency_replies = _ask_consistency(
+        of_text = params, *self.coherence_parts, coherence_text, coherence.lengths
+        of_image = (
             params,
             prefix,
             batch.shared_length,
@@ -213,13 +227,24 @@ class Actor:
             *self.consistency_parts,
             consistency_text,
             consistency.lengths,
-            keys[1],
-            self.banned,
-            **options,
         )
-        return Replies(coherence_replies, consistency_replies, coherence.found, consistency.found)
+        found = coherence.found, consistency.found
+        if self.soft:
+            options = {"config": self.config, "dtype": self.dtype}
+            labels, yes_no = self.candidates
+            likely = _judge_coherence(
+                *of_text, labels, self.banned, meanings=len(self.labels), **options
+            )
+            yes = _judge_consistency(*of_image, yes_no, self.banned, **options)
+            return Judgement(likely, yes, *found)
+        options = {"config": self.config, "rule": self.rule, "dtype": self.dtype}
+        return Replies(
+            _ask_coherence(*of_text, keys[0], self.banned, **options),
+            _ask_consistency(*of_image, keys[1], self.banned, **options),
+            *found,
+        )
 
-    def score(self, batch: Batch, samples: Samples, replies: Replies | None) -> Scores:
+    def score(self, batch: Batch, samples: Samples, replies: Replies | Judgement | None) -> Scores:
         """Scores each response by the rules of the profile."""
         said = self._read_texts(batch, samples)
         return _score(self.tables, batch.answers, samples, replies, said, **self.score_options)
@@ -308,6 +333,56 @@ def _ask_consistency(
     )
 
 
+@partial(jax.jit, static_argnames=("config", "meanings", "dtype"))
+def _judge_coherence(
+    params, head, tail, text, lengths, candidates, banned, *, config, meanings, dtype
+):
+    return reflect.judge_coherence(
+        config,
+        params,
+        head,
+        tail,
+        text,
+        lengths,
+        candidates,
+        meanings=meanings,
+        banned=banned,
+        dtype=dtype,
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _judge_consistency(
+    params,
+    prefix,
+    shared_length,
+    shared_position,
+    head,
+    tail,
+    text,
+    lengths,
+    candidates,
+    banned,
+    *,
+    config,
+    dtype,
+):
+    return reflect.judge_consistency(
+        config,
+        params,
+        prefix,
+        shared_length,
+        shared_position,
+        head,
+        tail,
+        text,
+        lengths,
+        candidates,
+        banned=banned,
+        dtype=dtype,
+    )
+
+
 @partial(
     jax.jit,
     static_argnames=("profile", "answer_is_target", "lambda_reflect", "lambda_format", "terms"),
@@ -338,6 +413,18 @@ def _score(
     if replies is None:
         coherence = consistency = jnp.full(shape, float(profile == "release"))
         inferred = jnp.full(shape, NOTHING_TO_JUDGE)
+    elif isinstance(replies, Judgement):
+        inferred = jnp.argmax(replies.labels, axis=-1)
+        inferred = jnp.where(replies.coherence_found, inferred, NOTHING_TO_JUDGE)
+        target = answer if answer_is_target else label
+        coherence, consistency = rewards.soft_scores(
+            replies.labels,
+            replies.yes,
+            target,
+            replies.coherence_found,
+            replies.consistency_found,
+            profile,
+        )
     else:
         inferred = rewards.read_label(tables, *flat(replies.coherence)).reshape(shape)
         inferred = jnp.where(replies.coherence_found, inferred, NOTHING_TO_JUDGE)

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from emor3_jax import cli, prepare
 from emor3_jax.config import validate
 from emor3_jax.data.batch import Batch
-from emor3_jax.episode import NOTHING_TO_JUDGE, Actor
+from emor3_jax.episode import NOTHING_TO_JUDGE, Actor, Judgement
 from emor3_jax.io import report
 from emor3_jax.io.console import Console
 from emor3_jax.io.evaluation import Evaluation, Sample, to_json
@@ -128,13 +128,21 @@ def read_sample(actor, row_id, label, i, g, responses, replies, scores) -> Sampl
         return actor.tokenizer.decode(s.tokens[i, g, : s.lengths[i, g]], skip_special_tokens=True)
 
     answer = int(scores.answer[i, g])
+    coherence = consistency = ""
+    if isinstance(replies, Judgement):
+        likely = replies.labels[i, g]
+        best = int(likely.argmax())
+        coherence = f"{actor.labels[best]} ({likely[best]:.2f})"
+        consistency = f"yes ({replies.yes[i, g]:.2f})"
+    elif replies is not None:
+        coherence, consistency = text(replies.coherence), text(replies.consistency)
     return Sample(
         id=row_id,
         label=actor.labels[int(label)],
         answer=actor.labels[answer] if answer >= 0 else "",
         response=text(responses),
-        coherence_reply=text(replies.coherence) if replies is not None else "",
-        consistency_reply=text(replies.consistency) if replies is not None else "",
+        coherence_reply=coherence,
+        consistency_reply=consistency,
         scores={name: float(value[i, g]) for name, value in scores.named().items()},
     )
 

@@ -250,6 +250,7 @@ def make_actor(config: ConfigDict, policy: Policy, labels: tuple[str, ...]) -> A
         reflect_rule=rule if config.reflect.enabled else None,
         text_lengths=tuple(config.reflect.text_lengths),
         dtype=jnp.dtype(config.policy.dtype),
+        soft=config.reflect.soft,
         terms=reward_terms(config),
         table_cache=config.reward.table_cache,
     )

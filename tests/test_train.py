@@ -163,6 +163,22 @@ def test_terms_of_ones_own_are_part_of_the_reward(whole):
     assert "eval/test/letters" in read_metrics(whole)[0]
 
 
+def test_soft_reflection_gives_shares_instead_of_hits(folder):
+    config = make_config(folder)
+    config.reflect.soft = True
+    config.steps = 1
+    _, after = train(config, folder / "soft").values()
+    (row,) = read_metrics(folder / "soft")[1:]
+    for name in ("coherence", "consistency"):
+        # 12 responses: a mean of hits is a multiple of 1 / 12.
+        assert 0 < row[f"reward/{name}"] < 1 or row["reward/format"] == 0
+    method = 0.8 * row["reward/accuracy"] + 0.1 * row["reward/format"]
+    method += 0.05 * (row["reward/coherence"] + row["reward/consistency"])
+    own = -0.2 * row["reward/brief"] + 0.01 * row["reward/length"]
+    assert row["reward/overall"] == pytest.approx(method + own, abs=1e-6)
+    assert all("(" in sample.coherence_reply for sample in after["test"].samples)
+
+
 def test_first_update_of_a_batch_is_on_policy(whole):
     """Sampled and scored log-probabilities agree, so no ratio is clipped and the KL begins at 0."""
     first = read_metrics(whole)[1]

@@ -20,6 +20,7 @@ from emor3_jax.rewards.combine import (
     coherence_score,
     combine,
     consistency_score,
+    soft_scores,
 )
 from emor3_jax.rewards.patterns import PatternError, PatternRule
 from emor3_jax.rewards.rules import LabelError
@@ -43,6 +44,7 @@ __all__ = [
     "read_label",
     "read_yes_no",
     "score_response",
+    "soft_scores",
     "token_bytes",
 ]
 

@@ -49,12 +49,14 @@ class Own(NamedTuple):
       v: float[B, G, kv_heads, C, head_dim].
       mask: bool[B, G, C], which keys may be seen at all.
       causal: whether query i sees only the keys up to i; then C = S.
+      segments: int32[S], if given: a query sees only the keys of its own segment; C = S.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
     causal: bool = False
+    segments: jax.Array | None = None
 
 
 def slots_last(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +77,7 @@ def attend(q: jax.Array, sources: list[Shared | Own], backend: str = "xla") -> j
     """
     *earlier, own = sources
     cached = any(isinstance(source, Own) for source in earlier)
-    if backend == "xla" or q.shape[2] < _FEW or cached:
+    if backend == "xla" or q.shape[2] < _FEW or cached or own.segments is not None:
         return _attend_xla(q, sources)
     from emor3_jax.models.qwen2_5_vl import attention_kernels as kernels
 
@@ -133,8 +135,12 @@ def _attend_block(q: jax.Array, sources: list[Shared | Own], start: jax.Array) -
         mask = source.mask[:, :, None, None, None]
         if not source.causal:
             return mask
-        earlier = jnp.arange(source.mask.shape[-1]) <= start + jnp.arange(s)[:, None]
-        return mask & earlier[:, None]
+        row = start + jnp.arange(s)
+        seen = jnp.arange(source.mask.shape[-1]) <= row[:, None]
+        if source.segments is not None:
+            mine = jnp.take(source.segments, row, mode="clip")
+            seen &= source.segments == mine[:, None]
+        return mask & seen[:, None]
 
     scores = [
         jnp.where(visible(source), matmul(align(q, source), source, source.k), _MASKED)

@@ -204,6 +204,45 @@ def decode_step(
     return hidden[:, :, 0], cache
 
 
+def forward_candidates(
+    config: Config,
+    params: Params,
+    prefix: KV | None,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    *,
+    dtype: Dtype = jnp.float32,
+) -> jax.Array:
+    """Runs the same N short texts behind every continuation; each sees that and itself.
+
+    Args:
+      config, params: the policy.
+      prefix: the prompts' keys and values.
+      cache: the continuations.
+      tokens: int32[N, L].
+      positions: int32[B, G], rope position of the first of them.
+      dtype: compute type.
+
+    Returns:
+      float[B, G, N, L, D] after the final norm.
+    """
+    n, size = tokens.shape
+    b, g = positions.shape
+    place = jnp.tile(jnp.arange(size), n)
+    where = positions[..., None, None] + jnp.broadcast_to(place[:, None], (n * size, 3))
+    hidden, _ = Decoder(config, dtype).apply(
+        {"params": params["model"]},
+        jnp.broadcast_to(tokens.reshape(-1), (b, g, n * size)),
+        where,
+        jnp.ones((b, g, n * size), bool),
+        prefix=prefix,
+        cache=cache,
+        segments=jnp.repeat(jnp.arange(n), size),
+    )
+    return hidden.reshape(b, g, n, size, -1)
+
+
 def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32[..., V] of final hidden states float[..., D]."""
     rows = hidden.reshape(-1, hidden.shape[-1])
