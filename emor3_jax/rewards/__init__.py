@@ -193,8 +193,8 @@ class Scorer:
         reflect = coherence_replies is not None
         coherence = consistency = jnp.ones if self.profile == "release" else jnp.zeros
         coherence = consistency = coherence(label.shape)
-        judged = cut_spans(self.tables, tokens, lengths)
         if coherence_replies is not None and consistency_replies is not None:
+            judged = cut_spans(self.tables, tokens, lengths)
             coherence = coherence_score(
                 read_label(self.tables, *coherence_replies),
                 answer if self.coherence_target == "answer" else label,
