@@ -50,6 +50,7 @@ parity: $(VENV)/installed-parity
 
 bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.grouped
+	$(RUN) -m benchmarks.rewards
 
 clean:
 	rm -rf $(VENV) runs .cache

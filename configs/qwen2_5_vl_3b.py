@@ -1,16 +1,15 @@
 """EMO-R3 on Qwen2.5-VL-3B at the release's settings: what the configs of real accelerators share.
 
-Give the policy's folder and the data on the command line:
+Give the policy and the data on the command line:
 
 python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=runs/emoset \\
-    --config.policy.path=Qwen2.5-VL-3B-Instruct \\
+    --config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct \\
     --config.data.train.path=emoset_train.parquet \\
     --config.evaluate.sets.validation.path=emoset_validation.parquet
 
-How large a picture becomes is said by `min_pixels` and `max_pixels` in the folder's
-preprocessor_config.json. The release has 262144 and 4194304, and cuts prompts at 2048 tokens, which
-a picture of 1.5 million pixels fills by itself. A folder with 262144 and 401408 (512 image tokens)
-fits the lengths of the files that start from this one.
+The release scales pictures to 262,144 to 4,194,304 pixels, and cuts prompts at 2048 tokens,
+which a picture of 1.5 million pixels fills by itself. The files that start from this one stop at
+401,408 pixels (512 image tokens).
 
 State of things: at this size nothing has been compiled yet, so whether it fits in memory is not
 known. Counted by hand, for all chips together: policy, reference, AdamW's two moments and gradients
@@ -30,6 +29,8 @@ def get_config() -> ConfigDict:
     # 20 epochs over about 2,000 training images.
     config.steps = 78
     config.policy.path = ""
+    config.data.min_pixels = 262_144
+    config.data.max_pixels = 4_194_304
     config.data.train = dataset(kind="parquet", labels="mikels8")
     config.data.workers = 8
     config.evaluate.sets.validation = dataset(kind="parquet", labels="mikels8")
@@ -45,6 +46,7 @@ def single_host(prompts: int, max_tokens: int) -> ConfigDict:
     """
     config = get_config()
     config.steps = 20 * 2000 // prompts
+    config.data.max_pixels = 401_408
     config.data.prompt_lengths = (640, 896)
     config.data.image_windows = (32, 48)
     config.rollout.prompts = prompts

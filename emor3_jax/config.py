@@ -8,6 +8,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from emor3_jax.models import is_hub_id
+from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
+from emor3_jax.rewards.patterns import PatternError
+from emor3_jax.rewards.terms import Term, TermError, make_term
+
 EMBEDDED = "embedded"
 """`policy.path` of the base policy that the package trains itself, without any download."""
 
@@ -36,6 +41,20 @@ def dataset(**fields: object) -> ConfigDict:
     return config
 
 
+def reward_term(**fields: object) -> ConfigDict:
+    """Returns the description of one reward term; give its weight and one of the three kinds."""
+    config = ConfigDict()
+    config.weight = 0.1
+    # A regular expression: 1 where it matches the response, else 0.
+    config.pattern = ""
+    # "module:name" of a jitted function: `rewards.Group` → float32[B, G].
+    config.function = ""
+    # "module:name" of a function in plain Python: (response, label) → a number. Slow.
+    config.text = ""
+    config.update(fields)
+    return config
+
+
 def default() -> ConfigDict:
     """Returns the defaults: the paper's method at the release's settings."""
     config = ConfigDict()
@@ -46,12 +65,15 @@ def default() -> ConfigDict:
     config.profile = "paper"
 
     config.policy = ConfigDict()
-    # A Hugging Face folder, or "embedded".
+    # A Hugging Face folder; an id on the hub, "owner/name" or "owner/name@revision"; or "embedded".
     config.policy.path = EMBEDDED
     # Where the embedded base policy is kept, and trained first if it is not there.
     config.policy.embedded_folder = "runs/base_policy"
-    # Type of the layers' arithmetic; master weights, norms and softmax are float32.
+    # Type of the layers' arithmetic; master weights, norms and softmax are float32. What bfloat16
+    # changes in log-probabilities: docs/results/precision.md.
     config.policy.dtype = "bfloat16"
+    # "xla", "splash" (TPU), "cudnn" (NVIDIA GPU), or "auto": the one of the platform.
+    config.policy.attention = "auto"
     config.policy.freeze_vision_tower = False
 
     config.data = ConfigDict()
@@ -63,6 +85,9 @@ def default() -> ConfigDict:
     # Padded prompt lengths and numbers of attention windows; a batch takes the smallest that fits.
     config.data.prompt_lengths = (512, 1024, 2048)
     config.data.image_windows = (64, 128, 256, 350)
+    # Pictures are scaled to have between so many pixels; 0 keeps what the policy's folder says.
+    config.data.min_pixels = 0
+    config.data.max_pixels = 0
     # Processes that decode images; 0 does it in the training process.
     config.data.workers = 0
     # Template files, or a built-in set by name: "qwen" or "tiny".
@@ -82,6 +107,8 @@ def default() -> ConfigDict:
     config.reflect = ConfigDict()
     # False is plain GRPO: no reflection is asked, and its weight goes as the profile says.
     config.reflect.enabled = True
+    # Beyond the method: score replies by their likelihood, in one pass, instead of sampling one.
+    config.reflect.soft = False
     config.reflect.temperature = 0.6
     config.reflect.top_p = 0.95
     # Replies are cut at so many tokens; a label and the end of sequence must fit.
@@ -94,6 +121,10 @@ def default() -> ConfigDict:
     config.reward.coherence_target = "label"
     config.reward.lambda_reflect = 0.1
     config.reward.lambda_format = 0.1
+    # Name → `reward_term(…)`: terms of one's own, added with their weights.
+    config.reward.terms = ConfigDict()
+    # Folder of reward tables, shared by runs; "" keeps none.
+    config.reward.table_cache = "runs/reward_tables"
 
     config.policy_update = ConfigDict()
     config.policy_update.prompts = 256
@@ -200,12 +231,24 @@ def validate(config: ConfigDict) -> None:
     need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
     dtypes = ("float32", "bfloat16")
     need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
+    backends = ("auto", *BACKENDS)
+    need(config.policy.attention in backends, "policy.attention", f"must be one of {backends}")
+    need(
+        config.policy.attention != "cudnn" or config.policy.dtype == "bfloat16",
+        "policy.attention",
+        "cuDNN has no kernel for float32; set policy.dtype=bfloat16, or attention to 'xla'",
+    )
     if config.policy.path != EMBEDDED:
+        path = Path(config.policy.path)
         need(
-            (Path(config.policy.path) / "config.json").is_file(),
+            (path / "config.json").is_file()
+            or (not path.exists() and is_hub_id(config.policy.path)),
             "policy.path",
-            "must be a Hugging Face folder with a config.json, or 'embedded'",
+            "must be a Hugging Face folder with a config.json, an id on the hub ('owner/name'), or "
+            "'embedded'",
         )
+    for name in ("data.min_pixels", "data.max_pixels"):
+        need(config.data[name.split(".")[1]] >= 0, name, "must be 0 or more")
     size = config.data.scene_size
     need(112 <= size <= 224, "data.scene_size", "must lie between 112 and 224 pixels")
     for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):
@@ -234,6 +277,7 @@ def validate(config: ConfigDict) -> None:
         "reward.lambda_reflect",
         "the weights must not be negative, nor be over 1 with reward.lambda_format",
     )
+    reward_terms(config)
     update = config.policy_update
     need(
         update.prompts >= 1 and config.rollout.prompts % update.prompts == 0,
@@ -258,6 +302,21 @@ def validate(config: ConfigDict) -> None:
         need(config[section][key] >= 1, name, "must be at least 1")
     need(config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
     need(config.evaluate.prompts >= 1, "evaluate.prompts", "must be at least 1")
+
+
+def reward_terms(config: ConfigDict) -> tuple[Term, ...]:
+    """Returns the reward terms of one's own.
+
+    Raises:
+      ConfigError: if one cannot be used.
+    """
+    found = []
+    for name, each in config.reward.terms.items():
+        try:
+            found.append(make_term(name, each.weight, each.pattern, each.function, each.text))
+        except (TermError, PatternError) as error:
+            raise ConfigError(f"reward.terms.{name}", each.to_dict(), str(error)) from error
+    return tuple(found)
 
 
 def _need_buckets(config: ConfigDict, field: str) -> None:

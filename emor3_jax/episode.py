@@ -28,8 +28,10 @@ from emor3_jax.data.prompts import PromptTemplates, reflection_parts
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.rewards.terms import Term
 from emor3_jax.rollout import reflect
 from emor3_jax.rollout.generate import Samples, SamplingRule, generate
+from emor3_jax.rollout.likelihood import make_candidates
 
 NOTHING_TO_JUDGE = -3
 """`Scores.inferred` of a response without a text for the coherence question, or not asked."""
@@ -49,8 +51,23 @@ class Replies(NamedTuple):
     consistency_found: jax.Array
 
 
+class Judgement(NamedTuple):
+    """What the policy would say of its own responses, as probabilities instead of replies.
+
+    Attributes:
+      labels: float32[B, G, K], how likely each label is among all.
+      yes: float32[B, G], how likely yes is beside no.
+      coherence_found, consistency_found: bool[B, G], whether there was a text to judge.
+    """
+
+    labels: jax.Array
+    yes: jax.Array
+    coherence_found: jax.Array
+    consistency_found: jax.Array
+
+
 class Scores(NamedTuple):
-    """Scores of responses, float32[B, G] each but for the last two.
+    """Scores of responses, float32[B, G] each but for the last three.
 
     Attributes:
       overall, format, accuracy, coherence, consistency: in [0, 1] (release: overall up to 1.1);
@@ -58,6 +75,7 @@ class Scores(NamedTuple):
       answer: int32[B, G], index of the boxed label, -1 where there is none.
       inferred: int32[B, G], index of the label that the policy inferred from s1..s2, negative
         where the reply was no label, `NOTHING_TO_JUDGE` where it was not asked.
+      terms: name → float32[B, G], reward terms of one's own, before their weights.
     """
 
     overall: jax.Array
@@ -67,6 +85,12 @@ class Scores(NamedTuple):
     consistency: jax.Array
     answer: jax.Array
     inferred: jax.Array
+    terms: dict[str, jax.Array]
+
+    def named(self) -> dict[str, jax.Array]:
+        """Returns the scores by name, terms of one's own among them."""
+        names = ("overall", "format", "accuracy", "coherence", "consistency")
+        return {name: getattr(self, name) for name in names} | self.terms
 
 
 def bucket(size: int, sizes: Sequence[int]) -> int:
@@ -114,6 +138,9 @@ class Actor:
         reflect_rule: SamplingRule | None,
         text_lengths: Sequence[int],
         dtype: jnp.dtype,
+        soft: bool = False,
+        terms: Sequence[Term] = (),
+        table_cache: str = "",
     ) -> None:
         """Prepares the reward tables and the two questions.
 
@@ -128,10 +155,16 @@ class Actor:
           reflect_rule: how replies are sampled; None asks no reflection.
           text_lengths: rising padded lengths of the judged texts.
           dtype: compute type.
+          soft: score replies by their likelihood instead of sampling them.
+          terms: reward terms of one's own.
+          table_cache: folder where reward tables are kept; "" keeps none.
         """
         self.config, self.tokenizer, self.labels = config, tokenizer, tuple(labels)
         self.dtype, self.rule, self.text_lengths = dtype, reflect_rule, tuple(text_lengths)
-        self.tables = rewards.Scorer(tokenizer, labels, profile=profile).tables
+        self.terms = tuple(terms)
+        patterns = [term.pattern for term in terms if term.pattern]
+        scorer = rewards.Scorer(tokenizer, labels, profile, patterns=patterns, cache=table_cache)
+        self.tables = scorer.tables
         self.banned = banned_ids(config, tokenizer)
         self.coherence_parts, self.consistency_parts = (
             tuple(
@@ -143,11 +176,17 @@ class Actor:
                 (templates.consistency, True),
             )
         )
+        self.soft = soft
+        self.candidates = tuple(
+            make_candidates(tokenizer, [[word.lower(), word.capitalize()] for word in words])
+            for words in (self.labels, ("yes", "no"))
+        )
         self.score_options = {
             "profile": profile,
             "answer_is_target": coherence_target == "answer",
             "lambda_reflect": lambda_reflect,
             "lambda_format": lambda_format,
+            "terms": self.terms,
         }
 
     def roll_out(
@@ -167,29 +206,20 @@ class Actor:
 
     def reflect(
         self, params: dict, batch: Batch, prefix: KV, samples: Samples, key: jax.Array
-    ) -> Replies | None:
+    ) -> Replies | Judgement | None:
         """Asks both questions about each response; None if reflection is switched off."""
         if self.rule is None:
             return None
         coherence, consistency = _spans(self.tables, samples)
         keys = jax.random.split(key)
-        options = {"config": self.config, "rule": self.rule, "dtype": self.dtype}
         longest = jax.device_get([coherence.lengths.max(), consistency.lengths.max()])
         sizes = (*self.text_lengths, coherence.tokens.shape[-1])
         coherence_text, consistency_text = (
             span.tokens[..., : bucket(int(size), sizes)]
             for span, size in zip((coherence, consistency), longest, strict=True)
         )
-        coherence_replies = _ask_coherence(
-            params,
-            *self.coherence_parts,
-            coherence_text,
-            coherence.lengths,
-            keys[0],
-            self.banned,
-            **options,
-        )
-        consistency_replies = _ask_consistency(
+        of_text = params, *self.coherence_parts, coherence_text, coherence.lengths
+        of_image = (
             params,
             prefix,
             batch.shared_length,
@@ -197,15 +227,41 @@ class Actor:
             *self.consistency_parts,
             consistency_text,
             consistency.lengths,
-            keys[1],
-            self.banned,
-            **options,
         )
-        return Replies(coherence_replies, consistency_replies, coherence.found, consistency.found)
+        found = coherence.found, consistency.found
+        if self.soft:
+            options = {"config": self.config, "dtype": self.dtype}
+            labels, yes_no = self.candidates
+            likely = _judge_coherence(
+                *of_text, labels, self.banned, meanings=len(self.labels), **options
+            )
+            yes = _judge_consistency(*of_image, yes_no, self.banned, **options)
+            return Judgement(likely, yes, *found)
+        options = {"config": self.config, "rule": self.rule, "dtype": self.dtype}
+        return Replies(
+            _ask_coherence(*of_text, keys[0], self.banned, **options),
+            _ask_consistency(*of_image, keys[1], self.banned, **options),
+            *found,
+        )
 
-    def score(self, batch: Batch, samples: Samples, replies: Replies | None) -> Scores:
+    def score(self, batch: Batch, samples: Samples, replies: Replies | Judgement | None) -> Scores:
         """Scores each response by the rules of the profile."""
-        return _score(self.tables, batch.answers, samples, replies, **self.score_options)
+        said = self._read_texts(batch, samples)
+        return _score(self.tables, batch.answers, samples, replies, said, **self.score_options)
+
+    def _read_texts(self, batch: Batch, samples: Samples) -> dict[str, np.ndarray]:
+        """Returns the terms that are functions of the text, float32[B, G] each."""
+        terms = [term for term in self.terms if term.text]
+        if not terms:
+            return {}
+        tokens, lengths, answers = jax.device_get((samples.tokens, samples.lengths, batch.answers))
+        shape = lengths.shape
+        said = {term.name: np.zeros(shape, np.float32) for term in terms}
+        for at in np.ndindex(shape):
+            text = self.tokenizer.decode(tokens[at][: lengths[at]], skip_special_tokens=True)
+            for term in terms:
+                said[term.name][at] = term.text(text, self.labels[answers[at[0]]])
+        return said
 
 
 @partial(jax.jit, static_argnames=("config", "responses", "rule", "dtype"))
@@ -232,7 +288,7 @@ def _roll_out(params, batch, key, banned, *, config, responses, rule, dtype):
 def _spans(tables, samples):
     shape = samples.lengths.shape
     flat = samples.tokens.reshape(-1, samples.tokens.shape[-1]), samples.lengths.reshape(-1)
-    spans = rewards.coherence_span(tables, *flat), rewards.consistency_span(tables, *flat)
+    spans = rewards.cut_spans(tables, *flat)
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), spans)
 
 
@@ -277,24 +333,98 @@ def _ask_consistency(
     )
 
 
+@partial(jax.jit, static_argnames=("config", "meanings", "dtype"))
+def _judge_coherence(
+    params, head, tail, text, lengths, candidates, banned, *, config, meanings, dtype
+):
+    return reflect.judge_coherence(
+        config,
+        params,
+        head,
+        tail,
+        text,
+        lengths,
+        candidates,
+        meanings=meanings,
+        banned=banned,
+        dtype=dtype,
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _judge_consistency(
+    params,
+    prefix,
+    shared_length,
+    shared_position,
+    head,
+    tail,
+    text,
+    lengths,
+    candidates,
+    banned,
+    *,
+    config,
+    dtype,
+):
+    return reflect.judge_consistency(
+        config,
+        params,
+        prefix,
+        shared_length,
+        shared_position,
+        head,
+        tail,
+        text,
+        lengths,
+        candidates,
+        banned=banned,
+        dtype=dtype,
+    )
+
+
 @partial(
     jax.jit,
-    static_argnames=("profile", "answer_is_target", "lambda_reflect", "lambda_format"),
+    static_argnames=("profile", "answer_is_target", "lambda_reflect", "lambda_format", "terms"),
 )
 def _score(
-    tables, answers, samples, replies, *, profile, answer_is_target, lambda_reflect, lambda_format
+    tables,
+    answers,
+    samples,
+    replies,
+    said,
+    *,
+    profile,
+    answer_is_target,
+    lambda_reflect,
+    lambda_format,
+    terms,
 ):
     shape = samples.lengths.shape
 
     def flat(s):
         return s.tokens.reshape(-1, s.tokens.shape[-1]), s.lengths.reshape(-1)
 
-    format_, answer = (x.reshape(shape) for x in rewards.score_response(tables, *flat(samples)))
+    format_, answer, *matches = (
+        x.reshape(shape) for x in rewards.score_response(tables, *flat(samples))
+    )
     label = jnp.broadcast_to(answers[:, None], shape)
     accuracy = (answer == label).astype(jnp.float32)
     if replies is None:
         coherence = consistency = jnp.full(shape, float(profile == "release"))
         inferred = jnp.full(shape, NOTHING_TO_JUDGE)
+    elif isinstance(replies, Judgement):
+        inferred = jnp.argmax(replies.labels, axis=-1)
+        inferred = jnp.where(replies.coherence_found, inferred, NOTHING_TO_JUDGE)
+        target = answer if answer_is_target else label
+        coherence, consistency = rewards.soft_scores(
+            replies.labels,
+            replies.yes,
+            target,
+            replies.coherence_found,
+            replies.consistency_found,
+            profile,
+        )
     else:
         inferred = rewards.read_label(tables, *flat(replies.coherence)).reshape(shape)
         inferred = jnp.where(replies.coherence_found, inferred, NOTHING_TO_JUDGE)
@@ -315,4 +445,16 @@ def _score(
         lambda_format=lambda_format,
         reflect=replies is not None,
     )
-    return Scores(overall, format_, accuracy, coherence, consistency, answer, inferred)
+    group = rewards.Group(
+        samples.tokens, samples.lengths, answers, answer, format_, accuracy, coherence, consistency
+    )
+    values = {}
+    for term in terms:
+        if term.pattern:
+            values[term.name] = matches.pop(0)
+        elif term.function:
+            values[term.name] = jnp.broadcast_to(term.function(group), shape).astype(jnp.float32)
+        else:
+            values[term.name] = said[term.name]
+        overall += term.weight * values[term.name]
+    return Scores(overall, format_, accuracy, coherence, consistency, answer, inferred, values)

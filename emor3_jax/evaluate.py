@@ -25,11 +25,11 @@ from ml_collections import ConfigDict
 from emor3_jax import cli, prepare
 from emor3_jax.config import validate
 from emor3_jax.data.batch import Batch
-from emor3_jax.episode import NOTHING_TO_JUDGE, Actor
+from emor3_jax.episode import NOTHING_TO_JUDGE, Actor, Judgement
 from emor3_jax.io import report
 from emor3_jax.io.console import Console
 from emor3_jax.io.evaluation import Evaluation, Sample, to_json
-from emor3_jax.parallel.mesh import check_batch, make_mesh, param_shardings, shard_batch
+from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rollout.generate import SamplingRule
 
 
@@ -97,7 +97,8 @@ def evaluate(
         scores = actor.score(batch, responses, replies)
         host = jax.device_get((scores, responses, replies, batch.answers))
         scores, responses, replies, answers = host
-        rows = {name: value[weight, 0] for name, value in scores._asdict().items()}
+        rows = {name: value[weight, 0] for name, value in scores.named().items()}
+        rows["answer"], rows["inferred"] = scores.answer[weight, 0], scores.inferred[weight, 0]
         rows["label"] = answers[weight]
         rows["response_length"] = responses.lengths[weight, 0]
         rows["truncated"] = ~responses.ended[weight, 0]
@@ -106,9 +107,10 @@ def evaluate(
         for i in np.flatnonzero(weight)[: max(keep - len(samples), 0)]:
             samples.append(read_sample(actor, ids[i], answers[i], i, 0, responses, replies, scores))
     data = {name: np.concatenate(value) for name, value in columns.items()}
+    terms = [term.name for term in actor.terms]
     metrics = {
         name: float(np.mean(data[name]))
-        for name in ("accuracy", "format", "overall", "response_length", "truncated")
+        for name in ("accuracy", "format", "overall", "response_length", "truncated", *terms)
     }
     metrics["macro_f1"] = macro_f1(data["label"], data["answer"], len(actor.labels))
     metrics["rows"] = float(len(data["label"]))
@@ -125,16 +127,23 @@ def read_sample(actor, row_id, label, i, g, responses, replies, scores) -> Sampl
     def text(s):
         return actor.tokenizer.decode(s.tokens[i, g, : s.lengths[i, g]], skip_special_tokens=True)
 
-    names = ("format", "accuracy", "coherence", "consistency", "overall")
     answer = int(scores.answer[i, g])
+    coherence = consistency = ""
+    if isinstance(replies, Judgement):
+        likely = replies.labels[i, g]
+        best = int(likely.argmax())
+        coherence = f"{actor.labels[best]} ({likely[best]:.2f})"
+        consistency = f"yes ({replies.yes[i, g]:.2f})"
+    elif replies is not None:
+        coherence, consistency = text(replies.coherence), text(replies.consistency)
     return Sample(
         id=row_id,
         label=actor.labels[int(label)],
         answer=actor.labels[answer] if answer >= 0 else "",
         response=text(responses),
-        coherence_reply=text(replies.coherence) if replies is not None else "",
-        consistency_reply=text(replies.consistency) if replies is not None else "",
-        scores={name: float(getattr(scores, name)[i, g]) for name in names},
+        coherence_reply=coherence,
+        consistency_reply=consistency,
+        scores={name: float(value[i, g]) for name, value in scores.named().items()},
     )
 
 
@@ -144,16 +153,16 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     say = Console("evaluate")
     prepare.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    jax.set_mesh(mesh)
     check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
-    policy = prepare.load_policy(config, say)
+    policy = prepare.load_policy(config, say, mesh)
     data = prepare.open_data(config, policy)
-    params = jax.device_put(policy.params, param_shardings(policy.params, mesh))
     results = {}
     for name, batches in data.evaluate.items():
         say(f"evaluating on {name}")
         results[name] = evaluate(
             prepare.make_actor(config, policy, data.labels[name]),
-            params,
+            policy.params,
             batches,
             config.seed,
             rule=prepare.evaluation_rule(config, policy),

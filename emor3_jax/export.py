@@ -16,7 +16,9 @@ from emor3_jax import cli, prepare
 from emor3_jax.config import ConfigError
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
-from emor3_jax.models import Policy, save
+from emor3_jax.models import Policy, read_config, save
+from emor3_jax.models.qwen2_5_vl.processor import Processor
+from emor3_jax.models.qwen2_5_vl.weights import param_shapes
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.rl.update import TrainState
 
@@ -40,14 +42,15 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     if step is None:
         rule = f"there is no checkpoint yet under {workdir / 'checkpoints'}; train first"
         raise ConfigError("checkpoint.every", config.checkpoint.every, rule)
-    policy = prepare.load_policy(config, say)
+    base = prepare.find_policy(config, say)
+    shapes = read_config(base)
     optimizer, _ = prepare.make_update(config)
-    shapes = jax.eval_shape(lambda: TrainState.create(policy.params, optimizer))
+    blank = jax.eval_shape(lambda p: TrainState.create(p, optimizer), param_shapes(shapes))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    state, _ = checkpoints.restore(step, shapes, mesh)
+    state, _ = checkpoints.restore(step, blank, mesh)
     checkpoints.close()
     folder = workdir / "policy"
-    save(Policy(policy.config, jax.device_get(state.params), policy.processor), folder)
+    save(Policy(shapes, state.params, Processor.from_folder(base)), folder)
     say(f"wrote the policy of step {step} to {folder}")
     return folder
 

@@ -32,6 +32,7 @@ def answer(
     max_tokens: int = 512,
     temperature: float = 0.0,
     seed: int = 0,
+    dtype: str = "float32",
 ) -> tuple[str, str]:
     """Returns the policy's response to one image, and its boxed label, "" where there is none.
 
@@ -44,6 +45,7 @@ def answer(
       max_tokens: length of the response.
       temperature: 0 is greedy.
       seed: of the sampling noise.
+      dtype: of the arithmetic, "float32" or "bfloat16".
 
     Raises:
       DataError: if the image cannot be decoded.
@@ -69,7 +71,7 @@ def answer(
         lambda_format=0.1,
         reflect_rule=None,
         text_lengths=(max_tokens,),
-        dtype=jnp.float32,
+        dtype=jnp.dtype(dtype),
     )
     rule = SamplingRule(max_tokens, temperature, 1.0, stop_ids(tokenizer))
     _, samples = actor.roll_out(policy.params, batch, jax.random.key(seed), responses=1, rule=rule)
@@ -86,7 +88,7 @@ def main(_: list[str]) -> None:
     # The parameter overview is of no interest to who asks about a picture.
     logging.getLogger("emor3_jax").setLevel(logging.WARNING)
     try:
-        policy = load(FLAGS.policy)
+        policy = load(FLAGS.policy, dtype=FLAGS.dtype)
         text, label = answer(
             policy,
             Path(FLAGS.image).read_bytes(),
@@ -95,6 +97,7 @@ def main(_: list[str]) -> None:
             templates=FLAGS.templates,
             max_tokens=FLAGS.max_tokens,
             temperature=FLAGS.temperature,
+            dtype=FLAGS.dtype,
         )
     except (*cli.USER_ERRORS, OSError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -105,11 +108,14 @@ def main(_: list[str]) -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-    flags.DEFINE_string("policy", None, "Folder of the policy.", required=True)
+    flags.DEFINE_string(
+        "policy", None, "Folder of the policy, or its id on the hub.", required=True
+    )
     flags.DEFINE_string("image", None, "Image file.", required=True)
     flags.DEFINE_string("labels", "mikels8", "Label set by name, or labels joined by commas.")
     flags.DEFINE_string("question", QUESTION, "What is asked of the image.")
     flags.DEFINE_string("templates", "tiny", "Prompt templates: tiny (embedded policy) or qwen.")
     flags.DEFINE_integer("max_tokens", 128, "Length of the response.")
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and arithmetic.")
     app.run(main)

@@ -1,5 +1,6 @@
 """From a config to the objects of a run: policy, data, actors, optimizer."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from emor3_jax.config import EMBEDDED, ConfigError, base_policy
+from emor3_jax.config import EMBEDDED, ConfigError, base_policy, reward_terms
 from emor3_jax.data.batch import Batch
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
@@ -21,7 +23,9 @@ from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
 from emor3_jax.embedded.emoscenes import builder, words
 from emor3_jax.episode import Actor, stop_ids
 from emor3_jax.learner import LossOptions, ScoreOptions
-from emor3_jax.models import Policy, load
+from emor3_jax.models import Policy, find, load
+from emor3_jax.models.qwen2_5_vl.processor import Processor
+from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.rl.update import make_optimizer
 from emor3_jax.rollout.generate import SamplingRule
 
@@ -58,12 +62,59 @@ def keep_config(config: ConfigDict, workdir: Path) -> None:
     (workdir / "config.json").write_text(text + "\n")
 
 
-def load_policy(config: ConfigDict, say: Callable[[str], None]) -> Policy:
-    """Loads the policy; trains the embedded base policy first if that is asked for and not there.
+def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> Policy:
+    """Loads the policy onto the mesh, in float32, with the config's attention and picture sizes.
+
+    Raises:
+      ConfigError: if the picture sizes contradict each other, or the attention has no kernel here.
+      FileNotFoundError, WeightsError: as `find_policy` and `emor3_jax.models.load`.
+    """
+    policy = load(find_policy(config, say), shardings=lambda shapes: param_shardings(shapes, mesh))
+    folder = policy.processor.images
+    least = config.data.min_pixels or folder.min_pixels
+    most = config.data.max_pixels or folder.max_pixels
+    if least > most:
+        rule = f"is over data.max_pixels={most} (0 takes what the policy's folder says)"
+        raise ConfigError("data.min_pixels", least, rule)
+    images = dataclasses.replace(folder, min_pixels=least, max_pixels=most)
+    attention = attention_backend(config, mesh.devices.flat[0].platform)
+    return Policy(
+        dataclasses.replace(policy.config, attention=attention),
+        policy.params,
+        Processor(policy.processor.tokenizer, images),
+    )
+
+
+def attention_backend(config: ConfigDict, platform: str) -> str:
+    """Returns the back end of the attention, with "auto" replaced by the platform's own.
+
+    Args:
+      config: of the run.
+      platform: "cpu", "gpu" or "tpu", of the devices that the program is compiled for.
+
+    Raises:
+      ConfigError: if a kernel is asked for that the platform does not have.
+    """
+    chosen = config.policy.attention
+    if chosen == "auto":
+        cudnn = "cudnn" if config.policy.dtype == "bfloat16" else "xla"
+        return {"tpu": "splash", "gpu": cudnn}.get(platform, "xla")
+    home = {"splash": "tpu", "cudnn": "gpu"}.get(chosen, platform)
+    if home != platform:
+        rule = f"is a kernel of platform {home!r}, this is {platform!r}; use 'auto'"
+        raise ConfigError("policy.attention", chosen, rule)
+    return chosen
+
+
+def find_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
+    """Returns the policy's folder; trains the embedded base policy if that is asked for and absent.
 
     Args:
       config: of the run.
       say: announces stages.
+
+    Raises:
+      FileNotFoundError: if `policy.path` is neither a folder nor a policy on the hub.
     """
     path = config.policy.path
     if path == EMBEDDED:
@@ -76,7 +127,7 @@ def load_policy(config: ConfigDict, say: Callable[[str], None]) -> Policy:
             base.data.folder, base.data.size = config.data.folder, config.data.scene_size
             base.compile_cache = config.log.compile_cache
             train(base, Path(path))
-    return load(path)
+    return find(path)
 
 
 class Data(NamedTuple):
@@ -199,6 +250,9 @@ def make_actor(config: ConfigDict, policy: Policy, labels: tuple[str, ...]) -> A
         reflect_rule=rule if config.reflect.enabled else None,
         text_lengths=tuple(config.reflect.text_lengths),
         dtype=jnp.dtype(config.policy.dtype),
+        soft=config.reflect.soft,
+        terms=reward_terms(config),
+        table_cache=config.reward.table_cache,
     )
 
 

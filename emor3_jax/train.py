@@ -34,7 +34,7 @@ from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
 from emor3_jax.io.metrics import MetricWriter, Timer, memory
 from emor3_jax.learner import reference_logprobs, trim, update
 from emor3_jax.models import Policy, save
-from emor3_jax.parallel.mesh import check_batch, make_mesh, param_shardings, shard_batch
+from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.generate import Samples
@@ -57,11 +57,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     say = Console("train")
     compiles = prepare.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    # For attention kernels, which must be told what part of a batch is a device's.
+    jax.set_mesh(mesh)
     for section in ("rollout", "policy_update", "evaluate"):
         check_batch(mesh, f"{section}.prompts", config[section].prompts)
     workdir.mkdir(parents=True, exist_ok=True)
     say(f"loading the policy {config.policy.path}")
-    policy = prepare.load_policy(config, say)
+    policy = prepare.load_policy(config, say, mesh)
     say("opening the data")
     data = prepare.open_data(config, policy)
     prepare.keep_config(config, workdir)
@@ -70,7 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     actor = actors["train"]
 
     optimizer, loss = prepare.make_update(config)
-    reference = jax.device_put(policy.params, param_shardings(policy.params, mesh))
+    reference = policy.params
     # The state is given up to each update, so it starts as a copy of what the reference keeps.
     state = TrainState.create(jax.tree.map(jnp.copy, reference), optimizer)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -198,7 +200,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
     images = {name: data.image(name) for name in names}
     report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
-    save(Policy(policy.config, jax.device_get(state.params), policy.processor), workdir / "policy")
+    save(Policy(policy.config, state.params, policy.processor), workdir / "policy")
     for line in report.before_after_table(before, after).splitlines():
         say(line)
     say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
@@ -232,8 +234,7 @@ def _step_metrics(
     scores: Scores, samples: Samples, learned: list[dict[str, np.ndarray]], seconds: float
 ) -> dict[str, float]:
     host_scores, lengths, ended = jax.device_get((scores, samples.lengths, samples.ended))
-    names = ("overall", "format", "accuracy", "coherence", "consistency")
-    values = {f"reward/{name}": float(np.mean(getattr(host_scores, name))) for name in names}
+    values = {f"reward/{k}": float(np.mean(value)) for k, value in host_scores.named().items()}
     for name in learned[0]:
         values[f"policy/{name}"] = float(np.mean([metrics[name] for metrics in learned]))
     return values | {

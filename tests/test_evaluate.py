@@ -40,6 +40,7 @@ class _Actor:
     """Answers by a table: row i of all rows gets column i of it."""
 
     labels = ("joy", "fear")
+    terms = ()
 
     def __init__(self, answers: list[int], inferred: list[int], reflects: bool) -> None:
         self.rule = object() if reflects else None
@@ -66,7 +67,7 @@ class _Actor:
         inferred = np.array(self._inferred[rows])[:, None]
         accuracy = (answer == batch.answers[:, None]).astype(np.float32)
         one = np.ones_like(accuracy)
-        return Scores(accuracy, one, accuracy, one, one, answer, inferred)
+        return Scores(accuracy, one, accuracy, one, one, answer, inferred, {})
 
 
 def _batch(answers: list[int], weight: list[float]) -> tuple[Batch, tuple[str, ...]]:

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +16,9 @@ from ml_collections import ConfigDict
 
 from configs import cpu_demo
 from emor3_jax import prepare
-from emor3_jax.config import ConfigError, dataset
+from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import label_set
 from emor3_jax.embedded import tasks
 from emor3_jax.embedded.base_policy import model_config
 from emor3_jax.embedded.emoscenes import draw, scene
@@ -25,6 +27,7 @@ from emor3_jax.export import export
 from emor3_jax.models import Policy, load, save
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.rewards import Group
 from emor3_jax.train import train
 
 QUESTION = "<image>which emotion ?"
@@ -78,6 +81,17 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def share_of_length(group: Group) -> jax.Array:
+    """A reward term on the device: length over the group's longest."""
+    return group.lengths / jnp.max(group.lengths, axis=1, keepdims=True)
+
+
+def letters(response: str, label: str) -> float:
+    """A reward term in Python."""
+    assert label in label_set("mikels8")
+    return float(sum(c.isalpha() for c in response))
+
+
 def make_config(folder: Path) -> ConfigDict:
     config = cpu_demo.get_config()
     config.policy.path = str(folder / "policy")
@@ -91,6 +105,10 @@ def make_config(folder: Path) -> ConfigDict:
     config.policy_update.response_lengths = (8,)
     config.reflect.text_lengths = (8,)
     config.checkpoint.every = 2
+    config.reward.terms.brief = reward_term(weight=-0.2, pattern=r"^.{0,4}$")
+    config.reward.terms.length = reward_term(weight=0.01, function=f"{__name__}:share_of_length")
+    config.reward.terms.letters = reward_term(weight=0.0, text=f"{__name__}:letters")
+    config.reward.table_cache = str(folder / "tables")
     config.log.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     return config
 
@@ -131,6 +149,34 @@ def test_run_leaves_what_the_readme_promises(whole):
     trained, base = load(whole / "policy"), load(whole.parent / "policy")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.params, base.params)
     assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_terms_of_ones_own_are_part_of_the_reward(whole):
+    rows = read_metrics(whole)[1:]
+    for row in rows:
+        own = -0.2 * row["reward/brief"] + 0.01 * row["reward/length"]
+        method = 0.8 * row["reward/accuracy"] + 0.1 * row["reward/format"]
+        method += 0.05 * (row["reward/coherence"] + row["reward/consistency"])
+        assert row["reward/overall"] == pytest.approx(method + own, abs=1e-6)
+        assert 0 < row["reward/length"] <= 1
+    assert any(row["reward/letters"] > 0 for row in rows)
+    assert "eval/test/letters" in read_metrics(whole)[0]
+
+
+def test_soft_reflection_gives_shares_instead_of_hits(folder):
+    config = make_config(folder)
+    config.reflect.soft = True
+    config.steps = 1
+    _, after = train(config, folder / "soft").values()
+    (row,) = read_metrics(folder / "soft")[1:]
+    for name in ("coherence", "consistency"):
+        # 12 responses: a mean of hits is a multiple of 1 / 12.
+        assert 0 < row[f"reward/{name}"] < 1 or row["reward/format"] == 0
+    method = 0.8 * row["reward/accuracy"] + 0.1 * row["reward/format"]
+    method += 0.05 * (row["reward/coherence"] + row["reward/consistency"])
+    own = -0.2 * row["reward/brief"] + 0.01 * row["reward/length"]
+    assert row["reward/overall"] == pytest.approx(method + own, abs=1e-6)
+    assert all("(" in sample.coherence_reply for sample in after["test"].samples)
 
 
 def test_first_update_of_a_batch_is_on_policy(whole):

@@ -161,6 +161,13 @@ class _Encoder:
             ),
             np.int32,
         )
+        in_prompt = int(np.sum(tokens == self._config.image_token_id))
+        if in_prompt != n_image_tokens:
+            raise DataError(
+                f"{texts.id}: the prompt has {in_prompt} image tokens, but the picture of "
+                f"{grid[1]} x {grid[2]} patches has {n_image_tokens} features; the chat template "
+                f"must show the picture once, as one {prompts.IMAGE_TOKEN}"
+            )
         # The last token is not part of the padded prompt.
         if len(tokens) - 1 > self._max_tokens:
             return _Skip("long_question", texts.id)

@@ -289,7 +289,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         "coherence": float(texts[0]),
     }
     say("held-out replies exactly right: " + "  ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-    save(Policy(shapes, jax.device_get(state.params), processor), folder)
+    save(Policy(shapes, state.params, processor), folder)
     say(f"saved {folder}")
     return scores
 

@@ -3,18 +3,22 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from emor3_jax.models.qwen2_5_vl import layout, model, rope, weights
 from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+"""What of a repository on the hub is downloaded: no weights in other formats."""
 
 
 @dataclasses.dataclass
@@ -23,7 +27,7 @@ class Policy:
 
     Attributes:
       config: shapes and ids.
-      params: nested dict of float32 arrays.
+      params: nested dict of arrays, float32 unless asked for otherwise.
       processor: `emor3_jax.models.qwen2_5_vl.processor.Processor`, or None where only arrays go in.
     """
 
@@ -32,21 +36,66 @@ class Policy:
     processor: Any = None
 
 
-def load(folder: str | Path) -> Policy:
-    """Reads a policy from a folder in Hugging Face's format.
+def load(
+    name: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    shardings: Callable[[model.Params], Any] | None = None,
+) -> Policy:
+    """Reads a policy from a folder in Hugging Face's format, or from the hub.
 
     Args:
-      folder: holds `config.json`, weights as safetensors, tokenizer and preprocessor files.
+      name: a folder that holds `config.json`, weights as safetensors, tokenizer and preprocessor
+        files; or the id of one on the hub, "owner/name" or "owner/name@revision", which is
+        downloaded once.
+      dtype: of the parameters; None keeps what is stored.
+      shardings: from the tree of shapes to a tree of `NamedSharding`s; None puts the parameters on
+        the first device.
 
     Raises:
-      FileNotFoundError: if the folder or a file is missing.
+      FileNotFoundError: if there is no such folder, or a file is missing.
       ConfigError: if `config.json` asks for something that is not implemented.
       WeightsError: if the tensors do not fit `config.json`.
     """
     from emor3_jax.models.qwen2_5_vl.processor import Processor
 
+    folder = find(name)
     config = read_config(folder)
-    return Policy(config, weights.params_from_hf(folder, config), Processor.from_folder(folder))
+    processor = Processor.from_folder(folder)
+    params = weights.read_params(folder, config, dtype=dtype, shardings=shardings)
+    return Policy(config, params, processor)
+
+
+def find(name: str | Path) -> Path:
+    """Returns the folder of a policy, downloading it first if the name is one of the hub's.
+
+    Args:
+      name: as `load` takes it. A folder of that name wins over the hub.
+
+    Raises:
+      FileNotFoundError: if it is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    match = _HUB_ID.fullmatch(str(name))
+    if match is None:
+        raise FileNotFoundError(f"there is no folder {name}, and an id on the hub is 'owner/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, revision = match.groups()
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {name}, and the hub gave no policy of that name: {error}"
+        ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns whether a name has the form of an id on the hub."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def read_config(folder: str | Path) -> Config:
@@ -61,19 +110,23 @@ def read_config(folder: str | Path) -> Config:
     return Config.from_hf(data)
 
 
-def save(policy: Policy, folder: str | Path) -> None:
+def save(
+    policy: Policy, folder: str | Path, *, max_file_bytes: int = weights.MAX_FILE_BYTES
+) -> None:
     """Writes a policy as a folder in Hugging Face's format, which transformers loads as it is.
 
     Args:
-      policy: the policy; weights are written in float32.
-      folder: made if missing; files of the same names are replaced.
+      policy: the policy; weights are written in the types that they have.
+      folder: made if missing; files of the same names, and other weights, are replaced.
+      max_file_bytes: more weights than this are cut into several files, with an index.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = weights.params_to_hf(policy.params, policy.config)
-    save_file(tensors, folder / weights.WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / weights.INDEX_FILE).unlink(missing_ok=True)
-    (folder / "config.json").write_text(json.dumps(policy.config.to_hf(), indent=2) + "\n")
+    weights.write_params(policy.params, policy.config, folder, max_file_bytes=max_file_bytes)
+    kinds = {leaf.dtype.name for leaf in jax.tree.leaves(policy.params)}
+    stored = {"torch_dtype": kinds.pop() if len(kinds) == 1 else "float32"}
+    data = policy.config.to_hf() | stored
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
     if policy.processor is not None:
         policy.processor.save(folder)
 

@@ -4,6 +4,7 @@ The functions are pure and take `Scorer.tables` as an argument, so that they run
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,30 +13,38 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.rewards import automaton, rules, spans
+from emor3_jax.rewards import cache as tables_cache
 from emor3_jax.rewards.automaton import Automaton, TokenizerError, token_bytes
 from emor3_jax.rewards.combine import (
     check_profile,
     coherence_score,
     combine,
     consistency_score,
+    soft_scores,
 )
+from emor3_jax.rewards.patterns import PatternError, PatternRule
 from emor3_jax.rewards.rules import LabelError
 from emor3_jax.rewards.spans import Span, SpanTables
+from emor3_jax.rewards.terms import Group, Term, TermError
 
 __all__ = [
+    "Group",
     "LabelError",
+    "PatternError",
     "Scorer",
     "Span",
     "Tables",
+    "Term",
+    "TermError",
     "TokenizerError",
     "coherence_score",
-    "coherence_span",
     "combine",
     "consistency_score",
-    "consistency_span",
+    "cut_spans",
     "read_label",
     "read_yes_no",
     "score_response",
+    "soft_scores",
     "token_bytes",
 ]
 
@@ -43,47 +52,48 @@ Tokens = tuple[jax.Array, jax.Array]
 
 
 class Tables(NamedTuple):
-    """All rules for one tokenizer and label set; a pytree of arrays."""
+    """All rules for one tokenizer and label set; a pytree of arrays.
 
-    format: Automaton
-    box: Automaton
+    Attributes:
+      response: the rules of format and box, then patterns of one's own.
+      reply: the rule of a reply that is a label.
+      yes_no: the rule of a reply that says yes or no.
+      spans: the parts of a response that are judged.
+    """
+
+    response: Automaton
     reply: Automaton
     yes_no: Automaton
     spans: SpanTables
 
 
-def score_response(
-    tables: Tables, tokens: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def score_response(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
     """Returns format float32[n], and the index of the boxed label int32[n], -1 for none.
+
+    Where the tables hold patterns of one's own, whether each matches follows, float32[n].
 
     Args:
       tables: of the tokenizer and label set.
       tokens: int32[n, T].
       lengths: int32[n].
     """
-    matches = automaton.run(tables.format, tokens, lengths)
-    return matches.astype(jnp.float32), automaton.run(tables.box, tokens, lengths)
+    format_, label, *patterns = automaton.run(tables.response, tokens, lengths)
+    return format_.astype(jnp.float32), label, *(x.astype(jnp.float32) for x in patterns)
 
 
 def read_label(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Returns the label that each reply is, int32[n]: -1 another text, -2 empty or `none`."""
-    return automaton.run(tables.reply, tokens, lengths)
+    return automaton.run(tables.reply, tokens, lengths)[0]
 
 
 def read_yes_no(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Returns int32[n]: 1 if the reply contains `yes`, else 0 if it contains `no`, else -1."""
-    return automaton.run(tables.yes_no, tokens, lengths)
+    return automaton.run(tables.yes_no, tokens, lengths)[0]
 
 
-def coherence_span(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> Span:
-    """Returns s1..s2 of each response, the text that the coherence question is about."""
-    return spans.cut(tables.spans.coherence, tables.spans, tokens, lengths)
-
-
-def consistency_span(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> Span:
-    """Returns s1 of each response, the text that the consistency question is about."""
-    return spans.cut(tables.spans.consistency, tables.spans, tokens, lengths)
+def cut_spans(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span, Span]:
+    """Returns s1..s2 and s1 of each response: what coherence and consistency are asked about."""
+    return spans.cut(tables.spans, tokens, lengths)
 
 
 class Scorer:
@@ -95,18 +105,24 @@ class Scorer:
         labels: Sequence[str],
         profile: str = "paper",
         coherence_target: str = "label",
+        *,
+        patterns: Sequence[str] = (),
+        cache: str | Path = "",
     ) -> None:
-        """Builds the tables.
+        """Builds the tables, or reads them from disk.
 
         Args:
           tokenizer: a byte-level BPE tokenizer.
           labels: the label set.
           profile: "paper" or "release".
           coherence_target: "label", or "answer": the response's own boxed answer.
+          patterns: regular expressions to read beside the rules (`terms`).
+          cache: folder where tables are kept; "" keeps none.
 
         Raises:
           TokenizerError: if the tokenizer is not byte-level.
           LabelError: if the labels cannot be told apart.
+          PatternError: if a pattern cannot be read.
           ValueError: if `profile` or `coherence_target` is unknown.
         """
         check_profile(profile)
@@ -115,13 +131,29 @@ class Scorer:
         self.labels, self.profile = rules.check_labels(labels), profile
         self.coherence_target = coherence_target
         self._bytes = token_bytes(tokenizer)
-        self.tables = Tables(
-            automaton.build(rules.Normalised(rules.FormatRule()), self._bytes),
-            automaton.build(rules.Normalised(rules.BoxRule(labels)), self._bytes),
-            automaton.build(rules.ReplyRule(labels), self._bytes),
-            automaton.build(rules.YesNoRule(), self._bytes),
-            spans.build_spans(self._bytes),
+
+        def build() -> Tables:
+            response = [
+                rules.Normalised(rules.FormatRule()),
+                rules.Normalised(rules.BoxRule(labels)),
+            ]
+            response += map(PatternRule, patterns)
+            return Tables(
+                automaton.build(response, self._bytes),
+                automaton.build([rules.ReplyRule(labels)], self._bytes),
+                automaton.build([rules.YesNoRule()], self._bytes),
+                spans.build_spans(self._bytes),
+            )
+
+        several = (0,) * (2 + len(patterns))
+        like = Tables(
+            Automaton(several, 0, several),
+            Automaton((0,), 0, (0,)),
+            Automaton((0,), 0, (0,)),
+            SpanTables(*[0] * len(SpanTables._fields)),
         )
+        name = tables_cache.key(self._bytes, self.labels, patterns)
+        self.tables: Tables = tables_cache.load_or_build(cache, name, like, build)
         self._single = {t[0]: i for i, t in enumerate(self._bytes) if len(t) == 1}
 
     def score_tokens(
@@ -156,21 +188,22 @@ class Scorer:
                 raise LabelError(f"answer {answer!r} is not one of {', '.join(self.labels)}")
             target.append(self.labels.index(answer.strip().lower()))
         label = jnp.asarray(target, jnp.int32)
-        format_, answer = score_response(self.tables, tokens, lengths)
+        format_, answer, *_ = score_response(self.tables, tokens, lengths)
         accuracy = (answer == label).astype(jnp.float32)
         reflect = coherence_replies is not None
         coherence = consistency = jnp.ones if self.profile == "release" else jnp.zeros
         coherence = consistency = coherence(label.shape)
         if coherence_replies is not None and consistency_replies is not None:
+            judged = cut_spans(self.tables, tokens, lengths)
             coherence = coherence_score(
                 read_label(self.tables, *coherence_replies),
                 answer if self.coherence_target == "answer" else label,
-                coherence_span(self.tables, tokens, lengths).found,
+                judged[0].found,
                 self.profile,
             )
             consistency = consistency_score(
                 read_yes_no(self.tables, *consistency_replies),
-                consistency_span(self.tables, tokens, lengths).found,
+                judged[1].found,
                 self.profile,
             )
         overall = combine(

@@ -4,12 +4,9 @@ A rule is a small machine over characters. It is closed over them (`close`) and 
 bytes (`over_bytes`), with as few states as do (`merge`), then composed with the byte strings of a
 tokenizer's tokens (`compose`): the table says, for a state and a token, which state follows.
 Scoring a batch is then one scan over integers, linear in length whatever the text.
-
-Deviations, numbered:
- 1. Bytes that are not valid UTF-8 decode to U+FFFD, once or several times; here they are read as
-    one or several characters that no rule knows (`OTHER`). Rules treat one or several alike.
 """
 
+import functools
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -35,8 +32,7 @@ class Rule(Protocol):
 
     Attributes:
       start: the first state, hashable.
-      alphabet: the characters over one byte long that it tells from `OTHER`. `OTHER` once or
-        several times in a row must lead to the same state.
+      alphabet: the characters over one byte long that it tells from `OTHER`.
     """
 
     start: Hashable
@@ -50,18 +46,19 @@ class Rule(Protocol):
 
 
 class Automaton(NamedTuple):
-    """A rule composed with a tokenizer.
+    """Rules composed with a tokenizer; they are read side by side in one scan.
 
     Attributes:
-      next: int32[states, classes], the state that follows. Tokens that act alike in every state
-        share a class.
+      next: for each rule int32[states, classes], the state that follows. Tokens that act alike in
+        every state of every rule share a class.
       token_class: int32[V + 1]; the last entry is for ids that stand for nothing.
-      output: int32[states], the result of a text that ends there. State 0 is the first one.
+      output: for each rule int32[states], the result of a text that ends there. State 0 is the
+        first one.
     """
 
-    next: jax.Array | np.ndarray
+    next: tuple[jax.Array | np.ndarray, ...]
     token_class: jax.Array | np.ndarray
-    output: jax.Array | np.ndarray
+    output: tuple[jax.Array | np.ndarray, ...]
 
 
 def close(
@@ -122,35 +119,77 @@ def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows[first], first, inverse.ravel()
 
 
+# UTF-8: what may follow in a character that has begun. For each class of beginnings, the range of
+# the next byte and the class after it; the last one ends the character.
+_DONE = "done"
+_FOLLOW = {
+    "one more": (0x80, 0xBF, _DONE),
+    "two more": (0x80, 0xBF, "one more"),
+    "three more": (0x80, 0xBF, "two more"),
+    "after E0": (0xA0, 0xBF, "one more"),
+    "after ED": (0x80, 0x9F, "one more"),
+    "after F0": (0x90, 0xBF, "two more"),
+    "after F4": (0x80, 0x8F, "two more"),
+}
+
+
+def _lead(byte: int) -> str | None:
+    """Returns the class of a character that begins with a byte; None if none does."""
+    special = {0xE0: "after E0", 0xED: "after ED", 0xF0: "after F0", 0xF4: "after F4"}
+    if byte in special:
+        return special[byte]
+    for first, last, kind in (
+        (0xC2, 0xDF, "one more"),
+        (0xE1, 0xEF, "two more"),
+        (0xF1, 0xF3, "three more"),
+    ):
+        if first <= byte <= last:
+            return kind
+    return None
+
+
 def over_bytes(rule: Rule) -> tuple[np.ndarray, np.ndarray]:
     """Returns a rule as a table over bytes, int32[states, 256], and each state's result.
 
-    A state is one of the rule's with the bytes of a character that is not whole yet: these are
-    held back until it is known which character, or that none, it is.
+    Bytes are decoded on the fly as Python's `decode("utf-8", "replace")` and tokenizers do: the
+    longest beginning of a character that does not go on is one U+FFFD. A state is one of the rule's
+    with the bytes of a character that is not whole yet, or their class where the rule knows no
+    character that begins so.
     """
     chars = [*map(chr, range(128)), *rule.alphabet, OTHER]
     states, table = close(rule.start, lambda s, i: rule.step(s, chars[i]), len(chars))
     table, outputs = merge(table, np.asarray([rule.output(s) for s in states], np.int32))
-    code_of = {c.encode(): i for i, c in enumerate(chars[:-1])}
-    prefixes = [b"", *sorted({code[:i] for code in code_of for i in range(1, len(code))})]
-    place = {prefix: i for i, prefix in enumerate(prefixes)}
+    code_of = {c.encode(): i for i, c in enumerate(chars[:-1]) if i >= 128}
+    prefixes = sorted({code[:i] for code in code_of for i in range(1, len(code))})
+    place = {held: i for i, held in enumerate([b"", *prefixes, *_FOLLOW])}
     other = table[:, -1]
-    n, width = len(table), len(prefixes)
+    n, width = len(table), len(place)
 
-    def after(inner: np.ndarray, held: bytes, byte: int) -> np.ndarray:
+    def kind(held: bytes | str) -> str:
+        if isinstance(held, str):
+            return held
+        return functools.reduce(lambda k, _: _FOLLOW[k][2], held[1:], _lead(held[0]))
+
+    def after(inner: np.ndarray, held: bytes | str, byte: int) -> np.ndarray:
         """The states that follow `inner` with some bytes held back."""
-        code = held + bytes([byte])
-        if code in code_of:
-            return table[inner, code_of[code]] * width
-        if code in place:
-            return inner * width + place[code]
-        return after(other[inner], b"", byte) if held else other[inner] * width
+        if not held:
+            begun = _lead(byte)
+            if begun is None:
+                return (table[inner, byte] if byte < 128 else other[inner]) * width
+            return inner * width + place.get(bytes([byte]), place[begun])
+        first, last, following = _FOLLOW[kind(held)]
+        if not first <= byte <= last:
+            return after(other[inner], b"", byte)
+        code = held + bytes([byte]) if isinstance(held, bytes) else None
+        if following == _DONE:
+            return (table[inner, code_of[code]] if code in code_of else other[inner]) * width
+        return inner * width + place.get(code, place[following])
 
     everywhere = np.arange(n, dtype=np.int32)
     following = np.empty((n, width, 256), np.int32)
-    for prefix, i in place.items():
+    for held, i in place.items():
         for byte in range(256):
-            following[:, i, byte] = after(everywhere, prefix, byte)
+            following[:, i, byte] = after(everywhere, held, byte)
     # A text that ends within a character has an invalid one there.
     results = np.column_stack([outputs, *[outputs[other]] * (width - 1)])
     return merge(following.reshape(n * width, 256), results.ravel())
@@ -186,37 +225,39 @@ def classify(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarra
     return tables, inverse.astype(np.int32)
 
 
-def build(rule: Rule, tokens: Sequence[bytes]) -> Automaton:
-    """Returns a rule as a table over tokens.
+def build(rules: Sequence[Rule], tokens: Sequence[bytes]) -> Automaton:
+    """Returns rules as tables over tokens.
 
     Args:
-      rule: the machine over characters.
+      rules: the machines over characters.
       tokens: byte string of each token, empty for special tokens.
     """
-    table, outputs = over_bytes(rule)
-    (following,), token_class = classify([compose(table, tokens)])
-    return Automaton(following, token_class, outputs)
+    tables, outputs = zip(*map(over_bytes, rules), strict=True)
+    following, token_class = classify([compose(table, tokens) for table in tables])
+    return Automaton(tuple(following), token_class, outputs)
 
 
-def run(automaton: Automaton, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Returns the rule's result for each text, int32[n]; one scan over the tokens.
+def run(automaton: Automaton, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns each rule's result for each text, int32[n]; one scan over the tokens.
 
     Args:
-      automaton: the rule.
+      automaton: the rules.
       tokens: int32[n, T].
       lengths: int32[n], tokens that count.
     """
     last = automaton.token_class.shape[0] - 1
     known = (tokens >= 0) & (tokens < last) & (jnp.arange(tokens.shape[1]) < lengths[:, None])
-    classes = jnp.asarray(automaton.token_class)[jnp.where(known, tokens, last)]
-    table = jnp.asarray(automaton.next)
+    classes = jnp.asarray(automaton.token_class)[jnp.where(known, tokens, last).T]
+    tables = [jnp.asarray(table) for table in automaton.next]
 
-    def step(state, token_class):
-        return table[state, token_class], None
+    def step(states, token_class):
+        return [t[s, token_class] for t, s in zip(tables, states, strict=True)], None
 
-    start = jnp.zeros(tokens.shape[0], jnp.int32)
-    state, _ = jax.lax.scan(step, start, classes.T)
-    return jnp.asarray(automaton.output)[state]
+    start = [jnp.zeros(tokens.shape[0], jnp.int32)] * len(tables)
+    states, _ = jax.lax.scan(step, start, classes)
+    return tuple(
+        jnp.asarray(output)[state] for output, state in zip(automaton.output, states, strict=True)
+    )
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:

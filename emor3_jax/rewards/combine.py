@@ -48,6 +48,37 @@ def consistency_score(yes_no: jax.Array, found: jax.Array, profile: str) -> jax.
     return jnp.where(found, score, 0.0)
 
 
+def soft_scores(
+    labels: jax.Array,
+    yes: jax.Array,
+    target: jax.Array,
+    coherence_found: jax.Array,
+    consistency_found: jax.Array,
+    profile: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns R_coh and R_cons, float32[...], from probabilities instead of replies.
+
+    Not part of the method: coherence is the target's probability among the labels, consistency that
+    of yes beside no. They are what the scores of sampled replies are in the mean over replies that
+    are a label, or yes or no, at temperature 1. Where there was no text to judge, as for replies.
+
+    Args:
+      labels: float32[..., K].
+      yes: float32[...].
+      target: int32[...], index of the wanted label; negative: none can be right.
+      coherence_found, consistency_found: bool[...], whether there was a text to judge.
+      profile: "paper" or "release".
+    """
+    check_profile(profile)
+    chosen = jnp.arange(labels.shape[-1]) == target[..., None]
+    likely = jnp.sum(jnp.where(chosen, labels, 0.0), axis=-1)
+    missing = 0.5 if profile == "release" else 0.0
+    return (
+        jnp.where(coherence_found, likely, missing),
+        jnp.where(consistency_found, yes, 0.0),
+    )
+
+
 def combine(
     format: jax.Array,
     accuracy: jax.Array,

@@ -20,6 +20,7 @@ from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Prompt
 from emor3_jax.rollout.generate import Samples, SamplingRule, generate
+from emor3_jax.rollout.likelihood import Candidates, probabilities
 
 
 def join(
@@ -96,19 +97,48 @@ def ask_consistency(
     Returns:
       The replies.
     """
-    tokens, lengths = join(head, text, text_lengths, tail)
-    return generate(
-        config,
-        params,
-        shared_prefix(prefix, shared_length),
-        tokens,
-        lengths,
-        jnp.broadcast_to(shared_position[:, None], lengths.shape),
-        key,
-        rule,
-        banned=banned,
-        dtype=dtype,
+    question = _consistency_question(
+        prefix, shared_length, shared_position, head, tail, text, text_lengths
     )
+    return generate(config, params, *question, key, rule, banned=banned, dtype=dtype)
+
+
+def judge_consistency(
+    config: Config,
+    params: dict,
+    prefix: KV,
+    shared_length: jax.Array,
+    shared_position: jax.Array,
+    head: jax.Array,
+    tail: jax.Array,
+    text: jax.Array,
+    text_lengths: jax.Array,
+    candidates: Candidates,
+    *,
+    banned: jax.Array,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """Returns how likely yes is beside no, float32[B, G], without sampling a reply.
+
+    Args:
+      candidates: spellings of yes (meaning 0) and of no (1).
+      config, params, prefix, shared_length, shared_position, head, tail, text, text_lengths,
+        banned, dtype: as in `ask_consistency`.
+    """
+    question = _consistency_question(
+        prefix, shared_length, shared_position, head, tail, text, text_lengths
+    )
+    return probabilities(
+        config, params, *question, candidates, meanings=2, banned=banned, dtype=dtype
+    )[..., 0]
+
+
+def _consistency_question(
+    prefix, shared_length, shared_position, head, tail, text, text_lengths
+) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
+    tokens, lengths = join(head, text, text_lengths, tail)
+    position = jnp.broadcast_to(shared_position[:, None], lengths.shape)
+    return shared_prefix(prefix, shared_length), tokens, lengths, position
 
 
 def ask_coherence(
@@ -137,6 +167,42 @@ def ask_coherence(
     Returns:
       The replies, [B, G, …].
     """
+    question = _coherence_question(config, params, head, tail, text, text_lengths, dtype)
+    replies = generate(config, params, *question, key, rule, banned=banned, dtype=dtype)
+    return jax.tree.map(lambda x: x.reshape(*text.shape[:2], *x.shape[2:]), replies)
+
+
+def judge_coherence(
+    config: Config,
+    params: dict,
+    head: jax.Array,
+    tail: jax.Array,
+    text: jax.Array,
+    text_lengths: jax.Array,
+    candidates: Candidates,
+    *,
+    meanings: int,
+    banned: jax.Array,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """Returns how likely each label is among all, float32[B, G, K], without sampling a reply.
+
+    Args:
+      candidates: spellings of each label; the meaning is the label's index.
+      meanings: K.
+      config, params, head, tail, text, text_lengths, banned, dtype: as in `ask_coherence`.
+    """
+    question = _coherence_question(config, params, head, tail, text, text_lengths, dtype)
+    found = probabilities(
+        config, params, *question, candidates, meanings=meanings, banned=banned, dtype=dtype
+    )
+    return found.reshape(*text.shape[:2], meanings)
+
+
+def _coherence_question(
+    config, params, head, tail, text, text_lengths, dtype
+) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
+    """One prefix for all: the batch is a single group of B * G continuations."""
     b, g, _ = text.shape
     h = head.shape[0]
     prompt = Prompt(
@@ -147,17 +213,9 @@ def ask_coherence(
     )
     _, prefix = model.forward_prompt(config, params, prompt, None, dtype=dtype)
     tokens, lengths = join(jnp.zeros((0,), jnp.int32), text, text_lengths, tail)
-    # One prefix for all: the batch is a single group of B * G continuations.
-    replies = generate(
-        config,
-        params,
+    return (
         prefix,
         tokens.reshape(1, b * g, -1),
         lengths.reshape(1, b * g),
         jnp.full((1, b * g), h),
-        key,
-        rule,
-        banned=banned,
-        dtype=dtype,
     )
-    return jax.tree.map(lambda x: x.reshape(b, g, *x.shape[2:]), replies)

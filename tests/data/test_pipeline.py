@@ -140,6 +140,17 @@ def test_resume_with_other_rows_or_seed_is_refused(train, clean, dirty, make, tm
         train(ParquetSource(tmp_path / "b.parquet")).set_state(state)
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_image_tokens_that_are_not_the_features_name_the_row(train, clean, monkeypatch, change):
+    def render(tokenizer, template, question, labels, n_image_tokens):
+        return render_prompt(tokenizer, template, question, labels, n_image_tokens + change)
+
+    monkeypatch.setattr(pipeline.prompts, "render_prompt", render)
+    rule = f"a.parquet:.*has {4 + change} image tokens, but the picture of 4 x 4 patches has 4"
+    with pytest.raises(DataError, match=rule):
+        next(train(clean))
+
+
 def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
     batches = train(dirty)
     ids = ids_of(batches, 4 * len(dirty) // 2)

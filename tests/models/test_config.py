@@ -3,7 +3,8 @@ import json
 import pytest
 
 from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError
-from emor3_jax.models.qwen2_5_vl.weights import param_shapes, parameter_overview
+from emor3_jax.models.qwen2_5_vl.published import published
+from emor3_jax.models.qwen2_5_vl.weights import count_params, param_shapes, parameter_overview
 
 HUB_3B = {
     "model_type": "qwen2_5_vl",
@@ -51,6 +52,25 @@ def test_the_published_3b_has_its_published_size():
         "total",
         "3,754,622,976",
     ]
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("3B", 3_754_622_976),
+        ("7B", 8_292_166_656),
+        ("32B", 33_452_718_336),
+        ("72B", 73_410_777_344),
+    ],
+)
+def test_published_policies_have_their_published_sizes(size, count):
+    assert count_params(param_shapes(published(size))) == count
+
+
+def test_published_shapes_are_those_of_the_hubs_file():
+    assert published("3B") == Config.from_hf(HUB_3B)
+    with pytest.raises(ConfigError, match="must be one of 3B, 7B"):
+        published("1B")
 
 
 def test_round_trip_through_json(build_config):

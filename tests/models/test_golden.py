@@ -22,7 +22,7 @@ def folder(request) -> Path:
 @pytest.fixture(scope="module")
 def policy(folder) -> models.Policy:
     config = models.read_config(folder)
-    return models.Policy(config, weights.params_from_hf(folder, config))
+    return models.Policy(config, weights.read_params(folder, config))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
+from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from emor3_jax.embedded.tokenizer import train_tokenizer
@@ -102,6 +103,71 @@ def test_encoded_pictures_are_turned_upright(tokenizer):
     turned, grid = processor.patches(encoded)
     assert grid == (1, 6, 4)
     np.testing.assert_array_equal(turned, processor.patches(image.rotate(-90, expand=True))[0])
+
+
+FILES = {
+    "grey jpeg": lambda: encode(picture("L", 60, 90), "JPEG"),
+    "cmyk jpeg": lambda: encode(picture("CMYK", 60, 90), "JPEG"),
+    "palette png": lambda: encode(picture("P", 60, 90)),
+    "palette png with a transparent colour": lambda: encode(picture("P", 60, 90), transparency=3),
+    "rgb png with a transparent colour": lambda: encode(
+        picture("RGB", 60, 90), transparency=(9, 9, 9)
+    ),
+    "grey png with alpha": lambda: encode(picture("LA", 60, 90)),
+    "webp with alpha": lambda: encode(picture("RGBA", 60, 90), "WEBP", lossless=True),
+    "black and white tiff": lambda: encode(picture("1", 60, 90), "TIFF"),
+    "cmyk tiff": lambda: encode(picture("CMYK", 60, 90), "TIFF"),
+    "moving gif": lambda: encode(
+        picture("P", 60, 90),
+        "GIF",
+        save_all=True,
+        append_images=[picture("L", 60, 90).convert("P")],
+    ),
+    "moving webp": lambda: encode(
+        picture("RGB", 60, 90), "WEBP", save_all=True, append_images=[picture("L", 60, 90)]
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_are_read_as_transformers_does(tokenizer, file):
+    encoded = FILES[file]()
+    patches, grid = Processor(tokenizer).patches(encoded)
+    theirs = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)(
+        Image.open(io.BytesIO(encoded)), return_tensors="np"
+    )
+    assert theirs["image_grid_thw"].tolist() == [list(grid)]
+    np.testing.assert_allclose(patches, theirs["pixel_values"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_turned_as_load_image_does(tokenizer, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    picture("RGB", 56, 84).save(path, exif=exif)
+    patches, grid = Processor(tokenizer).patches(path.read_bytes())
+    upright = load_image(str(path))
+    assert grid == (1, upright.height // 14, upright.width // 14)
+    np.testing.assert_array_equal(patches, Processor(tokenizer).patches(upright)[0])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_to_eight(tokenizer, kind):
+    grey = np.random.default_rng(0).integers(0, 256, (56, 84), dtype=np.uint8)
+    narrow = Processor(tokenizer).patches(Image.fromarray(grey))[0]
+    # 257 times a byte is the same brightness in 16 bits; a little more or less rounds to it.
+    noise = np.random.default_rng(1).integers(-128, 128, grey.shape)
+    wide = np.clip(grey.astype(np.int64) * 257 + noise, 0, 65535).astype(np.uint16)
+    encoded = encode(Image.fromarray(wide), kind)
+    np.testing.assert_array_equal(Processor(tokenizer).patches(encoded)[0], narrow)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_grey_of_unknown_range_is_refused(tokenizer, kind):
+    encoded = encode(Image.fromarray(np.ones((56, 56), kind)), "TIFF")
+    with pytest.raises(ImageError, match=r"32 bits .* save it with 8 or 16 bits"):
+        Processor(tokenizer).patches(encoded)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from emor3_jax import models
-from emor3_jax.models.qwen2_5_vl import weights
+from emor3_jax.models.qwen2_5_vl import naming, weights
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -21,10 +26,19 @@ def _equal(a, b) -> bool:
     return all(jax.tree.leaves(same))
 
 
+def to_hub(params, config) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint by their name on the hub."""
+    return {
+        tensor.name: weights.fetch(path, leaf, tensor)
+        for path, leaf in naming.leaves(params)
+        for tensor in naming.hub_tensors(path, leaf.shape, config)
+    }
+
+
 def test_folder_round_trip_is_bit_exact(policy, tmp_path):
     models.save(policy, tmp_path)
     assert models.read_config(tmp_path) == policy.config
-    assert _equal(weights.params_from_hf(tmp_path, policy.config), policy.params)
+    assert _equal(weights.read_params(tmp_path, policy.config), policy.params)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {"visual.patch_embed.proj.weight", "visual.merger.mlp.2.bias"} <= names
     assert {"model.layers.1.self_attn.q_proj.bias", "model.norm.weight"} <= names
@@ -32,7 +46,7 @@ def test_folder_round_trip_is_bit_exact(policy, tmp_path):
 
 
 def test_layout_of_a_tensor_on_disk(policy):
-    tensors = weights.params_to_hf(policy.params, policy.config)
+    tensors = to_hub(policy.params, policy.config)
     kernel = policy.params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert (tensors["model.layers.1.mlp.up_proj.weight"] == kernel[1].T).all()
     embed = tensors["visual.patch_embed.proj.weight"]
@@ -42,7 +56,7 @@ def test_layout_of_a_tensor_on_disk(policy):
 
 def test_other_names_several_files_and_bfloat16_are_read(policy, tmp_path):
     tensors = {}
-    for name, tensor in weights.params_to_hf(policy.params, policy.config).items():
+    for name, tensor in to_hub(policy.params, policy.config).items():
         if name.startswith("model."):
             name = name.replace("model.", "model.language_model.", 1)
         elif name.startswith("visual."):
@@ -56,20 +70,75 @@ def test_other_names_several_files_and_bfloat16_are_read(policy, tmp_path):
         where |= dict.fromkeys(part, file)
     (tmp_path / weights.INDEX_FILE).write_text(json.dumps({"weight_map": where}))
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), policy.params)
-    assert _equal(weights.params_from_hf(tmp_path, policy.config), rounded)
+    assert _equal(weights.read_params(tmp_path, policy.config), rounded)
 
 
-def test_saving_one_file_over_several_leaves_no_index(policy, tmp_path):
-    (tmp_path / weights.INDEX_FILE).write_text("{}")
+def test_many_files_and_their_index_as_transformers_writes_them(policy, tmp_path):
+    models.save(policy, tmp_path, max_file_bytes=20_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[1].name == f"model-00002-of-{len(files):05d}.safetensors"
+    assert all(path.stat().st_size < 30_000 for path in files)
+    index = json.loads((tmp_path / weights.INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == 4 * weights.count_params(policy.params)
+    found = {name: path.name for path in files for name in load_file(path)}
+    assert index["weight_map"] == found
+    assert _equal(weights.read_params(tmp_path, policy.config), policy.params)
+
+
+def test_saving_leaves_no_file_of_an_earlier_policy(policy, tmp_path):
+    models.save(policy, tmp_path, max_file_bytes=20_000)
     models.save(policy, tmp_path)
-    assert _equal(weights.params_from_hf(tmp_path, policy.config), policy.params)
+    left = [path.name for path in tmp_path.iterdir()]
+    assert sorted(left) == ["config.json", "model.safetensors"]
+    assert _equal(weights.read_params(tmp_path, policy.config), policy.params)
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_types_are_kept_where_asked_for(policy, tmp_path, kind):
+    rounded = jax.tree.map(lambda x: x.astype(kind), policy.params)
+    models.save(models.Policy(policy.config, rounded), tmp_path)
+    stored = load_file(tmp_path / weights.WEIGHTS_FILE)
+    assert {tensor.dtype for tensor in stored.values()} == {np.dtype(kind)}
+    data = json.loads((tmp_path / "config.json").read_text())
+    assert data["torch_dtype"] == np.dtype(kind).name
+    assert _equal(weights.read_params(tmp_path, policy.config, dtype=None), rounded)
+    narrow = weights.read_params(tmp_path, policy.config, dtype=jnp.bfloat16)
+    assert _equal(narrow, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), rounded))
+
+
+def test_layers_of_several_types_are_read_as_the_widest(config, params, tmp_path):
+    tensors = to_hub(params, config)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = {
+        key: tensor.astype(np.float64 if key == name else ml_dtypes.bfloat16)
+        for key, tensor in tensors.items()
+    }
+    save_file(tensors, tmp_path / weights.WEIGHTS_FILE)
+    read = weights.read_params(tmp_path, config, dtype=None)
+    kernel = read["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.dtype == np.float32
+    assert (kernel[1] == params["model"]["layers"]["mlp"]["up_proj"]["kernel"][1]).all()
+    assert read["model"]["layers"]["mlp"]["down_proj"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_each_device_reads_its_own_part():
+    """In a process of its own, which has 8 devices."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("sharded_weights.py")],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 devices: equal" in done.stdout
 
 
 def test_a_tied_checkpoint_may_repeat_its_head(config, params, tmp_path):
-    tensors = weights.params_to_hf(params, config)
+    tensors = to_hub(params, config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    assert _equal(weights.params_from_hf(tmp_path, config), params)
+    assert _equal(weights.read_params(tmp_path, config), params)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +156,34 @@ def test_tensors_that_do_not_fit_are_named(
 ):
     models.save(models.Policy(config, params), tmp_path)
     with pytest.raises(weights.WeightsError, match=message):
-        weights.params_from_hf(tmp_path, build_config(**changes))
+        weights.read_params(tmp_path, build_config(**changes))
+
+
+def test_quantised_weights_are_refused(config, params, tmp_path):
+    tensors = to_hub(params, config)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.int8)
+    save_file(tensors, tmp_path / weights.WEIGHTS_FILE)
+    with pytest.raises(weights.WeightsError, match=f"{name} is stored as I8; only F64, F32"):
+        weights.read_params(tmp_path, config)
+
+
+def test_a_torn_or_missing_file_is_named(config, params, tmp_path):
+    models.save(models.Policy(config, params), tmp_path, max_file_bytes=20_000)
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(weights.WeightsError, match=f"{file.name} is not a whole safetensors file"):
+        weights.read_params(tmp_path, config)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file.name} does not exist.*incomplete"):
+        weights.read_params(tmp_path, config)
 
 
 def test_missing_files_are_named(tmp_path, config):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         models.read_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
-        weights.params_from_hf(tmp_path, config)
+        weights.read_params(tmp_path, config)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(models.ConfigError, match="not JSON"):
         models.read_config(tmp_path)

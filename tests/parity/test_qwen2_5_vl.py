@@ -1,6 +1,9 @@
 """Live against torch and transformers, on strong random policies."""
 
+import copy
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from emor3_jax import models  # noqa: E402
-from emor3_jax.models.qwen2_5_vl import model, weights  # noqa: E402
+from emor3_jax.models.qwen2_5_vl import model, naming, weights  # noqa: E402
 from emor3_jax.models.qwen2_5_vl.config import Config  # noqa: E402
 from emor3_jax.rollout.generate import SamplingRule, generate  # noqa: E402
 
@@ -29,6 +32,11 @@ def tied(request) -> bool:
 
 
 @pytest.fixture(scope="module")
+def name(tied) -> str:
+    return "tied" if tied else "untied"
+
+
+@pytest.fixture(scope="module")
 def oracle(tied):
     """The model of transformers."""
     return goldens.strong_model(goldens.hf_config(tied), seed=7)
@@ -40,7 +48,7 @@ def policy(oracle, tmp_path_factory) -> models.Policy:
     folder = tmp_path_factory.mktemp("policy")
     oracle.save_pretrained(folder)
     config = models.read_config(folder)
-    return models.Policy(config, weights.params_from_hf(folder, config))
+    return models.Policy(config, weights.read_params(folder, config))
 
 
 def test_committed_goldens_are_what_transformers_says_today(tmp_path):
@@ -57,48 +65,124 @@ def test_committed_goldens_are_what_transformers_says_today(tmp_path):
         assert old_config == models.read_config(tmp_path / name)
         jax.tree.map(
             np.testing.assert_array_equal,
-            weights.params_from_hf(tmp_path / name, old_config),
-            weights.params_from_hf(goldens.GOLDEN / name, old_config),
+            weights.read_params(tmp_path / name, old_config),
+            weights.read_params(goldens.GOLDEN / name, old_config),
         )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_logits(oracle, policy, side, seed):
+def test_logits(oracle, policy, name, compare, side, seed):
     batch = goldens.make_batch(seed, side)
     with torch.no_grad():
         expected = oracle(**goldens.torch_inputs(batch)).logits.numpy()
     mask = batch["attention_mask"].astype(bool)
     assert 3 < expected[mask].std() < 5
     actual = models.forward_logits(policy, **batch)
-    np.testing.assert_allclose(actual[mask], expected[mask], atol=1e-4)
+    case = f"logits, {name}, rows with 0, 1 and 2 images, {side} padding, seed {seed}"
+    compare(case, actual[mask], expected[mask], 1e-4)
 
 
-@pytest.mark.parametrize(
-    "grid", [(2, 2), (2, 14), (12, 4), (6, 10), (8, 8), (10, 26), (32, 30)], ids=str
-)
-def test_image_features_and_positions_for_many_grids(oracle, policy, grid):
-    config = policy.config
-    rng = np.random.default_rng(3)
-    grid = (1, *grid)
-    n = grid[1] * grid[2] // 4
-    pixels = rng.normal(size=(n * 4, 96)).astype(np.float32)
-    ids = np.array([[1, 2, 72, *[config.image_token_id] * n, 73, 3]])
-    grids = torch.tensor([grid])
-    prompt, images, following = models.pack(config, ids, np.ones_like(ids), pixels, [grid])
+def test_logits_of_text_alone(oracle, policy, name, compare):
+    ids = np.random.default_rng(5).integers(0, 70, (2, 30))
     with torch.no_grad():
-        expected = oracle.model.visual(torch.tensor(pixels), grid_thw=grids).pooler_output
+        expected = oracle(input_ids=torch.tensor(ids)).logits.numpy()
+    actual = models.forward_logits(policy, ids, np.ones_like(ids))
+    compare(f"logits, {name}, no image in the batch", actual, expected, 1e-4)
+
+
+def test_logits_of_a_flat_config(oracle, policy, name, compare, tmp_path):
+    """The folder in the hub's form: flat config.json, the hub's names, several files."""
+    models.save(policy, tmp_path, max_file_bytes=30_000)
+    assert "text_config" not in json.loads((tmp_path / "config.json").read_text())
+    config = models.read_config(tmp_path)
+    again = models.Policy(config, weights.read_params(tmp_path, config))
+    batch = goldens.make_batch(3, "right")
+    with torch.no_grad():
+        expected = oracle(**goldens.torch_inputs(batch)).logits.numpy()
+    mask = batch["attention_mask"].astype(bool)
+    actual = models.forward_logits(again, **batch)
+    compare(f"logits, {name}, flat config, several files", actual[mask], expected[mask], 1e-4)
+
+
+def image_prompt(config, merged: tuple[int, int], seed: int = 3) -> dict[str, np.ndarray]:
+    """One row with one image of so many merged cells, as transformers lays it out."""
+    rng = np.random.default_rng(seed)
+    rows, columns = merged
+    ids = np.array([[1, 2, 72, *[config.image_token_id] * (rows * columns), 73, 3]])
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "pixel_values": rng.normal(size=(4 * rows * columns, 96)).astype(np.float32),
+        "image_grid_thw": np.array([[1, 2 * rows, 2 * columns]]),
+    }
+
+
+GRIDS = [(1, 1), (1, 7), (2, 2), (3, 5), (4, 4), (5, 13), (6, 2), (16, 15), (11, 23), (40, 60)]
+"""Merged cells; a window is 2 x 2 of them."""
+
+
+@pytest.mark.parametrize("merged", GRIDS, ids=str)
+def test_image_features_and_positions_for_many_grids(oracle, policy, name, compare, merged):
+    config = policy.config
+    batch = image_prompt(config, merged)
+    ids, grids = batch["input_ids"], torch.tensor(batch["image_grid_thw"])
+    prompt, images, following = models.pack(config, **batch)
+    with torch.no_grad():
+        visual = oracle.model.visual(torch.tensor(batch["pixel_values"]), grid_thw=grids)
         types = torch.tensor(ids == config.image_token_id).int()
         positions, delta = oracle.model.get_rope_index(torch.tensor(ids), types, grids)
     assert (prompt.positions[0] == positions[:, 0].T.numpy()).all()
     assert following[0] == ids.shape[1] + int(delta)
-    features = np.asarray(model.encode_images(config, policy.params, images))[0]
+    features = np.asarray(
+        jax.jit(model.encode_images, static_argnums=0)(config, policy.params, images)
+    )
     slots = prompt.image_slots[0][ids[0] == config.image_token_id]
-    np.testing.assert_allclose(features[slots], expected.numpy(), atol=5e-5)
+    case = f"image features, {name}, {merged[0]} x {merged[1]} cells"
+    compare(case, features[0][slots], visual.pooler_output.numpy(), 1e-4)
+
+
+@pytest.mark.parametrize("attention", ["xla", "splash_interpret"])
+def test_logits_of_a_long_prompt(oracle, policy, name, compare, attention):
+    """Long enough for the kernels: 391 image tokens, 1,564 patches."""
+    config = dataclasses.replace(policy.config, attention=attention)
+    batch = image_prompt(config, (17, 23))
+    with torch.no_grad():
+        expected = oracle(**goldens.torch_inputs(batch)).logits.numpy()
+    actual = models.forward_logits(models.Policy(config, policy.params), **batch)
+    compare(f"logits, {name}, 17 x 23 cells, attention {attention}", actual, expected, 1e-4)
+
+
+def test_bfloat16(oracle, policy, name, enter):
+    """Our bfloat16 is no further from float32 than that of transformers, over eight batches."""
+    half = copy.deepcopy(oracle).bfloat16()
+
+    @jax.jit
+    def logits(params, prompt, images):
+        features = model.encode_images(policy.config, params, images, dtype=jnp.bfloat16)
+        hidden, _ = model.forward_prompt(
+            policy.config, params, prompt, features, dtype=jnp.bfloat16
+        )
+        return model.logits(policy.config, params, hidden)
+
+    ours, theirs = [], []
+    for seed in range(8):
+        batch = goldens.make_batch(seed, "right")
+        inputs = goldens.torch_inputs(batch)
+        mask = batch["attention_mask"].astype(bool)
+        prompt, images, _ = models.pack(policy.config, **batch)
+        with torch.no_grad():
+            exact = oracle(**inputs).logits.numpy()[mask]
+            theirs.append(np.abs(half(**inputs).logits.float().numpy()[mask] - exact))
+        ours.append(np.abs(np.asarray(logits(policy.params, prompt, images))[prompt.mask] - exact))
+    ours, theirs = np.concatenate(ours), np.concatenate(theirs)
+    mean, largest = ours.mean() / theirs.mean(), ours.max() / theirs.max()
+    case = f"bfloat16, {name}, error over that of transformers' bfloat16"
+    enter(case, float(max(mean, largest)), float(mean), 1.0)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_greedy_rollout(oracle, policy, seed):
+def test_greedy_rollout(oracle, policy, name, enter, seed):
     """The sampler of the rollout against `generate` of transformers, 32 tokens."""
     config, params = policy.config, policy.params
     batch = goldens.make_batch(seed, "left")
@@ -128,11 +212,12 @@ def test_greedy_rollout(oracle, policy, seed):
         rule=SamplingRule(max_tokens=32, temperature=0.0, top_p=1.0, stop=()),
         banned=jnp.isin(jnp.arange(config.vocab_size), jnp.array(banned)),
     )
-    for group in range(2):
-        assert np.asarray(samples.tokens[:, group]).tolist() == expected.tolist()
+    different = np.asarray(samples.tokens) != expected[:, None]
+    case = f"greedy tokens that differ, {name}, 3 rows x 32, seed {seed}"
+    enter(case, float(different.sum()), float(different.mean()), 0.0)
 
 
-def test_gradients(oracle, policy):
+def test_gradients(oracle, policy, name, enter):
     """Of the mean log-probability of the text, by every parameter, vision tower included."""
     config = policy.config
     batch = goldens.make_batch(1, "right")
@@ -145,7 +230,7 @@ def test_gradients(oracle, policy):
     oracle.zero_grad()
     logp[torch.tensor(wanted)].mean().backward()
     expected = {
-        weights._hub_name(name): parameter.grad.numpy()
+        naming.hub_name(name): parameter.grad.numpy()
         for name, parameter in oracle.named_parameters()
     }
 
@@ -161,11 +246,23 @@ def test_gradients(oracle, policy):
         )
         return jnp.sum(jnp.where(wanted, logprobs, 0.0)) / wanted.sum()
 
-    actual = weights.params_to_hf(gradient(policy.params), config)
+    actual = {
+        tensor.name: weights.fetch(path, leaf, tensor)
+        for path, leaf in naming.leaves(gradient(policy.params))
+        for tensor in naming.hub_tensors(path, leaf.shape, config)
+    }
     assert set(actual) == set(expected)
-    for name, tensor in expected.items():
-        scale = np.abs(tensor).max()
-        np.testing.assert_allclose(actual[name], tensor, atol=1e-3 * scale + 1e-6, err_msg=name)
+    relative = {
+        key: np.abs(actual[key] - tensor).max() / np.abs(tensor).max()
+        for key, tensor in expected.items()
+        # The bias of keys moves all scores of a query alike: its gradient is 0 but for noise.
+        if not key.endswith("k_proj.bias")
+    }
+    worst, mean = max(relative.values()), float(np.mean(list(relative.values())))
+    case = f"gradients of {len(relative)} tensors, {name}, over the tensor's largest"
+    enter(case, float(worst), mean, 1e-3)
+    for key in set(expected) - set(relative):
+        np.testing.assert_allclose(actual[key], expected[key], atol=1e-6, err_msg=key)
 
 
 def test_transformers_loads_what_is_saved(oracle, policy, tmp_path):

@@ -158,12 +158,13 @@ def pad(rows: Sequence[Sequence[int]], filler: int = 0) -> tuple[jax.Array, jax.
 @jax.jit
 def read_all(tables, tokens, lengths):
     """Everything that the tables say of the texts."""
+    coherence, consistency = rewards.cut_spans(tables, tokens, lengths)
     return {
         "response": rewards.score_response(tables, tokens, lengths),
         "label": rewards.read_label(tables, tokens, lengths),
         "yes_no": rewards.read_yes_no(tables, tokens, lengths),
-        "coherence": rewards.coherence_span(tables, tokens, lengths),
-        "consistency": rewards.consistency_span(tables, tokens, lengths),
+        "coherence": coherence,
+        "consistency": consistency,
     }
 
 

@@ -152,3 +152,15 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(labels):
     pieces.decoder = decoders.ByteLevel()
     with pytest.raises(rewards.TokenizerError, match="token 0 '▁a' contains '▁'"):
         rewards.Scorer(PreTrainedTokenizerFast(tokenizer_object=pieces), labels)
+
+
+def test_soft_scores_by_hand():
+    labels = np.float32([[0.2, 0.5, 0.3]] * 3)
+    yes, target = np.float32([0.9, 0.4, 0.7]), np.int32([1, -1, 2])
+    found = np.array([True, True, False])
+    coherence, consistency = rewards.soft_scores(labels, yes, target, found, found, "paper")
+    np.testing.assert_allclose(coherence, [0.5, 0, 0])
+    np.testing.assert_allclose(consistency, [0.9, 0.4, 0], rtol=1e-6)
+    coherence, consistency = rewards.soft_scores(labels, yes, target, found, found, "release")
+    np.testing.assert_allclose(coherence, [0.5, 0, 0.5])
+    np.testing.assert_allclose(consistency, [0.9, 0.4, 0], rtol=1e-6)

@@ -189,7 +189,7 @@ def test_states_that_act_alike_are_merged():
 
 
 def test_span_needs_all_bytes():
-    with pytest.raises(ValueError, match="no token for the byte 0x01"):
+    with pytest.raises(rewards.TokenizerError, match="no token for the byte 0x01"):
         spans.build_spans([b"\x00", b"ab"])
 
 

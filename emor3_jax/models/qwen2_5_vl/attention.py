@@ -1,9 +1,12 @@
 """Grouped-query attention over several sources of keys, without copying any of them.
 
 A continuation attends to the keys of its prompt (one copy for all responses of the group), to its
-own cached keys, and to the keys just computed. The scores of each source are computed apart and
-joined for one softmax; products are plain batched matrix products, which every backend has fast
-kernels for.
+own cached keys, and to the keys just computed. One function, `attend`, serves the vision tower, the
+prompt, the continuations and the decoded token; which back end computes it is one word.
+
+Deviations, numbered:
+ 1. Whatever the back end, a few queries (windows of the vision tower, decoded tokens) and cached
+    keys are computed by XLA: such scores are small, and there a kernel has nothing to save.
 """
 
 from typing import NamedTuple
@@ -11,8 +14,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+BACKENDS = ("xla", "splash", "cudnn")
+"""Everywhere; TPU; NVIDIA GPU. `splash_interpret` runs the TPU's kernel on any platform, slowly."""
+
 _MASKED = -1e30
 """Score of a key that may not be attended to: finite, so that a row without any key has no NaN."""
+
+_QUERIES = 1024
+"""XLA: the scores of so many queries exist at once."""
+
+_FEW = 128
+"""Fewer queries than this are left to XLA."""
 
 
 class Shared(NamedTuple):
@@ -35,12 +47,16 @@ class Own(NamedTuple):
     Attributes:
       k: float[B, G, kv_heads, head_dim, C].
       v: float[B, G, kv_heads, C, head_dim].
-      mask: bool[B, G, S or 1, C], which key each query may see.
+      mask: bool[B, G, C], which keys may be seen at all.
+      causal: whether query i sees only the keys up to i; then C = S.
+      segments: int32[S], if given: a query sees only the keys of its own segment; C = S.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+    causal: bool = False
+    segments: jax.Array | None = None
 
 
 def slots_last(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -48,19 +64,58 @@ def slots_last(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -3, -2)
 
 
-def attend(q: jax.Array, sources: list[Shared | Own]) -> jax.Array:
+def attend(q: jax.Array, sources: list[Shared | Own], backend: str = "xla") -> jax.Array:
     """Returns the values that the queries select from all sources together.
 
     Args:
-      q: float[B, G, S, heads, head_dim].
-      sources: at least one.
+      q: float[B, G, S, heads, head_dim], scaled already: in float32, before they were rounded.
+      sources: at least one; kernels take a `Shared` (or none) and one `Own` with C = S.
+      backend: one of `BACKENDS`, or "splash_interpret".
 
     Returns:
       float[B, G, S, heads, head_dim].
     """
+    *earlier, own = sources
+    cached = any(isinstance(source, Own) for source in earlier)
+    if backend == "xla" or q.shape[2] < _FEW or cached or own.segments is not None:
+        return _attend_xla(q, sources)
+    from emor3_jax.models.qwen2_5_vl import attention_kernels as kernels
+
+    prefix = earlier[0] if earlier else None
+    if backend == "cudnn":
+        return kernels.cudnn(q, prefix, own)
+    return kernels.splash(q, prefix, own, interpret=backend == "splash_interpret")
+
+
+def _attend_xla(q: jax.Array, sources: list[Shared | Own]) -> jax.Array:
+    """`attend`, a part of the queries at a time where they are many."""
+    b, g, s, heads, head_dim = q.shape
+    if s <= _QUERIES:
+        return _attend_block(q, sources, jnp.int32(0))
+    # Parts as equal as can be, so that little is padded.
+    parts = -(-s // _QUERIES)
+    size = -(-s // parts)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, parts * size - s), (0, 0), (0, 0)))
+    q = jnp.moveaxis(q.reshape(b, g, parts, size, heads, head_dim), 2, 0)
+
+    # Recomputed in the backward pass: kept, the scores of all parts would exist at once after all.
+    @jax.checkpoint
+    def part(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _attend_block(piece[0], sources, piece[1])
+
+    out = jax.lax.map(part, (q, jnp.arange(parts, dtype=jnp.int32) * size))
+    return jnp.moveaxis(out, 0, 2).reshape(b, g, parts * size, heads, head_dim)[:, :, :s]
+
+
+def _attend_block(q: jax.Array, sources: list[Shared | Own], start: jax.Array) -> jax.Array:
+    """`attend` for queries from `start` on.
+
+    The scores of each source are computed apart and joined for one softmax; products are plain
+    batched matrix products, which every platform has fast kernels for.
+    """
     b, g, s, heads, head_dim = q.shape
     kv_heads = sources[0].v.shape[-3]
-    q = (q * head_dim**-0.5).reshape(b, g, s, kv_heads, heads // kv_heads, head_dim)
+    q = q.reshape(b, g, s, kv_heads, heads // kv_heads, head_dim)
     q = jnp.swapaxes(q, 2, 3)  # [B, G, kv_heads, S, heads of the group, head_dim]
 
     def align(x: jax.Array, source: Shared | Own) -> jax.Array:
@@ -73,15 +128,24 @@ def attend(q: jax.Array, sources: list[Shared | Own]) -> jax.Array:
         out = jnp.matmul(rows, y, preferred_element_type=jnp.float32)
         return out.reshape(*x.shape[:-1], y.shape[-1])
 
-    scores = []
-    for source in sources:
-        score = matmul(align(q, source), source, source.k)
+    def visible(source: Shared | Own) -> jax.Array:
+        """Which key each query sees, to broadcast over the scores of the source."""
         if isinstance(source, Shared):
-            mask = source.mask[:, None, None, None, None]
-        else:
-            mask = source.mask[:, :, None, :, None]
-        scores.append(jnp.where(mask, score, _MASKED))
+            return source.mask[:, None, None, None, None]
+        mask = source.mask[:, :, None, None, None]
+        if not source.causal:
+            return mask
+        row = start + jnp.arange(s)
+        seen = jnp.arange(source.mask.shape[-1]) <= row[:, None]
+        if source.segments is not None:
+            mine = jnp.take(source.segments, row, mode="clip")
+            seen &= source.segments == mine[:, None]
+        return mask & seen[:, None]
 
+    scores = [
+        jnp.where(visible(source), matmul(align(q, source), source, source.k), _MASKED)
+        for source in sources
+    ]
     # One softmax over all sources, of which only the maxima and the sums are brought together.
     top = jnp.stack(
         [align(jnp.max(x, axis=-1), source) for x, source in zip(scores, sources, strict=True)]

@@ -95,6 +95,7 @@ class Config:
       image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: ids of images.
       bos_token_id, eos_token_id, pad_token_id: ids of text.
       max_position_embeddings: positions that the policy was trained for.
+      attention: back end of the attention, see `attention.attend`; no part of `config.json`.
     """
 
     vision: VisionConfig
@@ -117,6 +118,7 @@ class Config:
     eos_token_id: int | None = 151645
     pad_token_id: int | None = None
     max_position_embeddings: int = 128_000
+    attention: str = "xla"
 
     def __post_init__(self):
         if self.head_dim * self.num_heads != self.hidden_size:
@@ -254,7 +256,6 @@ class Config:
             "sliding_window": None,
             "use_sliding_window": False,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "torch_dtype": "float32",
             "use_cache": True,
             "vocab_size": self.vocab_size,
             "vision_config": vision,

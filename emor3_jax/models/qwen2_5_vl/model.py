@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
-from emor3_jax.models.qwen2_5_vl.layers import Dtype
+from emor3_jax.models.qwen2_5_vl.layers import Dtype, two_rows
 from emor3_jax.models.qwen2_5_vl.text import Decoder
 from emor3_jax.models.qwen2_5_vl.vision import VisionTower
 
@@ -44,7 +44,7 @@ def init_params(config: Config, key: jax.Array) -> Params:
     params = {
         "visual": VisionTower(v).init(visual, images)["params"],
         "model": Decoder(config).init(
-            decoder, tokens, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1, 1), bool)
+            decoder, tokens, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1), bool)
         )["params"],
     }
     normal = nn.initializers.normal(0.02)
@@ -75,7 +75,7 @@ def encode_images(
     Returns:
       float[I, W * L / m**2, D], the features of the merged slots; those of padding are meaningless.
     """
-    tower = VisionTower(config.vision, dtype, remat)
+    tower = VisionTower(config.vision, dtype, remat, config.attention)
     return tower.apply({"params": params["visual"]}, images)
 
 
@@ -105,7 +105,7 @@ def forward_prompt(
         {"params": params["model"]},
         prompt.tokens[:, None],
         prompt.positions[:, None],
-        _causal(prompt.mask[:, None]),
+        jnp.asarray(prompt.mask)[:, None],
         image_features=image_features,
         image_slots=prompt.image_slots[:, None],
     )
@@ -149,7 +149,7 @@ def forward_continuation(
         {"params": params["model"]},
         tokens,
         jnp.broadcast_to(positions[..., None], (*positions.shape, 3)),
-        _causal(mask),
+        jnp.asarray(mask),
         prefix=prefix,
     )
     if cache_size is None:
@@ -191,7 +191,7 @@ def decode_step(
         {"params": params["model"]},
         tokens[..., None],
         jnp.broadcast_to(positions[..., None, None], (b, g, 1, 3)),
-        jnp.ones((b, g, 1, 1), bool),
+        jnp.ones((b, g, 1), bool),
         prefix=prefix,
         cache=cache,
     )
@@ -204,15 +204,55 @@ def decode_step(
     return hidden[:, :, 0], cache
 
 
+def forward_candidates(
+    config: Config,
+    params: Params,
+    prefix: KV | None,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    *,
+    dtype: Dtype = jnp.float32,
+) -> jax.Array:
+    """Runs the same N short texts behind every continuation; each sees that and itself.
+
+    Args:
+      config, params: the policy.
+      prefix: the prompts' keys and values.
+      cache: the continuations.
+      tokens: int32[N, L].
+      positions: int32[B, G], rope position of the first of them.
+      dtype: compute type.
+
+    Returns:
+      float[B, G, N, L, D] after the final norm.
+    """
+    n, size = tokens.shape
+    b, g = positions.shape
+    place = jnp.tile(jnp.arange(size), n)
+    where = positions[..., None, None] + jnp.broadcast_to(place[:, None], (n * size, 3))
+    hidden, _ = Decoder(config, dtype).apply(
+        {"params": params["model"]},
+        jnp.broadcast_to(tokens.reshape(-1), (b, g, n * size)),
+        where,
+        jnp.ones((b, g, n * size), bool),
+        prefix=prefix,
+        cache=cache,
+        segments=jnp.repeat(jnp.arange(n), size),
+    )
+    return hidden.reshape(b, g, n, size, -1)
+
+
 def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32[..., V] of final hidden states float[..., D]."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
     if config.tie_word_embeddings:
-        head, equation = params["model"]["embed_tokens"]["embedding"], "...d,vd->...v"
+        head, equation = params["model"]["embed_tokens"]["embedding"], "nd,vd->nv"
     else:
-        head, equation = params["lm_head"]["kernel"], "...d,dv->...v"
-    return jnp.einsum(
-        equation, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+        head, equation = params["lm_head"]["kernel"], "nd,dv->nv"
+    head = head.astype(hidden.dtype)
+    scores = jnp.einsum(equation, two_rows(rows), head, preferred_element_type=jnp.float32)
+    return scores[: len(rows)].reshape(*hidden.shape[:-1], -1)
 
 
 def token_logprobs(
@@ -272,9 +312,3 @@ def token_logprobs(
 
     pieces = (cut(hidden), cut(targets))
     return jax.tree.map(join, jax.lax.map(jax.checkpoint(score), pieces))
-
-
-def _causal(mask: jax.Array) -> jax.Array:
-    """Returns bool[..., S, S] [query, key]: the key is real and not after the query."""
-    place = jnp.arange(mask.shape[-1])
-    return (place <= place[:, None]) & mask[..., None, :]

@@ -7,7 +7,9 @@ normalisation, since a decoded pixel is one of 256 bytes.
 
 Deviations, numbered:
  1. Encoded pictures are turned upright by their EXIF orientation, as transformers' `load_image`
-    does and the release does not.
+    does and the release does not. Of a moving picture the first frame is read, as there.
+ 2. Grey pictures of 16 bits are scaled to 8. transformers cuts them off at 255, which leaves white.
+    Grey pictures of 32 bits have no known range and are refused; there they turn black or white.
 """
 
 import dataclasses
@@ -214,7 +216,8 @@ class Processor:
           side by side; (1, rows, columns) in patches, N = rows * columns.
 
         Raises:
-          ImageError: if the picture cannot be decoded, is too large for PIL or too thin.
+          ImageError: if the picture cannot be decoded, is too large for PIL, too thin, or grey of
+            32 bits.
         """
         settings = self.images
         picture = _to_rgb(_decode(image) if isinstance(image, bytes) else image)
@@ -246,7 +249,15 @@ def _decode(encoded: bytes) -> Image.Image:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Drops transparency onto white, as transformers 5 does."""
+    """Drops transparency onto white, as transformers 5 does; scales 16 bits to 8."""
+    if picture.mode.startswith("I;16"):
+        wide = np.asarray(picture).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ImageError(
+            f"a grey picture of 32 bits (mode {picture.mode}) has no known range of brightness; "
+            "save it with 8 or 16 bits"
+        )
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))

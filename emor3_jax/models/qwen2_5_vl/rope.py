@@ -102,12 +102,13 @@ def vision_table(coords: jax.Array, config: VisionConfig) -> tuple[jax.Array, ja
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, scale: float = 1.0) -> jax.Array:
     """Turns each pair (i, i + d/2) of a head's components, in float32.
 
     Args:
       x: float[..., heads, d].
       cos, sin: float32[..., d // 2], without the axis of heads.
+      scale: factor on the result before it is rounded; that of the scores, for queries.
 
     Returns:
       As `x`.
@@ -115,7 +116,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    return (turned * scale).astype(x.dtype)
 
 
 def _frequencies(n: int, theta: float) -> np.ndarray:

@@ -39,14 +39,16 @@ class Attention(nn.Module):
         table: tuple[jax.Array, jax.Array],
         own_mask: jax.Array,
         earlier: list[Shared | Own],
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attends to earlier keys and to the keys of `x` itself.
 
         Args:
           x: float[B, G, S, D].
           table: cosine and sine, float32[B, G, S, head_dim // 2].
-          own_mask: bool[B, G, S, S], [query, key].
+          own_mask: bool[B, G, S], which of these tokens may be seen by those after them.
           earlier: keys of the prompt and of the cache.
+          segments: int32[S], tokens of one see nothing of the others; None for one segment.
 
         Returns:
           float[B, G, S, D], and the new keys and values as `Own` holds them.
@@ -57,10 +59,12 @@ class Attention(nn.Module):
             dense = Dense(heads * c.head_dim, dtype=self.dtype, name=name)
             return dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
 
-        q = rope.rotate(project("q_proj", c.num_heads), *table)
+        q = rope.rotate(project("q_proj", c.num_heads), *table, scale=c.head_dim**-0.5)
         k = rope.rotate(project("k_proj", c.num_kv_heads), *table)
         k, v = slots_last(k, project("v_proj", c.num_kv_heads))
-        out = attend(q, [*earlier, Own(k, v, own_mask)]).reshape(*x.shape[:-1], -1)
+        out = attend(q, [*earlier, Own(k, v, own_mask, True, segments)], c.attention).reshape(
+            *x.shape[:-1], -1
+        )
         out = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(out)
         return out, (k, v)
 
@@ -92,7 +96,8 @@ class DecoderLayer(nn.Module):
           x: float[B, G, S, D].
           prefix: this layer's keys and values of the prompts.
           cache: this layer's keys and values of the continuations so far.
-          shared: what all layers share: rope `table` and the masks `own`, `prefix`, `cache`.
+          shared: what all layers share: rope `table`, the masks `own`, `prefix`, `cache`, and the
+            `segments`.
 
         Returns:
           float[B, G, S, D], and the new keys and values if they are kept.
@@ -102,10 +107,10 @@ class DecoderLayer(nn.Module):
         if prefix is not None:
             earlier.append(Shared(*prefix, shared["prefix"]))
         if cache is not None:
-            earlier.append(Own(*cache, shared["cache"][:, :, None]))
+            earlier.append(Own(*cache, shared["cache"]))
         normed = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
         out, keys = Attention(self.config, self.dtype, name="self_attn")(
-            normed, shared["table"], shared["own"], earlier
+            normed, shared["table"], shared["own"], earlier, shared.get("segments")
         )
         x = x + out
         normed = RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x)
@@ -139,17 +144,19 @@ class Decoder(nn.Module):
         image_slots: jax.Array | None = None,
         prefix: KV | None = None,
         cache: Cache | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs the decoder.
 
         Args:
           tokens: int32[B, G, S].
           positions: int32[B, G, S, 3].
-          own_mask: bool[B, G, S, S], [query, key].
+          own_mask: bool[B, G, S], which of the tokens may be seen by those after them.
           image_features: float[..., D], merged slots of the batch.
           image_slots: int32[B, G, S], which feature replaces the token's embedding; -1 for none.
           prefix: keys and values of the prompts.
           cache: keys and values of the continuations so far.
+          segments: int32[S], tokens of one see nothing of the others; None for one segment.
 
         Returns:
           float[B, G, S, D] after the final norm, and the new keys and values, as `Cache` holds
@@ -166,6 +173,8 @@ class Decoder(nn.Module):
             shared["prefix"] = prefix.mask
         if cache is not None:
             shared["cache"] = cache.mask
+        if segments is not None:
+            shared["segments"] = segments
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
         stack = nn.scan(
             layer,

@@ -24,10 +24,12 @@ class VisionAttention(nn.Module):
     Attributes:
       config: the tower's shapes.
       dtype: compute type.
+      attention: back end, see `attention.attend`.
     """
 
     config: VisionConfig
     dtype: Dtype
+    attention: str
 
     @nn.compact
     def __call__(
@@ -47,13 +49,14 @@ class VisionAttention(nn.Module):
         c = self.config
         qkv = Dense(3 * c.hidden_size, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:-1], 3, c.num_heads, c.head_dim), -3, 0)
-        q, k = rope.rotate(q, *table), rope.rotate(k, *table)
+        q = rope.rotate(q, *table, scale=c.head_dim**-0.5)
+        k = rope.rotate(k, *table)
 
         # The scores are recomputed in the backward pass: kept, those of the branch not taken would
         # be kept too, and over a whole image they are the largest arrays of the tower.
         @jax.checkpoint
         def windowed(q, k, v, mask):
-            return attend(q, [Own(*slots_last(k, v), mask[:, :, None])])
+            return attend(q, [Own(*slots_last(k, v), mask)], self.attention)
 
         @jax.checkpoint
         def whole(q, k, v, mask):
@@ -74,10 +77,12 @@ class VisionBlock(nn.Module):
     Attributes:
       config: the tower's shapes.
       dtype: compute type.
+      attention: back end, see `attention.attend`.
     """
 
     config: VisionConfig
     dtype: Dtype
+    attention: str
 
     @nn.compact
     def __call__(
@@ -85,7 +90,8 @@ class VisionBlock(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Applies the layer; arguments as of `VisionAttention`."""
         normed = RMSNorm(_EPS, self.dtype, name="norm1")(x)
-        x = x + VisionAttention(self.config, self.dtype, name="attn")(normed, full, table, mask)
+        attention = VisionAttention(self.config, self.dtype, self.attention, name="attn")
+        x = x + attention(normed, full, table, mask)
         normed = RMSNorm(_EPS, self.dtype, name="norm2")(x)
         x = x + Mlp(self.config.intermediate_size, True, self.dtype, name="mlp")(normed)
         return x, None
@@ -108,7 +114,8 @@ class Merger(nn.Module):
         c = self.config
         width = c.hidden_size * c.merge_unit
         x = RMSNorm(_EPS, self.dtype, name="ln_q")(x).reshape(x.shape[0], -1, width)
-        x = nn.gelu(Dense(width, dtype=self.dtype, name="mlp_0")(x), approximate=False)
+        x = Dense(width, dtype=self.dtype, name="mlp_0")(x).astype(jnp.float32)
+        x = nn.gelu(x, approximate=False).astype(self.dtype)
         return Dense(c.out_hidden_size, dtype=self.dtype, name="mlp_2")(x)
 
 
@@ -119,11 +126,13 @@ class VisionTower(nn.Module):
       config: the tower's shapes.
       dtype: compute type.
       remat: recompute each layer in the backward pass.
+      attention: back end, see `attention.attend`.
     """
 
     config: VisionConfig
     dtype: Dtype = jnp.float32
     remat: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, images: Images) -> jax.Array:
@@ -139,7 +148,7 @@ class VisionTower(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
         )
-        x, _ = stack(c, self.dtype, name="blocks")(
+        x, _ = stack(c, self.dtype, self.attention, name="blocks")(
             embed(jnp.asarray(images.patches)),
             jnp.asarray(full),
             rope.vision_table(images.coords, c),

@@ -1,27 +1,48 @@
-"""Parameters from and to a folder in Hugging Face's format.
+"""Parameters from and to a folder in Hugging Face's format, one tensor at a time.
 
-Both naming schemes are read (`visual.*`, `model.layers.*` as on the hub; `model.visual.*`,
-`model.language_model.*` as some versions of transformers write); the hub's is written.
+Neither direction holds a second copy of the policy: a tensor is read straight into its place in the
+(sharded) array of its parameter, each device reading only its own part; and the files are
+written one after the other. What exists besides the parameters is one tensor when reading, one
+file when writing.
+
+Deviations, numbered:
+ 1. Files are opened anew for each tensor: a mapped file counts as memory of the process as long as
+    it is open, and a whole policy would be there twice.
 """
 
+import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.model import Params, init_params
+from emor3_jax.models.qwen2_5_vl.naming import (
+    HubTensor,
+    hub_name,
+    hub_tensors,
+    is_kernel,
+    leaves,
+)
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_LAYERS = {"visual/blocks": "visual.blocks", "model/layers": "model.layers"}
+MAX_FILE_BYTES = 5 * 10**9
+"""Size at which the hub starts another file."""
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
 class WeightsError(ValueError):
@@ -33,62 +54,103 @@ def param_shapes(config: Config) -> Params:
     return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
 
 
-def params_from_hf(folder: str | Path, config: Config) -> Params:
-    """Reads the parameters of a checkpoint as float32 arrays on the host.
+def read_params(
+    folder: str | Path,
+    config: Config,
+    *,
+    dtype: Any = jnp.float32,
+    shardings: Callable[[Params], Any] | None = None,
+) -> Params:
+    """Reads the parameters of a checkpoint straight into device arrays.
 
     Args:
-      folder: holds `model.safetensors`, or an index of several files.
+      folder: holds `model.safetensors`, or several files and their index.
       config: of the same folder.
+      dtype: of the arrays; None keeps what is stored.
+      shardings: from the tree of shapes to a tree of `NamedSharding`s, none of which cuts the
+        axis of layers; None puts everything on the first device.
+
+    Returns:
+      Nested dict of arrays.
 
     Raises:
       FileNotFoundError: if there are no weights.
-      WeightsError: if a tensor is missing, unknown, or of another shape.
+      WeightsError: if a tensor is missing, unknown, of another shape, or quantised.
     """
-    with _Reader(Path(folder)) as reader:
-        params: Params = {}
-        for path, leaf in _leaves(param_shapes(config)):
-            array = np.empty(leaf.shape, np.float32)
-            for name, index in _tensors(path, leaf.shape):
-                tensor = reader.get(name)
-                expected = _hf_shape(path, leaf.shape, config)
-                if tensor.shape != expected:
-                    raise WeightsError(
-                        f"tensor {name} has shape {list(tensor.shape)}, but config.json implies "
-                        f"{list(expected)}; the weights and the config are probably of different "
-                        f"sizes of the model ({folder})"
-                    )
-                array[index] = _from_hf(path, tensor)
-            _put(params, path, array)
-        reader.refuse_unread(config)
+    reader = _Reader(Path(folder))
+    shapes = param_shapes(config)
+    reader.check(shapes, config)
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda _: device, shapes) if shardings is None else shardings(shapes)
+    params: Params = {}
+    for (path, leaf), sharding in zip(leaves(shapes), jax.tree.leaves(placed), strict=True):
+        tensors = list(hub_tensors(path, leaf.shape, config))
+        kind = jnp.dtype(dtype or reader.dtype(tensors))
+        _put(params, path, _read_param(reader, path, leaf.shape, tensors, kind, sharding))
     logger.info("%s", parameter_overview(params))
     return params
 
 
-def params_to_hf(params: Params, config: Config) -> dict[str, np.ndarray]:
-    """Returns the float32 tensors of a checkpoint by their name on the hub.
+def write_params(
+    params: Params, config: Config, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """Writes the parameters in their own types under the hub's names.
 
     Args:
-      params: the parameters; arrays on devices are fetched one at a time.
+      params: the parameters; fetched from devices one tensor at a time.
       config: their shapes.
+      folder: exists; weights that were there before are replaced.
+      max_file_bytes: more than this is cut into several files, with an index.
     """
-    tensors = {}
-    for path, leaf in _leaves(params):
-        array = np.asarray(leaf).astype(np.float32, copy=False)
-        shape = _hf_shape(path, array.shape, config)
-        for name, index in _tensors(path, array.shape):
-            tensor = array[index].T if path.endswith("kernel") else array[index]
-            tensors[name] = np.ascontiguousarray(tensor).reshape(shape)
-    return tensors
+    where = {
+        tensor.name: (path, leaf, tensor)
+        for path, leaf in leaves(params)
+        for tensor in hub_tensors(path, leaf.shape, config)
+    }
+
+    def size(entry: tuple[str, Any, HubTensor]) -> int:
+        return int(np.prod(entry[2].shape)) * entry[1].dtype.itemsize
+
+    split = split_state_dict_into_shards_factory(
+        where,
+        get_storage_size=size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: fetch(*where[name]) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    for old in folder.glob("model*.safetensors"):
+        if old.name not in split.filename_to_tensors:
+            old.unlink()
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def fetch(path: str, leaf: Any, tensor: HubTensor) -> np.ndarray:
+    """Returns one tensor on the host as the hub lays it out, in the parameter's type.
+
+    Args:
+      path, leaf: the parameter.
+      tensor: which of its tensors.
+    """
+    array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+    if is_kernel(path):
+        # NumPy turns foreign types element by element; as plain integers it is quick.
+        plain = array.view(np.uint16) if array.itemsize == 2 else array
+        array = np.ascontiguousarray(plain.T).view(array.dtype)
+    return np.ascontiguousarray(array).reshape(tensor.shape)
 
 
 def parameter_overview(params: Params) -> str:
     """Returns a table of all parameters: path, shape, how many numbers; the total last."""
     rows = [
         (path, "x".join(map(str, leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
-        for path, leaf in _leaves(params)
+        for path, leaf in leaves(params)
     ]
-    total = sum(int(np.prod(leaf.shape)) for _, leaf in _leaves(params))
-    rows.append(("total", "", f"{total:,}"))
+    rows.append(("total", "", f"{count_params(params):,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
         f"{path:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}"
@@ -96,8 +158,22 @@ def parameter_overview(params: Params) -> str:
     )
 
 
+def count_params(params: Params) -> int:
+    """Returns how many numbers the parameters are."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+class _Entry(NamedTuple):
+    """Where a tensor lies on disk: its file, its name there, its shape and type."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class _Reader:
-    """The tensors of a folder under the hub's names, read one at a time."""
+    """The tensors of a folder under the hub's names."""
 
     def __init__(self, folder: Path):
         if (folder / INDEX_FILE).exists():
@@ -111,86 +187,136 @@ class _Reader:
                 "Face's format with weights as safetensors"
             )
         self._folder = folder
-        # The flax reader is the one that knows bfloat16 without torch.
-        self._files = [safe_open(folder / file, framework="flax") for file in files]
-        self._where = {
-            _hub_name(key): (file, key)
-            for file in self._files
-            for key in file.keys()  # noqa: SIM118
-        }
-        self._unread = set(self._where)
+        self._entries: dict[str, _Entry] = {}
+        for name in files:
+            if not (folder / name).exists():
+                raise FileNotFoundError(
+                    f"{folder / name} does not exist, but {INDEX_FILE} names it; the download is "
+                    "incomplete"
+                )
+            try:
+                with safe_open(folder / name, framework="numpy") as file:
+                    for key in file.keys():  # noqa: SIM118
+                        part = file.get_slice(key)
+                        shape = tuple(part.get_shape())
+                        entry = _Entry(folder / name, key, shape, part.get_dtype())
+                        self._entries[hub_name(key)] = entry
+            except OSError:
+                raise
+            except Exception as error:
+                raise WeightsError(
+                    f"{folder / name} is not a whole safetensors file ({error}); download it again"
+                ) from error
 
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._files.clear()
-        self._where.clear()
-
-    def get(self, name: str) -> np.ndarray:
-        if name not in self._where:
-            cause = (
-                "config.json says that the head is not tied (tie_word_embeddings)"
-                if name == "lm_head.weight"
-                else "the download is incomplete or config.json is of a larger model"
-            )
-            raise WeightsError(f"{self._folder} has no tensor {name}; probably {cause}")
-        self._unread.discard(name)
-        file, key = self._where[name]
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return np.asarray(file.get_tensor(key)).astype(np.float32)
-
-    def refuse_unread(self, config: Config) -> None:
-        unread = {name for name in self._unread if not name.endswith("inv_freq")}
+    def check(self, shapes: Params, config: Config) -> None:
+        """Compares all names, shapes and types with what a config implies, before any is read."""
+        unused = {name for name in self._entries if not name.endswith("inv_freq")}
         if config.tie_word_embeddings:
-            unread.discard("lm_head.weight")
-        if unread:
+            unused.discard("lm_head.weight")
+        for path, leaf in leaves(shapes):
+            for tensor in hub_tensors(path, leaf.shape, config):
+                if tensor.name not in self._entries:
+                    cause = (
+                        "config.json says that the head is not tied (tie_word_embeddings)"
+                        if tensor.name == "lm_head.weight"
+                        else "the download is incomplete or config.json is of a larger model"
+                    )
+                    raise WeightsError(
+                        f"{self._folder} has no tensor {tensor.name}; probably {cause}"
+                    )
+                unused.discard(tensor.name)
+                entry = self._entries[tensor.name]
+                if entry.shape != tensor.shape:
+                    raise WeightsError(
+                        f"tensor {tensor.name} has shape {list(entry.shape)}, but config.json "
+                        f"implies {list(tensor.shape)}; the weights and the config are probably of "
+                        f"different sizes of the model ({self._folder})"
+                    )
+                if entry.dtype not in _DTYPES:
+                    raise WeightsError(
+                        f"tensor {tensor.name} is stored as {entry.dtype}; only "
+                        f"{', '.join(_DTYPES)} can be read: give weights that are not quantised "
+                        f"({self._folder})"
+                    )
+        if unused:
             raise WeightsError(
-                f"{self._folder} has {len(unread)} tensors that config.json has no place for, "
-                f"{min(unread)} among them; probably config.json is of a smaller model"
+                f"{self._folder} has {len(unused)} tensors that config.json has no place for, "
+                f"{min(unused)} among them; probably config.json is of a smaller model"
             )
 
+    def dtype(self, tensors: list[HubTensor]) -> Any:
+        """Returns the narrowest type that holds what all these tensors are stored as."""
+        kinds = {jnp.dtype(_DTYPES[self._entries[tensor.name].dtype]) for tensor in tensors}
+        widest = functools.reduce(jnp.promote_types, kinds)
+        # Arrays on devices have at most 32 bits.
+        return jnp.dtype(jnp.float32) if widest == np.float64 else widest
 
-def _hub_name(key: str) -> str:
-    key = key.replace("model.language_model.", "model.", 1)
-    return key.removeprefix("model.") if key.startswith("model.visual.") else key
+    def read(self, tensor: HubTensor, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a part of a tensor, seen as a matrix if it has more axes than two."""
+        entry = self._entries[tensor.name]
+        with safe_open(entry.file, framework="numpy") as file:
+            if len(entry.shape) > 2:
+                part = file.get_tensor(entry.key).reshape(entry.shape[0], -1)[index]
+            else:
+                part = file.get_slice(entry.key)[index]
+        return part.astype(np.float32) if part.dtype == np.float64 else part
 
 
-def _leaves(tree: Params) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield "/".join(key.key for key in path), leaf
+def _read_param(
+    reader: _Reader,
+    path: str,
+    shape: tuple[int, ...],
+    tensors: list[HubTensor],
+    dtype: Any,
+    sharding: Sharding,
+) -> jax.Array:
+    """Reads one parameter: each device its own part of each tensor, turned on the device."""
+    transpose, stacked = is_kernel(path), tensors[0].layer is not None
+    layer_shape, layer_sharding = shape[stacked:], sharding
+    if isinstance(sharding, NamedSharding):
+        spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))[stacked:]
+        layer_sharding = NamedSharding(
+            sharding.mesh, PartitionSpec(*(spec[::-1] if transpose else spec))
+        )
+
+    def load(tensor: HubTensor) -> jax.Array:
+        return jax.make_array_from_callback(
+            layer_shape[::-1] if transpose else layer_shape,
+            layer_sharding,
+            functools.partial(reader.read, tensor),
+        )
+
+    if not stacked:
+        return _convert(transpose, dtype, sharding)(load(tensors[0]))
+    array = _zeros(shape, dtype, sharding)()
+    for tensor in tensors:
+        array = _place(transpose, sharding)(array, load(tensor), tensor.layer)
+    return array
 
 
-def _put(tree: Params, path: str, value: np.ndarray) -> None:
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _convert(transpose: bool, dtype: Any, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: (x.T if transpose else x).astype(dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _place(transpose: bool, sharding: Sharding) -> Callable[..., jax.Array]:
+    """Returns the program that writes one layer into a stack, in the stack's own memory."""
+
+    def place(stack: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:
+        x = (x.T if transpose else x).astype(stack.dtype)
+        return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+
+    return jax.jit(place, out_shardings=sharding, donate_argnums=0)
+
+
+def _put(tree: Params, path: str, value: jax.Array) -> None:
     *parents, last = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})
     tree[last] = value
-
-
-def _tensors(path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    """Yields the hub's name of each tensor that a parameter holds, and its index there."""
-    base, kind = path.rsplit("/", 1)
-    suffix = "bias" if kind == "bias" else "weight"
-    for stack, name in _LAYERS.items():
-        if base.startswith(stack + "/"):
-            inner = base.removeprefix(stack + "/").replace("/", ".")
-            for layer in range(shape[0]):
-                yield f"{name}.{layer}.{inner}.{suffix}", layer
-            return
-    name = base.replace("/", ".").replace("mlp_", "mlp.")
-    yield name.replace("patch_embed", "patch_embed.proj") + f".{suffix}", ...
-
-
-def _hf_shape(path: str, shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
-    """Returns the shape on disk of one of the tensors of a parameter."""
-    if any(path.startswith(stack + "/") for stack in _LAYERS):
-        shape = shape[1:]
-    if path == "visual/patch_embed/kernel":
-        v = config.vision
-        return (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    return shape[::-1] if path.endswith("kernel") else shape
-
-
-def _from_hf(path: str, tensor: np.ndarray) -> np.ndarray:
-    return tensor.reshape(tensor.shape[0], -1).T if path.endswith("kernel") else tensor

@@ -1,0 +1,53 @@
+"""Policies by folder and by id on the hub: a cache in its layout, without a network."""
+
+import json
+
+import pytest
+
+from emor3_jax import models
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, config, params):
+    """A cache of huggingface_hub with one policy that was downloaded once."""
+    repository = tmp_path / "models--Someone--Tiny-VL"
+    snapshot = repository / "snapshots" / REVISION
+    models.save(models.Policy(config, params), snapshot)
+    blobs = repository / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        blob = blobs / f"{number:040x}"
+        file.rename(blob)
+        file.symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+@pytest.mark.parametrize("name", ["Someone/Tiny-VL", "Someone/Tiny-VL@main"])
+def test_an_id_on_the_hub_is_found_in_the_cache(cache, name, config):
+    folder = models.find(name)
+    assert folder.resolve() == cache.resolve()
+    assert models.read_config(folder) == config
+
+
+def test_a_revision_is_found_by_its_commit(cache):
+    assert models.find(f"Someone/Tiny-VL@{REVISION}").resolve() == cache.resolve()
+
+
+def test_what_is_neither_folder_nor_on_the_hub_is_named(cache):
+    with pytest.raises(FileNotFoundError, match="no folder Someone/Else, and the hub gave no"):
+        models.find("Someone/Else")
+    with pytest.raises(FileNotFoundError, match="no folder runs/some/policy, and an id on the hub"):
+        models.find("runs/some/policy")
+
+
+def test_a_folder_of_the_name_wins(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Someone" / "Tiny-VL").mkdir(parents=True)
+    (tmp_path / "Someone" / "Tiny-VL" / "config.json").write_text(json.dumps({}))
+    assert str(models.find("Someone/Tiny-VL")) == "Someone/Tiny-VL"

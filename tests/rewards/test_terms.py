@@ -1,0 +1,47 @@
+import pytest
+
+from emor3_jax import rewards
+from emor3_jax.config import ConfigError, default, reward_term, reward_terms, validate
+from emor3_jax.rewards.terms import make_term
+
+
+def test_patterns_are_read_beside_the_rules(straddling, labels):
+    scorer = rewards.Scorer(straddling.tokenizer, labels, patterns=[r"^<step1>", r"jo+y"])
+    tokens, lengths = scorer._spell(["<step1> jooy", " <step1>", "\\boxed{joy}"])
+    format_, answer, first, second = rewards.score_response(scorer.tables, tokens, lengths)
+    assert format_.tolist() == [0, 0, 0] and answer.tolist() == [-1, -1, 0]
+    assert first.tolist() == [1, 0, 0] and second.tolist() == [1, 0, 1]
+
+
+def test_terms_of_a_config():
+    config = default()
+    assert reward_terms(config) == ()
+    config.reward.terms.polite = reward_term(weight=0.3, pattern="please")
+    config.reward.terms.own = reward_term(function="jax.numpy:zeros_like")
+    own, polite = reward_terms(config)
+    assert (polite.name, polite.weight, polite.pattern) == ("polite", 0.3, "please")
+    assert own.function.__name__ == "zeros_like" and own.weight == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "rule"),
+    [
+        ("accuracy", {"pattern": "a"}, "none of overall, format"),
+        ("nothing", {}, "exactly one of pattern, function and text"),
+        ("two", {"pattern": "a", "text": "math:sqrt"}, "exactly one of"),
+        ("wrong", {"pattern": "(a"}, "missing"),
+        ("looks", {"pattern": "a(?=b)"}, "no automaton can read"),
+        ("gone", {"function": "no_such_module:f"}, "module:name"),
+        ("bare", {"text": "math"}, "module:name"),
+        ("value", {"text": "math:pi"}, "is not a function"),
+    ],
+)
+def test_a_term_that_cannot_be_used_is_named(name, fields, rule):
+    config = default()
+    config.reward.terms[name] = reward_term(**fields)
+    with pytest.raises(ConfigError, match=rf"config\.reward\.terms\.{name}=.*{rule}"):
+        validate(config)
+
+
+def test_a_term_is_hashable():
+    assert hash(make_term("a", 0.1, "x", "", "")) == hash(make_term("a", 0.1, "x", "", ""))
