@@ -35,6 +35,9 @@ def dataset(**fields: object) -> ConfigDict:
     config.split = "train"
     # A label set by name (mikels8, emotion6, fer7), or labels joined by commas.
     config.labels = "mikels8"
+    # Beyond the method: an answer is worth its label's share among raters, over the largest share
+    # (docs/method.md); the rows must have a `distribution`.
+    config.graded = False
     # Evaluation reads at most so many rows; 0 reads all.
     config.limit = 0
     config.update(fields)

@@ -71,7 +71,8 @@ class Scores(NamedTuple):
 
     Attributes:
       overall, format, accuracy, coherence, consistency: in [0, 1] (release: overall up to 1.1);
-        where no reflection is asked, coherence and consistency are 0 (paper) or 1 (release).
+        where no reflection is asked, coherence and consistency are 0 (paper) or 1 (release);
+        accuracy is graded where the data set is (`Batch.grades`).
       answer: int32[B, G], index of the boxed label, -1 where there is none.
       inferred: int32[B, G], index of the label that the policy inferred from s1..s2, negative
         where the reply was no label, `NOTHING_TO_JUDGE` where it was not asked.
@@ -247,7 +248,15 @@ class Actor:
     def score(self, batch: Batch, samples: Samples, replies: Replies | Judgement | None) -> Scores:
         """Scores each response by the rules of the profile."""
         said = self._read_texts(batch, samples)
-        return _score(self.tables, batch.answers, samples, replies, said, **self.score_options)
+        return _score(
+            self.tables,
+            batch.answers,
+            batch.grades,
+            samples,
+            replies,
+            said,
+            **self.score_options,
+        )
 
     def _read_texts(self, batch: Batch, samples: Samples) -> dict[str, np.ndarray]:
         """Returns the terms that are functions of the text, float32[B, G] each."""
@@ -390,6 +399,7 @@ def _judge_consistency(
 def _score(
     tables,
     answers,
+    grades,
     samples,
     replies,
     said,
@@ -409,7 +419,7 @@ def _score(
         x.reshape(shape) for x in rewards.score_response(tables, *flat(samples))
     )
     label = jnp.broadcast_to(answers[:, None], shape)
-    accuracy = (answer == label).astype(jnp.float32)
+    accuracy = rewards.graded_accuracy(answer, grades)
     if replies is None:
         coherence = consistency = jnp.full(shape, float(profile == "release"))
         inferred = jnp.full(shape, NOTHING_TO_JUDGE)

@@ -72,6 +72,7 @@ def evaluate(
     rule: SamplingRule,
     put: Any,
     keep: int = 0,
+    graded: bool = False,
 ) -> Evaluation:
     """Answers every row once and returns means.
 
@@ -83,6 +84,7 @@ def evaluate(
       rule: how responses are sampled.
       put: places a batch on the devices.
       keep: how many responses to return as text.
+      graded: report the graded accuracy beside the exact one.
     """
     columns: dict[str, list[np.ndarray]] = {}
     samples: list[Sample] = []
@@ -100,6 +102,11 @@ def evaluate(
         rows = {name: value[weight, 0] for name, value in scores.named().items()}
         rows["answer"], rows["inferred"] = scores.answer[weight, 0], scores.inferred[weight, 0]
         rows["label"] = answers[weight]
+        # Exact also where the reward is graded, so that data sets can be compared.
+        rows["graded_accuracy"], rows["accuracy"] = (
+            rows["accuracy"],
+            rows["answer"] == rows["label"],
+        )
         rows["response_length"] = responses.lengths[weight, 0]
         rows["truncated"] = ~responses.ended[weight, 0]
         for name, value in rows.items():
@@ -112,6 +119,8 @@ def evaluate(
         name: float(np.mean(data[name]))
         for name in ("accuracy", "format", "overall", "response_length", "truncated", *terms)
     }
+    if graded:
+        metrics["graded_accuracy"] = float(np.mean(data["graded_accuracy"]))
     metrics["macro_f1"] = macro_f1(data["label"], data["answer"], len(actor.labels))
     metrics["rows"] = float(len(data["label"]))
     if actor.rule is not None:
@@ -168,6 +177,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
             rule=prepare.evaluation_rule(config, policy),
             put=lambda batch: shard_batch(batch, mesh),
             keep=report.SAMPLES,
+            graded=config.evaluate.sets[name].graded,
         )
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_json(results), indent=2, ensure_ascii=False)

@@ -214,13 +214,18 @@ def open_data(config: ConfigDict, policy: Policy) -> Data:
 
     return Data(
         train_batches(
-            *rows("train"), batch_size=config.rollout.prompts, seed=config.seed, **shapes
+            *rows("train"),
+            batch_size=config.rollout.prompts,
+            seed=config.seed,
+            graded=config.data.train.graded,
+            **shapes,
         ),
         {
             name: eval_batches(
                 *rows(name),
                 batch_size=config.evaluate.prompts,
                 limit=config.evaluate.sets[name].limit,
+                graded=config.evaluate.sets[name].graded,
                 **shapes,
             )
             for name in config.evaluate.sets

@@ -97,6 +97,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
                 rule=prepare.evaluation_rule(config, policy),
                 put=lambda batch: shard_batch(batch, mesh),
                 keep=report.SAMPLES,
+                graded=config.evaluate.sets[name].graded,
             )
             for name in names
         }

@@ -99,3 +99,17 @@ def test_padding_rows_do_not_count(reflects: bool, monkeypatch: pytest.MonkeyPat
     assert result.samples[0].response == "7 7"
     assert result.samples[0].coherence_reply == ("7 7" if reflects else "")
     assert len(set(map(str, actor.keys))) == 2
+
+
+def test_accuracy_stays_exact_beside_the_graded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.device_get", lambda tree: tree)
+    actor = _Actor([0, 1], [0, 1], False)
+    graded = np.array([[1.0], [0.5]], np.float32)
+    exact = actor.score
+    actor.score = lambda *args: exact(*args)._replace(accuracy=graded)
+    rule = SamplingRule(3, 0.0, 1.0, (0,))
+    batches = [_batch([0, 0], [1, 1])]
+    options = {"rule": rule, "put": lambda batch: batch, "graded": True}
+    metrics = evaluate(actor, {}, batches, 5, **options).metrics
+    assert metrics["accuracy"] == 0.5
+    assert metrics["graded_accuracy"] == 0.75

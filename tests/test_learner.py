@@ -41,6 +41,7 @@ def batch(setting) -> Batch:
         shared_length=zeros,
         shared_position=zeros,
         answers=zeros,
+        grades=np.zeros((len(zeros), 2), np.float32),
         weight=np.ones(B, np.float32),
     )
 

@@ -23,6 +23,7 @@ class Example(NamedTuple):
       image_start: index of the first image token.
       shared_length: leading tokens that every question about the picture starts with.
       answer: index of the label.
+      grades: float32[K], what each label is worth as an answer, in [0, 1].
       id: names the row.
     """
 
@@ -32,6 +33,7 @@ class Example(NamedTuple):
     image_start: int
     shared_length: int
     answer: int
+    grades: np.ndarray
     id: str
 
 
@@ -47,6 +49,8 @@ class Batch(NamedTuple):
         question has in common with the prompt.
       shared_position: int32[B], the rope position that follows them.
       answers: int32[B], index of the label.
+      grades: float32[B, K], the accuracy of each label as an answer: 1 for the row's label and 0
+        for the others, or its share among raters beside the most frequent one (`graded` data).
       weight: float32[B], 1; 0 for a row that only fills the last batch of an evaluation.
     """
 
@@ -57,6 +61,7 @@ class Batch(NamedTuple):
     shared_length: Array
     shared_position: Array
     answers: Array
+    grades: Array
     weight: Array
 
 
@@ -112,6 +117,7 @@ def collate(
         shared_length=int32([x.shared_length for x in rows]),
         shared_position=int32([x.positions[x.shared_length, 0] for x in rows]),
         answers=int32([x.answer for x in rows]),
+        grades=np.stack([x.grades for x in rows]).astype(np.float32),
         weight=np.asarray([1.0] * len(examples) + [0.0] * missing, np.float32),
     )
     return batch, tuple(x.id for x in examples) + ("",) * missing

@@ -1,6 +1,10 @@
 """Label sets, and where each emotion lies on the two axes that the third step names."""
 
 import difflib
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
 
 from emor3_jax.data.errors import DataError
 
@@ -72,6 +76,35 @@ def check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
             raise DataError(f"labels {seen[key]!r} and {label!r} are equal but for case")
         seen[key] = label
     return labels
+
+
+def label_grades(
+    shares: Iterable[tuple[str | None, float | None]], index: Mapping[str, int]
+) -> np.ndarray | None:
+    """Returns what each label is worth as an answer, float32[K]: its share over the largest one.
+
+    So the label that most raters chose is worth 1, as it is without shares, and one that half as
+    many chose 0.5. Shares of labels outside the set count for nothing.
+
+    Args:
+      shares: label and share, of any sum.
+      index: the normalised labels of the set, by their number.
+
+    Returns:
+      The grades; None if a share is negative, not finite or missing, a label of the set is named
+      twice, or none has a share.
+    """
+    found: dict[int, float] = {}
+    for label, share in shares:
+        at = index.get(normalize(label or ""))
+        if share is None or not math.isfinite(share) or share < 0 or at in found:
+            return None
+        if at is not None:
+            found[at] = share
+    most = max(found.values(), default=0.0)
+    if not most:
+        return None
+    return np.asarray([found.get(i, 0.0) / most for i in range(len(index))], np.float32)
 
 
 def normalize(label: str) -> str:

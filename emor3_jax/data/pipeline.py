@@ -28,7 +28,7 @@ from absl import flags
 from emor3_jax.data import prompts
 from emor3_jax.data.batch import Batch, Example, collate
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.labels import check_labels, normalize
+from emor3_jax.data.labels import check_labels, label_grades, normalize
 from emor3_jax.data.sources import Row, Source, Texts
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.layout import count_windows, window_layout
@@ -43,6 +43,7 @@ REASONS = {
     "empty_question": "nothing is asked",
     "special_token": "the question spells out a special token of the policy",
     "unknown_answer": "the answer is no label of the label set",
+    "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
     "unreadable_image": "the picture cannot be decoded or is too thin",
     "large_image": "the picture has more windows than the largest of data.image_windows",
     "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
@@ -121,11 +122,12 @@ class _Encoder:
         labels: tuple[str, ...],
         max_tokens: int,
         max_windows: int,
+        graded: bool = False,
     ) -> None:
         self._config, self._processor = config, processor
         self._template, self._labels = template, labels
         self._index = {normalize(label): i for i, label in enumerate(labels)}
-        self._max_tokens, self._max_windows = max_tokens, max_windows
+        self._max_tokens, self._max_windows, self._graded = max_tokens, max_windows, graded
 
     def fault_of_texts(self, texts: Texts) -> str | None:
         """Returns why a row cannot be used, as far as its texts show; None if it can."""
@@ -139,7 +141,15 @@ class _Encoder:
             return "special_token"
         if normalize(texts.answer) not in self._index:
             return "unknown_answer"
+        if self._graded and self._grades(texts) is None:
+            return "bad_distribution"
         return None
+
+    def _grades(self, texts: Texts) -> np.ndarray | None:
+        """Returns what each label is worth, float32[K]; None where the shares say nothing."""
+        if not self._graded:
+            return np.eye(len(self._labels), dtype=np.float32)[self._index[normalize(texts.answer)]]
+        return label_grades(texts.distribution or (), self._index)
 
     def __call__(self, row: Any) -> Example | _Skip:
         """Encodes one row whose texts have no fault."""
@@ -179,6 +189,7 @@ class _Encoder:
             image_start=int(np.argmax(tokens == self._config.image_token_id)),
             shared_length=prompts.shared_length(tokenizer, tokens),
             answer=self._index[normalize(texts.answer)],
+            grades=self._grades(texts),
             id=texts.id,
         )
 
@@ -243,6 +254,7 @@ class _Rows:
         image_windows: Sequence[int],
         workers: int,
         shard: tuple[int, int],
+        graded: bool,
     ) -> None:
         _check_fit(config, processor)
         shard_index, self.shards = shard
@@ -260,6 +272,7 @@ class _Rows:
             check_labels(tuple(labels)),
             max(prompt_lengths),
             max(image_windows),
+            graded,
         )
         self._collate = partial(
             collate,
@@ -421,6 +434,7 @@ def train_batches(
     image_windows: Sequence[int],
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
+    graded: bool = False,
 ) -> TrainBatches:
     """Returns endless batches, reshuffled by (seed, epoch).
 
@@ -437,6 +451,8 @@ def train_batches(
       workers: processes that read and decode; 0 does it in threads of this one.
       shard: (index, count) of this host among those that share the rows; with several, batches
         always have the largest `P` and `W`.
+      graded: whether an answer is worth its label's share among raters (`Batch.grades`); rows
+        without usable shares are left out.
 
     Raises:
       DataError: if no row can be used, or the processor does not fit the policy.
@@ -452,6 +468,7 @@ def train_batches(
         image_windows=image_windows,
         workers=workers,
         shard=shard,
+        graded=graded,
     )
     return TrainBatches(rows, seed)
 
@@ -469,12 +486,13 @@ def eval_batches(
     limit: int = 0,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
+    graded: bool = False,
 ) -> EvalBatches:
     """Returns each row once, in batches of equal size.
 
     Args:
       source, config, processor, template, labels, batch_size, prompt_lengths, image_windows,
-        workers, shard: as in `train_batches`.
+        workers, shard, graded: as in `train_batches`.
       limit: at most so many rows of all hosts together, drawn once and for all; 0 is all.
 
     Raises:
@@ -491,6 +509,7 @@ def eval_batches(
         image_windows=image_windows,
         workers=workers,
         shard=shard,
+        graded=graded,
     )
     return EvalBatches(rows, limit)
 

@@ -30,6 +30,7 @@ class Texts(NamedTuple):
       id: names the row.
       image_moved: whether the picture stood elsewhere than at the front of the question.
       images_named: how many pictures the question names; 0 and 1 both mean the row's picture.
+      distribution: the share of raters that chose each label, as the data gives it; None if not.
     """
 
     question: str | None
@@ -37,6 +38,7 @@ class Texts(NamedTuple):
     id: str
     image_moved: bool = False
     images_named: int = 1
+    distribution: tuple[tuple[str | None, float | None], ...] | None = None
 
 
 class Row(NamedTuple):
@@ -72,8 +74,9 @@ class Source(Protocol):
 class ParquetSource:
     """Parquet files in the schema that the release trains on.
 
-    Columns: `images` (list of {bytes, path}), `problem` (may contain `<image>`), `answer`; others
-    are ignored. A picture without bytes is read from its path, relative to its file's folder.
+    Columns: `images` (list of {bytes, path}), `problem` (may contain `<image>`), `answer`, and, if
+    there is one, `distribution` (list of {label, share}); others are ignored. A picture without
+    bytes is read from its path, relative to its file's folder.
 
     Row groups are read when a row of theirs is wanted and kept while they fit `cache_bytes`; files
     much larger than that should have small row groups (about 100 rows), since rows are visited in
@@ -136,18 +139,19 @@ class ParquetSource:
             _image_bytes(image, self._files[file].parent)
             for image in table["images"][at].as_py() or ()
         ]
-        problem, answer = table["problem"][at].as_py(), table["answer"][at].as_py()
-        return Row(images, _texts(problem, answer, self._id(file, index)))
+        fields = (table[name][at].as_py() for name in _text_columns(table.schema))
+        return Row(images, _texts(self._id(file, index), *fields))
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order, without reading their pictures."""
         for number, file in enumerate(self._files):
             index = self._file_starts[number]
             with pq.ParquetFile(file) as reader:
-                for batch in reader.iter_batches(columns=["problem", "answer"]):
-                    columns = (batch[name].to_pylist() for name in ("problem", "answer"))
-                    for problem, answer in zip(*columns, strict=True):
-                        yield _texts(problem, answer, self._id(number, index))
+                names = _text_columns(reader.schema_arrow)
+                for batch in reader.iter_batches(columns=names):
+                    columns = (batch[name].to_pylist() for name in names)
+                    for fields in zip(*columns, strict=True):
+                        yield _texts(self._id(number, index), *fields)
                         index += 1
 
     def find(self, row_id: str) -> int:
@@ -168,9 +172,9 @@ class ParquetSource:
             file, number = self._groups[group]
             if file not in self._readers:
                 self._readers[file] = pq.ParquetFile(self._files[file])
-            table = self._readers[file].read_row_group(
-                number, columns=["images", "problem", "answer"]
-            )
+            reader = self._readers[file]
+            columns = ["images", *_text_columns(reader.schema_arrow)]
+            table = reader.read_row_group(number, columns=columns)
             self._cache[group] = table
             held = sum(t.nbytes for t in self._cache.values())
             while held > self._cache_bytes and len(self._cache) > 1:
@@ -255,7 +259,21 @@ def _checked_metadata(file: Path) -> pq.FileMetaData:
     fits = fits and pa.types.is_struct(images.value_type)
     if not fits or images.value_type.get_field_index("bytes") < 0:
         raise DataError(f"{file}: column 'images' is {images}, not a list of {{bytes, path}}")
+    if "distribution" in schema.names:
+        shares = schema.field("distribution").type
+        fits = pa.types.is_list(shares) or pa.types.is_large_list(shares)
+        fits = fits and pa.types.is_struct(shares.value_type)
+        fits = fits and {f.name for f in shares.value_type} >= {"label", "share"}
+        if not fits:
+            raise DataError(
+                f"{file}: column 'distribution' is {shares}, not a list of {{label, share}}"
+            )
     return metadata
+
+
+def _text_columns(schema: pa.Schema) -> list[str]:
+    there = "distribution" in schema.names
+    return ["problem", "answer", "distribution"] if there else ["problem", "answer"]
 
 
 def _image_bytes(image: dict | None, folder: Path) -> bytes | None:
@@ -267,9 +285,12 @@ def _image_bytes(image: dict | None, folder: Path) -> bytes | None:
     return path.read_bytes() if path is not None and path.is_file() else None
 
 
-def _texts(problem: str | None, answer: str | None, row_id: str) -> Texts:
+def _texts(
+    row_id: str, problem: str | None, answer: str | None, shares: list[dict] | None = None
+) -> Texts:
+    found = None if shares is None else tuple((x["label"], x["share"]) for x in shares if x)
     if problem is None:
-        return Texts(None, answer, row_id)
+        return Texts(None, answer, row_id, distribution=found)
     named = problem.count(IMAGE_MARK)
     moved = named > 0 and not problem.lstrip().startswith(IMAGE_MARK)
-    return Texts(problem.replace(IMAGE_MARK, "").strip(), answer, row_id, moved, named)
+    return Texts(problem.replace(IMAGE_MARK, "").strip(), answer, row_id, moved, named, found)

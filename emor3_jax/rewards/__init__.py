@@ -20,6 +20,7 @@ from emor3_jax.rewards.combine import (
     coherence_score,
     combine,
     consistency_score,
+    graded_accuracy,
     soft_scores,
 )
 from emor3_jax.rewards.patterns import PatternError, PatternRule
@@ -41,6 +42,7 @@ __all__ = [
     "combine",
     "consistency_score",
     "cut_spans",
+    "graded_accuracy",
     "read_label",
     "read_yes_no",
     "score_response",

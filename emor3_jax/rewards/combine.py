@@ -14,6 +14,19 @@ def check_profile(profile: str) -> None:
         raise ValueError(f"profile={profile!r}: must be one of {PROFILES}")
 
 
+def graded_accuracy(answer: jax.Array, grades: jax.Array) -> jax.Array:
+    """Returns what each answer is worth, float32[B, G].
+
+    With grades of 1 for the true label and 0 for the others this is the method's accuracy.
+
+    Args:
+      answer: int32[B, G], index of the boxed label; a negative one is worth 0.
+      grades: float32[B, K], what each label is worth for each prompt, in [0, 1].
+    """
+    chosen = answer[..., None] == jnp.arange(grades.shape[-1])
+    return jnp.sum(jnp.where(chosen, grades[:, None], 0.0), axis=-1)
+
+
 def coherence_score(
     reply_label: jax.Array, target: jax.Array, found: jax.Array, profile: str
 ) -> jax.Array:

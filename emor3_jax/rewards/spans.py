@@ -243,10 +243,17 @@ def cut(spans: SpanTables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span,
 
     begin, end = position(opening, spans.begin), position(ending, spans.end)
     # Tokens without bytes are left out; what is left lies in `text` without gaps.
-    place = jnp.where(columns >> _CLASS_BITS > 0, counts, t + jnp.arange(t)[:, None])
-    rows = jnp.arange(n)[:, None]
-    text = jnp.zeros((n, t), jnp.int32)
-    text = text.at[rows, place.T].set(tokens, mode="drop", unique_indices=True)
+    filled = columns >> _CLASS_BITS > 0
+    index = jnp.arange(t)[:, None]
+
+    def close_gaps(tokens):
+        place = jnp.where(filled, counts, t + index).T
+        text = jnp.zeros((n, t), jnp.int32)
+        rows = jnp.arange(n)[:, None]
+        return text.at[rows, place].set(tokens, mode="drop", unique_indices=True)
+
+    # A scatter costs as much as all the rest; special tokens mostly stand at the end alone.
+    text = jax.lax.cond(jnp.any(filled & (counts != index)), close_gaps, lambda x: x, tokens)
     found = spans.flags[final]
     response = _Text(text, starts, counts, total, count)
     first = _token_before(spans, response, begin)
@@ -342,17 +349,14 @@ def _assemble(
     offset, skipped, head_bytes, whole, tail_bytes, head, tail = jax.lax.optimization_barrier(
         (offset, first.count, head_bytes, whole, tail_bytes, head, tail)
     )
-    column = jnp.arange(t + 2 * spans.parts.shape[1])
+    e = spans.parts.shape[1]
+    column = jnp.arange(t + 2 * e)
     middle = column - head_bytes[:, None]
     ending = middle - whole[:, None]
-
-    def take(x: jax.Array, at: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, at, axis=1, mode="clip")
-
-    out = jnp.where(
-        middle < 0,
-        take(head, offset[:, None] + column),
-        jnp.where(ending < 0, take(text.tokens, skipped[:, None] + middle), take(tail, ending)),
-    )
+    source = jnp.where(ending < 0, e + skipped[:, None] + middle, e + t + ending)
+    source = jnp.where(middle < 0, offset[:, None] + column, source)
+    # One gather from all three: they cost more than the copy.
+    pieces = jnp.concatenate([head, text.tokens, tail], axis=1)
+    out = jnp.take_along_axis(pieces, source, axis=1, mode="clip")
     length = jnp.where(found, head_bytes + whole + tail_bytes, 0)
     return Span(jnp.where(column < length[:, None], out, 0), length, found)

@@ -42,6 +42,9 @@ def write_parquet(path, rows: list[dict], row_group_size: int = 4) -> None:
             ("course_grained", pa.string()),
         ]
     )
+    if any("distribution" in row for row in rows):
+        share = pa.struct([("label", pa.string()), ("share", pa.float64())])
+        schema = schema.append(pa.field("distribution", pa.list_(share)))
     rows = [{"course_grained": None} | row for row in rows]
     table = pa.Table.from_pylist(rows, schema)
     pq.write_table(table, path, row_group_size=row_group_size)

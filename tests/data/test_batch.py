@@ -23,6 +23,7 @@ def example(config, rows, columns, *, before=2, after=3, answer=1, name="a") -> 
         image_start=before,
         shared_length=before + n_image + 1,
         answer=answer,
+        grades=np.eye(3, dtype=np.float32)[answer],
         id=name,
     )
 
@@ -55,6 +56,7 @@ def test_every_field_by_hand(config):
     assert batch.shared_length.tolist() == [7, 5]
     assert batch.shared_position.tolist() == [5, 5]
     assert batch.answers.tolist() == [0, 2]
+    assert batch.grades.tolist() == [[1, 0, 0], [0, 0, 1]]
     assert batch.weight.tolist() == [1, 1]
     assert batch.images.patches.shape == (2, 2, 16, config.vision.patch_dim)
 

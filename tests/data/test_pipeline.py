@@ -155,6 +155,8 @@ def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
     batches = train(dirty)
     ids = ids_of(batches, 4 * len(dirty) // 2)
     expected = {reason: len(rows) for reason, rows in faulty_rows(make).items()}
+    # Only counted where accuracy is graded.
+    expected["bad_distribution"] = 0
     assert batches.stats.counts() == expected
     bad = {row_id for reason in pipeline.REASONS for row_id in batches.stats.ids(reason)}
     assert len(bad) == sum(expected.values())
@@ -213,6 +215,28 @@ def test_evaluation_has_every_row_once_in_order(evaluation, dirty):
 def test_answers_are_compared_in_lower_case_and_stripped(evaluation, clean):
     answers = np.concatenate([batch.answers for batch, _ in evaluation(clean, batch_size=11)])
     assert answers.tolist() == [i % 3 for i in range(GOOD)]
+
+
+def test_answers_are_worth_their_shares_where_that_is_asked(evaluation, train, make, tmp_path):
+    shares = [
+        [{"label": "Joy", "share": 6.0}, {"label": "anger", "share": 3.0}],
+        [{"label": "fear", "share": 0.5}, {"label": "calm", "share": 0.5}],
+        None,
+        [{"label": "joy", "share": -1.0}, {"label": "fear", "share": 2.0}],
+    ]
+    rows = [make["row"](i, distribution=d) for i, d in enumerate(shares)]
+    make["parquet"](tmp_path / "a.parquet", rows)
+    source = ParquetSource(tmp_path / "a.parquet")
+    # The third row has no shares and the fourth has a negative one.
+    graded = evaluation(source, graded=True)
+    assert graded.stats.ids("bad_distribution") == ["a.parquet:2", "a.parquet:3"]
+    ((batch, _),) = graded
+    assert batch.grades[:2].tolist() == [[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]
+    ((batch, _),) = evaluation(source)
+    assert batch.grades.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    with pytest.raises(DataError, match="bad_distribution"):
+        make["parquet"](tmp_path / "b.parquet", [make["row"](0)])
+        train(ParquetSource(tmp_path / "b.parquet"), graded=True)
 
 
 def test_a_limit_picks_the_same_rows_from_everywhere(evaluation, clean, make, tmp_path):

@@ -120,3 +120,22 @@ def test_emoscenes(tmp_path):
         assert Image.open(io.BytesIO(row.images[0])).size == (112, 112)
     with pytest.raises(DataError, match="split='validation'"):
         EmoScenesSource("validation", tmp_path, "which ?")
+
+
+def test_shares_are_read_with_the_row_and_with_the_texts_alone(tmp_path, make):
+    shares = [{"label": "joy", "share": 0.75}, {"label": "fear", "share": 0.25}]
+    rows = [make["row"](0, distribution=shares), make["row"](1, distribution=None)]
+    make["parquet"](tmp_path / "a.parquet", rows)
+    source = ParquetSource(tmp_path / "a.parquet")
+    found = [source[0].texts.distribution, source[1].texts.distribution]
+    assert found == [(("joy", 0.75), ("fear", 0.25)), None]
+    assert [texts.distribution for texts in source.texts()] == found
+
+
+def test_shares_of_another_shape_are_refused(tmp_path, make):
+    make["parquet"](tmp_path / "a.parquet", [make["row"](0)])
+    table = pq.read_table(tmp_path / "a.parquet")
+    table = table.append_column("distribution", pa.array([[0.5, 0.5]]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"'distribution' is .* not a list of {label, share}"):
+        ParquetSource(tmp_path / "a.parquet")

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -164,3 +165,10 @@ def test_soft_scores_by_hand():
     coherence, consistency = rewards.soft_scores(labels, yes, target, found, found, "release")
     np.testing.assert_allclose(coherence, [0.5, 0, 0.5])
     np.testing.assert_allclose(consistency, [0.9, 0.4, 0], rtol=1e-6)
+
+
+def test_graded_accuracy_by_hand():
+    grades = jnp.asarray([[1.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    answer = jnp.asarray([[0, 1, -1], [0, 2, 2]])
+    found = rewards.graded_accuracy(answer, grades)
+    assert found.tolist() == [[1.0, 0.5, 0.0], [0.0, 1.0, 1.0]]
