@@ -114,7 +114,7 @@ def run(folder: Path) -> dict[str, float]:
             last[:, None],
             jnp.ones((1, 1), jnp.int32),
             following[:, None] - 1,
-            jax.random.key(0),
+            lambda t: jax.random.uniform(jax.random.key(t), (1, 1)),
             SamplingRule(TOKENS, 1.0, 1.0, ()),
             banned=jnp.zeros(config.vocab_size, bool),
             dtype=dtype,

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import cpu_demo
 from emor3_jax import prepare
 from emor3_jax.io.console import Console
-from emor3_jax.learner import reference_logprobs
+from emor3_jax.learner import response_logprobs
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 
 DTYPES = ("float32", "bfloat16")
@@ -56,10 +56,11 @@ def main(_: list[str]) -> None:
             differences = np.concatenate(
                 [
                     np.asarray(
-                        reference_logprobs(
+                        response_logprobs(
                             policy.params,
                             batch,
                             each,
+                            None,
                             actor.banned,
                             config=policy.config,
                             options=options,

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.rollout.prompts = 32
     config.rollout.responses = 8
     config.rollout.max_tokens = 64
+    config.rollout.block = 64
     config.reflect.max_tokens = 3
     config.reflect.text_lengths = (24, 40, 64)
 
@@ -33,7 +34,8 @@ def get_config() -> ConfigDict:
     # so would a weaker pull to the reference than this, three times the release's.
     config.policy_update.schedule = "linear"
     config.policy_update.kl_coef = 0.03
-    config.policy_update.remat = False
+    config.policy_update.remat = "none"
+    config.policy_update.entropy = True
     config.policy_update.response_lengths = (48, 56, 64)
 
     config.evaluate.sets.emoscenes = dataset(split="test")

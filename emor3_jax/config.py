@@ -104,6 +104,14 @@ def default() -> ConfigDict:
     config.rollout.prompts = 512
     config.rollout.responses = 8
     config.rollout.max_tokens = 2048
+    # Prompts in flight at once, each with its G responses; 0 is all of them. As groups end,
+    # `refill` prompts leave and others enter; both must divide (docs/engine.md).
+    config.rollout.slots = 0
+    config.rollout.refill = 0
+    # Tokens that are decoded between two looks at what has ended, and the smallest cache.
+    config.rollout.block = 128
+    # How often the batch may be halved once no prompt waits, in prompts and in responses.
+    config.rollout.halvings = 2
     config.rollout.temperature = 1.0
     config.rollout.top_p = 1.0
 
@@ -146,8 +154,15 @@ def default() -> ConfigDict:
     config.policy_update.kl_coef = 1e-2
     # "token": mean over all response tokens; "seq": within each response first.
     config.policy_update.mean = "token"
-    # Recompute layers in the backward pass instead of keeping their activations.
-    config.policy_update.remat = True
+    # "sampler": the behaviour policy's log-probabilities are those that sampling recorded;
+    # "recompute": they are computed again before the first update, `policy/sampler_gap` apart.
+    config.policy_update.old_logprobs = "sampler"
+    # What the backward pass recomputes: "none", "activations" or "layers", from fast to small.
+    config.policy_update.remat = "layers"
+    # Short responses of a group share a row, where attention is "xla".
+    config.policy_update.pack = True
+    # Report `policy/entropy`, for one more pass over the logits.
+    config.policy_update.entropy = False
     # Tokens whose logits exist at once.
     config.policy_update.logprob_chunk = 1024
     # Padded response lengths of scoring and update; a batch takes the smallest that fits.
@@ -175,6 +190,8 @@ def default() -> ConfigDict:
     config.checkpoint.keep = 2
 
     config.log = ConfigDict()
+    # Steps to trace for the JAX profiler, from the third of this start on, into workdir/profile.
+    config.log.profile_steps = 0
     # Steps between progress lines and between sheets of samples under workdir/samples.
     config.log.every = 1
     config.log.samples_every = 25
@@ -264,6 +281,22 @@ def validate(config: ConfigDict) -> None:
         need(config[section].temperature >= 0, f"{section}.temperature", "must be 0 or more")
         need(0 < config[section].top_p <= 1, f"{section}.top_p", "must lie in (0, 1]")
     need(config.reflect.max_tokens >= 1, "reflect.max_tokens", "must be at least 1")
+    rollout = config.rollout
+    need(rollout.block >= 1, "rollout.block", "must be at least 1")
+    need(rollout.halvings >= 0, "rollout.halvings", "must be 0 or more")
+    slots = rollout.slots or rollout.prompts
+    need(
+        0 <= rollout.slots <= rollout.prompts,
+        "rollout.slots",
+        f"must be 0 (all) to rollout.prompts={rollout.prompts}",
+    )
+    refill = rollout.refill or slots
+    need(
+        rollout.refill >= 0 and slots % refill == 0 and rollout.prompts % refill == 0,
+        "rollout.refill",
+        f"must be 0 (all slots) or divide both the {slots} slots and rollout.prompts="
+        f"{rollout.prompts}",
+    )
     need(
         config.profile != "release" or config.rollout.responses >= 2,
         "rollout.responses",
@@ -300,6 +333,11 @@ def validate(config: ConfigDict) -> None:
     need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1")
     need(update.kl_coef >= 0, "policy_update.kl_coef", "must be 0 or more")
     need(update.mean in ("token", "seq"), "policy_update.mean", "must be 'token' or 'seq'")
+    remats = ("none", "activations", "layers")
+    need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
+    sources = ("sampler", "recompute")
+    need(update.old_logprobs in sources, "policy_update.old_logprobs", f"must be one of {sources}")
+    need(config.log.profile_steps >= 0, "log.profile_steps", "must be 0 or more")
     for name in ("evaluate.every", "checkpoint.every", "log.every", "log.samples_every"):
         section, key = name.split(".")
         need(config[section][key] >= 1, name, "must be at least 1")

@@ -1,36 +1,37 @@
 """One episode: answer the prompts, ask both reflections, score everything; to train and to test.
 
-    prefix, samples = actor.roll_out(params, batch, key, ...)
-    replies         = actor.reflect(params, batch, prefix, samples, key)
-    scores          = actor.score(batch, samples, replies)
+    samples, replies = actor.run(params, batch, key, ...)
+    scores           = actor.score(batch, samples, replies)
 
-Each line is one jitted program (two for `reflect`); the arrays stay on the device.
+A few prompts at a time leave the rollout (`rollout.engine`) and are judged while their keys are
+still there; then other prompts take their place. The arrays stay on the device.
 
 Deviations, numbered:
- 1. The host reads one number a step, the length of the longest text to judge, to choose among a
-    few padded lengths (`reflect.text_lengths`); otherwise short texts would pay for the longest
-    response possible.
+ 1. The host reads the lengths of the texts to judge, to choose among a few padded lengths
+    (`reflect.text_lengths`); otherwise short texts would pay for the longest response possible.
  2. Where a response has no text to judge, the paper's profile scores 0 and the release's scores as
     its stand-in reply "None" would (`emor3_jax.rewards`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax import rewards
-from emor3_jax.data.batch import Batch
+from emor3_jax.data.batch import Batch, take_rows
 from emor3_jax.data.prompts import PromptTemplates, reflection_parts
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.parallel.mesh import shard_rows
 from emor3_jax.rewards.terms import Term
-from emor3_jax.rollout import reflect
-from emor3_jax.rollout.generate import Samples, SamplingRule, generate
+from emor3_jax.rollout import engine, reflect
+from emor3_jax.rollout.engine import ALL_AT_ONCE, Finished, Opening, Plan
+from emor3_jax.rollout.generate import Samples, SamplingRule
 from emor3_jax.rollout.likelihood import make_candidates
 
 NOTHING_TO_JUDGE = -3
@@ -177,6 +178,7 @@ class Actor:
                 (templates.consistency, True),
             )
         )
+        self._merge = config.vision.merge_unit
         self.soft = soft
         self.candidates = tuple(
             make_candidates(tokenizer, [[word.lower(), word.capitalize()] for word in words])
@@ -190,25 +192,99 @@ class Actor:
             "terms": self.terms,
         }
 
+    def run(
+        self,
+        params: dict,
+        batch: Batch,
+        key: jax.Array,
+        *,
+        responses: int,
+        rule: SamplingRule,
+        plan: Plan = ALL_AT_ONCE,
+        parts: int = 1,
+        mark: Callable[[str, Any], None] = lambda phase, arrays: None,
+    ) -> tuple[Samples, Replies | Judgement | None]:
+        """Samples `responses` answers to each prompt and asks both questions about each.
+
+        Args:
+          params: of the policy; cast once for all tokens to the type of the arithmetic.
+          batch: B prompts.
+          key: PRNG key.
+          responses: G.
+          rule: how responses are sampled.
+          plan: how much is in flight at once.
+          parts: how many parts the devices cut the prompts into.
+          mark: told of each phase ("rollout", "reflect") and the arrays that it ends with.
+
+        Returns:
+          The responses, [B, G, T], and what was said of them; None if reflection is switched off.
+        """
+        params = model.cast_for_decoding(params, self.dtype)
+        of_rollout, of_reflection = jax.random.split(key)
+        found, rows = [], []
+        for each in self._roll_out(params, batch, of_rollout, responses, rule, plan, parts):
+            mark("rollout", each.samples)
+            part = take_rows(batch, each.row, self._merge)
+            replies = self.reflect(
+                params, part, each.prefix, each.samples, of_reflection, row=each.row
+            )
+            mark("reflect", replies)
+            found.append((each.samples, replies))
+            rows.append(each.row)
+        return _in_order(found, np.concatenate(rows))
+
     def roll_out(
         self, params: dict, batch: Batch, key: jax.Array, *, responses: int, rule: SamplingRule
     ) -> tuple[KV, Samples]:
         """Samples `responses` answers to each prompt; returns the prompts' keys and values too."""
-        return _roll_out(
-            params,
-            batch,
+        params = model.cast_for_decoding(params, self.dtype)
+        (all_at_once,) = self._roll_out(params, batch, key, responses, rule, ALL_AT_ONCE, 1)
+        return all_at_once.prefix, all_at_once.samples
+
+    def _roll_out(self, params, batch, key, responses, rule, plan, parts) -> Iterator[Finished]:
+        prompts = len(batch.last_token)
+
+        def openings() -> Iterator[Opening]:
+            size = min(plan.refill or plan.slots or prompts, prompts)
+            for rows in np.arange(prompts, dtype=np.int32).reshape(-1, size):
+                part = take_rows(batch, rows, self._merge)
+                prefix = _prefill(params, part, config=self.config, dtype=self.dtype)
+                yield Opening(rows, part.last_token, part.next_position, prefix)
+
+        return engine.roll_out(
+            openings(),
+            prompts,
             key,
+            params,
             self.banned,
             config=self.config,
             responses=responses,
             rule=rule,
+            plan=plan,
+            parts=parts,
             dtype=self.dtype,
         )
 
     def reflect(
-        self, params: dict, batch: Batch, prefix: KV, samples: Samples, key: jax.Array
+        self,
+        params: dict,
+        batch: Batch,
+        prefix: KV,
+        samples: Samples,
+        key: jax.Array,
+        *,
+        row: np.ndarray | None = None,
     ) -> Replies | Judgement | None:
-        """Asks both questions about each response; None if reflection is switched off."""
+        """Asks both questions about each response; None if reflection is switched off.
+
+        Args:
+          params: of the policy.
+          batch: the prompts.
+          prefix: their keys and values.
+          samples: their responses.
+          key: PRNG key.
+          row: int32[B], which prompts of the step these are, by default all in order.
+        """
         if self.rule is None:
             return None
         coherence, consistency = _spans(self.tables, samples)
@@ -239,9 +315,10 @@ class Actor:
             yes = _judge_consistency(*of_image, yes_no, self.banned, **options)
             return Judgement(likely, yes, *found)
         options = {"config": self.config, "rule": self.rule, "dtype": self.dtype}
+        row = np.arange(len(samples.lengths), dtype=np.int32) if row is None else row
         return Replies(
-            _ask_coherence(*of_text, keys[0], self.banned, **options),
-            _ask_consistency(*of_image, keys[1], self.banned, **options),
+            _ask_coherence(*of_text, keys[0], row, self.banned, **options),
+            _ask_consistency(*of_image, keys[1], row, self.banned, **options),
             *found,
         )
 
@@ -273,24 +350,22 @@ class Actor:
         return said
 
 
-@partial(jax.jit, static_argnames=("config", "responses", "rule", "dtype"))
-def _roll_out(params, batch, key, banned, *, config, responses, rule, dtype):
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _prefill(params, batch, *, config, dtype):
     features = model.encode_images(config, params, batch.images, dtype=dtype)
-    _, prefix = model.forward_prompt(config, params, batch.prompt, features, dtype=dtype)
-    shape = (batch.last_token.shape[0], responses)
-    samples = generate(
-        config,
-        params,
-        prefix,
-        jnp.broadcast_to(batch.last_token[:, None, None], (*shape, 1)),
-        jnp.ones(shape, jnp.int32),
-        jnp.broadcast_to(batch.next_position[:, None], shape),
-        key,
-        rule,
-        banned=banned,
-        dtype=dtype,
-    )
-    return prefix, samples
+    return model.forward_prompt(config, params, batch.prompt, features, dtype=dtype)[1]
+
+
+def _in_order(found: list, rows: np.ndarray) -> Any:
+    """Joins what was found for some prompts each, in the order of the prompts."""
+    if len(found) == 1 and (rows == np.arange(len(rows))).all():
+        return found[0]
+    return _join(found, np.argsort(rows))
+
+
+@jax.jit
+def _join(found: list, order: jax.Array) -> Any:
+    return jax.tree.map(lambda *x: shard_rows(0, jnp.concatenate(x)[order]), *found)
 
 
 @jax.jit
@@ -302,9 +377,9 @@ def _spans(tables, samples):
 
 
 @partial(jax.jit, static_argnames=("config", "rule", "dtype"))
-def _ask_coherence(params, head, tail, text, lengths, key, banned, *, config, rule, dtype):
+def _ask_coherence(params, head, tail, text, lengths, key, row, banned, *, config, rule, dtype):
     return reflect.ask_coherence(
-        config, params, head, tail, text, lengths, key, rule, banned=banned, dtype=dtype
+        config, params, head, tail, text, lengths, key, row, rule, banned=banned, dtype=dtype
     )
 
 
@@ -319,6 +394,7 @@ def _ask_consistency(
     text,
     lengths,
     key,
+    row,
     banned,
     *,
     config,
@@ -336,6 +412,7 @@ def _ask_consistency(
         text,
         lengths,
         key,
+        row,
         rule,
         banned=banned,
         dtype=dtype,

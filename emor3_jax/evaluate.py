@@ -30,6 +30,7 @@ from emor3_jax.io import report
 from emor3_jax.io.console import Console
 from emor3_jax.io.evaluation import Evaluation, Sample, to_json
 from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
+from emor3_jax.rollout.engine import ALL_AT_ONCE, Plan
 from emor3_jax.rollout.generate import SamplingRule
 
 
@@ -70,6 +71,7 @@ def evaluate(
     seed: int,
     *,
     rule: SamplingRule,
+    plan: Plan = ALL_AT_ONCE,
     put: Any,
     keep: int = 0,
     graded: bool = False,
@@ -82,6 +84,7 @@ def evaluate(
       batches: batches with their row ids; rows of weight 0 are padding.
       seed: of the sampling noise; the same seed gives the same responses.
       rule: how responses are sampled.
+      plan: how many prompts of a batch are in flight at once.
       put: places a batch on the devices.
       keep: how many responses to return as text.
       graded: report the graded accuracy beside the exact one.
@@ -93,9 +96,9 @@ def evaluate(
     for index, (batch, ids) in enumerate(batches):
         weight = np.asarray(batch.weight) > 0
         batch = put(batch)
-        keys = jax.random.split(jax.random.fold_in(noise, index))
-        prefix, responses = actor.roll_out(params, batch, keys[0], responses=1, rule=rule)
-        replies = actor.reflect(params, batch, prefix, responses, keys[1])
+        responses, replies = actor.run(
+            params, batch, jax.random.fold_in(noise, index), responses=1, rule=rule, plan=plan
+        )
         scores = actor.score(batch, responses, replies)
         host = jax.device_get((scores, responses, replies, batch.answers))
         scores, responses, replies, answers = host
@@ -175,6 +178,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
             batches,
             config.seed,
             rule=prepare.evaluation_rule(config, policy),
+            plan=prepare.evaluation_plan(config),
             put=lambda batch: shard_batch(batch, mesh),
             keep=report.SAMPLES,
             graded=config.evaluate.sets[name].graded,

@@ -11,9 +11,11 @@ import optax
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import bucket
 from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.layers import Remat
 from emor3_jax.rl import losses
 from emor3_jax.rl.update import TrainState, accumulate, apply_gradients
 from emor3_jax.rollout.generate import Samples
+from emor3_jax.rollout.packing import Packing
 from emor3_jax.rollout.score import Score, score_responses
 
 
@@ -23,6 +25,7 @@ class LossOptions(NamedTuple):
     Attributes:
       clip_low, clip_high, clip_dual, kl_coef: see `losses.policy_loss`.
       mean: see `losses.token_weights`.
+      entropy: also report the entropy, for one more pass over the logits.
     """
 
     clip_low: float
@@ -30,6 +33,7 @@ class LossOptions(NamedTuple):
     clip_dual: float
     kl_coef: float
     mean: str
+    entropy: bool = True
 
 
 class ScoreOptions(NamedTuple):
@@ -42,8 +46,15 @@ class ScoreOptions(NamedTuple):
 
     temperature: float
     dtype: Any
-    remat: bool
+    remat: Remat
     chunk: int
+
+
+@jax.jit
+def sampler_gap(logprobs: jax.Array, samples: Samples) -> jax.Array:
+    """Returns how far log-probabilities, float32[B, G, T], are from the sampler's, in the mean."""
+    gap = jnp.where(samples.mask, jnp.abs(logprobs - samples.logprobs), 0.0)
+    return jnp.sum(gap) / jnp.sum(samples.lengths)
 
 
 def trim(samples: Samples, longest: int, sizes: Sequence[int]) -> Samples:
@@ -93,7 +104,14 @@ def _cut(x: jax.Array, count: int) -> jax.Array:
 
 
 def _score(
-    params: dict, batch: Batch, samples: Samples, banned, config: Config, options, entropy: bool
+    params: dict,
+    batch: Batch,
+    samples: Samples,
+    packing: Packing | None,
+    banned: jax.Array,
+    config: Config,
+    options: ScoreOptions,
+    entropy: bool = False,
 ) -> Score:
     return score_responses(
         config,
@@ -110,35 +128,37 @@ def _score(
         remat=options.remat,
         chunk=options.chunk,
         entropy=entropy,
+        packing=packing,
     )
 
 
 @partial(jax.jit, static_argnames=("config", "options", "count"))
-def reference_logprobs(
+def response_logprobs(
     params: dict,
     batch: Batch,
     samples: Samples,
+    packing: Packing | None,
     banned: jax.Array,
     *,
     config: Config,
     options: ScoreOptions,
     count: int,
 ) -> jax.Array:
-    """Returns the responses' log-probabilities under the reference, float32[B, G, T].
+    """Returns the responses' log-probabilities under a policy, float32[B, G, T].
 
     Args:
-      params: of the reference.
+      params: of the reference, or of the policy itself, to recompute what the sampler recorded.
       batch, samples: the prompts and their responses.
+      packing: how responses share rows, or None.
       banned: bool[V].
       config: of the policy.
       options: how to score.
       count: micro-batches, must divide B.
     """
     merge = config.vision.spatial_merge_size**2
-    micro = micro_batches(batch, merge, count), jax.tree.map(lambda x: _cut(x, count), samples)
-    logprobs = jax.lax.map(
-        lambda m: _score(params, *m, banned, config, options, False).logprobs, micro
-    )
+    cut = jax.tree.map(lambda x: _cut(x, count), (samples, packing))
+    micro = micro_batches(batch, merge, count), *cut
+    logprobs = jax.lax.map(lambda m: _score(params, *m, banned, config, options).logprobs, micro)
     return jnp.swapaxes(logprobs, 0, 1).reshape(samples.tokens.shape)
 
 
@@ -151,6 +171,7 @@ def update(
     state: TrainState,
     batch: Batch,
     samples: Samples,
+    packing: Packing | None,
     advantages: jax.Array,
     ref_logprobs: jax.Array | None,
     banned: jax.Array,
@@ -166,7 +187,8 @@ def update(
     Args:
       state: parameters and optimizer state, given up to the call.
       batch: the prompts.
-      samples: their responses with the sampler's log-probabilities.
+      samples: their responses with the behaviour policy's log-probabilities.
+      packing: how responses share rows, or None.
       advantages: float32[B, G].
       ref_logprobs: float32[B, G, T], or None for no KL term.
       banned: bool[V].
@@ -177,14 +199,18 @@ def update(
       count: micro-batches, must divide B.
 
     Returns:
-      The new state and metrics: those of `losses.policy_loss`, `entropy`, `grad_norm`, `skipped`.
+      The new state and metrics: those of `losses.policy_loss`, `moved` (how far the responses'
+      log-probabilities are from those given, in the mean), `grad_norm`, `skipped`, and `entropy` if
+      asked for.
     """
     merge = config.vision.spatial_merge_size**2
     weights = losses.token_weights(samples.mask, loss.mean)
 
     def loss_fn(params, micro):
-        (rows, responses), (advantage, weight, ref) = micro
-        score = _score(params, rows, responses, banned, config, options, True)
+        (rows, responses, rows_of_places), (advantage, weight, ref) = micro
+        score = _score(
+            params, rows, responses, rows_of_places, banned, config, options, loss.entropy
+        )
         value, metrics = losses.policy_loss(
             score.logprobs,
             responses.logprobs,
@@ -196,11 +222,15 @@ def update(
             clip_dual=loss.clip_dual,
             kl_coef=loss.kl_coef,
         )
-        metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
+        gap = jnp.abs(score.logprobs - responses.logprobs)
+        metrics["moved"] = jnp.sum(weight * jnp.where(weight > 0, gap, 0.0))
+        if loss.entropy:
+            metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
         return value, metrics
 
-    cut = jax.tree.map(lambda x: _cut(x, count), (samples, (advantages, weights, ref_logprobs)))
-    micro = (micro_batches(batch, merge, count), cut[0]), cut[1]
+    of_loss = advantages, weights, ref_logprobs
+    cut = jax.tree.map(lambda x: _cut(x, count), (samples, packing, of_loss))
+    micro = (micro_batches(batch, merge, count), *cut[:2]), cut[2]
     grads, metrics = accumulate(loss_fn, state.params, micro)
     state, applied = apply_gradients(state, grads, optimizer)
     return state, metrics | applied

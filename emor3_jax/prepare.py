@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax.config import EMBEDDED, ConfigError, base_policy, reward_terms
-from emor3_jax.data.batch import Batch
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
 from emor3_jax.data.prompts import PromptTemplates
@@ -27,7 +26,10 @@ from emor3_jax.models import Policy, find, load
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.rl.update import make_optimizer
-from emor3_jax.rollout.generate import SamplingRule
+from emor3_jax.rollout import packing
+from emor3_jax.rollout.engine import Plan
+from emor3_jax.rollout.generate import Samples, SamplingRule
+from emor3_jax.rollout.packing import Packing
 
 
 class CompileCounter:
@@ -269,6 +271,39 @@ def rollout_rule(config: ConfigDict, policy: Policy) -> SamplingRule:
     )
 
 
+def rollout_plan(config: ConfigDict) -> Plan:
+    """Returns how much of a training step's rollout is in flight at once."""
+    c = config.rollout
+    return Plan(c.slots, c.refill, c.block, c.halvings)
+
+
+def group_std(config: ConfigDict) -> str:
+    """Returns which standard deviation of a group the profile divides by."""
+    return "sample" if config.profile == "release" else "population"
+
+
+def evaluation_plan(config: ConfigDict) -> Plan:
+    """Returns the same for evaluation: a batch of it is in flight all at once."""
+    return Plan(block=config.rollout.block, halvings=config.rollout.halvings)
+
+
+def plan_packing(
+    config: ConfigDict, policy: Policy, lengths: np.ndarray, scored: Samples
+) -> Packing | None:
+    """Returns how a step's responses share rows, or None if each has one of its own.
+
+    Args:
+      config: of the run.
+      policy: kernels of its attention know nothing of responses within a row.
+      lengths: int[B, G].
+      scored: the responses, trimmed to T.
+    """
+    c = config.policy_update
+    if not c.pack or policy.config.attention != "xla":
+        return None
+    return packing.plan(lengths, scored.tokens.shape[-1], c.response_lengths)
+
+
 def evaluation_rule(config: ConfigDict, policy: Policy) -> SamplingRule:
     """Returns how evaluation samples responses."""
     return rollout_rule(config, policy)._replace(
@@ -297,7 +332,9 @@ def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossO
         max_grad_norm=c.max_grad_norm,
         frozen=in_vision_tower if config.policy.freeze_vision_tower else None,
     )
-    return optimizer, LossOptions(c.clip_low, c.clip_high, c.clip_dual, c.kl_coef, c.mean)
+    return optimizer, LossOptions(
+        c.clip_low, c.clip_high, c.clip_dual, c.kl_coef, c.mean, c.entropy
+    )
 
 
 def score_options(config: ConfigDict) -> ScoreOptions:
@@ -308,27 +345,3 @@ def score_options(config: ConfigDict) -> ScoreOptions:
         config.policy_update.remat,
         config.policy_update.logprob_chunk,
     )
-
-
-def part_of(batch: Batch, index: int, count: int, merge: int) -> Batch:
-    """Returns rows `index * B / count` and on of a batch of host arrays, image slots re-based.
-
-    Args:
-      batch: NumPy arrays; each prompt has the same number of images, in the prompts' order.
-      index: which part.
-      count: of equal parts.
-      merge: patches that the merger joins.
-    """
-    rows, per_image = len(batch.last_token), np.prod(batch.images.mask.shape[1:]) // merge
-    images = len(batch.images.mask)
-    first_slot = index * (images // count) * per_image
-
-    def cut(x: np.ndarray) -> np.ndarray:
-        size = len(x) // count
-        return x[index * size : (index + 1) * size]
-
-    assert rows % count == 0 and images % count == 0, (rows, images, count)
-    part = jax.tree.map(cut, batch)
-    slots = part.prompt.image_slots
-    slots = np.where(slots >= 0, slots - first_slot, -1).astype(slots.dtype)
-    return part._replace(prompt=part.prompt._replace(image_slots=slots))

@@ -14,9 +14,10 @@ moment goes on from its last checkpoint when it is started again with the same w
 import json
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +26,15 @@ from ml_collections import ConfigDict
 
 from emor3_jax import cli, prepare
 from emor3_jax.config import validate
-from emor3_jax.episode import Scores
+from emor3_jax.data.batch import take_part
+from emor3_jax.episode import Actor, Judgement, Replies, Scores
 from emor3_jax.evaluate import evaluate, read_sample
 from emor3_jax.io import report
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console, duration
 from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
-from emor3_jax.io.metrics import MetricWriter, Timer, memory
-from emor3_jax.learner import reference_logprobs, trim, update
+from emor3_jax.io.metrics import Lap, MetricWriter, PhaseClock, memory
+from emor3_jax.learner import response_logprobs, sampler_gap, trim, update
 from emor3_jax.models import Policy, save
 from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rl import advantages
@@ -83,7 +85,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         data.train.set_state(progress["data"])
         step = latest
     writer = MetricWriter(workdir, first_step=step + bool(progress))
-    rule, scoring = prepare.rollout_rule(config, policy), prepare.score_options(config)
+    rule, plan = prepare.rollout_rule(config, policy), prepare.rollout_plan(config)
+    scoring, std = prepare.score_options(config), prepare.group_std(config)
     parts = config.rollout.prompts // config.policy_update.prompts
     micro = config.policy_update.prompts // config.policy_update.micro_prompts
 
@@ -95,6 +98,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
                 data.evaluate[name].take(limit) if limit else data.evaluate[name],
                 config.seed,
                 rule=prepare.evaluation_rule(config, policy),
+                plan=prepare.evaluation_plan(config),
                 put=lambda batch: shard_batch(batch, mesh),
                 keep=report.SAMPLES,
                 graded=config.evaluate.sets[name].graded,
@@ -111,82 +115,118 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         say(_evaluation_line(before))
 
     say(f"training to step {config.steps}; the first step compiles")
-    stop, timer, started, first = _StopSignal(), Timer(), time.perf_counter(), step
-    while step < config.steps and not stop.asked:
-        step_started = time.perf_counter()
-        key_rollout, key_reflect = jax.random.split(
-            jax.random.fold_in(jax.random.key(config.seed), step)
-        )
-        with timer("data"):
-            host_batch, ids = next(data.train)
-            batch = shard_batch(host_batch, mesh)
+    stop, clock, started, first = _StopSignal(), PhaseClock(), time.perf_counter(), step
+    traced = range(first + 3, first + 3 + config.log.profile_steps)
+    pending: _Step | None = None
 
-        with timer("rollout"):
-            prefix, samples = actor.roll_out(
-                state.params, batch, key_rollout, responses=config.rollout.responses, rule=rule
+    def log(done: _Step, extra: dict[str, float] | None = None) -> None:
+        """Logs a step; waits for what of it the device is still computing."""
+        values = done.metrics() | memory() | data.counters() | (extra or {})
+        values["compile/count"] = float(compiles.count)
+        writer.write(done.step, values)
+        if done.step % config.log.every == 0 or done.step == config.steps:
+            pace = (time.perf_counter() - started) / (done.step - first)
+            say(_progress_line(done.step, config.steps, values, pace))
+        if done.step % config.log.samples_every == 0 or done.step == 1:
+            sheet = workdir / "samples" / f"{done.step:06d}.html"
+            report.write_samples(sheet, done.step, done.read(actor), data.image("train"))
+
+    upcoming = next(data.train) if step < config.steps else None
+    while step < config.steps and not stop.asked:
+        if step + 1 in traced[:1]:
+            jax.profiler.start_trace(str(workdir / "profile"))
+        host_batch, ids = upcoming
+        batch = shard_batch(host_batch, mesh)
+
+        samples, replies = actor.run(
+            state.params,
+            batch,
+            jax.random.fold_in(jax.random.key(config.seed), step),
+            responses=config.rollout.responses,
+            rule=rule,
+            plan=plan,
+            parts=mesh.shape["data"] * mesh.shape["fsdp"],
+            mark=clock.mark,
+        )
+        scores = actor.score(batch, samples, replies)
+        advantage = advantages.grpo(scores.overall, std=std)
+        clock.mark("reward", advantage)
+
+        lengths = np.asarray(samples.lengths)
+        scored = trim(samples, int(lengths.max()), config.policy_update.response_lengths)
+        rows = shard_batch(prepare.plan_packing(config, policy, lengths, scored), mesh)
+        logprobs = partial(
+            response_logprobs,
+            batch=batch,
+            samples=scored,
+            packing=rows,
+            banned=actor.banned,
+            config=policy.config,
+            options=scoring,
+            count=parts * micro,
+        )
+        ref_logprobs = gap = None
+        if loss.kl_coef:
+            ref_logprobs = logprobs(reference)
+            clock.mark("reference", ref_logprobs)
+        if config.policy_update.old_logprobs == "recompute":
+            old = logprobs(state.params)
+            gap, scored = sampler_gap(old, scored), scored._replace(logprobs=old)
+            clock.mark("old", old)
+        learned = []
+        for part in range(parts):
+            state, metrics = update(
+                state,
+                take_part(batch, part, parts, policy.config.vision.merge_unit),
+                *_part((scored, rows, advantage, ref_logprobs), part, parts),
+                actor.banned,
+                config=policy.config,
+                optimizer=optimizer,
+                loss=loss,
+                options=scoring,
+                count=micro,
             )
-            longest = int(samples.lengths.max())
-        with timer("reflect"):
-            replies = jax.block_until_ready(
-                actor.reflect(state.params, batch, prefix, samples, key_reflect)
-            )
-            del prefix
-        with timer("reward"):
-            scores = actor.score(batch, samples, replies)
-            std = "sample" if config.profile == "release" else "population"
-            advantage = jax.block_until_ready(advantages.grpo(scores.overall, std=std))
-        scored = trim(samples, longest, config.policy_update.response_lengths)
-        with timer("reference"):
-            ref_logprobs = None
-            if loss.kl_coef:
-                ref_logprobs = jax.block_until_ready(
-                    reference_logprobs(
-                        reference,
-                        batch,
-                        scored,
-                        actor.banned,
-                        config=policy.config,
-                        options=scoring,
-                        count=parts * micro,
-                    )
-                )
-        with timer("update"):
-            learned = []
-            for part in range(parts):
-                rows = prepare.part_of(host_batch, part, parts, policy.config.vision.merge_unit)
-                state, metrics = update(
-                    state,
-                    shard_batch(rows, mesh),
-                    *_rows((scored, advantage, ref_logprobs), part, parts),
-                    actor.banned,
-                    config=policy.config,
-                    optimizer=optimizer,
-                    loss=loss,
-                    options=scoring,
-                    count=micro,
-                )
-                learned.append(metrics)
-            learned = jax.device_get(learned)
+            learned.append(metrics)
+        clock.mark("update", learned)
         step += 1
 
-        values = _step_metrics(scores, samples, learned, time.perf_counter() - step_started)
-        values |= timer.pop() | memory() | data.counters()
-        values["compile/count"] = float(compiles.count)
+        # The device is busy now: meanwhile the host logs the step before and reads on.
+        if pending is not None:
+            log(pending)
+        position, before_data = data.train.get_state(), time.perf_counter()
+        upcoming = next(data.train) if step < config.steps else None
+        waited = time.perf_counter() - before_data
+        pending = _Step(
+            step,
+            ids,
+            host_batch.answers,
+            samples,
+            replies,
+            scores,
+            learned,
+            gap,
+            waited,
+            clock.lap(),
+        )
+        if step in traced[-1:]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            say(f"profile of steps {traced[0]} to {step}: {workdir / 'profile'}")
+
+        evaluations: dict[str, float] = {}
         if step % config.evaluate.every == 0 and step < config.steps and names:
             now = look(names[:1], config.evaluate.during)
-            values |= _evaluation_metrics(now)
+            evaluations = _evaluation_metrics(now)
             say(_evaluation_line(now))
-        writer.write(step, values)
-        if step % config.log.every == 0 or step == config.steps:
-            pace = (time.perf_counter() - started) / (step - first)
-            say(_progress_line(step, config.steps, values, pace))
-        if step % config.log.samples_every == 0 or step == 1:
-            shown = _read_samples(actor, ids, host_batch.answers, samples, replies, scores)
-            sheet = workdir / "samples" / f"{step:06d}.html"
-            report.write_samples(sheet, step, shown, data.image("train"))
-        if step % config.checkpoint.every == 0 or step == config.steps or stop.asked:
-            checkpoints.save(step, state, progress | {"data": data.train.get_state()})
+        last = step == config.steps or stop.asked
+        if evaluations or last or step % config.checkpoint.every == 0:
+            log(pending, evaluations)
+            pending = None
+            if last or step % config.checkpoint.every == 0:
+                checkpoints.save(step, state, progress | {"data": position})
+            clock.restart()
 
+    clock.close()
     stop.restore()
     checkpoints.close()
     if step < config.steps:
@@ -226,26 +266,52 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def _rows(tree: Any, part: int, parts: int) -> Any:
+class _Step(NamedTuple):
+    """What is logged of a step; its arrays may still be computed."""
+
+    step: int
+    ids: tuple[str, ...]
+    answers: np.ndarray
+    samples: Samples
+    replies: Replies | Judgement | None
+    scores: Scores
+    learned: list[dict[str, jax.Array]]
+    sampler_gap: jax.Array | None
+    data_seconds: float
+    phases: Lap
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the metrics by name; waits for the arrays."""
+        seconds = self.phases.read()
+        step_seconds = sum(seconds.values())
+        scores, learned, gap = jax.device_get((self.scores, self.learned, self.sampler_gap))
+        lengths, ended = jax.device_get((self.samples.lengths, self.samples.ended))
+        values = {f"reward/{k}": float(np.mean(value)) for k, value in scores.named().items()}
+        # Before the first update of a step, the policy is the one that sampled.
+        values["policy/sampler_gap"] = float(learned[0]["moved"] if gap is None else gap)
+        for name in learned[0].keys() - {"moved"}:
+            values[f"policy/{name}"] = float(np.mean([metrics[name] for metrics in learned]))
+        values |= {f"time/{phase}_s": value for phase, value in seconds.items()}
+        return values | {
+            "group/zero_std_fraction": float(advantages.zero_std_fraction(scores.overall)),
+            "response/length_mean": float(lengths.mean()),
+            "response/truncated_fraction": float(1 - ended.mean()),
+            "time/data_s": self.data_seconds,
+            "time/step_s": step_seconds,
+            "throughput/responses_per_s": lengths.size / step_seconds,
+            "throughput/tokens_per_s": float(lengths.sum()) / step_seconds,
+        }
+
+    def read(self, actor: Actor) -> list[Sample]:
+        """Decodes the first response to each of a few prompts."""
+        host = jax.device_get((self.samples, self.replies, self.scores))
+        shown = range(min(report.SAMPLES, len(self.ids)))
+        return [read_sample(actor, self.ids[i], self.answers[i], i, 0, *host) for i in shown]
+
+
+def _part(tree: Any, part: int, parts: int) -> Any:
     """Returns one of `parts` equal parts of the rows of each array."""
     return jax.tree.map(lambda x: x[part * len(x) // parts : (part + 1) * len(x) // parts], tree)
-
-
-def _step_metrics(
-    scores: Scores, samples: Samples, learned: list[dict[str, np.ndarray]], seconds: float
-) -> dict[str, float]:
-    host_scores, lengths, ended = jax.device_get((scores, samples.lengths, samples.ended))
-    values = {f"reward/{k}": float(np.mean(value)) for k, value in host_scores.named().items()}
-    for name in learned[0]:
-        values[f"policy/{name}"] = float(np.mean([metrics[name] for metrics in learned]))
-    return values | {
-        "group/zero_std_fraction": float(advantages.zero_std_fraction(host_scores.overall)),
-        "response/length_mean": float(lengths.mean()),
-        "response/truncated_fraction": float(1 - ended.mean()),
-        "time/step_s": seconds,
-        "throughput/responses_per_s": lengths.size / seconds,
-        "throughput/tokens_per_s": float(lengths.sum()) / seconds,
-    }
 
 
 def _progress_line(step: int, steps: int, values: dict[str, float], pace: float) -> str:
@@ -255,7 +321,8 @@ def _progress_line(step: int, steps: int, values: dict[str, float], pace: float)
     )
     split = "  ".join(
         f"{name} {values[f'time/{name}_s']:.2f}"
-        for name in ("data", "rollout", "reflect", "reward", "reference", "update")
+        for name in ("rollout", "reflect", "reward", "reference", "update")
+        if f"time/{name}_s" in values
     )
     return (
         f"step {step}/{steps}  reward {values['reward/overall']:.3f} ({reward})  "
@@ -278,12 +345,6 @@ def _evaluation_line(results: dict[str, Evaluation]) -> str:
         f"{name}: " + "  ".join(f"{m} {r.metrics[m]:.3f}" for m in shown if m in r.metrics)
         for name, r in results.items()
     )
-
-
-def _read_samples(actor, ids, answers, samples, replies, scores) -> list[Sample]:
-    host = jax.device_get((samples, replies, scores))
-    shown = range(min(report.SAMPLES, len(ids)))
-    return [read_sample(actor, ids[i], answers[i], i, 0, *host) for i in shown]
 
 
 if __name__ == "__main__":

@@ -48,17 +48,14 @@ class _Actor:
         self._answers, self._inferred, self._row = answers, inferred, 0
         self.keys: list[object] = []
 
-    def roll_out(self, params, batch, key, *, responses, rule):
+    def run(self, params, batch, key, *, responses, rule, plan):
         assert responses == 1
         self.keys.append(key)
         b = len(batch.answers)
         tokens = np.full((b, 1, rule.max_tokens), 7)
-        return None, Samples(tokens, tokens * 0.0, np.full((b, 1), 2), np.ones((b, 1), bool))
-
-    def reflect(self, params, batch, prefix, samples, key):
-        if self.rule is None:
-            return None
-        return SimpleNamespace(coherence=samples, consistency=samples)
+        samples = Samples(tokens, tokens * 0.0, np.full((b, 1), 2), np.ones((b, 1), bool))
+        replies = SimpleNamespace(coherence=samples, consistency=samples)
+        return samples, None if self.rule is None else replies
 
     def score(self, batch, samples, replies):
         rows = slice(self._row, self._row + len(batch.answers))

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from emor3_jax import learner, prepare
-from emor3_jax.data.batch import Batch
+from emor3_jax import learner
+from emor3_jax.data.batch import Batch, take_part
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 from emor3_jax.rl.update import TrainState
+from emor3_jax.rollout import packing
 from emor3_jax.rollout.generate import Samples
 
 B, G, T = 4, 3, 6
@@ -27,7 +28,7 @@ def setting():
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.make_setting(b=B)
+    return module.build_setting(b=B)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def samples() -> Samples:
     return Samples(*map(jnp.asarray, (tokens, logprobs, lengths, lengths < T)))
 
 
-OPTIONS = learner.ScoreOptions(temperature=0.9, dtype=jnp.float32, remat=False, chunk=8)
+OPTIONS = learner.ScoreOptions(temperature=0.9, dtype=jnp.float32, remat="none", chunk=8)
 
 
 def test_a_micro_batch_is_its_rows_and_their_images(batch):
@@ -102,7 +103,7 @@ def test_several_images_go_with_their_prompt(batch, per_prompt, cut):
                 part = jax.tree.map(lambda x, i=i: np.asarray(x[i]), micro)
                 rows = np.arange(i, B, count)
             else:
-                part = prepare.part_of(host, i, count, 4)
+                part = take_part(host, i, count, 4)
                 rows = np.arange(B // count) + i * (B // count)
             np.testing.assert_array_equal(part.last_token, batch.last_token[rows])
             of_slot = part.images.patches.reshape(-1, 4, 2)[:, 0, 0]
@@ -116,10 +117,11 @@ def test_a_part_scores_as_its_rows_do_in_the_whole(setting, batch, samples):
     for part in range(2):
         rows = slice(2 * part, 2 * part + 2)
         own = jax.tree.map(lambda x, rows=rows: x[rows], samples)
-        found = learner.reference_logprobs(
+        found = learner.response_logprobs(
             setting.params,
-            prepare.part_of(batch, part, 2, 4),
+            take_part(batch, part, 2, 4),
             own,
+            None,
             setting.banned,
             config=setting.config,
             options=OPTIONS,
@@ -130,11 +132,14 @@ def test_a_part_scores_as_its_rows_do_in_the_whole(setting, batch, samples):
 
 def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
     wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
-    for count in (1, 2, 4):
-        found = learner.reference_logprobs(
+    rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,))
+    assert rows is not None
+    for count, packed in ((1, None), (2, None), (4, None), (1, rows), (2, rows)):
+        found = learner.response_logprobs(
             setting.params,
             batch,
             samples,
+            packed,
             setting.banned,
             config=setting.config,
             options=OPTIONS,
@@ -144,35 +149,42 @@ def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
         assert np.abs(difference).max() < 1e-5
 
 
-@pytest.mark.parametrize(("mean", "cut"), [("token", 2), ("seq", 4)])
-def test_update_does_not_depend_on_the_cut(setting, batch, samples, mean, cut):
+@pytest.mark.parametrize(
+    ("mean", "cut", "remat", "pack"),
+    [("token", 2, "none", True), ("seq", 4, "layers", False), ("token", 1, "activations", True)],
+)
+def test_update_depends_on_neither_cut_nor_rows_nor_memory(
+    setting, batch, samples, mean, cut, remat, pack
+):
+    rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,)) if pack else None
     advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
     optimizer = optax.sgd(1.0)
     found = {}
-    for count in (1, cut):
+    for case, count in (("plain", 1), ("other", cut)):
         params = jax.tree.map(jnp.array, setting.params)
         state, metrics = learner.update(
             TrainState.create(params, optimizer),
             batch,
             samples,
+            rows if case == "other" else None,
             advantages,
             samples.logprobs - 0.3,
             setting.banned,
             config=setting.config,
             optimizer=optimizer,
             loss=learner.LossOptions(0.2, 0.3, 3.0, 0.01, mean),
-            options=OPTIONS,
+            options=OPTIONS._replace(remat=remat if case == "other" else "none"),
             count=count,
         )
         step = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, setting.params)
-        found[count] = step, jax.tree.map(float, metrics)
-    moved, metrics = found[1]
+        found[case] = step, jax.tree.map(float, metrics)
+    moved, metrics = found["plain"]
     # Vision tower, decoder and embedding all learn.
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(moved["visual"]["blocks"]))
     assert np.abs(moved["model"]["embed_tokens"]["embedding"]).max() > 0
     assert metrics["skipped"] == 0 and metrics["entropy"] > 0 and metrics["kl"] > 0
-    assert found[cut][1] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
-    for a, b in zip(jax.tree.leaves(found[cut][0]), jax.tree.leaves(moved), strict=True):
+    assert found["other"][1] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    for a, b in zip(jax.tree.leaves(found["other"][0]), jax.tree.leaves(moved), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-3, np.abs(b).max()) + 1e-6)
 
 
@@ -185,3 +197,10 @@ def test_trim_keeps_every_token(samples):
         np.testing.assert_array_equal(whole.tokens, samples.tokens)
         np.testing.assert_array_equal(whole.lengths, samples.lengths)
     np.testing.assert_array_equal(learner.trim(samples, 1, (2, 4)).tokens, samples.tokens[..., :2])
+
+
+def test_the_gap_to_the_sampler_is_the_mean_over_tokens(samples):
+    assert learner.sampler_gap(samples.logprobs, samples) == 0
+    # What stands after the end does not count.
+    moved = jnp.where(samples.mask, samples.logprobs + 0.25, 9.0)
+    assert learner.sampler_gap(moved, samples) == pytest.approx(0.25, rel=1e-5)

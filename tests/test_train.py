@@ -187,6 +187,29 @@ def test_first_update_of_a_batch_is_on_policy(whole):
     assert first["policy/skipped"] == 0
 
 
+def test_the_sampler_records_what_scoring_finds(whole, folder):
+    assert all(0 < row["policy/sampler_gap"] < 1e-4 for row in read_metrics(whole)[1:])
+    config = make_config(folder)
+    config.steps, config.policy_update.old_logprobs = 1, "recompute"
+    train(config, folder / "recomputed")
+    (row,) = read_metrics(folder / "recomputed")[1:]
+    assert 0 < row["policy/sampler_gap"] < 1e-4
+    assert row["time/old_s"] > 0
+    wanted = read_metrics(whole)[1]
+    assert row["policy/loss"] == pytest.approx(wanted["policy/loss"], abs=1e-4)
+
+
+def test_prompts_in_turns_train_as_all_at_once(whole, folder):
+    config = make_config(folder)
+    config.steps, config.rollout.slots, config.rollout.refill = 1, 2, 1
+    config.log.profile_steps = 0
+    train(config, folder / "turns")
+    (row,), wanted = read_metrics(folder / "turns")[1:], read_metrics(whole)[1]
+    for name in ("reward/overall", "reward/consistency", "response/length_mean"):
+        assert row[name] == pytest.approx(wanted[name], abs=1e-6), name
+    assert row["policy/grad_norm"] == pytest.approx(wanted["policy/grad_norm"], rel=1e-3)
+
+
 def test_bad_rows_are_counted(whole):
     last = read_metrics(whole)[-1]
     assert last["data/unknown_answer"] == 1
@@ -228,8 +251,13 @@ def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
         following = type(opened.train).__next__
 
         class Signalling(type(opened.train)):
+            asked = 0
+
             def __next__(self):
-                os.kill(os.getpid(), signal.SIGTERM)
+                # The second batch is read while the first step is computed.
+                type(self).asked += 1
+                if self.asked == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return following(self)
 
         opened.train.__class__ = Signalling

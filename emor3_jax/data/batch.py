@@ -5,12 +5,16 @@ holds every row, so a run meets at most len(P list) * len(W list) shapes.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.models.qwen2_5_vl.inputs import Array, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.layout import WindowLayout, pad_images
+from emor3_jax.parallel.mesh import shard_rows
 
 
 class Example(NamedTuple):
@@ -121,6 +125,43 @@ def collate(
         weight=np.asarray([1.0] * len(examples) + [0.0] * missing, np.float32),
     )
     return batch, tuple(x.id for x in examples) + ("",) * missing
+
+
+def take_rows(batch: Batch, rows: np.ndarray, merge: int) -> Batch:
+    """Returns some prompts of a batch with their images, on the device.
+
+    Args:
+      batch: each prompt has the same number of images, in the prompts' order.
+      rows: int[R], which.
+      merge: patches that the merger joins (spatial_merge_size squared).
+    """
+    if np.array_equal(rows, np.arange(len(batch.last_token))):
+        return batch
+    return _take_rows(batch, np.asarray(rows, np.int32), merge)
+
+
+def take_part(batch: Batch, part: int, parts: int, merge: int) -> Batch:
+    """Returns one of `parts` equal parts of a batch, see `take_rows`."""
+    size = len(batch.last_token) // parts
+    return take_rows(batch, np.arange(part * size, (part + 1) * size), merge)
+
+
+@partial(jax.jit, static_argnames="merge")
+def _take_rows(batch: Batch, rows: jax.Array, merge: int) -> Batch:
+    def take(x: jax.Array) -> jax.Array:
+        return shard_rows(0, jnp.take(x, rows, axis=0))
+
+    images, windows, length = batch.images.mask.shape
+    each = images // len(batch.last_token)
+    slots = each * windows * length // merge
+    picked = jax.tree.map(take, batch._replace(images=None))
+    moved = picked.prompt.image_slots + ((jnp.arange(len(rows)) - rows) * slots)[:, None]
+    image_slots = jnp.where(picked.prompt.image_slots >= 0, moved, -1)
+    by_prompt = jax.tree.map(lambda x: x.reshape(-1, each, *x.shape[1:]), batch.images)
+    return picked._replace(
+        prompt=picked.prompt._replace(image_slots=image_slots),
+        images=jax.tree.map(lambda x: take(x).reshape(-1, *x.shape[2:]), by_prompt),
+    )
 
 
 def _merge_unit(row: Example) -> int:

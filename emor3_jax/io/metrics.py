@@ -1,12 +1,15 @@
 """Metrics of a run: one JSON object a step, TensorBoard events, and a progress line."""
 
+import dataclasses
 import json
 import math
 import os
 import resource
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
@@ -59,32 +62,59 @@ class MetricWriter:
         self._events.close()
 
 
-class Timer:
-    """Splits wall time by phase: `with timer("rollout"): …` adds to `time/rollout_s`."""
+class PhaseClock:
+    """Splits the device's time by phase while the program runs ahead of it.
+
+    `mark("rollout", arrays)` says that the phase ends when these arrays are there, and returns at
+    once: a thread waits for them. A phase lasts from the end of the one before it, so time in which
+    the device had nothing to do counts for the phase that follows.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._waiter = ThreadPoolExecutor(1)
+        self._lap = Lap()
+        self._last = time.perf_counter()
 
-    def __call__(self, name: str) -> "_Span":
-        return _Span(self, name)
+    def mark(self, phase: str, arrays: Any) -> None:
+        """Says what ends a phase; a phase may have several parts."""
+        self._lap.marks.append(self._waiter.submit(self._wait, phase, arrays, self._lap))
 
-    def pop(self) -> dict[str, float]:
-        """Returns `time/<phase>_s` in seconds since the last call and starts anew."""
-        out = {f"time/{name}_s": value for name, value in self.seconds.items()}
-        self.seconds = {}
-        return out
+    def _wait(self, phase: str, arrays: Any, lap: "Lap") -> None:
+        jax.block_until_ready(arrays)
+        now = time.perf_counter()
+        lap.seconds[phase] = lap.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def restart(self) -> None:
+        """Begins a phase now: what was done since the last mark counts for none."""
+        self._last = time.perf_counter()
+
+    def lap(self) -> "Lap":
+        """Returns what was marked since the last call, which may not have ended yet."""
+        lap, self._lap = self._lap, Lap()
+        return lap
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._waiter.shutdown()
 
 
-class _Span:
-    def __init__(self, timer: Timer, name: str) -> None:
-        self.timer, self.name = timer, name
+@dataclasses.dataclass
+class Lap:
+    """The phases of one step, as `PhaseClock.lap` returns them."""
 
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
+    marks: list[Future[None]] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def __exit__(self, *exc: object) -> None:
-        spent = time.perf_counter() - self.start
-        self.timer.seconds[self.name] = self.timer.seconds.get(self.name, 0.0) + spent
+    def read(self) -> dict[str, float]:
+        """Returns phase → seconds; waits until all have ended.
+
+        Raises:
+          Exception: whatever went wrong in computing the arrays.
+        """
+        for mark in self.marks:
+            mark.result()
+        return self.seconds
 
 
 def memory() -> dict[str, float]:

@@ -100,6 +100,23 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch)
 
 
+def shard_rows(axis: int, x: jax.Array) -> jax.Array:
+    """Returns an array of a jitted program with one axis, the prompts', cut as `shard_batch` does.
+
+    What a program makes from nothing would otherwise be laid out as the compiler likes. Without a
+    mesh (`jax.set_mesh`) there is nothing to do.
+
+    Args:
+      axis: which axis is cut over `data` and `fsdp`; the others are left to the compiler.
+      x: the array.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec = [P.UNCONSTRAINED] * x.ndim
+    spec[axis] = BATCH[0]
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
 def check_batch(mesh: Mesh, field: str, size: int) -> None:
     """Raises MeshError, naming the config's field, if a batch does not divide over the mesh.
 

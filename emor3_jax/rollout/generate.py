@@ -1,11 +1,14 @@
-"""Grouped generation: `G` continuations of each of `B` prefixes, whose keys are never copied.
+"""Short grouped generation in one program: `G` continuations of each of `B` prefixes.
+
+Serves the reflections, whose openings are long and whose replies are a few tokens; the rollout,
+with its long responses, has `rollout.engine`.
 
 Deviations, numbered:
- 1. The prefix holds the prompt without its last token; that token opens each continuation. So the
-    prefix pass needs no logits, and the rollout and both reflections are one function: they
-    differ in the tokens that open the continuation.
+ 1. The prefix holds the prompt without its last token; that token, or the question that follows it,
+    opens each continuation. So the prefix pass needs no logits.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -61,7 +64,7 @@ def generate(
     start: jax.Array,
     start_lengths: jax.Array,
     start_positions: jax.Array,
-    key: jax.Array,
+    noise: Callable[[jax.Array], jax.Array],
     rule: SamplingRule,
     *,
     banned: jax.Array,
@@ -72,11 +75,10 @@ def generate(
     Args:
       config, params: the policy.
       prefix: keys and values of the `B` prefixes.
-      start: int32[B, G, S], tokens that follow the prefix, right padded; for a rollout the prompt's
-        last token (S = 1), for a reflection the question about the response.
+      start: int32[B, G, S], tokens that follow the prefix, right padded.
       start_lengths: int32[B, G], at least 1.
       start_positions: int32[B, G], rope position of the first token of `start`.
-      key: PRNG key; the noise of token t comes from (key, t).
+      noise: int32[] → float32[B, G] in [0, 1), the numbers that decide token t.
       rule: how to sample.
       banned: bool[V], ids never sampled.
       dtype: compute type of the layers.
@@ -92,7 +94,7 @@ def generate(
         logits = model.logits(config, params, hidden)
         tokens, logprobs = sampling.sample(
             logits,
-            jax.random.fold_in(key, t),
+            noise(t),
             temperature=rule.temperature,
             top_p=rule.top_p,
             banned=banned,

@@ -13,12 +13,15 @@ Deviations, numbered:
     reply is ignored.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Prompt
+from emor3_jax.rollout import sampling
 from emor3_jax.rollout.generate import Samples, SamplingRule, generate
 from emor3_jax.rollout.likelihood import Candidates, probabilities
 
@@ -74,6 +77,7 @@ def ask_consistency(
     text: jax.Array,
     text_lengths: jax.Array,
     key: jax.Array,
+    row: jax.Array,
     rule: SamplingRule,
     *,
     banned: jax.Array,
@@ -90,6 +94,7 @@ def ask_consistency(
       text: int32[B, G, S], s1 of each response, right padded.
       text_lengths: int32[B, G].
       key: PRNG key.
+      row: int32[B], which prompts of the step these are, for the noise.
       rule: how the reply is sampled.
       banned: bool[V].
       dtype: compute type of the layers.
@@ -100,7 +105,8 @@ def ask_consistency(
     question = _consistency_question(
         prefix, shared_length, shared_position, head, tail, text, text_lengths
     )
-    return generate(config, params, *question, key, rule, banned=banned, dtype=dtype)
+    noise = _noise(key, row, text.shape[1])
+    return generate(config, params, *question, noise, rule, banned=banned, dtype=dtype)
 
 
 def judge_consistency(
@@ -149,6 +155,7 @@ def ask_coherence(
     text: jax.Array,
     text_lengths: jax.Array,
     key: jax.Array,
+    row: jax.Array,
     rule: SamplingRule,
     *,
     banned: jax.Array,
@@ -162,13 +169,22 @@ def ask_coherence(
       tail: int32[E], the question after the text.
       text: int32[B, G, S], s1..s2 of each response, right padded.
       text_lengths: int32[B, G].
-      key, rule, banned, dtype: as in `ask_consistency`.
+      key, row, rule, banned, dtype: as in `ask_consistency`.
 
     Returns:
       The replies, [B, G, …].
     """
     question = _coherence_question(config, params, head, tail, text, text_lengths, dtype)
-    replies = generate(config, params, *question, key, rule, banned=banned, dtype=dtype)
+    noise = _noise(key, row, text.shape[1])
+    replies = generate(
+        config,
+        params,
+        *question,
+        lambda t: noise(t).reshape(1, -1),
+        rule,
+        banned=banned,
+        dtype=dtype,
+    )
     return jax.tree.map(lambda x: x.reshape(*text.shape[:2], *x.shape[2:]), replies)
 
 
@@ -197,6 +213,10 @@ def judge_coherence(
         config, params, *question, candidates, meanings=meanings, banned=banned, dtype=dtype
     )
     return found.reshape(*text.shape[:2], meanings)
+
+
+def _noise(key: jax.Array, row: jax.Array, responses: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda t: sampling.noise(key, row[:, None], jnp.arange(responses), t)
 
 
 def _coherence_question(

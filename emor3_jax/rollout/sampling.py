@@ -8,6 +8,8 @@ Deviations, numbered:
     the top-p cut, as in the release: scoring a response later cannot know what the cut removed.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -46,14 +48,21 @@ def top_p_filter(logprobs: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(probs >= threshold, probs, 0.0)
 
 
-def draw(probs: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns int32[...], ids drawn in proportion to `probs` (which need not sum to 1).
+def noise(key: jax.Array, row: jax.Array, response: jax.Array, place: jax.Array) -> jax.Array:
+    """Returns float32[...] in [0, 1): a number for one token of one response to one prompt.
+
+    It depends on nothing else, so not on what else is sampled at the same time.
 
     Args:
-      probs: float32[..., V], at least one of them over 0 in each row.
       key: a PRNG key.
+      row, response, place: int32, broadcast together: which prompt, response to it, and token.
     """
-    return invert(probs, jax.random.uniform(key, probs.shape[:-1]))
+    numbers = jnp.broadcast_arrays(row, response, place)
+
+    def one(*numbers: jax.Array) -> jax.Array:
+        return jax.random.uniform(functools.reduce(jax.random.fold_in, numbers, key))
+
+    return jax.vmap(one)(*(x.ravel() for x in numbers)).reshape(numbers[0].shape)
 
 
 def invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -76,13 +85,13 @@ def invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def sample(
-    logits: jax.Array, key: jax.Array, *, temperature: float, top_p: float, banned: jax.Array
+    logits: jax.Array, uniform: jax.Array, *, temperature: float, top_p: float, banned: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sampled ids int32[...] and their log-probabilities float32[...].
 
     Args:
       logits: float[..., V].
-      key: a PRNG key for this step.
+      uniform: float32[...] in [0, 1), which decides (`noise`).
       temperature: 0 takes the most probable id.
       top_p: in (0, 1].
       banned: bool[V].
@@ -91,6 +100,6 @@ def sample(
     if temperature == 0:
         tokens = jnp.argmax(logprobs, axis=-1).astype(jnp.int32)
     else:
-        tokens = draw(top_p_filter(logprobs, top_p), key)
+        tokens = invert(top_p_filter(logprobs, top_p), uniform)
     chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
     return tokens, chosen

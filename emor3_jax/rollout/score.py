@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.models.qwen2_5_vl.layers import Remat
+from emor3_jax.rollout.packing import Packing, pack, unpack
 
 
 class Score(NamedTuple):
@@ -35,9 +37,10 @@ def score_responses(
     banned: jax.Array,
     temperature: float,
     dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     chunk: int = 1024,
     entropy: bool = False,
+    packing: Packing | None = None,
 ) -> Score:
     """Scores `[prompt | r1 … rG]`: one vision pass and one prompt pass, shared by the G responses.
 
@@ -52,33 +55,42 @@ def score_responses(
       banned: bool[V], ids that the sampler could not draw.
       temperature: the sampler's; 0 reads as 1.
       dtype: compute type of the layers.
-      remat: recompute the layers in the backward pass instead of keeping their activations.
+      remat: what the backward pass recomputes, see `layers.rematerialised`.
       chunk: tokens whose logits exist at once.
       entropy: also return the entropy.
+      packing: how responses share rows; None gives each a row.
     """
     b, g, t = responses.shape
     features = model.encode_images(config, params, images, dtype=dtype, remat=remat)
     _, prefix = model.forward_prompt(config, params, prompt, features, dtype=dtype, remat=remat)
     opening = jnp.broadcast_to(last_token[:, None, None], (b, g, 1))
-    inputs = jnp.concatenate([opening, responses[..., :-1]], axis=-1)
+    tokens = jnp.concatenate([opening, responses[..., :-1]], axis=-1)
+    place = jnp.broadcast_to(jnp.arange(t), (b, g, t))
+    mask, targets, segments = place < lengths[..., None], responses, None
+    if packing is not None:
+        mask = jnp.asarray(packing.source) >= 0
+        segments = jnp.where(mask, packing.source // t, -1)
+        tokens, place, targets = (pack(packing, x) for x in (tokens, place, targets))
     hidden, _ = model.forward_continuation(
         config,
         params,
         prefix,
-        inputs,
-        jnp.broadcast_to(next_position[:, None, None] + jnp.arange(t), (b, g, t)),
-        jnp.arange(t) < lengths[..., None],
+        tokens,
+        next_position[:, None, None] + place,
+        mask,
         dtype=dtype,
         remat=remat,
+        segments=segments,
     )
     logprobs, entropies = model.token_logprobs(
         config,
         params,
         hidden,
-        responses,
+        targets,
         banned=banned,
         temperature=temperature or 1.0,
         chunk=chunk,
         entropy=entropy,
     )
-    return Score(logprobs, entropies)
+    score = Score(logprobs, entropies)
+    return score if packing is None else jax.tree.map(lambda x: unpack(packing, x, t), score)

@@ -5,10 +5,11 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import duration
-from emor3_jax.io.metrics import MetricWriter, Timer, memory
+from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.parallel.mesh import make_mesh
 
 
@@ -28,17 +29,28 @@ def test_a_run_that_goes_on_drops_later_and_torn_lines(tmp_path):
     assert rows[2]["reward/overall"] == 9.0
 
 
-def test_timer_adds_up_and_starts_anew():
-    timer = Timer()
-    for _ in range(2):
-        with timer("rollout"):
-            pass
-    with timer("update"):
-        pass
-    times = timer.pop()
-    assert set(times) == {"time/rollout_s", "time/update_s"}
-    assert all(value >= 0 for value in times.values())
-    assert timer.pop() == {}
+def test_phases_are_counted_by_lap_while_the_next_lap_goes_on():
+    clock = PhaseClock()
+    clock.mark("rollout", jnp.zeros(1))
+    clock.mark("rollout", [jnp.zeros(1)])
+    clock.mark("update", ())
+    first = clock.lap()
+    clock.mark("update", jnp.zeros(1))
+    assert set(first.read()) == {"rollout", "update"}
+    assert all(value >= 0 for value in first.read().values())
+    assert set(clock.lap().read()) == {"update"}
+    assert clock.lap().read() == {}
+    clock.close()
+
+
+def test_what_went_wrong_on_the_device_is_not_lost():
+    clock = PhaseClock()
+    deleted = jnp.zeros(1)
+    deleted.delete()
+    clock.mark("rollout", deleted)
+    with pytest.raises(RuntimeError, match="deleted"):
+        clock.lap().read()
+    clock.close()
 
 
 def test_memory_is_that_of_the_process():

@@ -82,10 +82,10 @@ def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def grouped(params):
-        features = model.encode_images(config, params, images, remat=True)
-        _, prefix = model.forward_prompt(config, params, prompt, features, remat=True)
+        features = model.encode_images(config, params, images, remat="layers")
+        _, prefix = model.forward_prompt(config, params, prompt, features, remat="layers")
         hidden, _ = model.forward_continuation(
-            config, params, prefix, tokens, positions, mask, remat=True
+            config, params, prefix, tokens, positions, mask, remat="layers"
         )
         return jnp.sum(hidden * probe), hidden
 

@@ -17,7 +17,7 @@ def load_setting():
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.make_setting(b=8)
+    return module.build_setting(b=8)
 
 
 def main() -> None:

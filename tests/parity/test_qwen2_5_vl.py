@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers")
 from emor3_jax import models  # noqa: E402
 from emor3_jax.models.qwen2_5_vl import model, naming, weights  # noqa: E402
 from emor3_jax.models.qwen2_5_vl.config import Config  # noqa: E402
-from emor3_jax.rollout.generate import SamplingRule, generate  # noqa: E402
+from emor3_jax.rollout import engine  # noqa: E402
+from emor3_jax.rollout.generate import SamplingRule  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location(
     "make_model_goldens", Path(__file__).with_name("make_model_goldens.py")
@@ -201,17 +202,19 @@ def test_greedy_rollout(oracle, policy, name, enter, seed):
     prompt.mask[rows, lengths - 1] = False
     features = model.encode_images(config, params, images)
     _, prefix = model.forward_prompt(config, params, prompt, features)
-    samples = jax.jit(generate, static_argnames=("config", "rule"))(
-        config,
-        params,
-        prefix,
-        jnp.tile(prompt.tokens[rows, lengths - 1][:, None, None], (1, 2, 1)),
-        jnp.ones((len(rows), 2), jnp.int32),
-        jnp.tile(following[:, None] - 1, (1, 2)),
+    last = prompt.tokens[rows, lengths - 1]
+    (found,) = engine.roll_out(
+        iter([engine.Opening(np.int32(rows), last, following - 1, prefix)]),
+        len(rows),
         jax.random.key(0),
+        params,
+        jnp.isin(jnp.arange(config.vocab_size), jnp.array(banned)),
+        config=config,
+        responses=2,
         rule=SamplingRule(max_tokens=32, temperature=0.0, top_p=1.0, stop=()),
-        banned=jnp.isin(jnp.arange(config.vocab_size), jnp.array(banned)),
+        plan=engine.Plan(block=8),
     )
+    samples = found.samples
     different = np.asarray(samples.tokens) != expected[:, None]
     case = f"greedy tokens that differ, {name}, 3 rows x 32, seed {seed}"
     enter(case, float(different.sum()), float(different.mean()), 0.0)

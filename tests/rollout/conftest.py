@@ -1,5 +1,6 @@
 """A tiny policy with strong random weights, two prompts with an image each, and a sampler."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ import pytest
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
-from emor3_jax.rollout.generate import Samples, SamplingRule, generate
+from emor3_jax.rollout import engine
+from emor3_jax.rollout.engine import Finished, Opening, Plan
+from emor3_jax.rollout.generate import Samples, SamplingRule
 from emor3_jax.rollout.score import score_responses
 
 STOP, BANNED, VOCABULARY = 7, (70, 71, 72, 73), 80
@@ -32,23 +35,36 @@ class Setting(NamedTuple):
         return model.forward_prompt(self.config, self.params, self.prompt, features)[1]
 
     def roll_out(self, rule: SamplingRule, seed: int, g: int) -> Samples:
-        shape = (len(self.last), g)
+        return self.roll_out_in(Plan(block=4), rule, seed, g)
 
-        @jax.jit
-        def run(key):
-            return generate(
-                self.config,
-                self.params,
-                self.prefix(),
-                jnp.broadcast_to(self.last[:, None, None], (*shape, 1)),
-                jnp.ones(shape, jnp.int32),
-                jnp.broadcast_to(self.position[:, None], shape),
-                key,
-                rule,
-                banned=self.banned,
-            )
+    def roll_out_in(self, plan: Plan, rule: SamplingRule, seed: int, g: int) -> Samples:
+        found = list(self.finish(plan, rule, seed, g))
+        order = np.argsort(np.concatenate([each.row for each in found]))
+        return jax.tree.map(lambda *x: jnp.concatenate(x)[order], *[each.samples for each in found])
 
-        return run(jax.random.key(seed))
+    def finish(self, plan: Plan, rule: SamplingRule, seed: int, g: int) -> Iterator[Finished]:
+        prompts = len(self.last)
+        size = min(plan.refill or plan.slots or prompts, prompts)
+        prefix = jax.jit(self.prefix)()
+
+        def openings() -> Iterator[Opening]:
+            for at in range(0, prompts, size):
+                rows = slice(at, at + size)
+                part = KV(prefix.k[:, rows], prefix.v[:, rows], prefix.mask[rows])
+                row = np.arange(at, at + size, dtype=np.int32)
+                yield Opening(row, self.last[rows], self.position[rows], part)
+
+        return engine.roll_out(
+            openings(),
+            prompts,
+            jax.random.key(seed),
+            self.params,
+            self.banned,
+            config=self.config,
+            responses=g,
+            rule=rule,
+            plan=plan,
+        )
 
     def score(self, params, responses, lengths, temperature=1.0):
         return score_responses(
@@ -66,7 +82,7 @@ class Setting(NamedTuple):
         ).logprobs
 
 
-def make_setting(b: int = 2) -> Setting:
+def build_setting(b: int = 2) -> Setting:
     vision = VisionConfig(
         depth=2,
         hidden_size=16,
@@ -125,8 +141,14 @@ def make_setting(b: int = 2) -> Setting:
 
 
 @pytest.fixture(scope="session")
+def make_setting():
+    """Builds a setting of another number of prompts."""
+    return build_setting
+
+
+@pytest.fixture(scope="session")
 def setting() -> Setting:
-    return make_setting()
+    return build_setting()
 
 
 @pytest.fixture(scope="session")

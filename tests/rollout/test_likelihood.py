@@ -90,7 +90,7 @@ def test_sampled_replies_are_as_frequent(setting, question):
             repeat(start),
             repeat(lengths),
             repeat(positions),
-            jax.random.key(0),
+            lambda t: jax.random.uniform(jax.random.key(t), repeat(lengths).shape),
             rule,
             banned=banned,
         )

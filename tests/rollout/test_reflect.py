@@ -56,6 +56,7 @@ def test_replies_do_not_depend_on_who_else_is_asked(setting):
             text,
             lengths,
             jax.random.key(0),
+            jnp.arange(2),
             rule,
             banned=setting.banned,
         )
@@ -73,6 +74,7 @@ def test_replies_do_not_depend_on_who_else_is_asked(setting):
             text,
             lengths,
             jax.random.key(0),
+            jnp.arange(2),
             rule,
             banned=setting.banned,
         )

@@ -92,7 +92,7 @@ def test_ragged_openings_give_what_each_gives_alone_without_padding(setting):
             start,
             lengths,
             positions,
-            jax.random.key(0),
+            lambda t: jnp.zeros(lengths.shape),
             rule,
             banned=setting.banned,
         )

@@ -17,7 +17,7 @@ def test_draws_follow_the_tempered_cut_distribution(temperature, top_p):
     n = 20_000
     tokens, logprobs = sampling.sample(
         jnp.broadcast_to(LOGITS, (n, 6)),
-        jax.random.key(5),
+        sampling.noise(jax.random.key(5), jnp.arange(n), jnp.int32(0), jnp.int32(0)),
         temperature=temperature,
         top_p=top_p,
         banned=BANNED,
@@ -61,7 +61,7 @@ def test_ids_as_probable_as_the_last_one_stay(probs, top_p, kept):
 def test_greedy_takes_the_first_of_equals():
     token, logprob = sampling.sample(
         jnp.float32([0.0, 5.0, 2.0, 2.0]),
-        jax.random.key(0),
+        jnp.float32(0.5),
         temperature=0,
         top_p=1.0,
         banned=np.asarray([False, True, False, False]),
@@ -83,7 +83,7 @@ def test_greedy_takes_the_best_allowed_id_whatever_the_key():
 
 def test_a_draw_never_falls_on_probability_zero():
     probs = jnp.zeros((4096, 5)).at[:, 1].set(1e-8).at[:, 3].set(1e-3)
-    tokens = sampling.draw(probs, jax.random.key(0))
+    tokens = sampling.invert(probs, jax.random.uniform(jax.random.key(0), probs.shape[:-1]))
     assert set(np.asarray(tokens)) <= {1, 3}
 
 
@@ -105,3 +105,13 @@ def test_inversion_by_hand():
     shares = jnp.float32([0.0, 0.24, 0.25, 0.74, 0.75, 0.9999999])
     tokens = jax.vmap(sampling.invert, (None, 0))(probs, shares)
     assert tokens.tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_noise_is_a_number_of_its_own_for_each_token():
+    key, rows, lanes = jax.random.key(2), jnp.arange(3)[:, None], jnp.arange(4)
+    found = np.stack([sampling.noise(key, rows, lanes, jnp.int32(t)) for t in range(50)])
+    assert found.shape == (50, 3, 4)
+    assert len(np.unique(found)) == found.size
+    assert stats.kstest(found.ravel(), "uniform").pvalue > 1e-3
+    # In any company.
+    assert sampling.noise(key, jnp.int32(2), jnp.int32(1), jnp.int32(7)) == found[7, 2, 1]

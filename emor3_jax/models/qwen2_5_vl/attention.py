@@ -49,7 +49,7 @@ class Own(NamedTuple):
       v: float[B, G, kv_heads, C, head_dim].
       mask: bool[B, G, C], which keys may be seen at all.
       causal: whether query i sees only the keys up to i; then C = S.
-      segments: int32[S], if given: a query sees only the keys of its own segment; C = S.
+      segments: int32[B, G, S], if given: a query sees only the keys of its own segment; C = S.
     """
 
     k: jax.Array
@@ -138,8 +138,9 @@ def _attend_block(q: jax.Array, sources: list[Shared | Own], start: jax.Array) -
         row = start + jnp.arange(s)
         seen = jnp.arange(source.mask.shape[-1]) <= row[:, None]
         if source.segments is not None:
-            mine = jnp.take(source.segments, row, mode="clip")
-            seen &= source.segments == mine[:, None]
+            mine = jnp.take(source.segments, row, axis=-1, mode="clip")
+            same = source.segments[..., None, :] == mine[..., None]
+            return mask & (seen & same)[:, :, None, :, None]
         return mask & seen[:, None]
 
     scores = [

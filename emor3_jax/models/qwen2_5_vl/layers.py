@@ -4,9 +4,12 @@ In bfloat16 each layer rounds its result once: products are summed, biases added
 computed in float32.
 """
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Dtype = jnp.dtype | type
 
@@ -55,6 +58,28 @@ def _matmul_backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+Remat = Literal["none", "layers", "activations"]
+
+_PRODUCT = "product"
+
+
+def rematerialised(layer: type[nn.Module], remat: Remat) -> type[nn.Module]:
+    """Returns a layer class whose backward pass recomputes what was not kept.
+
+    Args:
+      layer: the class, to be scanned.
+      remat: "none" keeps everything; "layers" only the input of each layer, for about a third more
+        arithmetic; "activations" the results of the matrix products as well and recomputes what
+        lies between: norms, activation functions and attention.
+    """
+    if remat == "none":
+        return layer
+    policy = None
+    if remat == "activations":
+        policy = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+    return nn.remat(layer, prevent_cse=False, policy=policy)
+
+
 class Dense(nn.Module):
     """A dense layer as one matrix product: all leading axes joined.
 
@@ -79,7 +104,8 @@ class Dense(nn.Module):
         out = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
         if self.use_bias:
             out += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return out.astype(self.dtype).reshape(*x.shape[:-1], self.features)
+        out = checkpoint_name(out.astype(self.dtype), _PRODUCT)
+        return out.reshape(*x.shape[:-1], self.features)
 
 
 class RMSNorm(nn.Module):

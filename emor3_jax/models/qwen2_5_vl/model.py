@@ -7,6 +7,7 @@ in float32 always.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
-from emor3_jax.models.qwen2_5_vl.layers import Dtype, two_rows
+from emor3_jax.models.qwen2_5_vl.layers import Dtype, Remat, two_rows
 from emor3_jax.models.qwen2_5_vl.text import Decoder
 from emor3_jax.models.qwen2_5_vl.vision import VisionTower
 
@@ -56,13 +57,34 @@ def init_params(config: Config, key: jax.Array) -> Params:
     return params
 
 
+def cast_for_decoding(params: Params, dtype: Dtype) -> Params:
+    """Returns the parameters as decoding reads them: matrices in the type of the arithmetic.
+
+    They would be rounded so at each use; once a step, no token pays for it. Norms and biases, which
+    are added in float32, stay as they are.
+
+    Args:
+      params: float32 master parameters.
+      dtype: compute type; the parameters' own gives them back as they are.
+    """
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    return params if kinds == {jnp.dtype(dtype)} else _cast_for_decoding(params, jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _cast_for_decoding(params: Params, dtype: Dtype) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, params
+    )
+
+
 def encode_images(
     config: Config,
     params: Params,
     images: Images,
     *,
     dtype: Dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> jax.Array:
     """Runs the vision tower.
 
@@ -70,7 +92,7 @@ def encode_images(
       config, params: the policy.
       images: in window layout.
       dtype: compute type.
-      remat: recompute the layers in the backward pass.
+      remat: what the backward pass recomputes, see `layers.rematerialised`.
 
     Returns:
       float[I, W * L / m**2, D], the features of the merged slots; those of padding are meaningless.
@@ -86,7 +108,7 @@ def forward_prompt(
     image_features: jax.Array | None,
     *,
     dtype: Dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, KV]:
     """Runs the decoder over prompts, each token attending to those before it.
 
@@ -95,7 +117,7 @@ def forward_prompt(
       prompt: right padded.
       image_features: from `encode_images`; None if no prompt has an image.
       dtype: compute type.
-      remat: recompute the layers in the backward pass.
+      remat: what the backward pass recomputes, see `layers.rematerialised`.
 
     Returns:
       float[B, P, D] after the final norm (meaningless at padding), and the keys and values, which
@@ -121,8 +143,9 @@ def forward_continuation(
     mask: jax.Array,
     *,
     dtype: Dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     cache_size: int | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Runs `G` continuations of each prompt; each sees its prompt and, causally, itself.
 
@@ -133,8 +156,10 @@ def forward_continuation(
       positions: int32[B, G, S], rope positions.
       mask: bool[B, G, S], True for tokens that may be attended to.
       dtype: compute type.
-      remat: recompute the layers in the backward pass.
+      remat: what the backward pass recomputes, see `layers.rematerialised`.
       cache_size: `C`, at least S; also return a cache whose first S slots are filled.
+      segments: int32[B, G, S], tokens of one see nothing of the others but the prompt; None for
+        one segment.
 
     Returns:
       float[B, G, S, D] after the final norm, and the cache if asked for.
@@ -151,6 +176,7 @@ def forward_continuation(
         jnp.broadcast_to(positions[..., None], (*positions.shape, 3)),
         jnp.asarray(mask),
         prefix=prefix,
+        segments=segments,
     )
     if cache_size is None:
         return hidden, None
@@ -238,7 +264,7 @@ def forward_candidates(
         jnp.ones((b, g, n * size), bool),
         prefix=prefix,
         cache=cache,
-        segments=jnp.repeat(jnp.arange(n), size),
+        segments=jnp.broadcast_to(jnp.repeat(jnp.arange(n), size), (b, g, n * size)),
     )
     return hidden.reshape(b, g, n, size, -1)
 

@@ -18,7 +18,7 @@ from emor3_jax.models.qwen2_5_vl import rope
 from emor3_jax.models.qwen2_5_vl.attention import Own, Shared, attend, slots_last
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
-from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, RMSNorm
+from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, Remat, RMSNorm, rematerialised
 
 
 class Attention(nn.Module):
@@ -48,7 +48,7 @@ class Attention(nn.Module):
           table: cosine and sine, float32[B, G, S, head_dim // 2].
           own_mask: bool[B, G, S], which of these tokens may be seen by those after them.
           earlier: keys of the prompt and of the cache.
-          segments: int32[S], tokens of one see nothing of the others; None for one segment.
+          segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
 
         Returns:
           float[B, G, S, D], and the new keys and values as `Own` holds them.
@@ -124,13 +124,13 @@ class Decoder(nn.Module):
     Attributes:
       config: the policy's shapes.
       dtype: compute type.
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass recomputes, see `layers.rematerialised`.
       keep_keys: return the new keys and values of all layers.
     """
 
     config: Config
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
     keep_keys: bool = False
 
     @nn.compact
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
           image_slots: int32[B, G, S], which feature replaces the token's embedding; -1 for none.
           prefix: keys and values of the prompts.
           cache: keys and values of the continuations so far.
-          segments: int32[S], tokens of one see nothing of the others; None for one segment.
+          segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
 
         Returns:
           float[B, G, S, D] after the final norm, and the new keys and values, as `Cache` holds
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
             shared["cache"] = cache.mask
         if segments is not None:
             shared["segments"] = segments
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        layer = rematerialised(DecoderLayer, self.remat)
         stack = nn.scan(
             layer,
             variable_axes={"params": 0},

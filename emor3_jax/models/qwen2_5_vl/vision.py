@@ -13,7 +13,7 @@ from emor3_jax.models.qwen2_5_vl import rope
 from emor3_jax.models.qwen2_5_vl.attention import Own, attend, slots_last
 from emor3_jax.models.qwen2_5_vl.config import VisionConfig
 from emor3_jax.models.qwen2_5_vl.inputs import Images
-from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, RMSNorm
+from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, Remat, RMSNorm, rematerialised
 
 _EPS = 1e-6
 
@@ -125,13 +125,13 @@ class VisionTower(nn.Module):
     Attributes:
       config: the tower's shapes.
       dtype: compute type.
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass recomputes, see `layers.rematerialised`.
       attention: back end, see `attention.attend`.
     """
 
     config: VisionConfig
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
     attention: str = "xla"
 
     @nn.compact
@@ -140,7 +140,7 @@ class VisionTower(nn.Module):
         c = self.config
         embed = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")
         full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
-        block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
+        block = rematerialised(VisionBlock, self.remat)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},

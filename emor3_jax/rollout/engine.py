@@ -1,0 +1,460 @@
+"""The rollout at speed: prompts take slots, answer in their groups, and leave when all have ended.
+
+    for finished in roll_out(...):      # a few prompts at a time, in the order in which they end
+        ...                             # their keys are still there: ask the reflections now
+
+`slots` prompts are in flight at once, each with its `G` responses and one copy of its keys. They
+decode together, in blocks of tokens. Between blocks the host reads which responses have ended and
+
+* takes out `refill` prompts whose groups are done, and lets as many waiting prompts in;
+* gives the cache as many places as the oldest response needs, in doubling sizes;
+* when nothing waits, drops ended responses from the batch, halving its prompts or its responses.
+
+So a few long responses hold neither the batch nor its memory. Shapes come from short lists: at most
+`halvings + 1` choices each of prompts and of responses, and log2(T / block) + 1 of the cache.
+
+The cache is a ring. All responses write their keys to the same place at the same time, and a mask
+says which places belong to whom; what order the places are in is nothing to attention, since keys
+carry their rope positions. So one update in place serves prompts that began at different times.
+
+Deviations, numbered:
+ 1. The noise of a token comes from (key, prompt, response, place in the response), so that what is
+    sampled does not depend on the slots: another `slots` or `refill` gives the same responses, as
+    far as the arithmetic of another batch does.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
+from emor3_jax.parallel.mesh import shard_rows
+from emor3_jax.rollout import sampling
+from emor3_jax.rollout.generate import Samples, SamplingRule
+
+
+class Plan(NamedTuple):
+    """How much is in flight; hashable.
+
+    Attributes:
+      slots: prompts in flight, 0 for all of the batch.
+      refill: prompts that leave and enter at once, 0 for all; must divide `slots` and the batch.
+      block: tokens between two looks of the host, and the smallest cache.
+      halvings: how often the batch may be halved when nothing waits, in prompts and in responses.
+    """
+
+    slots: int = 0
+    refill: int = 0
+    block: int = 64
+    halvings: int = 2
+
+
+ALL_AT_ONCE = Plan()
+"""All prompts in flight together."""
+
+
+class Opening(NamedTuple):
+    """What `refill` prompts begin with.
+
+    Attributes:
+      row: int32[R], which prompts of the batch.
+      token: int32[R], the last token of each, which is not among the keys.
+      position: int32[R], its rope position.
+      prefix: keys and values of the rest.
+    """
+
+    row: jax.Array
+    token: jax.Array
+    position: jax.Array
+    prefix: KV
+
+
+class Finished(NamedTuple):
+    """Prompts whose responses have all ended.
+
+    Attributes:
+      row: int[R] on the host, which prompts of the batch.
+      prefix: keys and values of these prompts.
+      samples: their responses, [R, G, T].
+    """
+
+    row: np.ndarray
+    prefix: KV
+    samples: Samples
+
+
+class Slots(NamedTuple):
+    """What is in flight: S prompts with L lanes each, a lane holding a response that goes on.
+
+    Attributes:
+      row: int32[S], which prompt of the batch.
+      position: int32[S], rope position of its last token.
+      age: int32[S], tokens generated so far, the same for all its lanes.
+      token: int32[S, L], the newest token, whose keys are not in the cache.
+      lane: int32[S, L], which response.
+      ended: bool[S, L], whether it has ended or reached T; an empty slot has only such lanes.
+      samples: all G responses, [S, G, T].
+      prefix: keys and values of the prompts.
+      cache: of the lanes; a ring of C places.
+      cursor: int32[], the place of the ring that is written next.
+    """
+
+    row: jax.Array
+    position: jax.Array
+    age: jax.Array
+    token: jax.Array
+    lane: jax.Array
+    ended: jax.Array
+    samples: Samples
+    prefix: KV
+    cache: Cache
+    cursor: jax.Array
+
+
+_AXES = Slots(0, 0, 0, 0, 0, 0, Samples(0, 0, 0, 0), KV(1, 1, 0), Cache(1, 1, 0), None)
+"""Which axis of each field is the prompts'."""
+
+
+def roll_out(
+    openings: Iterator[Opening],
+    prompts: int,
+    key: jax.Array,
+    params: dict,
+    banned: jax.Array,
+    *,
+    config: Config,
+    responses: int,
+    rule: SamplingRule,
+    plan: Plan,
+    parts: int = 1,
+    dtype: jnp.dtype = jnp.float32,
+) -> Iterator[Finished]:
+    """Samples `responses` continuations of each prompt; yields prompts as their groups end.
+
+    Args:
+      openings: yields the prompts, `plan.refill` at a time; asked for as slots get free.
+      prompts: B, how many prompts there are.
+      key: PRNG key.
+      params: of the policy.
+      banned: bool[V], ids never sampled.
+      config: of the policy.
+      responses: G.
+      rule: how to sample.
+      plan: how much is in flight.
+      parts: how many parts of equal size the devices cut the prompts into.
+      dtype: compute type of the layers.
+
+    Yields:
+      Every prompt once, `plan.refill` at a time.
+
+    Raises:
+      ValueError: if `plan.refill` does not divide the slots and the prompts.
+    """
+    size = min(plan.slots or prompts, prompts)
+    refill = min(plan.refill or size, size)
+    if size % refill or prompts % refill:
+        raise ValueError(f"{plan}: refill must divide the slots and the {prompts} prompts")
+    block, waiting, slots = min(plan.block, rule.max_tokens), prompts, None
+    sizes = _ring_sizes(block, rule.max_tokens)
+    least = (size >> plan.halvings, responses >> plan.halvings)
+    # Where there is a prompt that has not been taken out yet.
+    taken = np.zeros(size, bool)
+    while waiting or taken.any():
+        for at in np.flatnonzero(~taken)[: waiting // refill * refill].reshape(-1, refill):
+            new = _begin(next(openings), responses=responses, length=rule.max_tokens)
+            fresh = slots is None or refill == size
+            slots = _widen(new, size, block) if fresh else _insert(slots, new, at)
+            taken[at], waiting = True, waiting - refill
+        row, age, ended = jax.device_get((slots.row, slots.age, slots.ended))
+        going = taken & ~ended.all(axis=1)
+        done = np.flatnonzero(taken & ~going)
+        for at in done[: len(done) // refill * refill].reshape(-1, refill):
+            yield Finished(row[at], *_take(slots, at, size == refill))
+            taken[at] = False
+        if not going.any() or (waiting and not taken.all()):
+            continue
+        oldest = int(age[going].max())
+        if not waiting and (picked := _halve(taken, going, ended, least, parts)) is not None:
+            slots, taken, going = _pick(slots, *picked), taken[picked[0]], going[picked[0]]
+        slots = _fit(slots, oldest + block, sizes)
+        # With prompts waiting, no longer than until enough groups are done to let them in.
+        leave = going.sum() - (refill - len(done) % refill) if waiting else 0
+        slots = _decode(
+            slots,
+            key,
+            np.int32(leave),
+            params,
+            banned,
+            config=config,
+            rule=rule,
+            block=block,
+            dtype=dtype,
+        )
+
+
+@partial(jax.jit, static_argnames=("responses", "length"))
+def _begin(opening: Opening, *, responses: int, length: int) -> Slots:
+    """Returns the slots of prompts that begin; their cache has no places yet."""
+    r, g = len(opening.row), responses
+    k = opening.prefix.k
+    layers, _, heads, head_dim, _ = k.shape
+    shape = (r, g, length)
+    zeros = partial(jnp.zeros, dtype=jnp.int32)
+    return Slots(
+        row=opening.row,
+        position=opening.position,
+        age=zeros(r),
+        token=jnp.broadcast_to(opening.token[:, None], (r, g)),
+        lane=jnp.broadcast_to(jnp.arange(g), (r, g)),
+        ended=jnp.zeros((r, g), bool),
+        samples=Samples(
+            zeros(shape), jnp.zeros(shape, jnp.float32), zeros((r, g)), jnp.zeros((r, g), bool)
+        ),
+        prefix=opening.prefix,
+        cache=Cache(
+            jnp.zeros((layers, r, g, heads, head_dim, 0), k.dtype),
+            jnp.zeros((layers, r, g, heads, 0, head_dim), k.dtype),
+            jnp.zeros((r, g, 0), bool),
+        ),
+        cursor=zeros(()),
+    )
+
+
+@partial(jax.jit, static_argnames=("size", "places"))
+def _widen(first: Slots, size: int, places: int) -> Slots:
+    """Returns the first prompts with as many empty slots as make `size`, and a cache."""
+    more = size - len(first.row)
+
+    def grow(axis: int, x: jax.Array) -> jax.Array:
+        pad = [(0, more * (i == axis)) for i in range(x.ndim)]
+        # The lanes of an empty slot have ended.
+        if not more:
+            return x
+        return shard_rows(axis, jnp.pad(x, pad, constant_values=x.dtype == bool))
+
+    slots = _map_rows(grow, first)
+    cache, cursor = _resize(slots.cache, slots.cursor, places)
+    return slots._replace(
+        cache=_map_rows(shard_rows, slots._replace(cache=cache)).cache, cursor=cursor
+    )
+
+
+@partial(jax.jit, donate_argnames="slots")
+def _insert(slots: Slots, new: Slots, at: jax.Array) -> Slots:
+    """Puts prompts that begin into the slots `at`, int32[R]."""
+
+    def put(axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x.at[(slice(None),) * axis + (at,)].set(y)
+
+    # Keys of who was there before are masked; there is no need to overwrite them.
+    cache = slots.cache._replace(mask=slots.cache.mask.at[at].set(False))
+    new = new._replace(cache=cache)
+    filled = _map_rows(put, slots._replace(cache=None), new._replace(cache=None))
+    return filled._replace(cache=cache)
+
+
+def _take(slots: Slots, at: np.ndarray, everything: bool) -> tuple[KV, Samples]:
+    """Returns keys and responses of the prompts in the slots `at`."""
+    return (slots.prefix, slots.samples) if everything else _gather(slots, at)
+
+
+@jax.jit
+def _gather(slots: Slots, at: jax.Array) -> tuple[KV, Samples]:
+    wanted = slots._replace(cache=None)
+    taken = _map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, at, axis)), wanted)
+    return taken.prefix, taken.samples
+
+
+def _halve(
+    taken: np.ndarray, going: np.ndarray, ended: np.ndarray, least: tuple[int, int], parts: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns which slots, and which lanes of each, are left when the batch is halved as can be.
+
+    Args:
+      taken: bool[S], slots that hold a prompt; they stay, also with all responses ended.
+      going: bool[S], those with responses that go on.
+      ended: bool[S, L].
+      least: how many slots and lanes there must be.
+      parts: must divide the slots that are left.
+
+    Returns:
+      int[S'] and int[S', L'], or None if all are needed.
+    """
+    size, lanes = ended.shape
+    wanted = (taken.sum(), (~ended[going]).sum(axis=1).max())
+    small, narrow = size, lanes
+    while small % (2 * parts) == 0 and small // 2 >= max(least[0], wanted[0]):
+        small //= 2
+    while narrow % 2 == 0 and narrow // 2 >= max(least[1], wanted[1]):
+        narrow //= 2
+    if (small, narrow) == (size, lanes):
+        return None
+    groups = np.argsort(~taken, kind="stable")[:small]
+    return groups, np.argsort(ended[groups], axis=1, kind="stable")[:, :narrow]
+
+
+@jax.jit
+def _pick(slots: Slots, groups: jax.Array, lanes: jax.Array) -> Slots:
+    """Returns some slots, and some lanes of each."""
+    picked = _map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, groups, axis)), slots)
+
+    def narrow(x: jax.Array, axis: int = 1) -> jax.Array:
+        index = jnp.expand_dims(lanes, (*range(axis - 1), *range(axis + 1, x.ndim)))
+        return jnp.take_along_axis(x, index, axis)
+
+    return picked._replace(
+        token=narrow(picked.token),
+        lane=narrow(picked.lane),
+        ended=narrow(picked.ended),
+        cache=Cache(
+            narrow(picked.cache.k, 2), narrow(picked.cache.v, 2), narrow(picked.cache.mask)
+        ),
+    )
+
+
+def _ring_sizes(block: int, most: int) -> tuple[int, ...]:
+    """Returns the sizes that a ring may have: doubling from `block` on, then `most`."""
+    sizes = [block]
+    while sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
+    return tuple(sizes)
+
+
+def _fit(slots: Slots, needed: int, sizes: tuple[int, ...]) -> Slots:
+    """Returns the slots with a ring that holds `needed` places, or all that there can be.
+
+    A ring shrinks when a quarter would do: what grows and shrinks in turns would be copied often.
+    """
+    now = sizes.index(slots.cache.mask.shape[-1])
+    wanted = next((i for i, size in enumerate(sizes) if size >= needed), len(sizes) - 1)
+    if now - 1 <= wanted <= now:
+        return slots
+    cache, cursor = _resize_jitted(slots.cache, slots.cursor, places=sizes[wanted])
+    return slots._replace(cache=cache, cursor=cursor)
+
+
+def _resize(cache: Cache, cursor: jax.Array, places: int) -> tuple[Cache, jax.Array]:
+    """Returns a ring of `places` with the newest places of another, the oldest first."""
+    now = cache.mask.shape[-1]
+    keep = min(now, places)
+    order = (cursor - keep + jnp.arange(keep)) % max(now, 1)
+
+    def move(x: jax.Array, axis: int) -> jax.Array:
+        pad = [(0, (places - keep) * (i == axis)) for i in range(x.ndim)]
+        return jnp.pad(jnp.take(x, order, axis) if keep else x, pad)
+
+    moved = Cache(move(cache.k, 5), move(cache.v, 4), move(cache.mask, 2))
+    return moved, jnp.int32(keep % places)
+
+
+_resize_jitted = partial(jax.jit, static_argnames="places")(_resize)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "rule", "block", "dtype"),
+    donate_argnames="slots",
+)
+def _decode(
+    slots: Slots,
+    key: jax.Array,
+    leave: jax.Array,
+    params: dict,
+    banned: jax.Array,
+    *,
+    config: Config,
+    rule: SamplingRule,
+    block: int,
+    dtype: jnp.dtype,
+) -> Slots:
+    """Decodes up to `block` tokens of every lane, until no more than `leave` groups go on."""
+    stop = jnp.asarray(rule.stop, jnp.int32)
+    shape = slots.token.shape
+    places = slots.cache.mask.shape[-1]
+
+    def going(carry):
+        i, _, ended, *_ = carry
+        groups = jnp.sum(~jnp.all(ended, axis=1))
+        return (i < block) & (groups > 0) & (groups > leave)
+
+    def step(carry):
+        i, token, ended, stopped, lengths, tokens, logprobs, cache = carry
+        age = slots.age + i
+        hidden, cache = model.decode_step(
+            config,
+            params,
+            slots.prefix,
+            cache,
+            token,
+            jnp.broadcast_to((slots.position + age)[:, None], shape),
+            (slots.cursor + i) % places,
+            dtype=dtype,
+        )
+        drawn, logprob = sampling.sample(
+            model.logits(config, params, hidden),
+            sampling.noise(key, slots.row[:, None], slots.lane, age[:, None]),
+            temperature=rule.temperature,
+            top_p=rule.top_p,
+            banned=banned,
+        )
+        token = jnp.where(ended, 0, drawn)
+        tokens = tokens.at[..., i].set(token)
+        logprobs = logprobs.at[..., i].set(jnp.where(ended, 0.0, logprob))
+        lengths += ~ended
+        stopped |= ~ended & jnp.isin(token, stop)
+        ended |= stopped | (age + 1 >= rule.max_tokens)[:, None]
+        return i + 1, token, ended, stopped, lengths, tokens, logprobs, cache
+
+    old = slots.samples
+    mine = jnp.arange(len(slots.row))[:, None], slots.lane
+    carry = (
+        jnp.int32(0),
+        slots.token,
+        slots.ended,
+        old.ended[mine],
+        old.lengths[mine],
+        jnp.zeros((*shape, block), jnp.int32),
+        jnp.zeros((*shape, block), jnp.float32),
+        slots.cache,
+    )
+    count, token, ended, stopped, lengths, tokens, logprobs, cache = jax.lax.while_loop(
+        going, step, carry
+    )
+    place = slots.age[:, None] + jnp.arange(block)
+    # What was not reached is dropped, each at a place of its own.
+    place = jnp.where(jnp.arange(block) < count, place, rule.max_tokens + jnp.arange(block))
+
+    @jax.vmap
+    def write(x, lanes, at, new):
+        return x.at[lanes[:, None], at[None]].set(new, mode="drop", unique_indices=True)
+
+    @jax.vmap
+    def write_lanes(x, lanes, new):
+        return x.at[lanes].set(new, unique_indices=True)
+
+    return slots._replace(
+        age=slots.age + count,
+        token=token,
+        ended=ended,
+        cache=cache,
+        cursor=(slots.cursor + count) % places,
+        samples=Samples(
+            write(old.tokens, slots.lane, place, tokens),
+            write(old.logprobs, slots.lane, place, logprobs),
+            write_lanes(old.lengths, slots.lane, lengths),
+            write_lanes(old.ended, slots.lane, stopped),
+        ),
+    )
+
+
+def _map_rows(function: Any, slots: Slots, *others: Slots) -> Slots:
+    """Applies `function(axis of the prompts, array, …)` to every array of prompts, if there."""
+    axes = _AXES if slots.cache is not None else _AXES._replace(cache=None)
+    bare = [x._replace(cursor=None) for x in (slots, *others)]
+    return jax.tree.map(function, axes, *bare)._replace(cursor=slots.cursor)

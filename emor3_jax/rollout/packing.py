@@ -1,0 +1,95 @@
+"""Short responses side by side: G responses in fewer rows, so that none pays for the longest.
+
+    [ r1 r1 r1 r4 r4 .  ]       instead of a row of T places for each; every token still sees the
+    [ r2 r2 r3 r3 r3 r3 ]       prompt and its own response alone, at its own positions
+
+Deviations, numbered:
+ 1. Rows are filled first fit, the longest responses first, in as many rows for every group: what a
+    group needs less of is padding. The optimum would save little more.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Packing(NamedTuple):
+    """Where the tokens of responses, [B, G, T], go in R rows of C places for each group.
+
+    Attributes:
+      source: int32[B, R, C], which token of the group, counted over [G * T]; -1 for none.
+      place: int32[B, G], where each response begins, counted over [R * C].
+    """
+
+    source: np.ndarray | jax.Array
+    place: np.ndarray | jax.Array
+
+
+def plan(lengths: np.ndarray, size: int, sizes: Sequence[int]) -> Packing | None:
+    """Returns how to pack a batch with as few places as can be, or None if it is best as it is.
+
+    Args:
+      lengths: int[B, G], at least 1.
+      size: T, at least the longest.
+      sizes: choices for C. R is G, or half of it (rounded up) once or several times, so that few
+        shapes are compiled.
+    """
+    b, g = lengths.shape
+    rows_allowed = [g]
+    while rows_allowed[-1] > 1:
+        rows_allowed.append(-(-rows_allowed[-1] // 2))
+    best, best_places = None, g * size
+    for width in sorted({*sizes, size}):
+        if width < lengths.max():
+            continue
+        found = [_first_fit(row, width) for row in lengths]
+        needed = max(len(fill) for _, fill in found)
+        rows = min(r for r in rows_allowed if r >= needed)
+        if rows < g and rows * width < best_places:
+            best, best_places = (rows, width, [place for place, _ in found]), rows * width
+    if best is None:
+        return None
+    rows, width, places = best
+    place = np.asarray(places, np.int32)
+    source = np.full((b, rows * width), -1, np.int32)
+    for i, j in np.ndindex(b, g):
+        n = lengths[i, j]
+        source[i, place[i, j] : place[i, j] + n] = j * size + np.arange(n)
+    return Packing(source.reshape(b, rows, width), place)
+
+
+def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:
+    """Returns where each response begins in rows of `width`, and how far each row is filled."""
+    fill: list[int] = []
+    place = [0] * len(lengths)
+    for i in np.argsort(-lengths, kind="stable"):
+        n = int(lengths[i])
+        row = next((r for r, used in enumerate(fill) if used + n <= width), len(fill))
+        if row == len(fill):
+            fill.append(0)
+        place[i] = row * width + fill[row]
+        fill[row] += n
+    return place, fill
+
+
+def pack(packing: Packing, x: jax.Array) -> jax.Array:
+    """Returns [B, R, C] of [B, G, T]; what stands where no token is means nothing."""
+    source = jnp.maximum(packing.source, 0)
+    flat = jnp.take_along_axis(x.reshape(len(x), -1), source.reshape(len(x), -1), axis=1)
+    return flat.reshape(source.shape)
+
+
+def unpack(packing: Packing, x: jax.Array, size: int) -> jax.Array:
+    """Returns [B, G, T] of [B, R, C]; what stands after the end of a response means nothing.
+
+    Args:
+      packing: where the tokens are.
+      x: the packed values.
+      size: T.
+    """
+    b, g = packing.place.shape
+    place = (jnp.asarray(packing.place)[..., None] + jnp.arange(size)).reshape(b, -1)
+    return jnp.take_along_axis(x.reshape(b, -1), place, axis=1, mode="clip").reshape(b, g, size)
