@@ -1,4 +1,4 @@
-"""The command line that all programs share: `--config`, `--workdir`, and errors without a trace."""
+"""The command line of the programs: `--config`, mostly `--workdir`, and errors without a trace."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from emor3_jax.account.step import ShapeError
 from emor3_jax.config import ConfigError
 from emor3_jax.data.errors import DataError
 from emor3_jax.models.qwen2_5_vl.config import ConfigError as PolicyError
@@ -23,6 +24,7 @@ USER_ERRORS = (
     MeshError,
     PolicyError,
     ProcessorError,
+    ShapeError,
     TokenizerError,
     WeightsError,
 )
@@ -30,21 +32,30 @@ USER_ERRORS = (
 
 
 def run(program: Callable[[ConfigDict, Path], object]) -> None:
-    """Parses the command line and runs a program.
+    """Parses the command line and runs a program that writes to the folder of a run.
+
+    Args:
+      program: takes the config and the folder of the run.
+    """
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    run_without_workdir(lambda config: program(config, Path(workdir.value)))
+
+
+def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
+    """Parses the command line and runs a program that only prints.
 
     An unknown `--config.key` is refused by `config_flags`, which names the nearest key. Errors in
     `USER_ERRORS` end the program with their message and exit status 2.
 
     Args:
-      program: takes the config and the folder of the run.
+      program: takes the config.
     """
     config = config_flags.DEFINE_config_file("config", None, "File that returns the config.")
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
 
     def main(_: Sequence[str]) -> None:
         try:
-            program(config.value, Path(workdir.value))
+            program(config.value)
         except USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
