@@ -44,12 +44,15 @@ class Replies(NamedTuple):
     Attributes:
       coherence, consistency: the replies, [B, G, R].
       coherence_found, consistency_found: bool[B, G], whether there was a text to judge.
+      coherence_length, consistency_length: int32[B, G], tokens of the text.
     """
 
     coherence: Samples
     consistency: Samples
     coherence_found: jax.Array
     consistency_found: jax.Array
+    coherence_length: jax.Array
+    consistency_length: jax.Array
 
 
 class Judgement(NamedTuple):
@@ -59,12 +62,15 @@ class Judgement(NamedTuple):
       labels: float32[B, G, K], how likely each label is among all.
       yes: float32[B, G], how likely yes is beside no.
       coherence_found, consistency_found: bool[B, G], whether there was a text to judge.
+      coherence_length, consistency_length: int32[B, G], tokens of the text.
     """
 
     labels: jax.Array
     yes: jax.Array
     coherence_found: jax.Array
     consistency_found: jax.Array
+    coherence_length: jax.Array
+    consistency_length: jax.Array
 
 
 class Scores(NamedTuple):
@@ -305,7 +311,7 @@ class Actor:
             consistency_text,
             consistency.lengths,
         )
-        found = coherence.found, consistency.found
+        found = coherence.found, consistency.found, coherence.lengths, consistency.lengths
         if self.soft:
             options = {"config": self.config, "dtype": self.dtype}
             labels, yes_no = self.candidates

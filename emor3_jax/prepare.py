@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +14,15 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from emor3_jax import account
 from emor3_jax.config import EMBEDDED, ConfigError, base_policy, reward_terms
+from emor3_jax.data.batch import Batch
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
 from emor3_jax.embedded.emoscenes import builder, words
-from emor3_jax.episode import Actor, stop_ids
+from emor3_jax.episode import Actor, Judgement, Replies, stop_ids
 from emor3_jax.learner import LossOptions, ScoreOptions
 from emor3_jax.models import Policy, find, load
 from emor3_jax.models.qwen2_5_vl.processor import Processor
@@ -335,6 +337,38 @@ def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossO
     return optimizer, LossOptions(
         c.clip_low, c.clip_high, c.clip_dual, c.kl_coef, c.mean, c.entropy
     )
+
+
+def make_meter(
+    config: ConfigDict, policy: Policy, actor: Actor
+) -> Callable[[Batch, np.ndarray, Replies | Judgement | None], float]:
+    """Returns a function from what a step did to the FLOPs that the model needs for it.
+
+    It takes the prompts as host arrays, the lengths of the responses int[B, G], and the replies.
+    """
+    parts = actor.coherence_parts, actor.consistency_parts
+
+    def questions(replies: Replies | Judgement) -> Iterator[account.Question]:
+        texts = replies.coherence_length, replies.consistency_length
+        soft = isinstance(replies, Judgement)
+        said = actor.candidates if soft else (replies.coherence, replies.consistency)
+        for (head, tail), text, reply in zip(parts, texts, said, strict=True):
+            yield account.Question(
+                len(head),
+                float(np.mean(text)),
+                len(tail),
+                float(np.mean(reply.lengths)),
+                len(reply.lengths) if soft else 1,
+            )
+
+    def flops(batch: Batch, lengths: np.ndarray, replies: Replies | Judgement | None) -> float:
+        asked = () if replies is None else questions(replies)
+        shapes = account.shapes_of(batch, lengths, *asked)
+        recompute = config.policy_update.old_logprobs == "recompute"
+        reference = bool(config.policy_update.kl_coef)
+        return account.step_flops(policy.config, shapes, reference=reference, old=recompute)
+
+    return flops
 
 
 def score_options(config: ConfigDict) -> ScoreOptions:

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from emor3_jax import cli, prepare
+from emor3_jax import account, cli, prepare
 from emor3_jax.config import validate
-from emor3_jax.data.batch import take_part
+from emor3_jax.data.batch import Batch, take_part
 from emor3_jax.episode import Actor, Judgement, Replies, Scores
 from emor3_jax.evaluate import evaluate, read_sample
 from emor3_jax.io import report
@@ -87,6 +87,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     writer = MetricWriter(workdir, first_step=step + bool(progress))
     rule, plan = prepare.rollout_rule(config, policy), prepare.rollout_plan(config)
     scoring, std = prepare.score_options(config), prepare.group_std(config)
+    meter = prepare.make_meter(config, policy, actor)
+    devices = mesh.devices.flat[0].device_kind, mesh.devices.size
     parts = config.rollout.prompts // config.policy_update.prompts
     micro = config.policy_update.prompts // config.policy_update.micro_prompts
 
@@ -122,6 +124,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     def log(done: _Step, extra: dict[str, float] | None = None) -> None:
         """Logs a step; waits for what of it the device is still computing."""
         values = done.metrics() | memory() | data.counters() | (extra or {})
+        flops = meter(done.batch, done.lengths, done.replies)
+        values |= account.throughput(flops, values["time/step_s"], *devices)
         values["compile/count"] = float(compiles.count)
         writer.write(done.step, values)
         if done.step % config.log.every == 0 or done.step == config.steps:
@@ -271,7 +275,7 @@ class _Step(NamedTuple):
 
     step: int
     ids: tuple[str, ...]
-    answers: np.ndarray
+    batch: Batch
     samples: Samples
     replies: Replies | Judgement | None
     scores: Scores
@@ -280,12 +284,17 @@ class _Step(NamedTuple):
     data_seconds: float
     phases: Lap
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """int[B, G], of the responses."""
+        return jax.device_get(self.samples.lengths)
+
     def metrics(self) -> dict[str, float]:
         """Returns the metrics by name; waits for the arrays."""
         seconds = self.phases.read()
         step_seconds = sum(seconds.values())
         scores, learned, gap = jax.device_get((self.scores, self.learned, self.sampler_gap))
-        lengths, ended = jax.device_get((self.samples.lengths, self.samples.ended))
+        lengths, ended = self.lengths, jax.device_get(self.samples.ended)
         values = {f"reward/{k}": float(np.mean(value)) for k, value in scores.named().items()}
         # Before the first update of a step, the policy is the one that sampled.
         values["policy/sampler_gap"] = float(learned[0]["moved"] if gap is None else gap)
@@ -306,7 +315,7 @@ class _Step(NamedTuple):
         """Decodes the first response to each of a few prompts."""
         host = jax.device_get((self.samples, self.replies, self.scores))
         shown = range(min(report.SAMPLES, len(self.ids)))
-        return [read_sample(actor, self.ids[i], self.answers[i], i, 0, *host) for i in shown]
+        return [read_sample(actor, self.ids[i], self.batch.answers[i], i, 0, *host) for i in shown]
 
 
 def _part(tree: Any, part: int, parts: int) -> Any:

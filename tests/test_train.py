@@ -136,6 +136,7 @@ def test_run_leaves_what_the_readme_promises(whole):
         "policy/grad_norm",
         "response/truncated_fraction",
         "time/rollout_s",
+        "throughput/tflops_per_s",
         "throughput/tokens_per_s",
         "memory/host_bytes",
     ):

@@ -165,7 +165,7 @@ def count(
       reference: whether the reference scores the responses (`policy_update.kl_coef` is not 0).
       old: whether this program computes old log-probabilities instead of taking the sampler's;
         the release always does.
-      remat: whether layers are recomputed in the backward pass (`policy_update.remat`).
+      remat: whether layers are recomputed in the backward pass (`policy_update.remat="layers"`).
 
     Raises:
       ShapeError: for an unknown layout, or shapes that no step can have.
@@ -194,10 +194,9 @@ def step_flops(
     *,
     reference: bool = True,
     old: bool = False,
-    remat: bool = True,
 ) -> Number:
     """Returns the FLOPs that the model needs for one step of this program; arguments of `count`."""
-    return total(count(config, shapes, reference=reference, old=old, remat=remat)).flops
+    return total(count(config, shapes, reference=reference, old=old)).flops
 
 
 def _check(config: Config, shapes: Shapes) -> None:
