@@ -30,13 +30,8 @@ VOCABULARY = 4096
 def tokenizer(seed: int = 0) -> PreTrainedTokenizerBase:
     """Returns a tokenizer of `VOCABULARY` ids that knows the words of the questions."""
     rng = np.random.default_rng(seed)
-    starts, vowels = list("bcdfghjklmnprstvwz"), list("aeiou")
-    words = [
-        "".join(
-            rng.choice(letters) for _ in range(rng.integers(2, 4)) for letters in (starts, vowels)
-        )
-        for _ in range(6000)
-    ]
+    syllables = [start + vowel for start in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
+    words = ["".join(rng.choice(syllables, rng.integers(2, 4))) for _ in range(6000)]
     templates = PromptTemplates.load()
     texts = [templates.set, templates.coherence, templates.consistency, QUESTION]
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "yes", "no"]

@@ -196,9 +196,9 @@ class Agreement(NamedTuple):
     """Largest differences between TRL's first batch and ours on it.
 
     Attributes:
-      rewards, advantages, logprobs: absolute.
-      loss: absolute.
-      grad_norm: relative.
+      rewards, logprobs, loss: absolute.
+      advantages: absolute; TRL adds 1e-4 to the standard deviation, we add 1e-6.
+      grad_norm: relative, both with TRL's advantages.
     """
 
     rewards: float
@@ -240,9 +240,10 @@ def compare(ours: Ours, record: Path) -> Agreement:
     theirs = given["scores"].reshape(b, g, 3) @ np.array(reward_weights(config), np.float32)
     advantage = advantages.grpo(scores.overall, std="sample")
     reference = ours.reference(batch, samples, nothing)
+    given_advantage = jnp.asarray(given["advantages"].reshape(b, g))
     # The first update's policy is the reference and the sampler.
     samples = samples._replace(logprobs=reference)
-    metrics = jax.device_get(ours.update(batch, samples, advantage, reference, nothing))
+    metrics = jax.device_get(ours.update(batch, samples, given_advantage, reference, nothing))
     return Agreement(
         float(np.abs(theirs - scores.overall).max()),
         float(np.abs(given["advantages"].reshape(b, g) - advantage).max()),
