@@ -1,5 +1,6 @@
 # make demo: set up and run the main job      make test: set up and pass the tests
 # make parity: compare with transformers and torch      make bench: print the benchmark tables
+# make bench-step: a training step beside TRL, generation beside transformers
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -14,7 +15,7 @@ export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 # Compiled programs, kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test parity bench lint setup clean
+.PHONY: demo test parity bench bench-step lint setup clean
 
 setup: $(VENV)/installed
 
@@ -35,6 +36,10 @@ $(VENV)/installed-bench: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable '.[bench]'
 	touch $@
 
+$(VENV)/installed-peers: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[peers]'
+	touch $@
+
 demo: setup
 	$(RUN) -m emor3_jax.train --config=configs/cpu_demo.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 
@@ -51,6 +56,11 @@ parity: $(VENV)/installed-parity
 bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.grouped
 	$(RUN) -m benchmarks.rewards
+
+# Beside TRL and transformers, whose torch is gigabytes on some platforms.
+bench-step: $(VENV)/installed-peers
+	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.generation
 
 clean:
 	rm -rf $(VENV) runs .cache

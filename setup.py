@@ -36,5 +36,13 @@ setup(
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.17", "scipy"],
         "parity": ["torch==2.13.0", "mathruler", "pylatexenc"],
         "bench": ["matplotlib"],
+        # What the benchmarks run beside; these versions worked together.
+        "peers": [
+            "torch==2.13.0",
+            "transformers==5.23.0",
+            "trl==1.16.0",
+            "accelerate==1.15.0",
+            "datasets==5.2.0",
+        ],
     },
 )

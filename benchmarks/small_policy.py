@@ -1,0 +1,129 @@
+"""The policy and the rows that the benchmarks beside other programs share.
+
+A Qwen2.5-VL of 26.5 million parameters with strong random weights, written as a Hugging Face folder
+that both sides load, and drawn pictures with a question in a parquet file that both sides read.
+"""
+
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from emor3_jax.data.labels import label_set
+from emor3_jax.data.prompts import PromptTemplates
+from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.models import Policy, save
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from emor3_jax.models.qwen2_5_vl.processor import Processor
+
+LABELS = "mikels8"
+QUESTION = "Which emotion does this picture evoke?"
+VOCABULARY = 4096
+
+
+def tokenizer(seed: int = 0) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer of `VOCABULARY` ids that knows the words of the questions."""
+    rng = np.random.default_rng(seed)
+    syllables = [start + vowel for start in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
+    words = ["".join(rng.choice(syllables, rng.integers(2, 4))) for _ in range(6000)]
+    templates = PromptTemplates.load()
+    texts = [templates.set, templates.coherence, templates.consistency, QUESTION]
+    texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "yes", "no"]
+    # Often enough that every word of a question becomes one token, as in a large vocabulary.
+    corpus = [*texts, *label_set(LABELS), ", ".join(label_set(LABELS))] * 50
+    return train_tokenizer([*corpus, " ".join(words)], VOCABULARY)
+
+
+def model_config(ids: PreTrainedTokenizerBase) -> Config:
+    """Returns the shapes: Qwen2.5-VL's architecture at 26.5 million parameters."""
+    vision = VisionConfig(
+        depth=4,
+        hidden_size=320,
+        intermediate_size=896,
+        num_heads=5,
+        patch_size=14,
+        temporal_patch_size=2,
+        spatial_merge_size=2,
+        window_size=112,
+        fullatt_block_indexes=(1, 3),
+        out_hidden_size=384,
+    )
+    of = ids.convert_tokens_to_ids
+    return Config(
+        vision=vision,
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=1536,
+        num_layers=8,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=64,
+        rope_theta=1e4,
+        mrope_section=(8, 12, 12),
+        tie_word_embeddings=True,
+        image_token_id=of("<|image_pad|>"),
+        video_token_id=of("<|video_pad|>"),
+        vision_start_token_id=of("<|vision_start|>"),
+        vision_end_token_id=of("<|vision_end|>"),
+        bos_token_id=of("<|endoftext|>"),
+        eos_token_id=of("<|im_end|>"),
+        pad_token_id=of("<|endoftext|>"),
+        max_position_embeddings=4096,
+    )
+
+
+def strong_params(config: Config, seed: int = 0) -> model.Params:
+    """Returns weights of unit gain: every layer counts, and logits spread by about 2."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path[-1].key
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if name == "scale":
+            return 1 + np.float32(0.1) * noise
+        if name == "bias":
+            return np.float32(0.1) * noise
+        if name == "embedding":
+            return np.float32(0.1) * noise
+        return noise / np.float32(leaf.shape[-2] ** 0.5)
+
+    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def write_policy(folder: Path, seed: int = 0) -> int:
+    """Writes the policy as a Hugging Face folder; returns its number of parameters."""
+    ids = tokenizer(seed)
+    config = model_config(ids)
+    params = strong_params(config, seed)
+    save(Policy(config, params, Processor(ids)), folder)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def picture(side: int, rng: np.random.Generator) -> bytes:
+    """Returns a PNG of smooth random colours."""
+    coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((side, side), Image.BICUBIC)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def write_rows(path: Path, side: int, count: int, seed: int = 0) -> None:
+    """Writes rows with pictures of `side` x `side` pixels in the schema that training reads."""
+    rng = np.random.default_rng(seed)
+    labels = label_set(LABELS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [picture(side, rng) for _ in range(count)]
+    table = {
+        "images": [[{"bytes": data, "path": None}] for data in pictures],
+        "problem": [f"<image>{QUESTION}"] * count,
+        "answer": [labels[i % len(labels)] for i in range(count)],
+    }
+    pq.write_table(pa.table(table), path)

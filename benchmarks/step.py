@@ -1,0 +1,383 @@
+"""One whole training step beside TRL's GRPOTrainer. python -m benchmarks.step
+
+Both train the same Qwen2.5-VL of 26.5 million parameters (`small_policy`), read from the same
+folder, on the same pictures and questions, and take turns step by step on the same machine. A step
+is: sample G responses of exactly T tokens to each of B prompts, score them (format, accuracy and
+one regular expression), compare them within their group, score them under the frozen reference,
+and take one AdamW step with gradients through decoder and vision tower. There are no reflections,
+since TRL has none; a row of its own shows what both cost.
+
+What makes it fair:
+* TRL runs at its best (`peer_trl`), and in float32 and in bfloat16; so does `emor3_jax`; the best
+  of each are compared. Both have float32 weights and optimizer states in all rows but the one
+  called "bfloat16 weights": TRL without master weights, where most of so small an update is lost
+  to rounding. It is shown, and does not count as TRL's best.
+* Our seconds begin before the batch is taken from the pipeline and end when the metrics have
+  reached the host; TRL's begin after its pictures were read and decoded.
+* Responses are random, so format and accuracy are 0; the regular expression matches about half of
+  them, so that advantages and gradients are not 0.
+* Checked in each run: all responses of both sides have T tokens, losses are finite, and TRL's
+  first batch, put into our reference and update, gives the same rewards, advantages,
+  log-probabilities, loss and gradient norm (float32).
+
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` (the Makefile sets it) goes to both sides; TRL's process has
+the tuned allocator of `peers.MALLOC` too.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks import small_policy
+from benchmarks.peers import Peer
+from emor3_jax import prepare
+from emor3_jax.config import default, reward_term
+from emor3_jax.data.batch import Batch, collate
+from emor3_jax.data.labels import label_set
+from emor3_jax.data.pipeline import encode_row
+from emor3_jax.data.prompts import PromptTemplates, fill
+from emor3_jax.io.console import Console
+from emor3_jax.learner import reference_logprobs, update
+from emor3_jax.parallel.mesh import make_mesh, shard_batch
+from emor3_jax.rl import advantages
+from emor3_jax.rl.update import TrainState
+from emor3_jax.rollout.generate import Samples
+
+RUNS, WARM_UP = 7, 2
+TOKENS = 64
+PATTERN = "za"
+CASES = ((2, 4, 224), (2, 8, 448))
+"""Prompts, responses, side of a picture."""
+PRECISIONS = ("float32", "bfloat16")
+PEER_PRECISIONS = ("float32", "bfloat16", "bfloat16 weights")
+
+
+def make_config(case: tuple[int, int, int], folder: Path, dtype: str, reflect: bool) -> ConfigDict:
+    """Returns the config of a run as `emor3_jax.train` takes it."""
+    prompts, responses, side = case
+    config = default()
+    config.policy.path, config.policy.dtype = str(folder / "policy"), dtype
+    config.data.train.kind = "parquet"
+    config.data.train.path = str(folder / f"{side}.parquet")
+    config.data.prompt_lengths, config.data.image_windows = (240, 432), ((side // 112) ** 2,)
+    config.rollout.prompts, config.rollout.responses = prompts, responses
+    config.rollout.max_tokens = TOKENS
+    config.reflect.enabled, config.reflect.text_lengths = reflect, (TOKENS,)
+    config.reward.terms.pattern = reward_term(weight=0.5, pattern=PATTERN)
+    config.reward.table_cache, config.log.compile_cache = "", ""
+    config.policy_update.prompts = config.policy_update.micro_prompts = prompts
+    config.policy_update.remat = False
+    config.policy_update.response_lengths = (TOKENS,)
+    return config
+
+
+class Clock:
+    """Adds up the seconds of named phases."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Measures the body."""
+        started = time.perf_counter()
+        yield
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - started
+
+
+class Ours:
+    """`emor3_jax.train`'s step, without logging, evaluation and checkpoints."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        """Loads the policy and opens the data."""
+        self.config, self.mesh = config, make_mesh()
+        jax.set_mesh(self.mesh)
+        self.policy = prepare.load_policy(config, Console("step"), self.mesh)
+        self.data = prepare.open_data(config, self.policy)
+        self.actor = prepare.make_actor(config, self.policy, self.data.labels["train"])
+        # Nothing ends a response, so all have T tokens.
+        self.rule = prepare.rollout_rule(config, self.policy)._replace(stop=())
+        special = list(self.policy.processor.tokenizer.added_tokens_decoder)
+        self.actor.banned[special] = True
+        self.optimizer, self.loss = prepare.make_update(config)
+        self.options = prepare.score_options(config)
+        self.state = TrainState.create(jax.tree.map(jnp.copy, self.policy.params), self.optimizer)
+        self.steps = 0
+
+    def step(self) -> tuple[float, dict[str, float], dict[str, Any]]:
+        """Takes one step; returns its seconds, those of its phases, and what it found."""
+        started, clock = time.perf_counter(), Clock()
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), self.steps))
+        self.steps += 1
+        with clock("data"):
+            batch = shard_batch(next(self.data.train)[0], self.mesh)
+        with clock("rollout"):
+            prefix, samples = self.actor.roll_out(
+                self.state.params,
+                batch,
+                keys[0],
+                responses=self.config.rollout.responses,
+                rule=self.rule,
+            )
+            jax.block_until_ready(samples)
+        with clock("reflect"):
+            replies = jax.block_until_ready(
+                self.actor.reflect(self.state.params, batch, prefix, samples, keys[1])
+            )
+            del prefix
+        with clock("reward"):
+            scores = self.actor.score(batch, samples, replies)
+            # As TRL: sample standard deviation.
+            advantage = jax.block_until_ready(advantages.grpo(scores.overall, std="sample"))
+        with clock("reference"):
+            reference = jax.block_until_ready(self.reference(batch, samples, self.actor.banned))
+        with clock("update"):
+            metrics = jax.device_get(
+                self.update(batch, samples, advantage, reference, self.actor.banned)
+            )
+        seconds = time.perf_counter() - started
+        found = {
+            "lengths": sorted(set(np.asarray(samples.lengths).flat)),
+            "loss": float(metrics["loss"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "pattern": float(scores.terms["pattern"].mean()),
+        }
+        return seconds, clock.spent, found
+
+    def reference(self, batch: Batch, samples: Samples, banned: np.ndarray) -> jax.Array:
+        """Scores responses under the frozen policy."""
+        return reference_logprobs(
+            self.policy.params,
+            batch,
+            samples,
+            banned,
+            config=self.policy.config,
+            options=self.options,
+            count=1,
+        )
+
+    def update(
+        self,
+        batch: Batch,
+        samples: Samples,
+        advantage: jax.Array,
+        reference: jax.Array,
+        banned: np.ndarray,
+    ) -> dict[str, jax.Array]:
+        """Takes one optimizer step."""
+        self.state, metrics = update(
+            self.state,
+            batch,
+            samples,
+            advantage,
+            reference,
+            banned,
+            config=self.policy.config,
+            optimizer=self.optimizer,
+            loss=self.loss,
+            options=self.options,
+            count=1,
+        )
+        return metrics
+
+
+class Agreement(NamedTuple):
+    """Largest differences between TRL's first batch and ours on it.
+
+    Attributes:
+      rewards, logprobs, loss: absolute.
+      advantages: absolute; TRL adds 1e-4 to the standard deviation, we add 1e-6.
+      grad_norm: relative, both with TRL's advantages.
+    """
+
+    rewards: float
+    advantages: float
+    logprobs: float
+    loss: float
+    grad_norm: float
+
+
+def compare(ours: Ours, record: Path) -> Agreement:
+    """Puts TRL's first batch through our rewards, reference and update; takes a step by it."""
+    config, policy = ours.config, ours.policy
+    b, g = config.rollout.prompts, config.rollout.responses
+    given = np.load(record)
+    source = ours.data.sources["train"]
+    template = prepare.load_templates(config).set
+    examples = [
+        encode_row(source[int(row)], policy.config, policy.processor, template, ours.actor.labels)
+        for row in given["rows"][::g]
+    ]
+    for example, prompt in zip(examples, given["prompts"][::g], strict=True):
+        assert np.array_equal(example.tokens, prompt), "the prompts differ"
+    batch, _ = collate(
+        examples,
+        batch_size=b,
+        prompt_lengths=config.data.prompt_lengths,
+        image_windows=config.data.image_windows,
+    )
+    tokens = given["tokens"].reshape(b, g, TOKENS).astype(np.int32)
+    # TRL's distribution is over all ids, special ones too.
+    nothing = np.zeros_like(ours.actor.banned)
+    samples = Samples(
+        jnp.asarray(tokens),
+        jnp.zeros(tokens.shape),
+        jnp.full((b, g), TOKENS, jnp.int32),
+        jnp.zeros((b, g), bool),
+    )
+    scores = ours.actor.score(batch, samples, None)
+    theirs = given["scores"].reshape(b, g, 3) @ np.array(reward_weights(config), np.float32)
+    advantage = advantages.grpo(scores.overall, std="sample")
+    reference = ours.reference(batch, samples, nothing)
+    given_advantage = jnp.asarray(given["advantages"].reshape(b, g))
+    # The first update's policy is the reference and the sampler.
+    samples = samples._replace(logprobs=reference)
+    metrics = jax.device_get(ours.update(batch, samples, given_advantage, reference, nothing))
+    return Agreement(
+        float(np.abs(theirs - scores.overall).max()),
+        float(np.abs(given["advantages"].reshape(b, g) - advantage).max()),
+        float(np.abs(given["reference"].reshape(tokens.shape) - reference).max()),
+        float(np.abs(given["loss"] - metrics["loss"])),
+        float(np.abs(given["grad_norm"] / metrics["grad_norm"] - 1)),
+    )
+
+
+def reward_weights(config: ConfigDict) -> tuple[float, float, float]:
+    """Returns the weights of format, accuracy and pattern, without reflection."""
+    format_ = config.reward.lambda_format
+    return format_, 1 - format_, config.reward.terms.pattern.weight
+
+
+def start_peer(
+    case: tuple[int, int, int], folder: Path, precision: str, record: Path | None, options: Any
+) -> Peer:
+    """Starts TRL on the same case."""
+    config = make_config(case, folder, "float32", False)
+    update_ = config.policy_update
+    job = {
+        "policy": config.policy.path,
+        "rows": config.data.train.path,
+        "question": fill(
+            PromptTemplates.load().set,
+            question=small_policy.QUESTION,
+            labels=label_set(small_policy.LABELS),
+        ),
+        "prompts": case[0],
+        "responses": case[1],
+        "tokens": TOKENS,
+        "precision": precision,
+        "cache": options.cache,
+        "micro": options.micro,
+        "steps": 1 + WARM_UP + options.runs,
+        "learning_rate": update_.learning_rate,
+        "weight_decay": update_.weight_decay,
+        "max_grad_norm": update_.max_grad_norm,
+        "clip_low": update_.clip_low,
+        "clip_high": update_.clip_high,
+        "kl_coef": update_.kl_coef,
+        "pattern": PATTERN,
+        "weights": reward_weights(config),
+        "output": str(folder / "trl"),
+        "record": str(record) if record else "",
+    }
+    return Peer("benchmarks.peer_trl", job)
+
+
+def run_case(case: tuple[int, int, int], folder: Path, options: Any) -> None:
+    """Measures one case and prints its tables."""
+    record = folder / "record.npz"
+    peers = {
+        name: start_peer(case, folder, name, record if name == "float32" else None, options)
+        for name in options.peers
+    }
+    sides: dict[str, Ours] = {}
+    for name in PRECISIONS:
+        sides[name] = Ours(make_config(case, folder, name, False))
+        sides[f"{name}, both reflections"] = Ours(make_config(case, folder, name, True))
+    seconds: dict[str, list[float]] = {}
+    phases: dict[str, dict[str, list[float]]] = {}
+
+    def note(name: str, spent: float, split: dict[str, float], kept: bool) -> None:
+        if kept:
+            seconds.setdefault(name, []).append(spent)
+            for phase, value in split.items():
+                phases.setdefault(name, {}).setdefault(phase, []).append(value)
+
+    for run in range(WARM_UP + options.runs):
+        for name, side in sides.items():
+            spent, split, found = side.step()
+            assert found["lengths"] == [TOKENS] and np.isfinite(found["loss"]), found
+            note(f"emor3_jax, {name}", spent, split, run >= WARM_UP)
+        for name, peer in peers.items():
+            said = peer.turn()
+            assert said["lengths"] == [TOKENS], said
+            note(f"TRL, {name}", said["seconds"], said["phases"], run >= WARM_UP)
+    for peer in peers.values():
+        peer.close()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print_case(case, medians, seconds, phases)
+    if record.exists():
+        agreement = compare(Ours(make_config(case, folder, "float32", False)), record)
+        differences = ", ".join(f"{k} {v:.0e}" for k, v in agreement._asdict().items())
+        print(f"\nTRL's first batch in our float32 code, largest differences: {differences}")
+
+
+def print_case(
+    case: tuple[int, int, int],
+    medians: dict[str, float],
+    seconds: dict[str, list[float]],
+    phases: dict[str, dict[str, list[float]]],
+) -> None:
+    """Prints the rows of a case, slowest and fastest run beside the median, and the split."""
+    b, g, side = case
+    ours = min(v for k, v in medians.items() if k in {f"emor3_jax, {p}" for p in PRECISIONS})
+    theirs = [v for k, v in medians.items() if k in {f"TRL, {p}" for p in PRECISIONS}]
+    print(f"\n{b} prompts x {g} responses x {TOKENS} tokens, pictures of {side} x {side}\n")
+    print("| | seconds a step, median | fastest | slowest | to our best | of which |")
+    print("|---|---|---|---|---|---|")
+    for name, median in medians.items():
+        split = ", ".join(
+            f"{phase} {statistics.median(values):.2f}" for phase, values in phases[name].items()
+        )
+        runs = seconds[name]
+        print(
+            f"| {name} | {median:.2f} | {min(runs):.2f} | {max(runs):.2f} | {median / ours:.2f} |"
+            f" {split} |"
+        )
+    if theirs:
+        print(f"\nbest TRL / best emor3_jax: {min(theirs) / ours:.2f}")
+
+
+def main() -> None:
+    """Writes policy and pictures, runs the cases, prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, help="keep policy and pictures here")
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
+    parser.add_argument("--peers", nargs="*", default=PEER_PRECISIONS, choices=PEER_PRECISIONS)
+    parser.add_argument("--cache", default="", help="TRL's cache_implementation")
+    parser.add_argument("--micro", type=int, default=0, help="responses of a TRL micro-batch")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        count = small_policy.write_policy(folder / "policy")
+        print(f"{date.today()}, {jax.devices()[0].device_kind}, {count / 1e6:.1f} M parameters")
+        for number in options.cases:
+            case = CASES[number]
+            small_policy.write_rows(folder / f"{case[2]}.parquet", case[2], 16)
+            run_case(case, folder, options)
+
+
+if __name__ == "__main__":
+    main()
