@@ -48,7 +48,7 @@ from emor3_jax.data.labels import label_set
 from emor3_jax.data.pipeline import encode_row
 from emor3_jax.data.prompts import PromptTemplates, fill
 from emor3_jax.io.console import Console
-from emor3_jax.learner import reference_logprobs, update
+from emor3_jax.learner import response_logprobs, update
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
@@ -77,7 +77,8 @@ def make_config(case: tuple[int, int, int], folder: Path, dtype: str, reflect: b
     config.reward.terms.pattern = reward_term(weight=0.5, pattern=PATTERN)
     config.reward.table_cache, config.log.compile_cache = "", ""
     config.policy_update.prompts = config.policy_update.micro_prompts = prompts
-    config.policy_update.remat = False
+    config.policy_update.remat = "none"
+    config.rollout.block = TOKENS
     config.policy_update.response_lengths = (TOKENS,)
     return config
 
@@ -110,6 +111,7 @@ class Ours:
         self.rule = prepare.rollout_rule(config, self.policy)._replace(stop=())
         special = list(self.policy.processor.tokenizer.added_tokens_decoder)
         self.actor.banned[special] = True
+        self.plan = prepare.rollout_plan(config)
         self.optimizer, self.loss = prepare.make_update(config)
         self.options = prepare.score_options(config)
         self.state = TrainState.create(jax.tree.map(jnp.copy, self.policy.params), self.optimizer)
@@ -118,24 +120,20 @@ class Ours:
     def step(self) -> tuple[float, dict[str, float], dict[str, Any]]:
         """Takes one step; returns its seconds, those of its phases, and what it found."""
         started, clock = time.perf_counter(), Clock()
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), self.steps))
+        key = jax.random.fold_in(jax.random.key(0), self.steps)
         self.steps += 1
         with clock("data"):
             batch = shard_batch(next(self.data.train)[0], self.mesh)
         with clock("rollout"):
-            prefix, samples = self.actor.roll_out(
+            samples, replies = self.actor.run(
                 self.state.params,
                 batch,
-                keys[0],
+                key,
                 responses=self.config.rollout.responses,
                 rule=self.rule,
+                plan=self.plan,
             )
-            jax.block_until_ready(samples)
-        with clock("reflect"):
-            replies = jax.block_until_ready(
-                self.actor.reflect(self.state.params, batch, prefix, samples, keys[1])
-            )
-            del prefix
+            jax.block_until_ready(replies)
         with clock("reward"):
             scores = self.actor.score(batch, samples, replies)
             # As TRL: sample standard deviation.
@@ -157,10 +155,11 @@ class Ours:
 
     def reference(self, batch: Batch, samples: Samples, banned: np.ndarray) -> jax.Array:
         """Scores responses under the frozen policy."""
-        return reference_logprobs(
+        return response_logprobs(
             self.policy.params,
             batch,
             samples,
+            None,
             banned,
             config=self.policy.config,
             options=self.options,
@@ -180,6 +179,7 @@ class Ours:
             self.state,
             batch,
             samples,
+            None,
             advantage,
             reference,
             banned,

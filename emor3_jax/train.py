@@ -203,7 +203,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         pending = _Step(
             step,
             ids,
-            host_batch.answers,
+            host_batch,
             samples,
             replies,
             scores,

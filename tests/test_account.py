@@ -304,7 +304,7 @@ def _score(config: Config, s: Shapes, remat: bool):
             jnp.full((b, g), t),
             banned=jnp.zeros(config.vocab_size, bool),
             temperature=1.0,
-            remat=remat,
+            remat="layers" if remat else "none",
         ).logprobs.sum()
 
     return score
@@ -336,7 +336,7 @@ def test_the_update_has_the_products_of_the_account(remat: bool) -> None:
     assert _products(needed) == expected + (3 + remat) * _masked(TINY, SCORED)
 
 
-def test_the_rollout_has_the_products_of_the_account() -> None:
+def test_prefill_and_a_decoded_token_have_the_products_of_the_account() -> None:
     b, g, t, p = 2, 3, 5, STEP.prompt_tokens - 1
     rule = SamplingRule(t, 1.0, 1.0, (0,))
 
@@ -346,7 +346,7 @@ def test_the_rollout_has_the_products_of_the_account() -> None:
         one = jnp.ones((b, g), jnp.int32)
         banned = jnp.zeros(TINY.vocab_size, bool)
         return generate(
-            TINY, params, prefix, start, one, one, jax.random.key(0), rule, banned=banned
+            TINY, params, prefix, start, one, one, lambda _: jnp.zeros((b, g)), rule, banned=banned
         ).logprobs
 
     jaxpr = jax.make_jaxpr(roll_out)(param_shapes(TINY), _prompt(b, p)).jaxpr
