@@ -13,9 +13,9 @@ which a picture of 1.5 million pixels fills by itself. The files that start from
 
 State of things: at this size nothing has been compiled yet, so whether it fits in memory is not
 known. Counted by hand, for all chips together: policy, reference, AdamW's two moments and gradients
-take 5 x 4 bytes x 3.75 billion = 75 GB; each response token takes 36,864 bytes of bfloat16 cache
-(36 layers, keys and values, 2 heads of 128), so that 512 x 8 responses of 2048 tokens, which are
-sampled all at once, take 309 GB. Files for one machine therefore take fewer prompts a step.
+take 5 x 4 bytes x 3.75 billion = 75 GB; each token in flight takes 36,864 bytes of bfloat16 cache
+(36 layers, keys and values, 2 heads of 128), so that 64 prompts in flight, with 8 responses of 2048
+tokens each, take 43 GB at most. Files for one machine take fewer prompts a step.
 """
 
 from ml_collections import ConfigDict
@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.data.max_pixels = 4_194_304
     config.data.train = dataset(kind="parquet", labels="mikels8")
     config.data.workers = 8
+    config.rollout.slots, config.rollout.refill = 64, 16
     config.evaluate.sets.validation = dataset(kind="parquet", labels="mikels8")
     return config
 
@@ -50,6 +51,7 @@ def single_host(prompts: int, max_tokens: int) -> ConfigDict:
     config.data.prompt_lengths = (640, 896)
     config.data.image_windows = (32, 48)
     config.rollout.prompts = prompts
+    config.rollout.slots = config.rollout.refill = 0
     config.rollout.max_tokens = max_tokens
     config.reflect.text_lengths = tuple(s for s in (128, 256, 512, 1024) if s <= max_tokens)
     config.policy_update.prompts = prompts // 2

@@ -63,6 +63,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     jax.set_mesh(mesh)
     for section in ("rollout", "policy_update", "evaluate"):
         check_batch(mesh, f"{section}.prompts", config[section].prompts)
+    for field in ("slots", "refill"):
+        check_batch(mesh, f"rollout.{field}", config.rollout[field])
     workdir.mkdir(parents=True, exist_ok=True)
     say(f"loading the policy {config.policy.path}")
     policy = prepare.load_policy(config, say, mesh)

@@ -234,9 +234,8 @@ def _widen(first: Slots, size: int, places: int) -> Slots:
     def grow(axis: int, x: jax.Array) -> jax.Array:
         pad = [(0, more * (i == axis)) for i in range(x.ndim)]
         # The lanes of an empty slot have ended.
-        if not more:
-            return x
-        return shard_rows(axis, jnp.pad(x, pad, constant_values=x.dtype == bool))
+        wide = jnp.pad(x, pad, constant_values=x.dtype == bool) if more else x
+        return shard_rows(axis, wide)
 
     slots = _map_rows(grow, first)
     cache, cursor = _resize(slots.cache, slots.cursor, places)

@@ -11,17 +11,17 @@ from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from emor3_jax.rollout.score import score_responses
 
 
-def load_setting():
+def load_setting(prompts: int):
     path = Path(__file__).parents[1] / "rollout" / "conftest.py"
     spec = importlib.util.spec_from_file_location("rollout_conftest", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.build_setting(b=8)
+    return module.build_setting(prompts)
 
 
 def main() -> None:
-    setting = load_setting()
+    setting = load_setting(8)
     rng = np.random.default_rng(0)
     responses = rng.integers(8, 60, (8, 2, 6)).astype(np.int32)
     lengths = rng.integers(1, 7, (8, 2)).astype(np.int32)

@@ -58,7 +58,11 @@ def test_a_batch_that_does_not_divide_names_the_field_and_sizes_that_do():
     meshes.check_batch(FakeMesh(), "rollout.prompts", 8)
 
 
-def test_eight_devices_give_the_loss_and_gradients_of_one():
+@pytest.mark.parametrize(
+    ("program", "cases", "most"), [("sharded_score.py", 4, 1e-4), ("sharded_rollout.py", 2, 0.0)]
+)
+def test_eight_devices_give_what_one_does(program, cases, most):
+    """Loss and gradients; the tokens of a greedy rollout with prompts in turns."""
     root = Path(__file__).parents[2]
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -66,7 +70,7 @@ def test_eight_devices_give_the_loss_and_gradients_of_one():
         "PYTHONPATH": str(root),
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sharded_score.py"))],
+        [sys.executable, str(Path(__file__).with_name(program))],
         env=environment,
         capture_output=True,
         text=True,
@@ -74,6 +78,6 @@ def test_eight_devices_give_the_loss_and_gradients_of_one():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.strip().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == cases
     for line in lines:
-        assert float(line.split()[-1]) < 1e-4, line
+        assert float(line.split()[-1]) <= most, line
