@@ -238,10 +238,10 @@ def compare(ours: Ours, record: Path) -> Agreement:
     b, g = config.rollout.prompts, config.rollout.responses
     given = np.load(record)
     batch = batch_of(ours, given["rows"][::g])
-    prompts = np.append(
-        batch.prompt.tokens[:, : given["prompts"].shape[1] - 1], batch.last_token[:, None], 1
-    )
-    assert np.array_equal(prompts, given["prompts"][::g]), "the prompts differ"
+    prompts = given["prompts"][::g]
+    padded = batch.prompt.tokens[:, : prompts.shape[1] - 1]
+    our_prompts = np.concatenate([padded, batch.last_token[:, None]], axis=1)
+    assert np.array_equal(our_prompts, prompts), "the prompts differ"
     tokens = given["tokens"].reshape(b, g, TOKENS).astype(np.int32)
     # TRL's distribution is over all ids, special ones too.
     nothing = np.zeros_like(ours.actor.banned)
