@@ -10,10 +10,7 @@ scaled_dot_product_attention; fused AdamW; one optimizer step per batch, so TRL 
 old log-probabilities; no logging, no checkpoints, no progress bar. `cache` chooses the cache of
 generation. No id that ends a response is ever drawn, on neither side, so both generate T tokens.
 
-One workaround: transformers' processor of Qwen2.5-VL asks for a video processor, which imports
-torchvision, whose wheels of the package index are built for CUDA and do not load beside torch's CPU
-build. There are no videos here, so `StillProcessor` leaves it out; pictures go through
-transformers' own PIL image processor. The seconds that it takes are reported apart.
+Pictures go through `peer_processor`; the seconds that it takes are reported apart.
 """
 
 import io
@@ -29,14 +26,10 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import (
-    Qwen2_5_VLProcessor,
-    Qwen2TokenizerFast,
-    TrainerCallback,
-)
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.peer_processor import load_processor
 from benchmarks.peers import say
 from benchmarks.plain_rules import accuracy_score, format_score, pattern_score
 
@@ -80,13 +73,6 @@ class Job(NamedTuple):
     weights: tuple[float, float, float]
     output: str
     record: str
-
-
-class StillProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor for pictures alone."""
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
 class Trainer(GRPOTrainer):
@@ -192,9 +178,7 @@ def texts_of(completions: list) -> list[str]:
 def make_trainer(job: Job) -> Trainer:
     """Returns the trainer at its best settings."""
     folder = Path(job.policy)
-    tokenizer = Qwen2TokenizerFast.from_pretrained(folder, padding_side="left")
-    images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    processor = StillProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    processor = load_processor(folder)
     rows = job.prompts * job.responses
     micro = job.micro or rows
 
@@ -227,7 +211,7 @@ def make_trainer(job: Job) -> Trainer:
         cache_implementation=job.cache or None,
         # As `emor3_jax`: special ids are never drawn. Here those that end a response are among
         # them, so that every response has T tokens.
-        generation_kwargs={"suppress_tokens": sorted(tokenizer.added_tokens_decoder)},
+        generation_kwargs={"suppress_tokens": sorted(processor.tokenizer.added_tokens_decoder)},
         beta=job.kl_coef,
         epsilon=job.clip_low,
         epsilon_high=job.clip_high,

@@ -28,7 +28,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -192,6 +192,30 @@ class Ours:
         return metrics
 
 
+def batch_of(ours: Ours, rows: Iterable[int]) -> Batch:
+    """Returns the batch of given rows."""
+    config, policy, source = ours.config, ours.policy, ours.data.sources["train"]
+    template = prepare.load_templates(config).set
+    examples = [
+        encode_row(source[int(row)], policy.config, policy.processor, template, ours.actor.labels)
+        for row in rows
+    ]
+    batch, _ = collate(
+        examples,
+        batch_size=len(examples),
+        prompt_lengths=config.data.prompt_lengths,
+        image_windows=config.data.image_windows,
+    )
+    return batch
+
+
+def question() -> str:
+    """Returns what is asked of each picture, as both sides ask it."""
+    labels = label_set(small_policy.LABELS)
+    template = PromptTemplates.load().set
+    return fill(template, question=small_policy.QUESTION, labels=labels)
+
+
 class Agreement(NamedTuple):
     """Largest differences between TRL's first batch and ours on it.
 
@@ -210,23 +234,14 @@ class Agreement(NamedTuple):
 
 def compare(ours: Ours, record: Path) -> Agreement:
     """Puts TRL's first batch through our rewards, reference and update; takes a step by it."""
-    config, policy = ours.config, ours.policy
+    config = ours.config
     b, g = config.rollout.prompts, config.rollout.responses
     given = np.load(record)
-    source = ours.data.sources["train"]
-    template = prepare.load_templates(config).set
-    examples = [
-        encode_row(source[int(row)], policy.config, policy.processor, template, ours.actor.labels)
-        for row in given["rows"][::g]
-    ]
-    for example, prompt in zip(examples, given["prompts"][::g], strict=True):
-        assert np.array_equal(example.tokens, prompt), "the prompts differ"
-    batch, _ = collate(
-        examples,
-        batch_size=b,
-        prompt_lengths=config.data.prompt_lengths,
-        image_windows=config.data.image_windows,
-    )
+    batch = batch_of(ours, given["rows"][::g])
+    prompts = given["prompts"][::g]
+    padded = batch.prompt.tokens[:, : prompts.shape[1] - 1]
+    our_prompts = np.concatenate([padded, batch.last_token[:, None]], axis=1)
+    assert np.array_equal(our_prompts, prompts), "the prompts differ"
     tokens = given["tokens"].reshape(b, g, TOKENS).astype(np.int32)
     # TRL's distribution is over all ids, special ones too.
     nothing = np.zeros_like(ours.actor.banned)
@@ -268,11 +283,7 @@ def start_peer(
     job = {
         "policy": config.policy.path,
         "rows": config.data.train.path,
-        "question": fill(
-            PromptTemplates.load().set,
-            question=small_policy.QUESTION,
-            labels=label_set(small_policy.LABELS),
-        ),
+        "question": question(),
         "prompts": case[0],
         "responses": case[1],
         "tokens": TOKENS,
