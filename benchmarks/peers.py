@@ -34,7 +34,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if "PEER_QUIET" in os.environ else None,
             text=True,
-            env=os.environ | MALLOC,
+            env={k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"} | MALLOC,
         )
         self.facts = self._read()
 

@@ -20,8 +20,8 @@ What makes it fair:
   first batch, put into our reference and update, gives the same rewards, advantages,
   log-probabilities, loss and gradient norm (float32).
 
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` (the Makefile sets it) goes to both sides; TRL's process has
-the tuned allocator of `peers.MALLOC` too.
+Huge pages and an allocator that keeps its memory (the Makefile sets them) go to both sides; but for
+the single heap, which XLA gains by: torch has those of its own (`peers.MALLOC`).
 """
 
 import argparse
