@@ -29,7 +29,7 @@ USER_ERRORS = (
 """Mistakes of a config or of data: their message is all that a user needs."""
 
 
-def run(program: Callable[[ConfigDict, Path], object]) -> None:
+def run(program: Callable[[ConfigDict, Path], object], workdir: str | None = None) -> None:
     """Parses the command line and runs a program.
 
     An unknown `--config.key` is refused by `config_flags`, which names the nearest key. Errors in
@@ -37,14 +37,15 @@ def run(program: Callable[[ConfigDict, Path], object]) -> None:
 
     Args:
       program: takes the config and the folder of the run.
+      workdir: that folder where the command line names none; None requires that it does.
     """
     config = config_flags.DEFINE_config_file("config", None, "File that returns the config.")
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    folder = flags.DEFINE_string("workdir", workdir, "Folder of the run.")
+    flags.mark_flags_as_required(["config", *([] if workdir else ["workdir"])])
 
     def main(_: Sequence[str]) -> None:
         try:
-            program(config.value, Path(workdir.value))
+            program(config.value, Path(folder.value))
         except USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

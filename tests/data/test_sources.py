@@ -59,7 +59,7 @@ def test_memory_is_bounded_by_the_cache(tmp_path, make):
     source = ParquetSource(tmp_path / "a.parquet", cache_bytes=4 * one)
     for index in (*range(40), *range(0, 40, 7)):
         assert source[index].images == [make["png"](index)]
-        assert sum(table.nbytes for table in source._cache.values()) <= 4 * one
+        assert sum(table.nbytes for table in source._rows._cache.values()) <= 4 * one
 
 
 def test_a_source_can_be_sent_to_another_process(folder):

@@ -34,17 +34,14 @@ from PIL import Image
 
 from emor3_jax.data.datasets.checks import Checks, log, shortened
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.generic import SUFFIXES, in_test
 from emor3_jax.data.labels import LABEL_SETS, normalize
 from emor3_jax.data.sources import Row, Texts
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-"""Extensions of pictures, in any case."""
 
 WHOLE = "whole"
 """The only split of a data set that was published without splits."""
 
 _OWN_SPLITS = ("train", "test")
-_TEST_SHARE = 0.2
 _THREADS = 16
 _TAIL = 4096
 
@@ -370,7 +367,7 @@ class BuiltSource:
         self._sizes: list[tuple[int, int]] = []
         for number, record in enumerate(_all_of(records)):
             row_id = record["id"].decode()
-            if kept is not None and (kept == "test") != _in_test(row_id):
+            if kept is not None and (kept == "test") != in_test(row_id):
                 continue
             shares = tuple(zip(names, map(float, record["shares"]), strict=False)) or None
             label = record["label"].decode() or None
@@ -412,10 +409,6 @@ class BuiltSource:
 def _all_of(records: Any, chunk: int = 1024) -> Iterator[dict]:
     for start in range(0, len(records), chunk):
         yield from records.__getitems__(list(range(start, min(start + chunk, len(records)))))
-
-
-def _in_test(row_id: str) -> bool:
-    return zlib.crc32(row_id.encode()) < _TEST_SHARE * 2**32
 
 
 # For the scans of the builders.
