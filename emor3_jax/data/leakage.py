@@ -2,7 +2,8 @@
 
 By bytes only exact copies are found. By look, a picture that was saved anew or scaled is found too:
 its 64-bit difference hash (does brightness rise from one cell of a 9 x 8 raster to the next?)
-changes by few bits. Flat pictures, whose hash is nearly empty, are compared by bytes alone.
+changes by few bits, and a raster of 16 x 16 grey levels by little. The hash finds candidates, the
+raster decides. Flat pictures, whose hash is nearly empty, are compared by bytes alone.
 """
 
 import concurrent.futures
@@ -18,7 +19,10 @@ from PIL import Image
 from emor3_jax.data.sources import Source
 
 MOST_BITS = 3
-"""Two hashes of a look that differ by at most so many bits are one picture."""
+"""Two hashes that differ by at most so many bits are candidates for one picture."""
+
+MOST_LEVELS = 4.0
+"""Candidates whose rasters differ by at most so many of 256 grey levels, on average, are one."""
 
 # A hash with fewer bits, or fewer missing ones, says nothing.
 _FEWEST_BITS = 8
@@ -27,16 +31,28 @@ _BANDS = MOST_BITS + 1
 _BITS = 64
 
 
+class Look(NamedTuple):
+    """What a picture looks like from afar.
+
+    Attributes:
+      hash: 64 bits.
+      raster: uint8[16, 16], grey levels.
+    """
+
+    hash: int
+    raster: np.ndarray
+
+
 class Print(NamedTuple):
     """The fingerprint of a picture.
 
     Attributes:
       bytes: hash of the encoded bytes.
-      look: 64 bits; None where the picture is flat, damaged, or was not looked at.
+      look: None where the picture is flat, damaged, or was not looked at.
     """
 
     bytes: bytes
-    look: int | None
+    look: Look | None
 
 
 def prints(source: Source, look: bool) -> dict[str, Print]:
@@ -60,20 +76,22 @@ def prints(source: Source, look: bool) -> dict[str, Print]:
         return {row_id: each for row_id, each in found if each is not None}
 
 
-def look_of(encoded: bytes) -> int | None:
-    """Returns the difference hash of a picture; None if it is flat or cannot be decoded."""
+def look_of(encoded: bytes) -> Look | None:
+    """Returns what a picture looks like; None if it is flat or cannot be decoded."""
     try:
         with Image.open(io.BytesIO(encoded)) as picture:
             # JPEGs are decoded at an eighth of their size where that is enough.
             picture.draft("L", (72, 64))
-            grey = np.asarray(picture.convert("L").resize((9, 8), Image.BOX), np.int16)
+            grey = picture.convert("L")
+            cells = np.asarray(grey.resize((9, 8), Image.BOX))
+            raster = np.asarray(grey.resize((16, 16), Image.BOX))
     except Exception:
         # PIL's decoders raise many kinds of errors.
         return None
-    bits = (grey[:, 1:] > grey[:, :-1]).reshape(-1)
+    bits = (cells[:, 1:] > cells[:, :-1]).reshape(-1)
     if not _FEWEST_BITS <= bits.sum() <= _BITS - _FEWEST_BITS:
         return None
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    return Look(int.from_bytes(np.packbits(bits).tobytes(), "big"), raster)
 
 
 def shared(a: dict[str, Print], b: dict[str, Print]) -> list[tuple[str, str]]:
@@ -83,22 +101,26 @@ def shared(a: dict[str, Print], b: dict[str, Print]) -> list[tuple[str, str]]:
       a, b: as `prints` returns them.
     """
     by_bytes = {found.bytes: row_id for row_id, found in a.items()}
-    bands: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
+    bands: dict[tuple[int, int], list[tuple[Look, str]]] = defaultdict(list)
     for row_id, found in a.items():
         if found.look is not None:
-            for band in _bands(found.look):
+            for band in _bands(found.look.hash):
                 bands[band].append((found.look, row_id))
     pairs = []
     for row_id, found in b.items():
         other = by_bytes.get(found.bytes)
         if other is None and found.look is not None:
-            near = (each for band in _bands(found.look) for each in bands.get(band, ()))
-            other = next(
-                (i for look, i in near if (look ^ found.look).bit_count() <= MOST_BITS), None
-            )
+            near = (each for band in _bands(found.look.hash) for each in bands.get(band, ()))
+            other = next((name for look, name in near if _alike(look, found.look)), None)
         if other is not None:
             pairs.append((other, row_id))
     return pairs
+
+
+def _alike(a: Look, b: Look) -> bool:
+    if (a.hash ^ b.hash).bit_count() > MOST_BITS:
+        return False
+    return float(np.abs(a.raster.astype(np.int16) - b.raster).mean()) <= MOST_LEVELS
 
 
 def _bands(look: int) -> Sequence[tuple[int, int]]:

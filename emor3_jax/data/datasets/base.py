@@ -18,6 +18,7 @@ file that is overwritten by another picture under its name is not noticed.
 import abc
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -312,8 +313,14 @@ def build(
         if not hasattr(built, "found"):
             raise DataError(f"{built.data_dir} is incomplete; delete it and start again")
         built.found.save(checks)
-    log(built.name, json.loads(checks.read_text()))
+    _log_once(built.name, checks)
     return built
+
+
+@functools.cache
+def _log_once(name: str, checks: Path) -> None:
+    """Says what the checks found, once in a process however many splits are opened."""
+    log(name, json.loads(checks.read_text()))
 
 
 def _fingerprint(root: Path, copy: bool, splits: dict[str, list[Found]]) -> str:
