@@ -51,6 +51,7 @@ parity: $(VENV)/installed-parity
 bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.grouped
 	$(RUN) -m benchmarks.rewards
+	$(RUN) -m benchmarks.input
 
 clean:
 	rm -rf $(VENV) runs .cache

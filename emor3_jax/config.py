@@ -113,6 +113,9 @@ def default() -> ConfigDict:
     config.data.max_pixels = 0
     # Processes that decode images; 0 does it in the training process.
     config.data.workers = 0
+    # Rows that are decoded while a step is computed, up to a batch of them; a picture takes up to
+    # 100 MB until it is used.
+    config.data.read_ahead = 64
     # Training batches of pictures of like size, which need less padding.
     config.data.sort_by_size = False
     # Of a prompt over the largest length: "drop" the row, or "cut" the end of its question.
@@ -277,6 +280,7 @@ def validate(config: ConfigDict) -> None:
         )
     for name in ("data.min_pixels", "data.max_pixels"):
         need(config.data[name.split(".")[1]] >= 0, name, "must be 0 or more")
+    need(config.data.read_ahead >= 1, "data.read_ahead", "must be at least 1")
     rules = ("drop", "cut")
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
     trained = {"data.train": config.data.train}

@@ -292,6 +292,7 @@ def open_data(config: ConfigDict, policy: Policy) -> Data:
         "image_windows": tuple(config.data.image_windows),
         "workers": config.data.workers,
         "cut_questions": config.data.long_prompts == "cut",
+        "read_ahead": config.data.read_ahead,
     }
     sources, named = {}, {}
     for name, (field, dataset) in data_sets(config).items():

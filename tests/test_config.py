@@ -57,6 +57,7 @@ WRONG = [
     ("policy.attention", "flash", "'splash'"),
     ("policy.path", "no/such/folder", "config.json"),
     ("data.min_pixels", -1, "0 or more"),
+    ("data.read_ahead", 0, "at least 1"),
     ("data.long_prompts", "trim", "'cut'"),
     ("data.train.balance", "label", "'class'"),
     ("data.train.weight", 0.0, "over 0"),

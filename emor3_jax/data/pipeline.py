@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 # Rows of one reason that the log names at once.
 _NAMED = 20
-# Rows that are read ahead, at most, by all processes: a large picture is 100 MB of patches.
-_READ_AHEAD = 64
+READ_AHEAD = 64
+"""Rows that are read ahead, at most, by all processes: a large picture is 100 MB of patches."""
 
 
 class _Stream:
@@ -107,6 +107,7 @@ class _Rows:
         cut_questions: bool,
         parts: "Parts | None" = None,
         sort_by_size: bool = False,
+        read_ahead: int,
     ) -> None:
         check_fit(config, processor)
         shard_index, self.shards = shard
@@ -116,6 +117,7 @@ class _Rows:
             # Hosts do not see each other's rows and must agree on one shape.
             prompt_lengths, image_windows = (max(prompt_lengths),), (max(image_windows),)
         self.source, self.batch_size, self.workers = source, batch_size, workers
+        self._read_ahead = read_ahead
         self.stats = RowStats()
         self._encoder = Encoder(
             config,
@@ -230,7 +232,7 @@ class _Rows:
     def _batches(self, rows: _Stream) -> Any:
         """Returns grain's iterator of (batch, ids, position after the last row)."""
         threads = min(4, os.cpu_count() or 1)
-        ahead = min(self.batch_size, _READ_AHEAD) // max(self.workers, 1)
+        ahead = min(self.batch_size, self._read_ahead) // max(self.workers, 1)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
         stream = grain.MapDataset.source(rows).map(self._encoder).to_iter_dataset(options)
         if self.workers:
@@ -369,6 +371,7 @@ def train_batches(
     cut_questions: bool = False,
     parts: Parts | None = None,
     sort_by_size: bool = False,
+    read_ahead: int = READ_AHEAD,
 ) -> TrainBatches:
     """Returns endless batches, reshuffled by (seed, epoch).
 
@@ -391,6 +394,7 @@ def train_batches(
         its row left out.
       parts: how the parts of the source take turns; None is one part in its own proportions.
       sort_by_size: whether rows of like size are put into a batch; of no effect with several hosts.
+      read_ahead: rows that are decoded while a batch is used, at most a batch of them.
 
     Raises:
       DataError: if no row can be used, or the processor does not fit the policy.
@@ -410,6 +414,7 @@ def train_batches(
         cut_questions=cut_questions,
         parts=parts,
         sort_by_size=sort_by_size,
+        read_ahead=read_ahead,
     )
     return TrainBatches(rows, seed)
 
@@ -429,12 +434,13 @@ def eval_batches(
     shard: tuple[int, int] = (0, 1),
     graded: bool = False,
     cut_questions: bool = False,
+    read_ahead: int = READ_AHEAD,
 ) -> EvalBatches:
     """Returns each row once, in batches of equal size.
 
     Args:
       source, config, processor, template, labels, batch_size, prompt_lengths, image_windows,
-        workers, shard, graded, cut_questions: as in `train_batches`.
+        workers, shard, graded, cut_questions, read_ahead: as in `train_batches`.
       limit: at most so many rows of all hosts together, drawn once and for all; 0 is all.
 
     Raises:
@@ -453,5 +459,6 @@ def eval_batches(
         shard=shard,
         graded=graded,
         cut_questions=cut_questions,
+        read_ahead=read_ahead,
     )
     return EvalBatches(rows, limit)
