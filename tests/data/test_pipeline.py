@@ -379,6 +379,29 @@ def test_a_mixture_takes_turns_by_weight_and_resumes(train, clean, dirty):
         train(joined, parts=parts._replace(weights=(1.0, 1.0))).set_state(state)
 
 
+def test_hosts_share_a_mixture_without_loss_or_repeat(train, clean, dirty):
+    joined = Joined({"a": clean, "b": dirty})
+    parts = Parts(joined.starts, (1.0, 1.0), (False, True))
+    seen = []
+    for i in range(2):
+        ids = ids_of(train(joined, parts=parts, shard=(i, 2)), 60)
+        assert {row_id.partition("/")[0] for row_id in ids} == {"a", "b"}
+        seen.append(set(ids))
+    assert not seen[0] & seen[1]
+    good = {t.id for t in joined.texts()} - {
+        row_id
+        for reason in encode.REASONS
+        for shard in range(2)
+        for row_id in _left_out(train(joined, parts=parts, shard=(shard, 2)), reason)
+    }
+    assert seen[0] | seen[1] == good
+
+
+def _left_out(batches, reason: str) -> list[str]:
+    ids_of(batches, 60)
+    return batches.stats.ids(reason)
+
+
 def test_labels_have_equal_turns_where_that_is_asked(train, make, tmp_path):
     # Eight of joy, one of each other.
     rows = [make["row"](i, answer="joy") for i in range(8)]

@@ -25,7 +25,7 @@ import json
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         heads = {
             split: self._examine(root, split, found, checks) for split, found in splits.items()
         }
-        _find_duplicates(splits, heads, checks)
+        _find_duplicates(splits, heads, lambda each: self.picture(root, each), checks)
         for split, count in self.PUBLISHED:
             there = total if split == "all" else len(splits.get(split, ()))
             if there != count:
@@ -252,24 +252,37 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
 
 
 def _find_duplicates(
-    splits: dict[str, list[Found]], heads: dict[str, list[_Head]], checks: Checks
+    splits: dict[str, list[Found]],
+    heads: dict[str, list[_Head]],
+    picture: Callable[[Found], bytes | None],
+    checks: Checks,
 ) -> None:
-    """Notes pictures of equal bytes: of equal size and equal end, which is all but certain."""
-    same: dict[tuple[int, int], list[tuple[str, Found]]] = defaultdict(list)
+    """Notes pictures of equal bytes; only files of equal size and end are read as a whole."""
+    alike: dict[tuple[int, int], list[tuple[str, Found]]] = defaultdict(list)
     for split, found in splits.items():
         for each, head in zip(found, heads[split], strict=True):
             if head.key[0]:
-                same[head.key].append((split, each))
-    for group in same.values():
-        first_split, first = group[0]
-        for split, each in group[1:]:
-            pair = f"{first_split}/{first.id} = {split}/{each.id}"
-            if split != first_split:
-                checks.note("duplicate_other_split", pair)
-            elif each.label != first.label:
-                checks.note("duplicate_other_label", pair)
-            else:
-                checks.note("duplicate", pair)
+                alike[head.key].append((split, each))
+    for candidates in alike.values():
+        if len(candidates) > 1:
+            same: dict[bytes, list[tuple[str, Found]]] = defaultdict(list)
+            for split, each in candidates:
+                same[hashlib.sha256(picture(each) or b"").digest()].append((split, each))
+            for group in same.values():
+                _note_duplicates(group, checks)
+
+
+def _note_duplicates(group: Sequence[tuple[str, Found]], checks: Checks) -> None:
+    """Notes each picture of a group but the first as equal to the first."""
+    first_split, first = group[0]
+    for split, each in group[1:]:
+        pair = f"{first_split}/{first.id} = {split}/{each.id}"
+        if split != first_split:
+            checks.note("duplicate_other_split", pair)
+        elif each.label != first.label:
+            checks.note("duplicate_other_label", pair)
+        else:
+            checks.note("duplicate", pair)
 
 
 def check_root(builder: type[Builder], path: str | Path) -> Path:

@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +125,17 @@ def test_equal_pictures_are_told_apart_by_where_they_are(folder, tmp_path):
     assert found["duplicate"] == ["train/awe_00001 = train/awe_00009"]
     assert found["duplicate_other_label"] == ["train/anger_00004 = train/fear_00006"]
     assert found["duplicate_other_split"] == ["train/disgust_00005 = test/disgust_00029"]
+
+
+def test_pictures_of_equal_size_and_end_need_not_be_equal(tmp_path, write):
+    write["classes"](tmp_path / "FI", LABEL_SETS["mikels8"], 1)
+    end = b"x" * 5000
+    for label, start in (("awe", b"a"), ("fear", b"b"), ("anger", b"a")):
+        (tmp_path / "FI" / label / "0.jpg").write_bytes(start + end)
+    built = build(BUILDERS["fi"], tmp_path / "FI", tmp_path / "data")
+    found = json.loads((Path(built.data_dir) / "checks.json").read_text())
+    assert found["duplicate_other_label"] == ["whole/anger/0.jpg = whole/awe/0.jpg"]
+    assert "duplicate" not in found
 
 
 def test_rows_with_a_fault_are_tolerated_up_to_one_percent(tmp_path):
