@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from emor3_jax.config import EMBEDDED, ConfigError, base_policy, reward_terms
 from emor3_jax.data import generic
 from emor3_jax.data.batch import Batch
+from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_map, label_set
 from emor3_jax.data.pipeline import (
     EvalBatches,
@@ -227,15 +228,18 @@ def open_source(
       ConfigError: if its kind is unknown, or its path or subset cannot be used.
       DataError: if it cannot be opened.
     """
-    source, own = _open_kind(config, field, dataset)
-    wanted = labels or dataset.labels or own or PARQUET_LABELS
-    if own and wanted != own:
-        source = Relabelled(source, label_map(own, wanted))
-    if dataset.ids:
-        source = Subset(source, read_ids(dataset.ids, source))
-    if dataset.subset:
-        texts, found = list(source.texts()), label_set(wanted)
-        source = Subset(source, balanced_subset(texts, found, dataset.subset, config.seed))
+    try:
+        source, own = _open_kind(config, field, dataset)
+        wanted = labels or dataset.labels or own or PARQUET_LABELS
+        if own and wanted != own:
+            source = Relabelled(source, label_map(own, wanted))
+        if dataset.ids:
+            source = Subset(source, read_ids(dataset.ids, source))
+        if dataset.subset:
+            texts, found = list(source.texts()), label_set(wanted)
+            source = Subset(source, balanced_subset(texts, found, dataset.subset, config.seed))
+    except DataError as error:
+        raise DataError(f"config.{field}: {error}") from error
     return source, wanted
 
 

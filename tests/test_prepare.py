@@ -124,7 +124,9 @@ def test_a_set_is_put_into_the_labels_that_the_config_names(tmp_path):
 def test_an_unknown_kind_names_all_kinds(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.train\.kind='csv': .*emoset.*huggingface"):
         prepare.open_source(default(), "data.train", dataset(kind="csv"))
-    with pytest.raises(DataError, match=r"path='': there is no such folder\. EmoSet-118K"):
+    with pytest.raises(
+        DataError, match=r"config\.data\.train: path='': there is no such folder\. EmoSet-118K"
+    ):
         prepare.open_source(default(), "data.train", dataset(kind="emoset"))
 
 

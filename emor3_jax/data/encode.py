@@ -42,6 +42,7 @@ class Encoder:
     Attributes:
       config: of the policy.
       images: how pictures become patches.
+      labels: the label set.
       cuts: whether questions that are too long lose their end.
     """
 
@@ -70,7 +71,7 @@ class Encoder:
         """
         self.config, self.images = config, processor.images
         self._processor, self.cuts = processor, cut
-        self._template, self._labels = template, labels
+        self._template, self.labels = template, labels
         self._index = {normalize(label): i for i, label in enumerate(labels)}
         self._max_tokens, self._max_windows, self._graded = max_tokens, max_windows, graded
 
@@ -93,7 +94,7 @@ class Encoder:
     def _grades(self, texts: Texts) -> np.ndarray | None:
         """Returns what each label is worth, float32[K]; None where the shares say nothing."""
         if not self._graded:
-            return np.eye(len(self._labels), dtype=np.float32)[self._index[normalize(texts.answer)]]
+            return np.eye(len(self.labels), dtype=np.float32)[self._index[normalize(texts.answer)]]
         return label_grades(texts.distribution or (), self._index)
 
     def __call__(self, element: tuple[int, Row]) -> Example | Skip:
@@ -142,7 +143,7 @@ class Encoder:
     def _render(self, question: str, n_image_tokens: int) -> np.ndarray:
         tokenizer = self._processor.tokenizer
         tokens = prompts.render_prompt(
-            tokenizer, self._template, question, self._labels, n_image_tokens
+            tokenizer, self._template, question, self.labels, n_image_tokens
         )
         return np.asarray(tokens, np.int32)
 

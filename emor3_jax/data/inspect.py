@@ -25,10 +25,10 @@ from ml_collections import ConfigDict
 
 from emor3_jax import cli, prepare
 from emor3_jax.config import validate
-from emor3_jax.data.encode import Encoder
+from emor3_jax.data.encode import REASONS, Encoder, Skip
 from emor3_jax.data.leakage import prints, shared
 from emor3_jax.data.pipeline import TrainBatches
-from emor3_jax.data.prompts import IMAGE_TOKEN, PromptTemplates, reflection_parts, render_prompt
+from emor3_jax.data.prompts import IMAGE_TOKEN, PromptTemplates, reflection_parts
 from emor3_jax.data.survey import Survey, fill, small_picture, survey, to_dict
 from emor3_jax.io.console import Console
 from emor3_jax.models import Policy
@@ -102,7 +102,7 @@ def main(
         for line in describe(name, found["sets"][name]):
             print(line)
         picked = np.random.default_rng(config.seed).permutation(len(seen.index))[:samples]
-        pages.append(_page(name, seen, source, policy, templates, labels, np.sort(picked)))
+        pages.append(_page(name, seen, source, policy, templates, encoder, np.sort(picked)))
     if leakage != "none":
         say(f"looking for pictures in two sets, by {leakage}")
         hashes = {name: prints(source, leakage == "look") for name, source in data.sources.items()}
@@ -176,7 +176,7 @@ def _page(
     source: Any,
     policy: Policy,
     templates: PromptTemplates,
-    labels: Sequence[str],
+    encoder: Encoder,
     picked: np.ndarray,
 ) -> str:
     """Returns the HTML of one data set: its reflection questions, and samples."""
@@ -188,25 +188,29 @@ def _page(
     parts = [f"<h2>{html.escape(name)}</h2><p>{html.escape(source.name)}</p>"]
     for kind in ("coherence", "consistency"):
         template = getattr(templates, kind)
-        head, tail = reflection_parts(tokenizer, template, labels, kind == "consistency")
+        with_image = kind == "consistency"
+        head, tail = reflection_parts(tokenizer, template, encoder.labels, with_image)
         parts.append(
             f'<details><summary class="tag">the {kind} question</summary>'
             f"<pre>{text(head)}<b>[the response's own steps]</b>{text(tail)}</pre></details>"
         )
     for at in picked:
         row = source[int(seen.index[at])]
-        tokens = render_prompt(
-            tokenizer, templates.set, row.texts.question, labels, int(seen.image_tokens[at])
-        )
+        # The very tokens of a batch; a picture that is damaged behind its head has none.
+        example = encoder((0, row))
+        if isinstance(example, Skip):
+            parts.append(f"<p>{html.escape(row.texts.id)}: {REASONS[example.reason]}</p>")
+            continue
         (height, width), (down, across) = seen.sizes[at].tolist(), seen.resized[at].tolist()
         facts = (
             f"{row.texts.id} · label {row.texts.answer} · {width} x {height} pixels, seen as "
-            f"{across} x {down} · {seen.image_tokens[at]} image tokens · {len(tokens)} tokens"
+            f"{across} x {down} · {seen.image_tokens[at]} image tokens · "
+            f"{len(example.tokens)} tokens{' · question cut' if example.cut else ''}"
         )
         parts.append(
             f'<div class="sample">{_image(row.images[0], (down, across))}<div>'
             f'<div class="tag">{html.escape(facts)}</div>'
-            f"<pre>{_folded(text(tokens))}</pre></div></div>"
+            f"<pre>{_folded(text(example.tokens))}</pre></div></div>"
         )
     return "".join(parts)
 
@@ -221,12 +225,9 @@ def _folded(text: str) -> str:
     return re.sub(f"(?:{re.escape(token)})+", count, text)
 
 
-def _image(encoded: bytes | None, resized: tuple[int, int]) -> str:
-    try:
-        data = small_picture(encoded or b"", resized)
-    except OSError:
-        return "<p>(damaged)</p>"
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
+def _image(encoded: bytes, resized: tuple[int, int]) -> str:
+    data = base64.b64encode(small_picture(encoded, resized)).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
 
 if __name__ == "__main__":

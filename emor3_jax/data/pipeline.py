@@ -183,10 +183,7 @@ class _Rows:
         return np.asarray(usable, np.int64), answers, questions
 
     def _sizes(self, usable: np.ndarray, questions: Sequence[int]) -> np.ndarray:
-        """Returns int64[rows of the source]: windows first, then about as many tokens as a prompt.
-
-        A picture's head does not say how EXIF turns it, which changes its size little.
-        """
+        """Returns int64[rows of the source]: by windows, then by about the prompt's tokens."""
         config, images = self._encoder.config.vision, self._encoder.images
         keys = np.zeros(len(self.source), np.int64)
         sizes = sizes_of(self.source, usable)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import ExifTags, Image
 
 from emor3_jax.data.errors import DataError
 
@@ -75,6 +75,12 @@ class Source(Protocol):
         """Returns the index of the row with this id; raises KeyError if there is none."""
 
 
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Returns height and width in pixels once a picture is turned as its EXIF says."""
+    turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return picture.size if turned else picture.size[::-1]
+
+
 def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
     """Returns the sizes of pictures, from what the source knows or from the head of each picture.
 
@@ -94,7 +100,7 @@ def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
         images = source[int(index)].images
         try:
             with Image.open(io.BytesIO(images[0])) as picture:
-                return picture.height, picture.width
+                return upright_size(picture)
         except Exception:
             # PIL raises many kinds of errors for a damaged head; there may also be no picture.
             return 0, 0

@@ -1,7 +1,7 @@
 """What is in a data set, as the policy will read it: counted without decoding any picture.
 
-Sizes come from the heads of the files, so damage behind a head shows only when a picture is read,
-and EXIF turning is not looked at. Everything else is what the pipeline does with the rows.
+Sizes come from the heads of the files, so damage behind a head shows only when a picture is read.
+Everything else is what the pipeline does with the rows.
 """
 
 import collections
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from emor3_jax.data.encode import REASONS, Encoder
 from emor3_jax.data.labels import normalize
@@ -206,7 +206,7 @@ def to_dict(found: Survey, filled: Fill) -> dict[str, Any]:
 
 
 def small_picture(encoded: bytes, resized: tuple[int, int], side: int = 336) -> bytes:
-    """Returns a picture in the proportions that the policy sees, as a small JPEG.
+    """Returns a picture upright and in the proportions that the policy sees, as a small JPEG.
 
     Args:
       encoded: the picture.
@@ -216,7 +216,8 @@ def small_picture(encoded: bytes, resized: tuple[int, int], side: int = 336) -> 
     with Image.open(io.BytesIO(encoded)) as picture:
         down, across = resized
         scale = min(1.0, side / max(down, across))
-        small = picture.convert("RGB").resize((round(across * scale), round(down * scale)))
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+        small = upright.resize((round(across * scale), round(down * scale)))
     out = io.BytesIO()
     small.save(out, "JPEG", quality=85)
     return out.getvalue()

@@ -37,7 +37,7 @@ from emor3_jax.data.datasets.checks import Checks, log, shortened
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.generic import SUFFIXES, in_test
 from emor3_jax.data.labels import LABEL_SETS, normalize
-from emor3_jax.data.sources import Row, Texts
+from emor3_jax.data.sources import Row, Texts, upright_size
 
 WHOLE = "whole"
 """The only split of a data set that was published without splits."""
@@ -226,7 +226,7 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
         data = builder.picture(root, found)
         if data is not None:
             with Image.open(io.BytesIO(data)) as picture:
-                width, height = picture.size
+                height, width = upright_size(picture)
             key = (len(data), zlib.crc32(data))
     elif found.file:
         try:
@@ -236,7 +236,7 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
                 key = (size, zlib.crc32(file.read()))
                 file.seek(0)
                 with Image.open(file) as picture:
-                    width, height = picture.size
+                    height, width = upright_size(picture)
         except Exception:
             # PIL raises many kinds of errors for a damaged head.
             height = width = 0
