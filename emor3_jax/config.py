@@ -57,8 +57,7 @@ def dataset(**fields: object) -> ConfigDict:
     config.graded = False
     # Evaluation reads at most so many rows; 0 reads all.
     config.limit = 0
-    config.update(fields)
-    return config
+    return _updated(config, fields)
 
 
 def reward_term(**fields: object) -> ConfigDict:
@@ -71,8 +70,14 @@ def reward_term(**fields: object) -> ConfigDict:
     config.function = ""
     # "module:name" of a function in plain Python: (response, label) → a number. Slow.
     config.text = ""
+    return _updated(config, fields)
+
+
+def _updated(config: ConfigDict, fields: dict[str, object]) -> ConfigDict:
+    """Returns a description with fields of it changed; an unknown one is a `KeyError`."""
+    config.lock()
     config.update(fields)
-    return config
+    return config.unlock()
 
 
 def default() -> ConfigDict:
