@@ -17,11 +17,13 @@ file that is overwritten by another picture under its name is not noticed.
 
 import abc
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import zlib
 from collections import defaultdict
@@ -38,6 +40,8 @@ from emor3_jax.data.errors import DataError
 from emor3_jax.data.generic import SUFFIXES, in_test
 from emor3_jax.data.labels import LABEL_SETS, normalize
 from emor3_jax.data.sources import Row, Texts, upright_size
+
+logger = logging.getLogger(__name__)
 
 WHOLE = "whole"
 """The only split of a data set that was published without splits."""
@@ -318,16 +322,33 @@ def build(
     splits = builder.scan(root, Checks(builder.name, root))
     name = _fingerprint(root, copy, splits)
     config = FolderConfig(name=name, root=str(root), copy=copy)
-    built = builder(config=config, data_dir=str(data_dir), file_format="array_record")
+    with _quiet():
+        built = builder(config=config, data_dir=str(data_dir), file_format="array_record")
     checks = Path(built.data_dir) / "checks.json"
     if not checks.is_file():
-        tfds.disable_progress_bar()
-        built.download_and_prepare()
+        files = sum(map(len, splits.values()))
+        logger.warning("%s: building, once: looking at %d pictures in %s", built.name, files, root)
+        with _quiet():
+            built.download_and_prepare()
         if not hasattr(built, "found"):
             raise DataError(f"{built.data_dir} is incomplete; delete it and start again")
         built.found.save(checks)
     _log_once(built.name, checks)
     return built
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what tfds says: that it downloads, and that a folder is no known configuration."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl.setLevel(level)
 
 
 @functools.cache
