@@ -60,6 +60,7 @@ parity: $(VENV)/installed-parity
 bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.grouped
 	$(RUN) -m benchmarks.rewards
+	$(RUN) -m benchmarks.input
 
 # Beside TRL and transformers, whose torch is gigabytes on some platforms.
 bench-step: $(VENV)/installed-peers

@@ -31,14 +31,15 @@ USER_ERRORS = (
 """Mistakes of a config or of data: their message is all that a user needs."""
 
 
-def run(program: Callable[[ConfigDict, Path], object]) -> None:
+def run(program: Callable[[ConfigDict, Path], object], workdir: str | None = None) -> None:
     """Parses the command line and runs a program that writes to the folder of a run.
 
     Args:
       program: takes the config and the folder of the run.
+      workdir: that folder where the command line names none; None requires that it does.
     """
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    run_without_workdir(lambda config: program(config, Path(workdir.value)))
+    folder = flags.DEFINE_string("workdir", workdir, "Folder of the run.", required=workdir is None)
+    run_without_workdir(lambda config: program(config, Path(folder.value)))
 
 
 def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:

@@ -27,21 +27,37 @@ class ConfigError(ValueError):
 def dataset(**fields: object) -> ConfigDict:
     """Returns the description of one data set; `fields` override the defaults."""
     config = ConfigDict()
-    # "emoscenes" (drawn by the package) or "parquet" (the release's schema; any such file).
+    # "emoscenes", drawn by the package; "parquet", files in the release's schema; a named data set
+    # in the folder that its authors publish (emoset, emotion6, webemo, fi, artphoto, abstract,
+    # fer2013); or "folders", "jsonl", "huggingface" (docs/data.md).
     config.kind = "emoscenes"
-    # Files of a parquet data set: a path, a glob, or several joined by commas.
+    # Folder or file; for parquet a path, a glob, or several joined by commas.
     config.path = ""
-    # Split of emoscenes: train, validation, test, pretrain, shifted_pretrain, shifted_test.
+    # Which rows, where the data set has splits: train, validation, test, whole; emoscenes also has
+    # pretrain, shifted_pretrain and shifted_test.
     config.split = "train"
-    # A label set by name (mikels8, emotion6, fer7), or labels joined by commas.
-    config.labels = "mikels8"
+    # A label set by name (mikels8, emotion6, fer7, webemo25, webemo6, polarity2, arousal2), or
+    # labels joined by commas. "" takes the data set's own; of parquet and jsonl, mikels8.
+    config.labels = ""
+    # Asked of every picture instead of the data set's own question; "" asks that.
+    config.question = ""
+    # Named data sets: copy the pictures into the records that are built (data/datasets/base.py).
+    config.copy = False
+    # Only so many rows, as many of each label, drawn by the run's seed; 0 takes all. Their ids are
+    # kept in workdir/subsets.
+    config.subset = 0
+    # Only the rows that this file names, one id a line.
+    config.ids = ""
+    # In training: "class" gives each label equal turns.
+    config.balance = ""
+    # In training: the share of rows from this data set, relative to the others of `data.mix`.
+    config.weight = 1.0
     # Beyond the method: an answer is worth its label's share among raters, over the largest share
     # (docs/method.md); the rows must have a `distribution`.
     config.graded = False
     # Evaluation reads at most so many rows; 0 reads all.
     config.limit = 0
-    config.update(fields)
-    return config
+    return _updated(config, fields)
 
 
 def reward_term(**fields: object) -> ConfigDict:
@@ -54,8 +70,14 @@ def reward_term(**fields: object) -> ConfigDict:
     config.function = ""
     # "module:name" of a function in plain Python: (response, label) → a number. Slow.
     config.text = ""
+    return _updated(config, fields)
+
+
+def _updated(config: ConfigDict, fields: dict[str, object]) -> ConfigDict:
+    """Returns a description with fields of it changed; an unknown one is a `KeyError`."""
+    config.lock()
     config.update(fields)
-    return config
+    return config.unlock()
 
 
 def default() -> ConfigDict:
@@ -81,7 +103,10 @@ def default() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.train = dataset()
-    # Where emoscenes is built.
+    # Name → data set: further training sets, mixed with `data.train` by their weights and put into
+    # its labels.
+    config.data.mix = ConfigDict()
+    # Where emoscenes and the named data sets are built.
     config.data.folder = "runs/data"
     # Side of the drawn scenes in pixels, 112 to 224.
     config.data.scene_size = 112
@@ -93,7 +118,15 @@ def default() -> ConfigDict:
     config.data.max_pixels = 0
     # Processes that decode images; 0 does it in the training process.
     config.data.workers = 0
-    # Template files, or a built-in set by name: "qwen" or "tiny".
+    # Rows that are decoded while a step is computed, up to a batch of them; a picture takes up to
+    # 100 MB until it is used.
+    config.data.read_ahead = 64
+    # Training batches of pictures of like size, which need less padding.
+    config.data.sort_by_size = False
+    # Of a prompt over the largest length: "drop" the row, or "cut" the end of its question.
+    config.data.long_prompts = "drop"
+    # Template files, or a built-in set by name: "qwen" or "tiny"; for `set` also "think" and
+    # "direct", which have no steps (docs/data.md).
     config.data.templates = ConfigDict()
     config.data.templates.set = "qwen"
     config.data.templates.coherence = "qwen"
@@ -269,6 +302,18 @@ def validate(config: ConfigDict) -> None:
         )
     for name in ("data.min_pixels", "data.max_pixels"):
         need(config.data[name.split(".")[1]] >= 0, name, "must be 0 or more")
+    need(config.data.read_ahead >= 1, "data.read_ahead", "must be at least 1")
+    rules = ("drop", "cut")
+    need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
+    trained = {"data.train": config.data.train}
+    trained |= {f"data.mix.{name}": each for name, each in config.data.mix.items()}
+    for field, each in trained.items():
+        need(each.balance in ("", "class"), f"{field}.balance", "must be 'class', or '' for none")
+        need(each.weight > 0, f"{field}.weight", "must be over 0")
+        same = each.graded == config.data.train.graded
+        need(same, f"{field}.graded", "must be that of data.train: rewards are graded or not")
+    for name in config.data.mix:
+        need("/" not in name and name != "train", "data.mix", "names hold no '/', nor are 'train'")
     size = config.data.scene_size
     need(112 <= size <= 224, "data.scene_size", "must lie between 112 and 224 pixels")
     for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):

@@ -12,8 +12,8 @@ from absl import app, flags
 
 from emor3_jax import cli
 from emor3_jax.data.batch import collate
+from emor3_jax.data.encode import encode_row
 from emor3_jax.data.labels import label_set
-from emor3_jax.data.pipeline import encode_row
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.embedded.emoscenes.words import QUESTION

@@ -16,15 +16,24 @@ from ml_collections import ConfigDict
 
 from emor3_jax import account
 from emor3_jax.config import EMBEDDED, ConfigError, base_policy, reward_terms
+from emor3_jax.data import generic
 from emor3_jax.data.batch import Batch
-from emor3_jax.data.labels import label_set
-from emor3_jax.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import label_map, label_set
+from emor3_jax.data.pipeline import (
+    EvalBatches,
+    Parts,
+    TrainBatches,
+    eval_batches,
+    train_batches,
+)
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
+from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, read_ids
 from emor3_jax.embedded.emoscenes import builder, words
 from emor3_jax.episode import Actor, Judgement, Replies, stop_ids
 from emor3_jax.learner import LossOptions, ScoreOptions
-from emor3_jax.models import Policy, find, load
+from emor3_jax.models import Policy, find, load, read_config
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.rl.update import make_optimizer
@@ -61,9 +70,19 @@ def start_jax(cache: str) -> CompileCounter:
 
 
 def keep_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes `workdir/config.json`: what this run, or its continuation, was started with."""
+    """Writes what this run, or its continuation, was started with.
+
+    That is `workdir/config.json` and, for each data set cut to a subset, the ids of its rows in
+    `workdir/subsets/<name>.txt`, which `ids` of another run's data set reads.
+    """
     text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
     (workdir / "config.json").write_text(text + "\n")
+    for name, (field, dataset) in data_sets(config).items():
+        if dataset.subset:
+            source, _ = open_source(config, field, dataset)
+            path = workdir / "subsets" / f"{name}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(f"{texts.id}\n" for texts in source.texts()))
 
 
 def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> Policy:
@@ -74,19 +93,35 @@ def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> P
       FileNotFoundError, WeightsError: as `find_policy` and `emor3_jax.models.load`.
     """
     policy = load(find_policy(config, say), shardings=lambda shapes: param_shardings(shapes, mesh))
-    folder = policy.processor.images
+    attention = attention_backend(config, mesh.devices.flat[0].platform)
+    return Policy(
+        dataclasses.replace(policy.config, attention=attention),
+        policy.params,
+        _sized(config, policy.processor),
+    )
+
+
+def read_policy(config: ConfigDict, say: Callable[[str], None]) -> Policy:
+    """Returns what of the policy reads data, its shapes and processor, without parameters.
+
+    Raises:
+      ConfigError: if the picture sizes contradict each other.
+      FileNotFoundError: as `find_policy`.
+    """
+    folder = find_policy(config, say)
+    return Policy(read_config(folder), {}, _sized(config, Processor.from_folder(folder)))
+
+
+def _sized(config: ConfigDict, processor: Processor) -> Processor:
+    """Returns a processor with the config's picture sizes."""
+    folder = processor.images
     least = config.data.min_pixels or folder.min_pixels
     most = config.data.max_pixels or folder.max_pixels
     if least > most:
         rule = f"is over data.max_pixels={most} (0 takes what the policy's folder says)"
         raise ConfigError("data.min_pixels", least, rule)
     images = dataclasses.replace(folder, min_pixels=least, max_pixels=most)
-    attention = attention_backend(config, mesh.devices.flat[0].platform)
-    return Policy(
-        dataclasses.replace(policy.config, attention=attention),
-        policy.params,
-        Processor(policy.processor.tokenizer, images),
-    )
+    return Processor(processor.tokenizer, images)
 
 
 def attention_backend(config: ConfigDict, platform: str) -> str:
@@ -151,7 +186,7 @@ class Data(NamedTuple):
 
     def counters(self) -> dict[str, float]:
         """Returns `data/<reason>`: training rows left out so far, for each reason that occurred."""
-        counts = self.train.stats.counts()
+        counts = self.train.stats.counts() | {"question_cut": self.train.stats.questions_cut}
         return {f"data/{reason}": float(count) for reason, count in counts.items() if count}
 
     def image(self, name: str) -> Callable[[str], bytes | None]:
@@ -164,27 +199,84 @@ class Data(NamedTuple):
         return find
 
 
-def open_source(config: ConfigDict, field: str, dataset: ConfigDict) -> Source:
-    """Opens one data set.
+PARQUET_LABELS = "mikels8"
+"""The labels of data that does not say them: EmoSet's, as the release trains on."""
+
+
+def data_sets(config: ConfigDict) -> dict[str, tuple[str, ConfigDict]]:
+    """Returns name → (field, data set) of all data sets of a config, "train" first.
+
+    Those of `data.mix` are named "train.<name>", those of `evaluate.sets` by their own name.
+    """
+    found = {"train": ("data.train", config.data.train)}
+    found |= {f"train.{name}": (f"data.mix.{name}", each) for name, each in config.data.mix.items()}
+    sets = config.evaluate.sets
+    return found | {name: (f"evaluate.sets.{name}", each) for name, each in sets.items()}
+
+
+def open_source(
+    config: ConfigDict, field: str, dataset: ConfigDict, labels: str = ""
+) -> tuple[Source, str]:
+    """Opens one data set: its rows in the wanted labels, all of them or a subset.
 
     Args:
       config: of the run.
       field: where in the config the data set stands.
       dataset: its description.
+      labels: the label set to put it in instead of `dataset.labels`.
+
+    Returns:
+      The rows and their label set, as `label_set` takes it.
 
     Raises:
-      ConfigError: if its kind is unknown.
+      ConfigError: if its kind is unknown, or its path or subset cannot be used.
       DataError: if it cannot be opened.
     """
-    if dataset.kind == "emoscenes":
+    try:
+        source, own = _open_kind(config, field, dataset)
+        wanted = labels or dataset.labels or own or PARQUET_LABELS
+        if own and wanted != own:
+            source = Relabelled(source, label_map(own, wanted))
+        if dataset.ids:
+            source = Subset(source, read_ids(dataset.ids, source))
+        if dataset.subset:
+            texts, found = list(source.texts()), label_set(wanted)
+            source = Subset(source, balanced_subset(texts, found, dataset.subset, config.seed))
+    except DataError as error:
+        raise DataError(f"config.{field}: {error}") from error
+    return source, wanted
+
+
+def _open_kind(config: ConfigDict, field: str, dataset: ConfigDict) -> tuple[Source, str]:
+    """Returns the rows as they are and their own label set, "" where the data does not say it."""
+    kind, path, question = dataset.kind, dataset.path, dataset.question
+    if kind == "emoscenes":
         built = builder.prepare(config.data.folder, config.data.scene_size)
-        return EmoScenesSource(dataset.split, built.data_dir, words.QUESTION)
-    if dataset.kind == "parquet":
-        if not dataset.path:
+        source = EmoScenesSource(dataset.split, built.data_dir, question or words.QUESTION)
+        return source, "emotion6" if dataset.split.startswith("shifted") else "mikels8"
+    if kind == "parquet":
+        if not path:
             rule = "name parquet files, a glob, or several joined by commas"
-            raise ConfigError(f"{field}.path", dataset.path, rule)
-        return ParquetSource(dataset.path)
-    raise ConfigError(f"{field}.kind", dataset.kind, "must be 'emoscenes' or 'parquet'")
+            raise ConfigError(f"{field}.path", path, rule)
+        return ParquetSource(path), ""
+    if kind == "jsonl":
+        return generic.open_json_lines(path, question), ""
+    if kind == "folders":
+        source = generic.open_folders(path, dataset.split, question)
+        return source, ",".join(source.labels)
+    if kind == "huggingface":
+        source = generic.HuggingFaceSource(path, dataset.split, question)
+        return source, ",".join(source.labels)
+    # tfds takes a second to import.
+    from emor3_jax.data.datasets.catalog import BUILDERS, open_dataset
+
+    if kind not in BUILDERS:
+        known = ("emoscenes", "parquet", *BUILDERS, "folders", "jsonl", "huggingface")
+        raise ConfigError(f"{field}.kind", kind, f"must be one of {', '.join(known)}")
+    source = open_dataset(
+        kind, path, dataset.split, config.data.folder, copy=dataset.copy, question=question
+    )
+    return source, source.labels
 
 
 def load_templates(config: ConfigDict) -> PromptTemplates:
@@ -207,11 +299,16 @@ def open_data(config: ConfigDict, policy: Policy) -> Data:
         "prompt_lengths": tuple(config.data.prompt_lengths),
         "image_windows": tuple(config.data.image_windows),
         "workers": config.data.workers,
+        "cut_questions": config.data.long_prompts == "cut",
+        "read_ahead": config.data.read_ahead,
     }
-    sets = {"train": ("data.train", config.data.train)}
-    sets |= {name: (f"evaluate.sets.{name}", each) for name, each in config.evaluate.sets.items()}
-    labels = {name: label_set(dataset.labels) for name, (_, dataset) in sets.items()}
-    sources = {name: open_source(config, *where) for name, where in sets.items()}
+    sources, named = {}, {}
+    for name, (field, dataset) in data_sets(config).items():
+        # What is mixed in answers in the labels of `data.train`.
+        labels = named["train"] if name.startswith("train.") else ""
+        sources[name], named[name] = open_source(config, field, dataset, labels)
+    parts = _mix(config, sources)
+    labels = {name: label_set(named[name]) for name in sources}
 
     def rows(name: str) -> tuple:
         return sources[name], policy.config, policy.processor, template, labels[name]
@@ -222,6 +319,8 @@ def open_data(config: ConfigDict, policy: Policy) -> Data:
             batch_size=config.rollout.prompts,
             seed=config.seed,
             graded=config.data.train.graded,
+            parts=parts,
+            sort_by_size=config.data.sort_by_size,
             **shapes,
         ),
         {
@@ -237,6 +336,18 @@ def open_data(config: ConfigDict, policy: Policy) -> Data:
         labels,
         sources,
     )
+
+
+def _mix(config: ConfigDict, sources: dict[str, Source]) -> Parts:
+    """Joins the training sets into `sources["train"]`; returns how they take turns."""
+    described = {"train": config.data.train, **config.data.mix}
+    parts = {"train": sources["train"]}
+    parts |= {name: sources.pop(f"train.{name}") for name in config.data.mix}
+    if len(parts) > 1:
+        sources["train"] = Joined(parts)
+    starts = np.cumsum([0, *map(len, parts.values())])
+    weights = [dataset.weight for dataset in described.values()]
+    return Parts(starts, weights, [dataset.balance == "class" for dataset in described.values()])
 
 
 def make_actor(config: ConfigDict, policy: Policy, labels: tuple[str, ...]) -> Actor:

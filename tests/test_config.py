@@ -3,6 +3,7 @@
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import emor3_jax
-from emor3_jax.config import ConfigError, base_policy, dataset, default, validate
+from emor3_jax.config import ConfigError, base_policy, dataset, default, reward_term, validate
+from emor3_jax.data.datasets.catalog import BUILDERS
+from emor3_jax.data.labels import label_set
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -50,6 +53,26 @@ def test_the_base_policy_of_faces_is_a_config_of_its_own() -> None:
     assert {path for path, _ in _leaves(config)} == {path for path, _ in _leaves(base_policy())}
 
 
+def test_every_data_set_of_the_docs_is_a_config() -> None:
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/data.md"))
+    lines = re.findall(r"dataset\(\s*kind=[^…]*?\)", text)
+    assert len(lines) >= 15
+    known = {"emoscenes", "parquet", "folders", "jsonl", "huggingface", *BUILDERS}
+    kinds = set()
+    for line in lines:
+        described = eval(line, {"dataset": dataset})
+        kinds.add(described.kind)
+        assert not described.labels or label_set(described.labels)
+    assert kinds == known
+
+
+def test_an_unknown_field_of_a_description_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(KeyError, match='Did you mean "subset"'):
+        dataset(kind="emoset", subst=2000)
+    with pytest.raises(KeyError, match='Did you mean "weight"'):
+        reward_term(weigth=1.0)
+
+
 WRONG = [
     ("steps", -1, "0 or more"),
     ("profile", "papr", "'paper' or 'release'"),
@@ -57,6 +80,10 @@ WRONG = [
     ("policy.attention", "flash", "'splash'"),
     ("policy.path", "no/such/folder", "config.json"),
     ("data.min_pixels", -1, "0 or more"),
+    ("data.read_ahead", 0, "at least 1"),
+    ("data.long_prompts", "trim", "'cut'"),
+    ("data.train.balance", "label", "'class'"),
+    ("data.train.weight", 0.0, "over 0"),
     ("data.scene_size", 64, "between 112 and 224"),
     ("data.prompt_lengths", (1024, 512), "rising"),
     ("data.image_windows", (), "at least one"),

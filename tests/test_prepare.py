@@ -1,12 +1,19 @@
 """From a config to the policy of a run."""
 
+import dataclasses
 import importlib.util
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
+from PIL import Image
 
 from emor3_jax import prepare
-from emor3_jax.config import ConfigError, default
+from emor3_jax.config import ConfigError, dataset, default
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import LABEL_SETS, label_set
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
@@ -75,3 +82,89 @@ def test_a_kernel_of_another_platform_is_refused():
     config.policy.attention = "splash"
     with pytest.raises(ConfigError, match=r"policy\.attention='splash': .*'tpu', this is 'cpu'"):
         prepare.attention_backend(config, "cpu")
+
+
+def write_folders(root: Path, labels: Sequence[str], count: int) -> None:
+    for number, label in enumerate(labels):
+        (root / label).mkdir(parents=True)
+        for i in range(count):
+            grey = 10 * number + i
+            Image.new("RGB", (20, 20), (grey, grey, grey)).save(root / label / f"{i}.png")
+
+
+def opened(config: ConfigDict, folder: Path) -> prepare.Data:
+    config.policy.path = str(folder)
+    config.data.prompt_lengths, config.data.image_windows = (2000,), (4,)
+    config.rollout.prompts = 6
+    policy = load(folder)
+    # The tiny policy's ids are its own; only that of the picture matters here.
+    image = policy.processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    shapes = dataclasses.replace(policy.config, image_token_id=image)
+    return prepare.open_data(config, Policy(shapes, policy.params, policy.processor))
+
+
+def test_a_set_is_put_into_the_labels_that_the_config_names(tmp_path):
+    write_folders(tmp_path / "faces", LABEL_SETS["fer7"], 2)
+    config = default()
+    described = dataset(kind="folders", path=str(tmp_path / "faces"), split="whole")
+    source, labels = prepare.open_source(config, "data.train", described)
+    assert label_set(labels) == tuple(sorted(LABEL_SETS["fer7"]))
+    described.labels = "polarity2"
+    source, labels = prepare.open_source(config, "data.train", described)
+    assert labels == "polarity2"
+    answers = {texts.id.split("/")[0]: texts.answer for texts in source.texts()}
+    # Neutral has no side, so its rows keep a label that is counted as unknown.
+    assert answers["happiness"] == "positive" and answers["fear"] == "negative"
+    assert answers["neutral"] == "neutral"
+    described.labels = "calm,tense"
+    with pytest.raises(DataError, match="no counterpart"):
+        prepare.open_source(config, "data.train", described)
+
+
+def test_an_unknown_kind_names_all_kinds(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.train\.kind='csv': .*emoset.*huggingface"):
+        prepare.open_source(default(), "data.train", dataset(kind="csv"))
+    with pytest.raises(
+        DataError, match=r"config\.data\.train: path='': there is no such folder\. EmoSet-118K"
+    ):
+        prepare.open_source(default(), "data.train", dataset(kind="emoset"))
+
+
+def test_training_sets_are_mixed_in_the_labels_of_the_first(folder, tmp_path):
+    write_folders(tmp_path / "six", LABEL_SETS["emotion6"], 2)
+    write_folders(tmp_path / "seven", LABEL_SETS["fer7"], 1)
+    config = default()
+    six = dataset(kind="folders", path=str(tmp_path / "six"), split="whole", labels="emotion6")
+    seven = dataset(kind="folders", path=str(tmp_path / "seven"), split="whole", weight=0.5)
+    config.data.train, config.data.mix.faces = six, seven
+    data = opened(config, folder)
+    # Happiness and neutral are no labels of emotion6, by name.
+    assert data.train.rows == 12 + 5 and data.labels == {"train": LABEL_SETS["emotion6"]}
+    assert data.train.stats.counts()["unknown_answer"] == 2
+    names = [row_id for _ in range(10) for row_id in next(data.train)[1]]
+    assert sum(name.startswith("train/") for name in names) == 40
+    assert data.image("train")(names[0]).startswith(b"\x89PNG")
+    assert data.counters() == {"data/unknown_answer": 2.0}
+
+
+def test_a_subset_is_drawn_by_the_seed_and_its_ids_are_kept(folder, tmp_path):
+    write_folders(tmp_path / "six", LABEL_SETS["emotion6"], 4)
+    config = default()
+    config.data.train = dataset(
+        kind="folders", path=str(tmp_path / "six"), split="whole", subset=12
+    )
+    data = opened(config, folder)
+    assert data.train.rows == 12
+    prepare.keep_config(config, tmp_path)
+    ids = (tmp_path / "subsets" / "train.txt").read_text().split()
+    assert sorted(ids) == sorted(texts.id for texts in data.sources["train"].texts())
+    counts = Counter(row_id.split("/")[0] for row_id in ids)
+    assert set(counts.values()) == {2} and len(counts) == 6
+    # The list gives another run the same rows, whatever its seed.
+    config.seed, config.data.train.subset = 5, 0
+    config.data.train.ids = str(tmp_path / "subsets" / "train.txt")
+    again = opened(config, folder)
+    assert [t.id for t in again.sources["train"].texts()] == ids
+    config.data.train.ids, config.data.train.subset = "", 12
+    other = {t.id for t in opened(config, folder).sources["train"].texts()}
+    assert len(other) == 12 and other != set(ids)

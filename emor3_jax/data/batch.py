@@ -29,6 +29,8 @@ class Example(NamedTuple):
       answer: index of the label.
       grades: float32[K], what each label is worth as an answer, in [0, 1].
       id: names the row.
+      position: in the order in which rows are visited.
+      cut: whether the end of the question was cut to fit.
     """
 
     tokens: np.ndarray
@@ -39,6 +41,8 @@ class Example(NamedTuple):
     answer: int
     grades: np.ndarray
     id: str
+    position: int = 0
+    cut: bool = False
 
 
 class Batch(NamedTuple):

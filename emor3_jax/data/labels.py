@@ -1,4 +1,15 @@
-"""Label sets, and where each emotion lies on the two axes that the third step names."""
+"""Label sets, the two axes on which the third step places each emotion, and maps between sets.
+
+A map leads from the labels of a data set to those of another set, so that its rows can be trained
+on or scored in the other's words: WebEmo's 25 labels to its 6, any set to `polarity2` or
+`arousal2`, Mikels' eight and FER-2013's seven to Emotion6's six.
+
+Deviations, numbered:
+ 1. `gratitude` (love) and `confusion` (surprise) are WebEmo folders that Parrott's tree, from which
+    its six groups come, does not have: their place is this project's choice.
+ 2. Mikels' labels and Emotion6's come from different theories. The map is this project's: the four
+    pleasant labels are joy, but awe is surprise; the unpleasant ones have equal names in both.
+"""
 
 import difflib
 import math
@@ -24,6 +35,37 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {
     "emotion6": ("anger", "disgust", "fear", "joy", "sadness", "surprise"),
     # FER-2013, with the words of the release's parquet files.
     "fer7": ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise"),
+    # WebEmo's folders, two of which are spelt differently there (data/datasets/webemo.py).
+    "webemo25": (
+        "affection",
+        "cheerfulness",
+        "confusion",
+        "contentment",
+        "disappointment",
+        "disgust",
+        "enthrallment",
+        "envy",
+        "exasperation",
+        "gratitude",
+        "horror",
+        "irritability",
+        "lust",
+        "neglect",
+        "nervousness",
+        "optimism",
+        "pride",
+        "rage",
+        "relief",
+        "sadness",
+        "shame",
+        "suffering",
+        "surprise",
+        "sympathy",
+        "zest",
+    ),
+    "webemo6": ("anger", "fear", "joy", "love", "sadness", "surprise"),
+    "polarity2": ("negative", "positive"),
+    "arousal2": ("high", "low"),
 }
 """The label sets by name; the index in a tuple is the label."""
 
@@ -40,8 +82,63 @@ VALENCE_AROUSAL: dict[str, tuple[str, str]] = {
     "disgust": ("negative", "low"),
     "fear": ("negative", "high"),
     "sadness": ("negative", "low"),
+    # WebEmo's: polarity is that of its group of six.
+    "affection": ("positive", "low"),
+    "cheerfulness": ("positive", "high"),
+    "confusion": ("positive", "high"),
+    "disappointment": ("negative", "low"),
+    "enthrallment": ("positive", "high"),
+    "envy": ("negative", "low"),
+    "exasperation": ("negative", "high"),
+    "gratitude": ("positive", "low"),
+    "horror": ("negative", "high"),
+    "irritability": ("negative", "high"),
+    "love": ("positive", "low"),
+    "lust": ("positive", "high"),
+    "neglect": ("negative", "low"),
+    "nervousness": ("negative", "high"),
+    "optimism": ("positive", "low"),
+    "pride": ("positive", "high"),
+    "rage": ("negative", "high"),
+    "relief": ("positive", "low"),
+    "shame": ("negative", "low"),
+    "suffering": ("negative", "low"),
+    "sympathy": ("negative", "low"),
+    "zest": ("positive", "high"),
 }
-"""(polarity, arousal) of every label above: positive, negative or neutral; high or low."""
+"""(polarity, arousal) of every emotion above: positive, negative or neutral; high or low."""
+
+_GROUPS = {
+    "anger": "disgust envy exasperation irritability rage",
+    "fear": "horror nervousness",
+    "joy": "cheerfulness contentment enthrallment optimism pride relief zest",
+    "love": "affection gratitude lust",
+    "sadness": "disappointment neglect sadness shame suffering sympathy",
+    "surprise": "confusion surprise",
+}
+_MAPS: dict[tuple[str, str], dict[str, str]] = {
+    ("webemo25", "webemo6"): {
+        fine: group for group, members in _GROUPS.items() for fine in members.split()
+    },
+    ("mikels8", "emotion6"): {
+        "amusement": "joy",
+        "awe": "surprise",
+        "contentment": "joy",
+        "excitement": "joy",
+        "anger": "anger",
+        "disgust": "disgust",
+        "fear": "fear",
+        "sadness": "sadness",
+    },
+    ("fer7", "emotion6"): {
+        "anger": "anger",
+        "disgust": "disgust",
+        "fear": "fear",
+        "happiness": "joy",
+        "sadness": "sadness",
+        "surprise": "surprise",
+    },
+}
 
 
 def label_set(text: str) -> tuple[str, ...]:
@@ -63,6 +160,44 @@ def label_set(text: str) -> tuple[str, ...]:
             f"{nearest[0]}), or give the labels themselves, joined by commas"
         )
     return check_labels(labels)
+
+
+def label_map(own: str, wanted: str) -> dict[str, str]:
+    """Returns what each label of one set is called in another.
+
+    Args:
+      own: the set of the data, as `label_set` takes it.
+      wanted: the set to put it in, likewise.
+
+    Returns:
+      Label → label. A label that has no counterpart is missing, such as `neutral` in `polarity2`.
+
+    Raises:
+      DataError: if no label of one set has a counterpart in the other.
+    """
+    labels, target = label_set(own), label_set(wanted)
+    if (own, wanted) in _MAPS:
+        return _MAPS[own, wanted]
+    if wanted in ("polarity2", "arousal2"):
+        axis = ("polarity2", "arousal2").index(wanted)
+        found = {
+            label: VALENCE_AROUSAL[label][axis] for label in labels if label in VALENCE_AROUSAL
+        }
+        found = {label: side for label, side in found.items() if side in target}
+    else:
+        names = {normalize(label): label for label in target}
+        found = {label: names[key] for label in labels if (key := normalize(label)) in names}
+    if not found:
+        raise DataError(
+            f"labels={wanted!r} has no counterpart of any label of {own} ({', '.join(labels)}); "
+            f"{own} maps to {', '.join(_targets(own))}"
+        )
+    return found
+
+
+def _targets(own: str) -> list[str]:
+    """Returns the sets that a set maps to by name, itself first."""
+    return [own, *(b for a, b in _MAPS if a == own), "polarity2", "arousal2"]
 
 
 def check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:

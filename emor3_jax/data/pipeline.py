@@ -8,15 +8,19 @@ show is found before the run starts; a damaged picture when its row is first rea
 of the shuffled order takes its place, so that neither the shape of a batch nor the order of the
 others depends on timing.
 
+A position in the data is one number, the index in the endless order (`data/order.py`) of the row
+after the last one used: it does not depend on worker processes, which deliver rows in order.
+
 Deviations, numbered:
  1. The release lets an over-long prompt or a damaged picture stop the run or cuts it short; here
-    such rows are left out.
+    such rows are left out, or, with `cut_questions`, the end of the question.
  2. Pictures of a row must be exactly one; the release's schema allows a list.
 """
 
-import dataclasses
+import hashlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,198 +29,41 @@ import grain
 import numpy as np
 from absl import flags
 
-from emor3_jax.data import prompts
 from emor3_jax.data.batch import Batch, Example, collate
+from emor3_jax.data.encode import REASONS, Encoder, Skip, check_fit
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.labels import check_labels, label_grades, normalize
-from emor3_jax.data.sources import Row, Source, Texts
+from emor3_jax.data.labels import check_labels, normalize
+from emor3_jax.data.order import Group, Windows, make_groups, shuffled
+from emor3_jax.data.sources import Row, Source, sizes_of
+from emor3_jax.data.stats import RowStats
 from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.layout import count_windows, window_layout
+from emor3_jax.models.qwen2_5_vl.layout import count_windows
 from emor3_jax.models.qwen2_5_vl.processor import ImageError, Processor
-from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
 
 logger = logging.getLogger(__name__)
 
-REASONS = {
-    "missing_field": "a field is null, or the row has no picture",
-    "several_images": "more than one picture",
-    "empty_question": "nothing is asked",
-    "special_token": "the question spells out a special token of the policy",
-    "unknown_answer": "the answer is no label of the label set",
-    "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
-    "unreadable_image": "the picture cannot be decoded or is too thin",
-    "large_image": "the picture has more windows than the largest of data.image_windows",
-    "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
-}
-"""Why a row is left out."""
-
 # Rows of one reason that the log names at once.
 _NAMED = 20
-# Rows that are read ahead, at most: a large picture is 100 MB of patches.
-_READ_AHEAD = 64
+READ_AHEAD = 64
+"""Rows that are read ahead, at most, by all processes: a large picture is 100 MB of patches."""
 
 
-class RowStats:
-    """Counts of the rows that were left out."""
+class _Stream:
+    """Rows by their position in an order, from one position on, as grain wants them."""
 
-    def __init__(self) -> None:
-        self._ids: dict[str, dict[str, None]] = {reason: {} for reason in REASONS}
-        self.images_moved = 0
-
-    def add(self, reason: str, row_id: str) -> bool:
-        """Counts a row once; returns whether it is new."""
-        new = row_id not in self._ids[reason]
-        self._ids[reason][row_id] = None
-        return new
-
-    def counts(self) -> dict[str, int]:
-        """Returns the number of rows left out for each reason, all reasons included."""
-        return {reason: len(ids) for reason, ids in self._ids.items()}
-
-    def ids(self, reason: str) -> list[str]:
-        """Returns the ids of the rows left out for a reason, in the order of their discovery."""
-        return list(self._ids[reason])
-
-    def describe(self) -> str:
-        """Returns the reasons that occurred with numbers and examples, for a message."""
-        found = [(reason, list(ids)) for reason, ids in self._ids.items() if ids]
-        return "; ".join(
-            f"{len(ids)} {reason} ({REASONS[reason]}): {', '.join(ids[:3])}"
-            + (", …" if len(ids) > 3 else "")
-            for reason, ids in found
-        )
-
-
-class _Skip(NamedTuple):
-    """Stands in the stream for a row that cannot be used."""
-
-    reason: str
-    id: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Picked:
-    """The usable rows of a source, as grain wants them."""
-
-    source: Source
-    indices: np.ndarray
+    def __init__(self, source: Source, order: Any, start: int, end: int) -> None:
+        self._source, self._order = source, order
+        self._start, self._end = start, end
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return self._end - self._start
 
-    def __getitem__(self, index: int) -> Any:
-        return self.source[int(self.indices[index])]
+    def __getitem__(self, index: int) -> tuple[int, Row]:
+        position = self._start + int(index)
+        return position, self._source[int(self._order[position])]
 
     def __repr__(self) -> str:
-        return f"{self.source.name}[{len(self)} rows]"
-
-
-class _Encoder:
-    """Turns a row into an `Example`, or says why not; runs in worker processes too."""
-
-    def __init__(
-        self,
-        config: Config,
-        processor: Processor,
-        template: str,
-        labels: tuple[str, ...],
-        max_tokens: int,
-        max_windows: int,
-        graded: bool = False,
-    ) -> None:
-        self._config, self._processor = config, processor
-        self._template, self._labels = template, labels
-        self._index = {normalize(label): i for i, label in enumerate(labels)}
-        self._max_tokens, self._max_windows, self._graded = max_tokens, max_windows, graded
-
-    def fault_of_texts(self, texts: Texts) -> str | None:
-        """Returns why a row cannot be used, as far as its texts show; None if it can."""
-        if texts.question is None or texts.answer is None:
-            return "missing_field"
-        if texts.images_named > 1:
-            return "several_images"
-        if not texts.question:
-            return "empty_question"
-        if prompts.special_token_in(self._processor.tokenizer, texts.question):
-            return "special_token"
-        if normalize(texts.answer) not in self._index:
-            return "unknown_answer"
-        if self._graded and self._grades(texts) is None:
-            return "bad_distribution"
-        return None
-
-    def _grades(self, texts: Texts) -> np.ndarray | None:
-        """Returns what each label is worth, float32[K]; None where the shares say nothing."""
-        if not self._graded:
-            return np.eye(len(self._labels), dtype=np.float32)[self._index[normalize(texts.answer)]]
-        return label_grades(texts.distribution or (), self._index)
-
-    def __call__(self, row: Any) -> Example | _Skip:
-        """Encodes one row whose texts have no fault."""
-        texts = row.texts
-        if len(row.images) != 1 or row.images[0] is None:
-            reason = "several_images" if len(row.images) > 1 else "missing_field"
-            return _Skip(reason, texts.id)
-        try:
-            patches, grid = self._processor.patches(row.images[0])
-        except ImageError:
-            return _Skip("unreadable_image", texts.id)
-        vision, tokenizer = self._config.vision, self._processor.tokenizer
-        if count_windows(grid, vision) > self._max_windows:
-            return _Skip("large_image", texts.id)
-        n_image_tokens = len(patches) // vision.merge_unit
-        tokens = np.asarray(
-            prompts.render_prompt(
-                tokenizer, self._template, texts.question, self._labels, n_image_tokens
-            ),
-            np.int32,
-        )
-        in_prompt = int(np.sum(tokens == self._config.image_token_id))
-        if in_prompt != n_image_tokens:
-            raise DataError(
-                f"{texts.id}: the prompt has {in_prompt} image tokens, but the picture of "
-                f"{grid[1]} x {grid[2]} patches has {n_image_tokens} features; the chat template "
-                f"must show the picture once, as one {prompts.IMAGE_TOKEN}"
-            )
-        # The last token is not part of the padded prompt.
-        if len(tokens) - 1 > self._max_tokens:
-            return _Skip("long_question", texts.id)
-        positions, _ = prompt_positions(tokens, [grid], self._config)
-        return Example(
-            tokens=tokens,
-            positions=positions,
-            image=window_layout(patches, grid, vision),
-            image_start=int(np.argmax(tokens == self._config.image_token_id)),
-            shared_length=prompts.shared_length(tokenizer, tokens),
-            answer=self._index[normalize(texts.answer)],
-            grades=self._grades(texts),
-            id=texts.id,
-        )
-
-
-def encode_row(
-    row: Row, config: Config, processor: Processor, template: str, labels: Sequence[str]
-) -> Example:
-    """Returns one row as the policy reads it, of any length and size.
-
-    Args:
-      row: the row.
-      config, processor: of the policy.
-      template: the `set` template.
-      labels: the label set.
-
-    Raises:
-      DataError: if the row cannot be used, with the reason.
-    """
-    unbounded = 2**30
-    encoder = _Encoder(
-        config, processor, template, check_labels(tuple(labels)), unbounded, unbounded
-    )
-    fault = encoder.fault_of_texts(row.texts)
-    example = _Skip(fault, row.texts.id) if fault else encoder(row)
-    if isinstance(example, _Skip):
-        raise DataError(f"{example.id}: {example.reason}: {REASONS[example.reason]}")
-    return example
+        return f"{self._source.name} from {self._start}"
 
 
 class _Keep:
@@ -224,16 +71,18 @@ class _Keep:
 
     def __init__(self, stats: RowStats, name: str, rows: int) -> None:
         self._stats, self._name, self._rows = stats, name, rows
-        self._in_a_row = 0
+        self._in_a_row: set[str] = set()
 
-    def __call__(self, element: Example | _Skip) -> bool:
-        if not isinstance(element, _Skip):
-            self._in_a_row = 0
+    def __call__(self, element: Example | Skip) -> bool:
+        if not isinstance(element, Skip):
+            self._in_a_row.clear()
+            if element.cut and self._stats.add_cut(element.id):
+                logger.warning("%s: cut the question of %s", self._name, element.id)
             return True
-        self._in_a_row += 1
+        self._in_a_row.add(element.id)
         if self._stats.add(*element):
             logger.warning("%s: left out %s: %s", self._name, element.id, REASONS[element.reason])
-        if self._in_a_row >= self._rows:
+        if len(self._in_a_row) >= self._rows:
             raise DataError(f"{self._name}: no usable row is left: {self._stats.describe()}")
         return False
 
@@ -255,8 +104,12 @@ class _Rows:
         workers: int,
         shard: tuple[int, int],
         graded: bool,
+        cut_questions: bool,
+        parts: "Parts | None" = None,
+        sort_by_size: bool = False,
+        read_ahead: int,
     ) -> None:
-        _check_fit(config, processor)
+        check_fit(config, processor)
         shard_index, self.shards = shard
         if not 0 <= shard_index < self.shards:
             raise DataError(f"shard={shard}: must be (index, count) with index below count")
@@ -264,8 +117,9 @@ class _Rows:
             # Hosts do not see each other's rows and must agree on one shape.
             prompt_lengths, image_windows = (max(prompt_lengths),), (max(image_windows),)
         self.source, self.batch_size, self.workers = source, batch_size, workers
+        self._read_ahead = read_ahead
         self.stats = RowStats()
-        self._encoder = _Encoder(
+        self._encoder = Encoder(
             config,
             processor,
             template,
@@ -273,29 +127,43 @@ class _Rows:
             max(prompt_lengths),
             max(image_windows),
             graded,
+            cut_questions,
         )
+        self._parts = parts or Parts((0, len(source)), (1.0,), (False,))
+        # Hosts pad to one shape in any case.
+        self._sort_by_size = sort_by_size and self.shards == 1
         self._collate = partial(
             collate,
             batch_size=batch_size,
             prompt_lengths=tuple(prompt_lengths),
             image_windows=tuple(image_windows),
         )
-        usable = self._scan(labels)
+        usable, answers, questions = self._scan(labels)
         self.total = len(usable)
         self.indices = usable[shard_index :: self.shards]
-        if not len(self.indices):
+        groups = make_groups(usable, answers, *self._parts)
+        self.groups = [Group(g.indices[shard_index :: self.shards], g.weight) for g in groups]
+        fewest = min(len(group.indices) for group in groups)
+        if fewest < self.shards:
             raise DataError(
-                f"{source.name}: {self.total} usable rows are too few for {self.shards} hosts"
+                f"{source.name}: {fewest} usable rows are too few for {self.shards} hosts"
             )
+        self._keys = self._sizes(usable, questions) if self._sort_by_size else None
+        self.digest = self._digest()
 
-    def _scan(self, labels: Sequence[str]) -> np.ndarray:
-        """Returns the indices of the rows whose texts can be used."""
-        usable = []
+    def _scan(self, labels: Sequence[str]) -> tuple[np.ndarray, list[int], list[int]]:
+        """Returns index, label's number and question's length of the rows with usable texts."""
+        usable, answers, questions = [], [], []
         name, stats = self.source.name, self.stats
+        number = {normalize(label): i for i, label in enumerate(labels)}
+        self._ids = hashlib.sha256()
         for index, texts in enumerate(self.source.texts()):
             fault = self._encoder.fault_of_texts(texts)
             if fault is None:
                 usable.append(index)
+                answers.append(number[normalize(texts.answer)])
+                questions.append(len(texts.question))
+                self._ids.update(f"{texts.id}\n".encode())
                 stats.images_moved += texts.image_moved
             else:
                 stats.add(fault, texts.id)
@@ -312,31 +180,68 @@ class _Rows:
                 f"{name}: no usable row for the labels {', '.join(labels)}: {found}; give other "
                 "labels or another path"
             )
-        return np.asarray(usable, np.int64)
+        return np.asarray(usable, np.int64), answers, questions
 
-    def batches(self, *, seed: int | None, limit: int = 0) -> Any:
-        """Returns grain's iterator: shuffled and endless with a seed, else once in order."""
+    def _sizes(self, usable: np.ndarray, questions: Sequence[int]) -> np.ndarray:
+        """Returns int64[rows of the source]: by windows, then by about the prompt's tokens."""
+        config, images = self._encoder.config.vision, self._encoder.images
+        keys = np.zeros(len(self.source), np.int64)
+        sizes = sizes_of(self.source, usable)
+        for index, (height, width), length in zip(usable, sizes, questions, strict=True):
+            try:
+                down, across = images.smart_resize(int(height), int(width))
+            except (ImageError, ZeroDivisionError):
+                continue
+            grid = (1, down // images.patch_size, across // images.patch_size)
+            tokens = grid[1] * grid[2] // config.merge_unit + length // 4
+            keys[index] = count_windows(grid, config) * 2**32 + tokens
+        return keys
+
+    def _digest(self) -> str:
+        """Returns what a position in the order is bound to, besides the seed."""
+        digest = self._ids.copy()
+        for group in self.groups:
+            digest.update(f"{len(group.indices)} {group.weight}\n".encode())
+        if self._sort_by_size:
+            digest.update(f"by size, {self.batch_size}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def endless(self, seed: int, start: int) -> Any:
+        """Returns an iterator of endless shuffled batches from a position on."""
+        return self._batches(_Stream(self.source, self.order(seed), start, sys.maxsize))
+
+    def order(self, seed: int) -> Any:
+        """Returns the endless order of rows, random access to int."""
+        order: Any = shuffled(self.groups, seed)
+        if self._keys is not None:
+            order = Windows(order, self._keys, self.batch_size, seed)
+        return order
+
+    def once(self, limit: int = 0) -> Any:
+        """Returns an iterator of the rows of this host in their order, at most `limit` of them."""
         indices = self.indices
         if limit and limit < len(indices):
             # Files are often sorted by label, so their first rows would not stand for the rest.
             picked = np.random.default_rng(0).permutation(len(indices))[:limit]
             indices = indices[np.sort(picked)]
-        dataset = grain.MapDataset.source(_Picked(self.source, indices))
-        if seed is not None:
-            dataset = dataset.seed(seed).shuffle().repeat()
+        return self._batches(_Stream(self.source, indices, 0, len(indices)))
+
+    def _batches(self, rows: _Stream) -> Any:
+        """Returns grain's iterator of (batch, ids, position after the last row)."""
         threads = min(4, os.cpu_count() or 1)
-        options = grain.ReadOptions(
-            num_threads=threads,
-            prefetch_buffer_size=max(threads, min(self.batch_size, _READ_AHEAD)),
-        )
-        stream = dataset.map(self._encoder).to_iter_dataset(options)
+        ahead = min(self.batch_size, self._read_ahead) // max(self.workers, 1)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
+        stream = grain.MapDataset.source(rows).map(self._encoder).to_iter_dataset(options)
         if self.workers:
             if not flags.FLAGS.is_parsed():
                 # grain reads its own absl flags before it starts processes.
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
-        stream = stream.filter(_Keep(self.stats, self.source.name, len(indices)))
-        return iter(stream.batch(self.batch_size, batch_fn=self._collate))
+        kept = stream.filter(_Keep(self.stats, self.source.name, len(self.indices)))
+        return iter(kept.batch(self.batch_size, batch_fn=self._with_position))
+
+    def _with_position(self, examples: Sequence[Example]) -> tuple[Batch, tuple[str, ...], int]:
+        return *self._collate(examples), examples[-1].position + 1
 
 
 class TrainBatches:
@@ -349,33 +254,43 @@ class TrainBatches:
 
     def __init__(self, rows: _Rows, seed: int) -> None:
         self.stats, self.rows = rows.stats, rows.total
-        self._name = rows.source.name
-        self._fixed = {"rows": rows.total, "seed": seed, "workers": rows.workers}
-        self._iterator = rows.batches(seed=seed)
+        self._rows, self._seed = rows, seed
+        self._fixed = {"rows": rows.total, "seed": seed, "order": rows.digest}
+        self._position = 0
+        self._iterator = rows.endless(seed, 0)
 
     def __iter__(self) -> "TrainBatches":
         return self
 
     def __next__(self) -> tuple[Batch, tuple[str, ...]]:
-        return next(self._iterator)
+        batch, ids, self._position = next(self._iterator)
+        return batch, ids
+
+    def preview(self, count: int) -> list[list[int]]:
+        """Returns the rows of the first `count` batches, as if no picture were damaged."""
+        order, size = self._rows.order(self._seed), self._rows.batch_size
+        return [[int(order[i * size + j]) for j in range(size)] for i in range(count)]
 
     def get_state(self) -> dict[str, Any]:
         """Returns where the next batch begins, as plain data that fits JSON."""
-        return {"position": self._iterator.get_state(), **self._fixed}
+        return {"position": self._position, **self._fixed}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `get_state` was called, so that the same batches follow.
 
         Raises:
-          DataError: if that was with other rows, another seed or another number of workers.
+          DataError: if that was with other rows, another seed, or rows in another order.
         """
         for field, now in self._fixed.items():
-            if state[field] != now:
+            if state.get(field) != now:
                 raise DataError(
-                    f"{self._name}: the run to go on from had {field}={state[field]}, now it is "
-                    f"{now}; use the same data, data.workers and seed, or another workdir"
+                    f"{self._rows.source.name}: the run to go on from had "
+                    f"{field}={state.get(field)}, now it is {now}; use the same data, weights and "
+                    "seed, or another workdir"
                 )
-        self._iterator.set_state(state["position"])
+        self.close()
+        self._position = state["position"]
+        self._iterator = self._rows.endless(self._seed, self._position)
 
     def close(self) -> None:
         """Ends the threads and processes that read ahead."""
@@ -404,11 +319,12 @@ class EvalBatches:
     def __iter__(self) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         rows = self._rows
         limit = -(-self._limit // rows.shards)
-        iterator = rows.batches(seed=None, limit=limit)
+        iterator = rows.once(limit)
         count, last = 0, None
         try:
-            for last in iterator:
-                yield last
+            for batch, ids, _ in iterator:
+                last = batch
+                yield batch, ids
                 count += 1
         finally:
             iterator.close()
@@ -416,9 +332,23 @@ class EvalBatches:
             # Every host takes part in as many batches as the one with most rows.
             most = -(-rows.total // rows.shards)
             most = min(most, limit) if limit else most
-            filler = last[0]._replace(weight=np.zeros_like(last[0].weight))
+            filler = last._replace(weight=np.zeros_like(last.weight))
             for _ in range(-(-most // rows.batch_size) - count):
                 yield filler, ("",) * rows.batch_size
+
+
+class Parts(NamedTuple):
+    """How the parts of a joined source take turns in training.
+
+    Attributes:
+      starts: where each part begins, and the end of the last one.
+      weights: of the parts, relative to each other.
+      balanced: of each part, whether its labels have equal turns.
+    """
+
+    starts: Sequence[int]
+    weights: Sequence[float]
+    balanced: Sequence[bool]
 
 
 def train_batches(
@@ -435,6 +365,10 @@ def train_batches(
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     graded: bool = False,
+    cut_questions: bool = False,
+    parts: Parts | None = None,
+    sort_by_size: bool = False,
+    read_ahead: int = READ_AHEAD,
 ) -> TrainBatches:
     """Returns endless batches, reshuffled by (seed, epoch).
 
@@ -453,6 +387,11 @@ def train_batches(
         always have the largest `P` and `W`.
       graded: whether an answer is worth its label's share among raters (`Batch.grades`); rows
         without usable shares are left out.
+      cut_questions: whether the end of a question that makes a prompt too long is cut, rather than
+        its row left out.
+      parts: how the parts of the source take turns; None is one part in its own proportions.
+      sort_by_size: whether rows of like size are put into a batch; of no effect with several hosts.
+      read_ahead: rows that are decoded while a batch is used, at most a batch of them.
 
     Raises:
       DataError: if no row can be used, or the processor does not fit the policy.
@@ -469,6 +408,10 @@ def train_batches(
         workers=workers,
         shard=shard,
         graded=graded,
+        cut_questions=cut_questions,
+        parts=parts,
+        sort_by_size=sort_by_size,
+        read_ahead=read_ahead,
     )
     return TrainBatches(rows, seed)
 
@@ -487,12 +430,14 @@ def eval_batches(
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     graded: bool = False,
+    cut_questions: bool = False,
+    read_ahead: int = READ_AHEAD,
 ) -> EvalBatches:
     """Returns each row once, in batches of equal size.
 
     Args:
       source, config, processor, template, labels, batch_size, prompt_lengths, image_windows,
-        workers, shard, graded: as in `train_batches`.
+        workers, shard, graded, cut_questions, read_ahead: as in `train_batches`.
       limit: at most so many rows of all hosts together, drawn once and for all; 0 is all.
 
     Raises:
@@ -510,23 +455,7 @@ def eval_batches(
         workers=workers,
         shard=shard,
         graded=graded,
+        cut_questions=cut_questions,
+        read_ahead=read_ahead,
     )
     return EvalBatches(rows, limit)
-
-
-def _check_fit(config: Config, processor: Processor) -> None:
-    """Raises DataError if the processor's patches or ids are not those of the policy."""
-    vision, images = config.vision, processor.images
-    tokenizer = processor.tokenizer
-    image_token = tokenizer.convert_tokens_to_ids(prompts.IMAGE_TOKEN)
-    for field, ours, theirs in (
-        ("patch_size", images.patch_size, vision.patch_size),
-        ("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size),
-        ("merge_size", images.merge_size, vision.spatial_merge_size),
-        (f"id of {prompts.IMAGE_TOKEN}", image_token, config.image_token_id),
-    ):
-        if ours != theirs:
-            raise DataError(
-                f"{field}: the processor has {ours}, the policy's config.json {theirs}; take both "
-                "from the same folder"
-            )

@@ -27,6 +27,16 @@ BUILT_IN = {
 }
 """Template folders by name: full sentences for Qwen2.5-VL, few words for the embedded policy."""
 
+SET_STYLES = {
+    "think": BUILT_IN["qwen"] / "think.txt",
+    "direct": BUILT_IN["qwen"] / "direct.txt",
+}
+"""Other ways to ask for the emotion, for a `set` template: think freely first, or answer at once.
+
+Neither has steps, so format and reflection have nothing to read: a run with one of them needs
+`reflect.enabled=false` and `reward.lambda_format=0` (docs/data.md).
+"""
+
 IMAGE_TOKEN = "<|image_pad|>"
 IMAGE_END = "<|vision_end|>"
 
@@ -62,10 +72,11 @@ class PromptTemplates:
         coherence: str | Path = "qwen",
         consistency: str | Path = "qwen",
     ) -> "PromptTemplates":
-        """Reads the templates, each from a file or, by a name of `BUILT_IN`, from a built-in one.
+        """Reads the templates, each from a file or, by its name, from a built-in one.
 
         Args:
-          set, coherence, consistency: path or name.
+          set: path, or a name of `BUILT_IN` or `SET_STYLES`.
+          coherence, consistency: path, or a name of `BUILT_IN`.
 
         Raises:
           DataError: if a file is missing, misses a placeholder, or holds an unknown or second one.
@@ -200,11 +211,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _read(kind: str, source: str | Path) -> str:
-    path = BUILT_IN[source] / f"{kind}.txt" if source in BUILT_IN else Path(source)
+    styles = SET_STYLES if kind == "set" else {}
+    built_in = {name: folder / f"{kind}.txt" for name, folder in BUILT_IN.items()} | styles
+    path = built_in.get(str(source), Path(source))
     if not path.is_file():
         raise DataError(
             f"template {kind}={str(source)!r}: no such file; give the path of a text file or one "
-            f"of {', '.join(BUILT_IN)}"
+            f"of {', '.join(built_in)}"
         )
     template = path.read_text(encoding="utf-8").rstrip("\n")
     names = [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]

@@ -6,14 +6,18 @@ of all rows without the pictures, so that rows are checked before a run starts.
 
 import bisect
 import collections
+import concurrent.futures
 import glob
+import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import ExifTags, Image
 
 from emor3_jax.data.errors import DataError
 
@@ -71,44 +75,77 @@ class Source(Protocol):
         """Returns the index of the row with this id; raises KeyError if there is none."""
 
 
-class ParquetSource:
-    """Parquet files in the schema that the release trains on.
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Returns height and width in pixels once a picture is turned as its EXIF says."""
+    turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return picture.size if turned else picture.size[::-1]
 
-    Columns: `images` (list of {bytes, path}), `problem` (may contain `<image>`), `answer`, and, if
-    there is one, `distribution` (list of {label, share}); others are ignored. A picture without
-    bytes is read from its path, relative to its file's folder.
 
-    Row groups are read when a row of theirs is wanted and kept while they fit `cache_bytes`; files
-    much larger than that should have small row groups (about 100 rows), since rows are visited in
-    random order.
+def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
+    """Returns the sizes of pictures, from what the source knows or from the head of each picture.
+
+    Args:
+      source: the rows; one with a method `sizes` knows them without opening a picture.
+      indices: int[n], which rows; None is all.
+
+    Returns:
+      int32[n, 2], height and width in pixels, 0 where a picture is missing or damaged.
+    """
+    if hasattr(source, "sizes"):
+        found = source.sizes()
+        return found if indices is None else found[indices]
+    rows = range(len(source)) if indices is None else indices
+
+    def size(index: int) -> tuple[int, int]:
+        images = source[int(index)].images
+        try:
+            with Image.open(io.BytesIO(images[0])) as picture:
+                return upright_size(picture)
+        except Exception:
+            # PIL raises many kinds of errors for a damaged head; there may also be no picture.
+            return 0, 0
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return np.asarray(list(pool.map(size, rows)), np.int32).reshape(-1, 2)
+
+
+class RowGroups:
+    """The rows of parquet files of one schema, read by row group and kept while they fit a cache.
+
+    Files much larger than the cache should have small row groups (about 100 rows), since rows are
+    visited in random order.
+
+    Attributes:
+      schema: of the first file.
+      file_starts: int list, where the rows of each file begin.
     """
 
-    def __init__(self, path: str | Path, cache_bytes: int = 2**30) -> None:
-        """Opens the files and checks their schema; reads no rows.
+    def __init__(self, files: Sequence[Path], cache_bytes: int) -> None:
+        """Reads what the files say of themselves.
 
         Args:
-          path: a file, a glob, or several of them joined by commas.
+          files: the files, in order.
           cache_bytes: memory for row groups, in each process that reads.
 
         Raises:
-          DataError: if there is no such file, or one is no parquet file of this schema.
+          DataError: if one is no parquet file.
         """
-        self.name = str(path)
-        self._files = _expand(self.name)
-        self._cache_bytes = cache_bytes
+        self._files, self._cache_bytes = list(files), cache_bytes
         # (file, row group in the file), and where each row group begins.
         self._groups: list[tuple[int, int]] = []
         self._starts = [0]
-        self._file_starts: list[int] = []
+        self.file_starts: list[int] = []
         for number, file in enumerate(self._files):
-            metadata = _checked_metadata(file)
-            self._file_starts.append(self._starts[-1])
+            try:
+                metadata = pq.read_metadata(file)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{file} cannot be read as a parquet file: {error}") from error
+            if not number:
+                self.schema = metadata.schema.to_arrow_schema()
+            self.file_starts.append(self._starts[-1])
             for group in range(metadata.num_row_groups):
                 self._groups.append((number, group))
                 self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
-        names = [file.name for file in self._files]
-        unique = len(set(names)) == len(names)
-        self._names = names if unique else [str(file) for file in self._files]
         self._open()
 
     def _open(self) -> None:
@@ -128,43 +165,28 @@ class ParquetSource:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index: int) -> Row:
+    def file_of(self, index: int) -> int:
+        """Returns the number of the file that holds a row."""
+        return bisect.bisect_right(self.file_starts, index) - 1
+
+    def row(self, index: int, columns: Sequence[str]) -> dict[str, Any]:
+        """Returns some columns of a row; the same columns at every call."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         group = bisect.bisect_right(self._starts, index) - 1
-        table = self._read(group)
+        table = self._read(group, columns)
         at = index - self._starts[group]
-        file, _ = self._groups[group]
-        images = [
-            _image_bytes(image, self._files[file].parent)
-            for image in table["images"][at].as_py() or ()
-        ]
-        fields = (table[name][at].as_py() for name in _text_columns(table.schema))
-        return Row(images, _texts(self._id(file, index), *fields))
+        return {name: table[name][at].as_py() for name in columns if name in table.column_names}
 
-    def texts(self) -> Iterator[Texts]:
-        """Yields the texts of all rows, in order, without reading their pictures."""
-        for number, file in enumerate(self._files):
-            index = self._file_starts[number]
+    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yields some columns of all rows, in order."""
+        for file in self._files:
             with pq.ParquetFile(file) as reader:
-                names = _text_columns(reader.schema_arrow)
-                for batch in reader.iter_batches(columns=names):
-                    columns = (batch[name].to_pylist() for name in names)
-                    for fields in zip(*columns, strict=True):
-                        yield _texts(self._id(number, index), *fields)
-                        index += 1
+                there = [name for name in columns if name in reader.schema_arrow.names]
+                for batch in reader.iter_batches(columns=there):
+                    yield from batch.to_pylist()
 
-    def find(self, row_id: str) -> int:
-        """Returns the index of the row with this id; raises KeyError if there is none."""
-        name, _, row = row_id.rpartition(":")
-        if name not in self._names or not row.isdecimal():
-            raise KeyError(row_id)
-        return self._file_starts[self._names.index(name)] + int(row)
-
-    def _id(self, file: int, index: int) -> str:
-        return f"{self._names[file]}:{index - self._file_starts[file]}"
-
-    def _read(self, group: int) -> pa.Table:
+    def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
@@ -173,14 +195,71 @@ class ParquetSource:
             if file not in self._readers:
                 self._readers[file] = pq.ParquetFile(self._files[file])
             reader = self._readers[file]
-            columns = ["images", *_text_columns(reader.schema_arrow)]
-            table = reader.read_row_group(number, columns=columns)
+            there = [name for name in columns if name in reader.schema_arrow.names]
+            table = reader.read_row_group(number, columns=there)
             self._cache[group] = table
             held = sum(t.nbytes for t in self._cache.values())
             while held > self._cache_bytes and len(self._cache) > 1:
                 _, dropped = self._cache.popitem(last=False)
                 held -= dropped.nbytes
             return table
+
+
+_TEXT_COLUMNS = ("problem", "answer", "distribution")
+
+
+class ParquetSource:
+    """Parquet files in the schema that the release trains on.
+
+    Columns: `images` (list of {bytes, path}), `problem` (may contain `<image>`), `answer`, and, if
+    there is one, `distribution` (list of {label, share}); others are ignored. A picture without
+    bytes is read from its path, relative to its file's folder.
+    """
+
+    def __init__(self, path: str | Path, cache_bytes: int = 2**30) -> None:
+        """Opens the files and checks their schema; reads no rows.
+
+        Args:
+          path: a file, a glob, or several of them joined by commas.
+          cache_bytes: memory for row groups, in each process that reads.
+
+        Raises:
+          DataError: if there is no such file, or one is no parquet file of this schema.
+        """
+        self.name = str(path)
+        self._files = _expand(self.name)
+        self._rows = RowGroups(self._files, cache_bytes)
+        for file in self._files:
+            _check_schema(file)
+        names = [file.name for file in self._files]
+        unique = len(set(names)) == len(names)
+        self._names = names if unique else [str(file) for file in self._files]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self._rows.row(index, ("images", *_TEXT_COLUMNS))
+        folder = self._files[self._rows.file_of(index)].parent
+        images = [image_bytes(image, folder) for image in row["images"] or ()]
+        return Row(images, self._texts(row, index))
+
+    def texts(self) -> Iterator[Texts]:
+        """Yields the texts of all rows, in order, without reading their pictures."""
+        for index, row in enumerate(self._rows.rows(_TEXT_COLUMNS)):
+            yield self._texts(row, index)
+
+    def find(self, row_id: str) -> int:
+        """Returns the index of the row with this id; raises KeyError if there is none."""
+        name, _, row = row_id.rpartition(":")
+        if name not in self._names or not row.isdecimal():
+            raise KeyError(row_id)
+        return self._rows.file_starts[self._names.index(name)] + int(row)
+
+    def _texts(self, row: dict[str, Any], index: int) -> Texts:
+        file = self._rows.file_of(index)
+        row_id = f"{self._names[file]}:{index - self._rows.file_starts[file]}"
+        return read_texts(row_id, row["problem"], row["answer"], row.get("distribution"))
 
 
 class EmoScenesSource:
@@ -242,12 +321,8 @@ def _expand(path: str) -> list[Path]:
     return files
 
 
-def _checked_metadata(file: Path) -> pq.FileMetaData:
-    try:
-        metadata = pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as a parquet file: {error}") from error
-    schema = metadata.schema.to_arrow_schema()
+def _check_schema(file: Path) -> None:
+    schema = pq.read_schema(file)
     for column in ("images", "problem", "answer"):
         if column not in schema.names:
             raise DataError(
@@ -268,15 +343,15 @@ def _checked_metadata(file: Path) -> pq.FileMetaData:
             raise DataError(
                 f"{file}: column 'distribution' is {shares}, not a list of {{label, share}}"
             )
-    return metadata
 
 
-def _text_columns(schema: pa.Schema) -> list[str]:
-    there = "distribution" in schema.names
-    return ["problem", "answer", "distribution"] if there else ["problem", "answer"]
+def image_bytes(image: dict | None, folder: Path) -> bytes | None:
+    """Returns the bytes of an {bytes, path}, None where it has neither bytes nor a file.
 
-
-def _image_bytes(image: dict | None, folder: Path) -> bytes | None:
+    Args:
+      image: as arrow gives it.
+      folder: to which a path is relative.
+    """
     if image is None:
         return None
     if image.get("bytes"):
@@ -285,9 +360,17 @@ def _image_bytes(image: dict | None, folder: Path) -> bytes | None:
     return path.read_bytes() if path is not None and path.is_file() else None
 
 
-def _texts(
+def read_texts(
     row_id: str, problem: str | None, answer: str | None, shares: list[dict] | None = None
 ) -> Texts:
+    """Returns the texts of a row.
+
+    Args:
+      row_id: names the row.
+      problem: the question, in which `IMAGE_MARK` may stand for the picture.
+      answer: the label.
+      shares: list of {label, share}.
+    """
     found = None if shares is None else tuple((x["label"], x["share"]) for x in shares if x)
     if problem is None:
         return Texts(None, answer, row_id, distribution=found)

@@ -11,11 +11,12 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from emor3_jax import models
-from emor3_jax.data import pipeline
+from emor3_jax.data import encode
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.pipeline import eval_batches, train_batches
+from emor3_jax.data.pipeline import Parts, eval_batches, train_batches
 from emor3_jax.data.prompts import render_prompt
 from emor3_jax.data.sources import ParquetSource
+from emor3_jax.data.views import Joined
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
@@ -145,7 +146,7 @@ def test_image_tokens_that_are_not_the_features_name_the_row(train, clean, monke
     def render(tokenizer, template, question, labels, n_image_tokens):
         return render_prompt(tokenizer, template, question, labels, n_image_tokens + change)
 
-    monkeypatch.setattr(pipeline.prompts, "render_prompt", render)
+    monkeypatch.setattr(encode.prompts, "render_prompt", render)
     rule = f"a.parquet:.*has {4 + change} image tokens, but the picture of 4 x 4 patches has 4"
     with pytest.raises(DataError, match=rule):
         next(train(clean))
@@ -158,7 +159,7 @@ def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
     # Only counted where accuracy is graded.
     expected["bad_distribution"] = 0
     assert batches.stats.counts() == expected
-    bad = {row_id for reason in pipeline.REASONS for row_id in batches.stats.ids(reason)}
+    bad = {row_id for reason in encode.REASONS for row_id in batches.stats.ids(reason)}
     assert len(bad) == sum(expected.values())
     assert set(ids) == {texts.id for texts in dirty.texts()} - bad
     # The next good row takes the place of a bad one: an epoch still has every good row once.
@@ -169,7 +170,7 @@ def test_bad_rows_are_named_in_the_log_once(train, dirty, caplog):
     batches = train(dirty)
     ids_of(batches, 3 * len(dirty) // 2)
     messages = "\n".join(record.getMessage() for record in caplog.records)
-    for reason in pipeline.REASONS:
+    for reason in encode.REASONS:
         for row_id in batches.stats.ids(reason):
             assert len(re.findall(rf"{re.escape(row_id)}(?!\d)", messages)) == 1
 
@@ -339,3 +340,122 @@ def test_batch_gives_the_logits_of_the_arrays_of_transformers(
         arrays["image_grid_thw"],
     )
     np.testing.assert_allclose(ours, theirs[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0), (1, 3)])
+def test_resume_with_another_number_of_workers(train, dirty, workers):
+    """The position is a number of rows, whoever read them; batches end at bad rows too."""
+    before, after = workers
+    done = int(np.random.default_rng(workers[0]).integers(1, 9))
+    batches, again = train(dirty, workers=before), train(dirty, workers=after)
+    try:
+        ids_of(batches, done)
+        state = json.loads(json.dumps(batches.get_state()))
+        again.set_state(state)
+        for _ in range(7):
+            (a, ids), (b, other_ids) = next(batches), next(again)
+            assert ids == other_ids
+            jax.tree.map(np.testing.assert_array_equal, a, b)
+        assert batches.get_state() == again.get_state()
+    finally:
+        batches.close()
+        again.close()
+
+
+def test_a_mixture_takes_turns_by_weight_and_resumes(train, clean, dirty):
+    joined = Joined({"few": clean, "many": dirty})
+    parts = Parts(joined.starts, (3.0, 1.0), (False, True))
+    batches = train(joined, parts=parts, batch_size=4)
+    ids = ids_of(batches, 33)
+    # Turns go to rows, bad ones included, so those left out change the shares a little.
+    share = np.mean([row_id.startswith("few/") for row_id in ids])
+    assert 0.7 < share < 0.85
+    assert set(ids) >= {f"few/{texts.id}" for texts in clean.texts()}
+    again = train(joined, parts=parts, batch_size=4)
+    state = batches.get_state()
+    again.set_state(state)
+    assert ids_of(again, 5) == ids_of(batches, 5)
+    with pytest.raises(DataError, match="order="):
+        train(joined, parts=parts._replace(weights=(1.0, 1.0))).set_state(state)
+
+
+def test_hosts_share_a_mixture_without_loss_or_repeat(train, clean, dirty):
+    joined = Joined({"a": clean, "b": dirty})
+    parts = Parts(joined.starts, (1.0, 1.0), (False, True))
+    seen = []
+    for i in range(2):
+        ids = ids_of(train(joined, parts=parts, shard=(i, 2)), 60)
+        assert {row_id.partition("/")[0] for row_id in ids} == {"a", "b"}
+        seen.append(set(ids))
+    assert not seen[0] & seen[1]
+    good = {t.id for t in joined.texts()} - {
+        row_id
+        for reason in encode.REASONS
+        for shard in range(2)
+        for row_id in _left_out(train(joined, parts=parts, shard=(shard, 2)), reason)
+    }
+    assert seen[0] | seen[1] == good
+
+
+def _left_out(batches, reason: str) -> list[str]:
+    ids_of(batches, 60)
+    return batches.stats.ids(reason)
+
+
+def test_labels_have_equal_turns_where_that_is_asked(train, make, tmp_path):
+    # Eight of joy, one of each other.
+    rows = [make["row"](i, answer="joy") for i in range(8)]
+    rows += [make["row"](8, answer="fear"), make["row"](9, answer="anger")]
+    make["parquet"](tmp_path / "a.parquet", rows)
+    source = ParquetSource(tmp_path / "a.parquet")
+    parts = Parts((0, 10), (1.0,), (True,))
+    batches = train(source, parts=parts, batch_size=3)
+    answers = [sorted(next(batches)[0].answers.tolist()) for _ in range(8)]
+    assert answers == [[0, 1, 2]] * 8
+
+
+def test_rows_of_like_size_share_a_batch(train, make, tmp_path):
+    # Half the pictures take four windows, half one.
+    def picture(i: int) -> list[dict]:
+        side = 16 if i % 2 else 32
+        return [{"bytes": make["png"](i, side, side), "path": None}]
+
+    make["parquet"](tmp_path / "a.parquet", [make["row"](i, images=picture(i)) for i in range(96)])
+    source = ParquetSource(tmp_path / "a.parquet")
+
+    def windows(**options) -> list[int]:
+        batches = train(source, batch_size=4, **options)
+        return [next(batches)[0].images.mask.shape[1] for _ in range(24)]
+
+    # By chance a batch of four holds a large one in 15 of 16 cases.
+    assert windows().count(1) < 6
+    assert windows(sort_by_size=True).count(1) >= 10
+    ids = ids_of(train(source, batch_size=4, sort_by_size=True), 24)
+    assert len(set(ids[:64])) == 64
+    batches = train(source, batch_size=4, sort_by_size=True)
+    ids_of(batches, 5)
+    again = train(source, batch_size=4, sort_by_size=True, workers=2)
+    again.set_state(batches.get_state())
+    try:
+        assert ids_of(again, 20) == ids_of(batches, 20)
+    finally:
+        again.close()
+
+
+def test_a_question_that_is_too_long_loses_its_end(train, processor, make, tmp_path):
+    long, short = "which emotion " * 60, "which ?"
+    rows = [make["row"](0, problem=long), make["row"](0, problem=short)]
+    make["parquet"](tmp_path / "a.parquet", rows)
+    source = ParquetSource(tmp_path / "a.parquet")
+    batches = train(source, cut_questions=True, prompt_lengths=(160,))
+    batch, ids = next(batches)
+    at = ids.index("a.parquet:0")
+    text = processor.tokenizer.decode(batch.prompt.tokens[at][batch.prompt.mask[at]])
+    assert "<|vision_end|>which emotion which" in text
+    # The labels and the end of the turn stay; the prompt is as long as it may be, or nearly.
+    assert text.endswith("joy, Fear, anger<|im_end|>\n<|im_start|>assistant")
+    assert 155 < batch.prompt.mask[at].sum() <= 160
+    assert batches.stats.questions_cut == 1 and batches.stats.counts()["long_question"] == 0
+    # Where not even an empty question fits, the row is left out.
+    with pytest.raises(DataError, match="2 long_question"):
+        next(train(source, cut_questions=True, prompt_lengths=(40,)))

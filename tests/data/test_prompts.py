@@ -3,6 +3,7 @@ import pytest
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.prompts import (
     BUILT_IN,
+    SET_STYLES,
     PromptTemplates,
     fill,
     reflection_parts,
@@ -113,5 +114,16 @@ def test_own_files_keep_what_boxed_holds(tmp_path):
 
 
 def test_a_missing_template_names_the_choices():
-    with pytest.raises(DataError, match=r"set='quen'.*qwen, tiny"):
+    with pytest.raises(DataError, match=r"set='quen'.*qwen, tiny, think, direct"):
         PromptTemplates.load(set="quen")
+    # Only the question about the emotion has other styles.
+    with pytest.raises(DataError, match=r"coherence='think'.*one of qwen, tiny$"):
+        PromptTemplates.load(coherence="think")
+
+
+@pytest.mark.parametrize("style", SET_STYLES)
+def test_thinking_freely_and_answering_at_once_are_choices(style):
+    template = PromptTemplates.load(set=style).set
+    asked = fill(template, question="what ?", labels=LABELS)
+    assert "what ?" in asked and "joy, fear" in asked and "\\boxed{emotion}" in asked
+    assert ("<think>" in asked) == (style == "think") and "<step1>" not in asked

@@ -1,13 +1,14 @@
 import io
 import pickle
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.sources import EmoScenesSource, ParquetSource
+from emor3_jax.data.sources import EmoScenesSource, ParquetSource, sizes_of
 from emor3_jax.embedded.emoscenes import builder
 
 
@@ -59,7 +60,7 @@ def test_memory_is_bounded_by_the_cache(tmp_path, make):
     source = ParquetSource(tmp_path / "a.parquet", cache_bytes=4 * one)
     for index in (*range(40), *range(0, 40, 7)):
         assert source[index].images == [make["png"](index)]
-        assert sum(table.nbytes for table in source._cache.values()) <= 4 * one
+        assert sum(table.nbytes for table in source._rows._cache.values()) <= 4 * one
 
 
 def test_a_source_can_be_sent_to_another_process(folder):
@@ -139,3 +140,16 @@ def test_shares_of_another_shape_are_refused(tmp_path, make):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"'distribution' is .* not a list of {label, share}"):
         ParquetSource(tmp_path / "a.parquet")
+
+
+def test_sizes_are_those_of_upright_pictures(tmp_path, make):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(turned, "JPEG", exif=exif)
+    pictures = [make["png"](0, 20, 30), turned.getvalue(), b"damaged"]
+    rows = [make["row"](0, images=[{"bytes": data, "path": None}]) for data in pictures]
+    make["parquet"](tmp_path / "a.parquet", [*rows, make["row"](0, images=[])])
+    source = ParquetSource(tmp_path / "a.parquet")
+    assert sizes_of(source).tolist() == [[20, 30], [30, 20], [0, 0], [0, 0]]
+    assert sizes_of(source, np.array([1])).tolist() == [[30, 20]]

@@ -1,0 +1,567 @@
+"""What the builders of data sets share: from a folder on disk to a tfds data set, checked once.
+
+A builder reads what the folder says of its pictures (`scan`), looks at the head of every file,
+and writes one record a picture with tfds in array_record files: id, label, shares of raters,
+attributes, size in pixels, and the picture's file. TensorFlow is not needed.
+
+Copy or refer. EmoSet-118K is 118,102 files; to copy them into records doubles the disk they take
+and makes the first run wait for the copy. So by default records refer to the pictures, which stay
+where they are and must not move, and a build costs one look at the head of each file. `copy=True`
+puts the bytes of the pictures into a split of their own beside the records (`<split>_pictures`),
+for disks that are slow at many small files, or to take one folder to another machine. What has no
+picture files (FER-2013's csv) is always copied.
+
+A build is found again by what the folder says: other files, labels or splits make another build. A
+file that is overwritten by another picture under its name is not noticed.
+"""
+
+import abc
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from emor3_jax.data.datasets.checks import Checks, log, shortened
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.generic import SUFFIXES, in_test
+from emor3_jax.data.labels import LABEL_SETS, normalize
+from emor3_jax.data.sources import Row, Texts, upright_size
+
+logger = logging.getLogger(__name__)
+
+WHOLE = "whole"
+"""The only split of a data set that was published without splits."""
+
+_OWN_SPLITS = ("train", "test")
+_THREADS = 16
+_TAIL = 4096
+
+
+class Found(NamedTuple):
+    """A picture as the folder names it.
+
+    Attributes:
+      id: names the row within its split.
+      label: one of the set; "" where the folder gives none.
+      file: the picture, relative to the folder; "" where it is not there or no file of its own.
+      shares: the share of raters for each label of `Builder.LABELS`, of any sum; or nothing.
+      annotation: JSON file of attributes, relative to the folder; "" without.
+    """
+
+    id: str
+    label: str
+    file: str
+    shares: tuple[float, ...] = ()
+    annotation: str = ""
+
+
+@dataclasses.dataclass(eq=False)
+class FolderConfig(tfds.core.BuilderConfig):
+    """Which folder to build from.
+
+    Attributes:
+      root: the folder.
+      copy: whether records hold the pictures themselves.
+    """
+
+    name: str = ""
+    root: str = ""
+    copy: bool = False
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """A data set of visual emotion in a folder that the user has downloaded.
+
+    Attributes:
+      LABELS: name of its label set.
+      QUESTION: what is asked of each picture.
+      PUBLISHED: the numbers of rows that its authors name, by split; another number is logged.
+      PICTURES_IN_FILES: False where pictures have no files of their own.
+      MANUAL_DOWNLOAD_INSTRUCTIONS: page, files, and where to put them.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    LABELS: str
+    QUESTION: str
+    PUBLISHED: tuple[tuple[str, int], ...] = ()
+    PICTURES_IN_FILES = True
+
+    @classmethod
+    @abc.abstractmethod
+    def scan(cls, root: Path, checks: Checks) -> dict[str, list[Found]]:
+        """Reads what the folder says of its pictures, without opening them.
+
+        Args:
+          root: the folder.
+          checks: takes what was noticed.
+
+        Returns:
+          Split → pictures, in a fixed order.
+
+        Raises:
+          DataError: if the folder does not have the layout, naming the file and the way out.
+        """
+
+    def picture(self, root: Path, found: Found) -> bytes | None:
+        """Returns the encoded picture, None if it cannot be read."""
+        try:
+            return (root / found.file).read_bytes() if found.file else None
+        except OSError:
+            return None
+
+    @property
+    def copies(self) -> bool:
+        """Whether the records hold the pictures."""
+        return self.builder_config.copy or not self.PICTURES_IN_FILES
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text, number = tfds.features.Text, tfds.features.Scalar
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.MANUAL_DOWNLOAD_INSTRUCTIONS,
+            # Rows keep the order of the folder, and the pictures that of the rows.
+            disable_shuffling=True,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": text(),
+                    "label": text(),
+                    "file": text(),
+                    "attributes": text(),
+                    "shares": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+                    "height": number(dtype=np.int32),
+                    "width": number(dtype=np.int32),
+                    "picture": tfds.features.Image(shape=(None, None, None)),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        del dl_manager
+        root = Path(self.builder_config.root)
+        checks = Checks(self.name, root)
+        splits = {split: found for split, found in self.scan(root, checks).items() if found}
+        total = sum(map(len, splits.values()))
+        heads = {
+            split: self._examine(root, split, found, checks) for split, found in splits.items()
+        }
+        _find_duplicates(splits, heads, lambda each: self.picture(root, each), checks)
+        for split, count in self.PUBLISHED:
+            there = total if split == "all" else len(splits.get(split, ()))
+            if there != count:
+                checks.note("count", f"{split}: {there} rows, published are {count}")
+        checks.finish(total)
+        self.found = checks
+        generators = {}
+        for split, found in splits.items():
+            generators[split] = self._generate_examples(root, found, heads[split], False)
+            if self.copies:
+                pictures = self._generate_examples(root, found, heads[split], True)
+                generators[f"{split}_pictures"] = pictures
+        return generators
+
+    def _generate_examples(
+        self, root: Path, found: Sequence[Found], heads: Sequence["_Head"], pictures: bool
+    ) -> Iterator:
+        for number, (each, head) in enumerate(zip(found, heads, strict=True)):
+            data = self.picture(root, each) if pictures else None
+            yield (
+                number,
+                {
+                    "id": each.id,
+                    "label": each.label,
+                    "file": each.file,
+                    "attributes": "" if pictures else head.attributes,
+                    "shares": [] if pictures else list(each.shares),
+                    "height": head.height,
+                    "width": head.width,
+                    "picture": io.BytesIO(data or b""),
+                },
+            )
+
+    def _examine(
+        self, root: Path, split: str, found: Sequence[Found], checks: Checks
+    ) -> list["_Head"]:
+        """Looks at the head of every file; what threads find is noted in the order of the rows."""
+        # Without files there is nothing to wait for.
+        threads = _THREADS if self.PICTURES_IN_FILES else 1
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            heads = list(pool.map(lambda each: _head(root, each, self), found))
+        for each, head in zip(found, heads, strict=True):
+            where = f"{split}/{each.id}"
+            if self.PICTURES_IN_FILES and not each.file:
+                checks.note("missing_file", where)
+            elif not head.height:
+                checks.note("unreadable", where)
+            if each.annotation and not head.attributes:
+                checks.note("missing_annotation", where)
+            if head.emotion and normalize(head.emotion) != each.label:
+                checks.note("other_label", f"{where} ({each.label}, annotation {head.emotion})")
+        return heads
+
+
+class _Head(NamedTuple):
+    """What the head of a file and its annotation say; height 0 where no picture was found."""
+
+    height: int
+    width: int
+    key: tuple[int, int]
+    attributes: str
+    emotion: str
+
+
+def _head(root: Path, found: Found, builder: Builder) -> _Head:
+    height = width = 0
+    key = (0, 0)
+    if not builder.PICTURES_IN_FILES:
+        data = builder.picture(root, found)
+        if data is not None:
+            with Image.open(io.BytesIO(data)) as picture:
+                height, width = upright_size(picture)
+            key = (len(data), zlib.crc32(data))
+    elif found.file:
+        try:
+            with open(root / found.file, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _TAIL))
+                key = (size, zlib.crc32(file.read()))
+                file.seek(0)
+                with Image.open(file) as picture:
+                    height, width = upright_size(picture)
+        except Exception:
+            # PIL raises many kinds of errors for a damaged head.
+            height = width = 0
+    attributes, emotion = "", ""
+    if found.annotation:
+        try:
+            read = json.loads((root / found.annotation).read_text(encoding="utf-8"))
+            emotion = str(read.pop("emotion", "") or "")
+            attributes = json.dumps(read, ensure_ascii=False, sort_keys=True)
+        except (OSError, ValueError, AttributeError):
+            attributes = ""
+    return _Head(height, width, key, attributes, emotion)
+
+
+def _find_duplicates(
+    splits: dict[str, list[Found]],
+    heads: dict[str, list[_Head]],
+    picture: Callable[[Found], bytes | None],
+    checks: Checks,
+) -> None:
+    """Notes pictures of equal bytes; only files of equal size and end are read as a whole."""
+    alike: dict[tuple[int, int], list[tuple[str, Found]]] = defaultdict(list)
+    for split, found in splits.items():
+        for each, head in zip(found, heads[split], strict=True):
+            if head.key[0]:
+                alike[head.key].append((split, each))
+    for candidates in alike.values():
+        if len(candidates) > 1:
+            same: dict[bytes, list[tuple[str, Found]]] = defaultdict(list)
+            for split, each in candidates:
+                same[hashlib.sha256(picture(each) or b"").digest()].append((split, each))
+            for group in same.values():
+                _note_duplicates(group, checks)
+
+
+def _note_duplicates(group: Sequence[tuple[str, Found]], checks: Checks) -> None:
+    """Notes each picture of a group but the first as equal to the first."""
+    first_split, first = group[0]
+    for split, each in group[1:]:
+        pair = f"{first_split}/{first.id} = {split}/{each.id}"
+        if split != first_split:
+            checks.note("duplicate_other_split", pair)
+        elif each.label != first.label:
+            checks.note("duplicate_other_label", pair)
+        else:
+            checks.note("duplicate", pair)
+
+
+def check_root(builder: type[Builder], path: str | Path) -> Path:
+    """Returns the folder of a data set.
+
+    Raises:
+      DataError: if there is none, with the instructions to get it.
+    """
+    root = Path(path).expanduser().resolve()
+    if not path or not root.is_dir():
+        raise DataError(
+            f"path={str(path)!r}: there is no such folder. {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        )
+    return root
+
+
+def build(
+    builder: type[Builder], path: str | Path, data_dir: str | Path, *, copy: bool = False
+) -> Builder:
+    """Builds a data set below `data_dir`, or finds it there.
+
+    Args:
+      builder: of the data set.
+      path: the folder that the user has downloaded.
+      data_dir: folder of tfds data sets.
+      copy: whether records hold the pictures themselves.
+
+    Raises:
+      DataError: if the folder is not there or not what it should be.
+    """
+    root = check_root(builder, path)
+    # The scan is repeated at each start, which takes seconds: so a changed folder is noticed.
+    splits = builder.scan(root, Checks(builder.name, root))
+    name = _fingerprint(root, copy, splits)
+    config = FolderConfig(name=name, root=str(root), copy=copy)
+    with _quiet():
+        built = builder(config=config, data_dir=str(data_dir), file_format="array_record")
+    checks = Path(built.data_dir) / "checks.json"
+    if not checks.is_file():
+        files = sum(map(len, splits.values()))
+        logger.warning("%s: building, once: looking at %d pictures in %s", built.name, files, root)
+        with _quiet():
+            built.download_and_prepare()
+        if not hasattr(built, "found"):
+            raise DataError(f"{built.data_dir} is incomplete; delete it and start again")
+        built.found.save(checks)
+    _log_once(built.name, checks)
+    return built
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what tfds says: that it downloads, and that a folder is no known configuration."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl.setLevel(level)
+
+
+@functools.cache
+def _log_once(name: str, checks: Path) -> None:
+    """Says what the checks found, once in a process however many splits are opened."""
+    log(name, json.loads(checks.read_text()))
+
+
+def _fingerprint(root: Path, copy: bool, splits: dict[str, list[Found]]) -> str:
+    digest = hashlib.sha256(f"{root}\n{copy}\n".encode())
+    for split, found in splits.items():
+        for each in found:
+            digest.update(f"{split}\t{each}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+class BuiltSource:
+    """One split of a built data set: records, and the pictures that they refer to.
+
+    Attributes:
+      name: of data set and split.
+      labels: name of the label set.
+    """
+
+    def __init__(self, built: Builder, split: str, question: str = "") -> None:
+        """Opens a split; the records of all rows are read, the pictures not.
+
+        Args:
+          built: as `build` returns it.
+          split: of the folder, or, where it has none, "whole", "train" or "test": a fifth of the
+            rows, chosen by a hash of their ids, is the test split.
+          question: asked instead of the builder's own; "" asks that.
+
+        Raises:
+          DataError: if there is no such split.
+        """
+        self.name, self.labels = f"{built.name}/{split}", built.LABELS
+        self._root = Path(built.builder_config.root)
+        there = [name for name in built.info.splits if not name.endswith("_pictures")]
+        wanted = {"val": "validation"}.get(split, split)
+        kept = None
+        if wanted not in there and there == [WHOLE] and wanted in _OWN_SPLITS:
+            wanted, kept = WHOLE, wanted
+        if wanted not in there:
+            known = there + list(_OWN_SPLITS if there == [WHOLE] else ())
+            raise DataError(f"split={split!r}: {built.name} has {', '.join(known)}")
+        skip = {"picture": tfds.decode.SkipDecoding()}
+        records = built.as_data_source(wanted, decoders=skip)
+        self._pictures = None
+        if built.copies:
+            self._pictures = built.as_data_source(f"{wanted}_pictures", decoders=skip)
+        question = question or built.QUESTION
+        names = LABEL_SETS[built.LABELS]
+        self._texts: list[Texts] = []
+        self._files: list[str] = []
+        self._numbers: list[int] = []
+        self._sizes: list[tuple[int, int]] = []
+        for number, record in enumerate(_all_of(records)):
+            row_id = record["id"].decode()
+            if kept is not None and (kept == "test") != in_test(row_id):
+                continue
+            shares = tuple(zip(names, map(float, record["shares"]), strict=False)) or None
+            label = record["label"].decode() or None
+            self._texts.append(Texts(question, label, row_id, distribution=shares))
+            self._files.append(record["file"].decode())
+            self._numbers.append(number)
+            self._sizes.append((int(record["height"]), int(record["width"])))
+        self._index: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> Row:
+        return Row([self._picture(index)], self._texts[index])
+
+    def _picture(self, index: int) -> bytes | None:
+        if self._pictures is not None:
+            return self._pictures[self._numbers[index]]["picture"] or None
+        try:
+            return (self._root / self._files[index]).read_bytes() if self._files[index] else None
+        except OSError:
+            return None
+
+    def texts(self) -> Iterator[Texts]:
+        """Yields the texts of all rows, in order."""
+        yield from self._texts
+
+    def sizes(self) -> np.ndarray:
+        """Returns int32[n, 2], height and width of each picture in pixels, 0 where unreadable."""
+        return np.asarray(self._sizes, np.int32).reshape(-1, 2)
+
+    def find(self, row_id: str) -> int:
+        """Returns the index of the row with this id; raises KeyError if there is none."""
+        if not self._index:
+            self._index = {texts.id: index for index, texts in enumerate(self._texts)}
+        return self._index[row_id]
+
+
+def _all_of(records: Any, chunk: int = 1024) -> Iterator[dict]:
+    for start in range(0, len(records), chunk):
+        yield from records.__getitems__(list(range(start, min(start + chunk, len(records)))))
+
+
+# For the scans of the builders.
+
+
+class Folder:
+    """The files below a folder; a name that differs in case only is found too."""
+
+    def __init__(self, root: Path, checks: Checks) -> None:
+        """Reads nothing yet.
+
+        Args:
+          root: the folder.
+          checks: takes names that were found in another case.
+        """
+        self._root, self._checks = root, checks
+        # Names of a folder, and the same by their lower case.
+        self._lists: dict[str, tuple[set[str], dict[str, str]]] = {}
+
+    def _names(self, folder: str) -> tuple[set[str], dict[str, str]]:
+        if folder not in self._lists:
+            path = self._root / folder
+            there = sorted(os.listdir(path)) if path.is_dir() else []
+            self._lists[folder] = set(there), {name.lower(): name for name in there}
+        return self._lists[folder]
+
+    def find(self, file: str) -> str:
+        """Returns a file of the root as it is written on disk, "" if there is none."""
+        folder, _, name = file.rpartition("/")
+        exact, lowered = self._names(folder)
+        if name in exact:
+            return file
+        if found := lowered.get(name.lower()):
+            self._checks.note("other_case", file)
+            return f"{folder}/{found}" if folder else found
+        return ""
+
+    def pictures(self, folder: str) -> list[str]:
+        """Returns the pictures of a folder, relative to the root, and notes other files."""
+        found = []
+        for name in sorted(self._names(folder)[0]):
+            path = f"{folder}/{name}" if folder else name
+            if name.lower().endswith(SUFFIXES):
+                found.append(path)
+            elif not name.startswith(".") and not (self._root / path).is_dir():
+                self._checks.note("not_a_picture", path)
+        return found
+
+
+def folders(root: Path) -> list[str]:
+    """Returns the names of the folders in a folder, hidden ones left out."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def class_folders(
+    root: Path,
+    where: str,
+    labels: Sequence[str],
+    aliases: dict[str, str],
+    checks: Checks,
+) -> list[Found]:
+    """Reads `where/<label>/*`.
+
+    Args:
+      root: the folder of the data set.
+      where: folder below it; "" is the root itself.
+      labels: the label set.
+      aliases: other spellings of a label, lower-cased → label.
+      checks: takes what was noticed.
+
+    Raises:
+      DataError: if there is a folder that is no label, or none for a label.
+    """
+    folder = Folder(root, checks)
+    found: list[Found] = []
+    seen: dict[str, str] = {}
+    for name in folders(root / where):
+        label = aliases.get(normalize(name), normalize(name))
+        path = f"{where}/{name}" if where else name
+        if label not in labels:
+            raise checks.refuse(
+                f"the folder {path!r} is no label; labels are {', '.join(labels)}: move it away, "
+                "or give the folder that holds the folders of the labels"
+            )
+        if label in seen:
+            raise checks.refuse(f"the folders {seen[label]!r} and {path!r} are the same label")
+        seen[label] = path
+        for file in folder.pictures(path):
+            found.append(Found(file, label, file))
+    if missing := [label for label in labels if label not in seen]:
+        raise checks.refuse(
+            f"no folder {(where + '/') if where else ''}<label> for {shortened(missing)}"
+        )
+    return found
+
+
+def read_json(path: Path, checks: Checks) -> Any:
+    """Returns a JSON file's contents, or raises `DataError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise checks.refuse(f"{path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise checks.refuse(f"{path.name} is no JSON: {error}; download it again") from error
+
+
+def once(found: Iterable[Found], split: str, checks: Checks) -> list[Found]:
+    """Returns pictures without those named a second time, which are noted."""
+    kept: dict[str, Found] = {}
+    for each in found:
+        if each.id in kept:
+            checks.note("listed_twice", f"{split}/{each.id}")
+        else:
+            kept[each.id] = each
+    return list(kept.values())

@@ -1,0 +1,210 @@
+"""A row into what the policy reads of it, or the reason why it is left out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from emor3_jax.data import prompts
+from emor3_jax.data.batch import Example
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import check_labels, label_grades, normalize
+from emor3_jax.data.sources import Row, Texts
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.layout import count_windows, window_layout
+from emor3_jax.models.qwen2_5_vl.processor import ImageError, Processor
+from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
+
+REASONS = {
+    "missing_field": "a field is null, or the row has no picture",
+    "several_images": "more than one picture",
+    "empty_question": "nothing is asked",
+    "special_token": "the question spells out a special token of the policy",
+    "unknown_answer": "the answer is no label of the label set",
+    "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
+    "unreadable_image": "the picture cannot be decoded or is too thin",
+    "large_image": "the picture has more windows than the largest of data.image_windows",
+    "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
+}
+"""Why a row is left out."""
+
+
+class Skip(NamedTuple):
+    """Stands in the stream for a row that cannot be used."""
+
+    reason: str
+    id: str
+
+
+class Encoder:
+    """Turns a row into an `Example`, or says why not; runs in worker processes too.
+
+    Attributes:
+      config: of the policy.
+      images: how pictures become patches.
+      labels: the label set.
+      cuts: whether questions that are too long lose their end.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        processor: Processor,
+        template: str,
+        labels: tuple[str, ...],
+        max_tokens: int,
+        max_windows: int,
+        graded: bool = False,
+        cut: bool = False,
+    ) -> None:
+        """Reads nothing.
+
+        Args:
+          config, processor: of the policy.
+          template: the `set` template.
+          labels: the label set.
+          max_tokens: of a padded prompt, which is the prompt without its last token.
+          max_windows: of a picture.
+          graded: whether answers are worth the shares of raters.
+          cut: whether questions that are too long lose their end, rather than their row be left
+            out.
+        """
+        self.config, self.images = config, processor.images
+        self._processor, self.cuts = processor, cut
+        self._template, self.labels = template, labels
+        self._index = {normalize(label): i for i, label in enumerate(labels)}
+        self._max_tokens, self._max_windows, self._graded = max_tokens, max_windows, graded
+
+    def fault_of_texts(self, texts: Texts) -> str | None:
+        """Returns why a row cannot be used, as far as its texts show; None if it can."""
+        if texts.question is None or texts.answer is None:
+            return "missing_field"
+        if texts.images_named > 1:
+            return "several_images"
+        if not texts.question:
+            return "empty_question"
+        if prompts.special_token_in(self._processor.tokenizer, texts.question):
+            return "special_token"
+        if normalize(texts.answer) not in self._index:
+            return "unknown_answer"
+        if self._graded and self._grades(texts) is None:
+            return "bad_distribution"
+        return None
+
+    def _grades(self, texts: Texts) -> np.ndarray | None:
+        """Returns what each label is worth, float32[K]; None where the shares say nothing."""
+        if not self._graded:
+            return np.eye(len(self.labels), dtype=np.float32)[self._index[normalize(texts.answer)]]
+        return label_grades(texts.distribution or (), self._index)
+
+    def __call__(self, element: tuple[int, Row]) -> Example | Skip:
+        """Encodes one row whose texts have no fault, given with its position."""
+        position, row = element
+        texts = row.texts
+        if len(row.images) != 1 or row.images[0] is None:
+            reason = "several_images" if len(row.images) > 1 else "missing_field"
+            return Skip(reason, texts.id)
+        try:
+            patches, grid = self._processor.patches(row.images[0])
+        except ImageError:
+            return Skip("unreadable_image", texts.id)
+        vision, tokenizer = self.config.vision, self._processor.tokenizer
+        if count_windows(grid, vision) > self._max_windows:
+            return Skip("large_image", texts.id)
+        n_image_tokens = len(patches) // vision.merge_unit
+        tokens = self._render(texts.question, n_image_tokens)
+        # The last token is not part of the padded prompt.
+        too_many = len(tokens) - 1 - self._max_tokens
+        if cut := too_many > 0 and self.cuts:
+            tokens = self._render_cut(texts.question, n_image_tokens, too_many)
+        if tokens is None or len(tokens) - 1 > self._max_tokens:
+            return Skip("long_question", texts.id)
+        in_prompt = int(np.sum(tokens == self.config.image_token_id))
+        if in_prompt != n_image_tokens:
+            raise DataError(
+                f"{texts.id}: the prompt has {in_prompt} image tokens, but the picture of "
+                f"{grid[1]} x {grid[2]} patches has {n_image_tokens} features; the chat template "
+                f"must show the picture once, as one {prompts.IMAGE_TOKEN}"
+            )
+        positions, _ = prompt_positions(tokens, [grid], self.config)
+        return Example(
+            tokens=tokens,
+            positions=positions,
+            image=window_layout(patches, grid, vision),
+            image_start=int(np.argmax(tokens == self.config.image_token_id)),
+            shared_length=prompts.shared_length(tokenizer, tokens),
+            answer=self._index[normalize(texts.answer)],
+            grades=self._grades(texts),
+            id=texts.id,
+            position=position,
+            cut=cut,
+        )
+
+    def _render(self, question: str, n_image_tokens: int) -> np.ndarray:
+        tokenizer = self._processor.tokenizer
+        tokens = prompts.render_prompt(
+            tokenizer, self._template, question, self.labels, n_image_tokens
+        )
+        return np.asarray(tokens, np.int32)
+
+    def _render_cut(self, question: str, n_image_tokens: int, too_many: int) -> np.ndarray | None:
+        """Returns the prompt with the end of its question cut; None if no question would be left.
+
+        Labels, template and picture stay whole. Where the cut joins the text anew, one or two
+        tokens more may have to go.
+        """
+        tokenizer = self._processor.tokenizer
+        asked = tokenizer.encode(question, add_special_tokens=False)
+        keep = len(asked) - too_many
+        while keep > 0:
+            kept = tokenizer.decode(asked[:keep]).rstrip("\ufffd").rstrip()
+            if not kept:
+                return None
+            tokens = self._render(kept, n_image_tokens)
+            if len(tokens) - 1 <= self._max_tokens:
+                return tokens
+            keep -= 1
+        return None
+
+
+def encode_row(
+    row: Row, config: Config, processor: Processor, template: str, labels: Sequence[str]
+) -> Example:
+    """Returns one row as the policy reads it, of any length and size.
+
+    Args:
+      row: the row.
+      config, processor: of the policy.
+      template: the `set` template.
+      labels: the label set.
+
+    Raises:
+      DataError: if the row cannot be used, with the reason.
+    """
+    unbounded = 2**30
+    encoder = Encoder(
+        config, processor, template, check_labels(tuple(labels)), unbounded, unbounded
+    )
+    fault = encoder.fault_of_texts(row.texts)
+    example = Skip(fault, row.texts.id) if fault else encoder((0, row))
+    if isinstance(example, Skip):
+        raise DataError(f"{example.id}: {example.reason}: {REASONS[example.reason]}")
+    return example
+
+
+def check_fit(config: Config, processor: Processor) -> None:
+    """Raises DataError if the processor's patches or ids are not those of the policy."""
+    vision, images = config.vision, processor.images
+    tokenizer = processor.tokenizer
+    image_token = tokenizer.convert_tokens_to_ids(prompts.IMAGE_TOKEN)
+    for field, ours, theirs in (
+        ("patch_size", images.patch_size, vision.patch_size),
+        ("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size),
+        ("merge_size", images.merge_size, vision.spatial_merge_size),
+        (f"id of {prompts.IMAGE_TOKEN}", image_token, config.image_token_id),
+    ):
+        if ours != theirs:
+            raise DataError(
+                f"{field}: the processor has {ours}, the policy's config.json {theirs}; take both "
+                "from the same folder"
+            )

@@ -1,0 +1,362 @@
+"""Data sets of anyone's: JSON lines, class folders, and folders of the library `datasets`.
+
+Nothing is built: each is opened as it lies. For parquet files in the release's schema see
+`emor3_jax.data.sources.ParquetSource`.
+"""
+
+import bisect
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import normalize
+from emor3_jax.data.sources import Row, RowGroups, Texts, image_bytes, read_texts
+
+QUESTION = "Which emotion does this picture evoke?"
+"""Asked where neither the data nor the config says what to ask."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+"""Extensions of pictures, in any case."""
+
+TEST_SHARE = 0.2
+"""Of the rows of a data set without splits, chosen by a hash of their ids."""
+
+
+def in_test(row_id: str) -> bool:
+    """Returns whether a row belongs to the test split of a data set without splits of its own."""
+    return zlib.crc32(row_id.encode()) < TEST_SHARE * 2**32
+
+
+class FilesSource:
+    """Rows whose pictures are files.
+
+    Attributes:
+      name: of the data set.
+      labels: its labels, () where the data does not say them.
+    """
+
+    def __init__(
+        self, name: str, files: Sequence[Path], texts: Sequence[Texts], labels: Sequence[str] = ()
+    ) -> None:
+        """Opens no file.
+
+        Args:
+          name: of the data set.
+          files: a picture a row.
+          texts: of the rows.
+          labels: the label set.
+        """
+        self.name, self.labels = name, tuple(labels)
+        self._files, self._texts = list(files), list(texts)
+        self._index: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> Row:
+        try:
+            picture = self._files[index].read_bytes()
+        except OSError:
+            picture = None
+        return Row([picture], self._texts[index])
+
+    def texts(self) -> Iterator[Texts]:
+        """Yields the texts of all rows, in order."""
+        yield from self._texts
+
+    def find(self, row_id: str) -> int:
+        """Returns the index of the row with this id; raises KeyError if there is none."""
+        if not self._index:
+            self._index = {texts.id: index for index, texts in enumerate(self._texts)}
+        return self._index[row_id]
+
+
+def open_folders(path: str, split: str, question: str = "") -> FilesSource:
+    """Opens class folders, `path/<split>/<label>/*` or `path/<label>/*`.
+
+    Args:
+      path: the folder.
+      split: a folder below it; without such a folder, "whole", "train" or "test" of the rows, of
+        which the last is a fifth by a hash of the ids.
+      question: asked of each picture; "" asks `QUESTION`.
+
+    Raises:
+      DataError: if there is no such folder, or no folders of pictures in it.
+    """
+    root = Path(path).expanduser()
+    if not path or not root.is_dir():
+        raise DataError(
+            f"path={path!r}: there is no such folder; it must hold <split>/<label>/*.jpg or "
+            "<label>/*.jpg"
+        )
+    has_split = (root / split).is_dir()
+    if not has_split and split not in ("whole", "train", "test"):
+        raise DataError(
+            f"split={split!r}: no such folder in {root}; without folders of splits, choose "
+            "'whole', 'train' or 'test'"
+        )
+    base = root / split if has_split else root
+    files, texts, labels = [], [], []
+    for folder in sorted(p for p in base.iterdir() if p.is_dir() and p.name[0] != "."):
+        pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+        if not pictures:
+            raise DataError(
+                f"{folder} holds no pictures ({', '.join(SUFFIXES)}); every folder of {base} must "
+                "be a label with its pictures"
+            )
+        label = normalize(folder.name)
+        if label in labels:
+            raise DataError(f"two folders of {base} are the label {label!r}: join them")
+        labels.append(label)
+        for file in pictures:
+            row_id = file.relative_to(root).as_posix()
+            if has_split or split == "whole" or (split == "test") == in_test(row_id):
+                files.append(file)
+                texts.append(Texts(question or QUESTION, label, row_id))
+    if not labels:
+        raise DataError(f"{base} holds no folders; it must hold one for each label")
+    return FilesSource(f"{root.name}/{split}", files, texts, labels)
+
+
+def open_json_lines(path: str, question: str = "") -> FilesSource:
+    """Opens a file of JSON lines.
+
+    A line is an object with `image`, a picture's file relative to the list's folder; `answer` or
+    `label`; and, if wanted, `question` or `problem`, `id`, and `distribution`, {label: share}.
+
+    Args:
+      path: the file.
+      question: asked where a line has none; "" asks `QUESTION`.
+
+    Raises:
+      DataError: naming the line that is no such object.
+    """
+    file = Path(path).expanduser()
+    if not path or not file.is_file():
+        raise DataError(f"path={path!r}: there is no such file; give one of JSON lines")
+    files, texts, seen = [], [], set()
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {file}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where} is no JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+            raise DataError(f"{where} is no object with a text 'image', the picture's file")
+        shares = row.get("distribution")
+        if shares is not None and not isinstance(shares, dict):
+            raise DataError(f"{where}: 'distribution' is no object {{label: share}}")
+        row_id = str(row.get("id", f"{file.name}:{number}"))
+        if row_id in seen:
+            raise DataError(f"{where}: the id {row_id!r} was there before")
+        seen.add(row_id)
+        asked = row.get("problem", row.get("question", question or QUESTION))
+        shares = None if shares is None else [{"label": k, "share": v} for k, v in shares.items()]
+        texts.append(read_texts(row_id, asked, row.get("answer", row.get("label")), shares))
+        files.append(file.parent / row["image"])
+    return FilesSource(file.name, files, texts)
+
+
+class HuggingFaceSource:
+    """A folder of the library `datasets`, read with pyarrow alone.
+
+    Either what `save_to_disk` writes (arrow files beside a state.json), or the layout of the hub,
+    parquet files named by their split. Columns are found by their features: the Image, the
+    ClassLabel or the text named label, emotion or answer, and, if there is one, the text named
+    question or problem.
+
+    Attributes:
+      name: of folder and split.
+      labels: the names of the ClassLabel, in its order; () where labels are texts.
+    """
+
+    def __init__(self, path: str, split: str, question: str = "", cache_bytes: int = 2**30) -> None:
+        """Opens the files of a split; reads no pictures.
+
+        Args:
+          path: the folder.
+          split: of the data set; not looked at where the folder holds a single one.
+          question: asked where the data has no such column; "" asks `QUESTION`.
+          cache_bytes: memory for row groups of parquet files, in each process that reads.
+
+        Raises:
+          DataError: if the folder has neither layout, the split is not there, or a column cannot be
+            told.
+        """
+        root = Path(path).expanduser()
+        if not path or not root.is_dir():
+            raise DataError(f"path={path!r}: there is no such folder")
+        self.name = f"{root.name}/{split}"
+        self._question = question or QUESTION
+        arrow = _arrow_files(root, split)
+        self._rows: _ArrowRows | RowGroups
+        if arrow:
+            self._rows = _ArrowRows(arrow)
+            self._folder = arrow[0].parent
+        else:
+            files = _parquet_files(root, split)
+            self._rows = RowGroups(files, cache_bytes)
+            self._folder = files[0].parent
+        schema = self._rows.schema
+        features = _features(schema)
+        self._image = _column(schema, features, "Image", ("image", "images", "img"), root)
+        self._label = _column(
+            schema, features, "ClassLabel", ("label", "labels", "emotion", "answer"), root
+        )
+        asked = [name for name in ("problem", "question") if name in schema.names]
+        self._asked = asked[0] if asked else None
+        self.labels = tuple(map(str, features.get(self._label, {}).get("names", ())))
+        if pa.types.is_integer(schema.field(self._label).type) and not self.labels:
+            raise DataError(
+                f"{root}: the column {self._label!r} holds numbers and the data does not name "
+                "them; save it with a ClassLabel feature, or with texts"
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        columns = [self._image, *self._text_columns()]
+        row = self._rows.row(index, columns)
+        images = row[self._image]
+        images = images if isinstance(images, list) else [images]
+        return Row([image_bytes(image, self._folder) for image in images], self._texts(row, index))
+
+    def texts(self) -> Iterator[Texts]:
+        """Yields the texts of all rows, in order, without reading their pictures."""
+        for index, row in enumerate(self._rows.rows(self._text_columns())):
+            yield self._texts(row, index)
+
+    def find(self, row_id: str) -> int:
+        """Returns the index of the row with this id; raises KeyError if there is none."""
+        name, _, row = row_id.rpartition(":")
+        if name != self.name or not row.isdecimal() or int(row) >= len(self):
+            raise KeyError(row_id)
+        return int(row)
+
+    def _text_columns(self) -> list[str]:
+        return [self._label, *([self._asked] if self._asked else [])]
+
+    def _texts(self, row: dict[str, Any], index: int) -> Texts:
+        answer = row[self._label]
+        if self.labels and isinstance(answer, int):
+            answer = self.labels[answer] if 0 <= answer < len(self.labels) else None
+        asked = row[self._asked] if self._asked else self._question
+        return read_texts(f"{self.name}:{index}", asked, answer)
+
+
+class _ArrowRows:
+    """The rows of arrow files, mapped into memory: what is not looked at takes none."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = list(files)
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._tables = [_map(file) for file in self._files]
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self._files[0].parent}: cannot be read: {error}") from error
+        self._starts = np.cumsum([0, *(table.num_rows for table in self._tables)])
+        self.schema = self._tables[0].schema
+
+    def __getstate__(self) -> dict:
+        return {"_files": self._files}
+
+    def __setstate__(self, state: dict) -> None:
+        self._files = state["_files"]
+        self._open()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def row(self, index: int, columns: Sequence[str]) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        part = bisect.bisect_right(self._starts, index) - 1
+        at = index - int(self._starts[part])
+        return {name: self._tables[part][name][at].as_py() for name in columns}
+
+    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for table in self._tables:
+            for batch in table.select(list(columns)).to_batches():
+                yield from batch.to_pylist()
+
+
+def _map(file: Path) -> pa.Table:
+    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+
+
+def _arrow_files(root: Path, split: str) -> list[Path]:
+    """Returns the files of `save_to_disk`, [] where the folder has another layout."""
+    folder = root
+    if (root / "dataset_dict.json").is_file():
+        there = json.loads((root / "dataset_dict.json").read_text())["splits"]
+        if split not in there:
+            raise DataError(f"split={split!r}: {root} has {', '.join(there)}")
+        folder = root / split
+    if not (folder / "state.json").is_file():
+        return []
+    state = json.loads((folder / "state.json").read_text())
+    files = [folder / each["filename"] for each in state["_data_files"]]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise DataError(f"{folder} lacks {', '.join(missing)}, which its state.json names")
+    if state.get("_indices_data_files"):
+        raise DataError(
+            f"{folder} holds rows in an order of their own (`select` or `shuffle` without "
+            "`flatten_indices`); call flatten_indices() before save_to_disk()"
+        )
+    return files
+
+
+def _parquet_files(root: Path, split: str) -> list[Path]:
+    there = sorted(root.rglob("*.parquet"))
+    if not there:
+        raise DataError(
+            f"{root} holds neither a state.json (save_to_disk) nor parquet files; give the folder "
+            "of a data set"
+        )
+
+    def is_of(file: Path) -> bool:
+        return file.stem == split or file.stem.startswith(f"{split}-") or file.parent.name == split
+
+    found = [file for file in there if is_of(file)]
+    if not found:
+        names = sorted({file.stem.partition("-")[0] for file in there})
+        raise DataError(f"split={split!r}: {root} has files of {', '.join(names)}")
+    return found
+
+
+def _features(schema: pa.Schema) -> dict[str, dict]:
+    """Returns the features that `datasets` keeps in the schema, {} where there are none."""
+    kept = (schema.metadata or {}).get(b"huggingface")
+    features = json.loads(kept)["info"]["features"] if kept else {}
+    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+
+
+def _column(
+    schema: pa.Schema,
+    features: dict[str, dict],
+    kind: str,
+    names: Sequence[str],
+    root: Path,
+) -> str:
+    """Returns the column of a kind: the only one by its feature, else the first by its name."""
+    by_kind = [name for name, feature in features.items() if feature.get("_type") == kind]
+    if len(by_kind) == 1:
+        return by_kind[0]
+    found = [name for name in names if name in (by_kind or schema.names)]
+    if not found:
+        raise DataError(
+            f"{root}: no column of kind {kind} can be told among {', '.join(schema.names)}; name "
+            f"one {' or '.join(names)}"
+        )
+    return found[0]

@@ -1,0 +1,223 @@
+"""What is in a data set, as the policy will read it: counted without decoding any picture.
+
+Sizes come from the heads of the files, so damage behind a head shows only when a picture is read.
+Everything else is what the pipeline does with the rows.
+"""
+
+import collections
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from emor3_jax.data.encode import REASONS, Encoder
+from emor3_jax.data.labels import normalize
+from emor3_jax.data.prompts import render_prompt
+from emor3_jax.data.sources import Source, sizes_of
+from emor3_jax.models.qwen2_5_vl.layout import count_windows
+from emor3_jax.models.qwen2_5_vl.processor import ImageError, Processor
+
+BARS = 8
+"""Bars of a histogram, at most."""
+
+
+class Survey(NamedTuple):
+    """One data set.
+
+    Attributes:
+      name: of the data set.
+      rows: all rows.
+      labels: label → usable rows.
+      left_out: reason → rows, of the reasons that occur.
+      index: int64[n], the usable rows.
+      sizes: int32[n, 2], height and width of their pictures in pixels.
+      resized: int32[n, 2], the same as the policy sees them.
+      image_tokens: int32[n].
+      prompt_tokens: int32[n], of the whole prompt but its last token, as prompts are padded.
+      windows: int32[n], attention windows of the picture.
+      questions: number of different questions.
+    """
+
+    name: str
+    rows: int
+    labels: dict[str, int]
+    left_out: dict[str, int]
+    index: np.ndarray
+    sizes: np.ndarray
+    resized: np.ndarray
+    image_tokens: np.ndarray
+    prompt_tokens: np.ndarray
+    windows: np.ndarray
+    questions: int
+
+
+def survey(
+    source: Source,
+    processor: Processor,
+    encoder: Encoder,
+    template: str,
+    labels: Sequence[str],
+    *,
+    max_tokens: int,
+    max_windows: int,
+) -> Survey:
+    """Counts a data set.
+
+    Args:
+      source: the rows.
+      processor: of the policy.
+      encoder: knows which rows the pipeline leaves out.
+      template: the `set` template.
+      labels: the label set.
+      max_tokens: the largest of `data.prompt_lengths`.
+      max_windows: the largest of `data.image_windows`.
+    """
+    left_out: collections.Counter[str] = collections.Counter()
+    texts = list(source.texts())
+    faults = [encoder.fault_of_texts(each) for each in texts]
+    left_out.update(fault for fault in faults if fault)
+    index = np.asarray([i for i, fault in enumerate(faults) if not fault], np.int64)
+    sizes = sizes_of(source, index)
+    lengths: dict[str, int] = {}
+    kept, columns = [], []
+    for at, (row, (height, width)) in enumerate(zip(index, sizes, strict=True)):
+        question = texts[row].question
+        if question not in lengths:
+            # One image token stands for the picture, and the last token is not padded.
+            rendered = render_prompt(processor.tokenizer, template, question, labels, 1)
+            lengths[question] = len(rendered) - 2
+        shape = _shape(int(height), int(width), encoder)
+        if shape is None:
+            left_out["unreadable_image"] += 1
+            continue
+        resized, tokens, windows = shape
+        prompt = lengths[question] + tokens
+        if windows > max_windows:
+            left_out["large_image"] += 1
+        elif prompt > max_tokens and not encoder.cuts:
+            left_out["long_question"] += 1
+        else:
+            kept.append(at)
+            columns.append((*resized, tokens, min(prompt, max_tokens), windows))
+    found = np.asarray(columns, np.int32).reshape(-1, 5)
+    names = {normalize(label): label for label in labels}
+    counts = collections.Counter(names[normalize(texts[index[at]].answer)] for at in kept)
+    return Survey(
+        name=source.name,
+        rows=len(texts),
+        labels={label: counts[label] for label in labels},
+        left_out={reason: left_out[reason] for reason in REASONS if left_out[reason]},
+        index=index[kept],
+        sizes=sizes[kept],
+        resized=found[:, :2],
+        image_tokens=found[:, 2],
+        prompt_tokens=found[:, 3],
+        windows=found[:, 4],
+        questions=len(lengths),
+    )
+
+
+def _shape(height: int, width: int, encoder: Encoder) -> tuple[tuple[int, int], int, int] | None:
+    """Returns resized height and width, image tokens and windows; None for no picture."""
+    images, config = encoder.images, encoder.config.vision
+    try:
+        down, across = images.smart_resize(height, width)
+    except (ImageError, ZeroDivisionError):
+        return None
+    grid = (1, down // images.patch_size, across // images.patch_size)
+    return (down, across), grid[1] * grid[2] // config.merge_unit, count_windows(grid, config)
+
+
+class Fill(NamedTuple):
+    """How batches fill their padded shapes.
+
+    Attributes:
+      shapes: (P, W) → batches.
+      token_waste: share of padded prompt tokens that hold none, in [0, 1].
+      window_waste: share of padded image windows that hold none, in [0, 1].
+    """
+
+    shapes: dict[tuple[int, int], int]
+    token_waste: float
+    window_waste: float
+
+
+def fill(
+    found: Survey,
+    batches: Iterable[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    image_windows: Sequence[int],
+) -> Fill:
+    """Pads batches as the pipeline does and counts what is empty.
+
+    Args:
+      found: the rows' sizes.
+      batches: rows of each batch; rows that the survey left out are passed over.
+      prompt_lengths, image_windows: rising choices.
+    """
+    at = {int(row): i for i, row in enumerate(found.index)}
+    shapes: collections.Counter[tuple[int, int]] = collections.Counter()
+    real, padded = np.zeros(2), np.zeros(2)
+    for batch in batches:
+        rows = [at[row] for row in batch if row in at]
+        if not rows:
+            continue
+        tokens, windows = found.prompt_tokens[rows], found.windows[rows]
+        p = min(size for size in prompt_lengths if size >= tokens.max())
+        w = min(size for size in image_windows if size >= windows.max())
+        shapes[p, w] += 1
+        real += (tokens.sum(), windows.sum())
+        padded += (p * len(rows), w * len(rows))
+    waste = 1 - real / np.maximum(padded, 1) if padded.any() else np.zeros(2)
+    return Fill(dict(sorted(shapes.items())), float(waste[0]), float(waste[1]))
+
+
+def histogram(values: np.ndarray, bars: int = BARS) -> list[tuple[int, int, int]]:
+    """Returns (from, to, count) of equal steps between the smallest and the largest value."""
+    if not len(values):
+        return []
+    low, high = int(values.min()), int(values.max())
+    edges = np.unique(np.linspace(low, high + 1, min(bars, high - low + 1) + 1).astype(int))
+    counts, _ = np.histogram(values, edges)
+    return [
+        (int(a), int(b) - 1, int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def to_dict(found: Survey, filled: Fill) -> dict[str, Any]:
+    """Returns what a survey found as plain data that fits JSON."""
+    pixels = found.sizes.astype(np.int64).prod(axis=1)
+    return {
+        "rows": found.rows,
+        "usable": len(found.index),
+        "left_out": found.left_out,
+        "labels": found.labels,
+        "questions": found.questions,
+        "pixels": histogram(pixels),
+        "image_tokens": histogram(found.image_tokens),
+        "image_tokens_total": int(found.image_tokens.sum()),
+        "prompt_tokens": histogram(found.prompt_tokens),
+        "shapes": {f"{p} tokens, {w} windows": n for (p, w), n in filled.shapes.items()},
+        "token_waste": filled.token_waste,
+        "window_waste": filled.window_waste,
+    }
+
+
+def small_picture(encoded: bytes, resized: tuple[int, int], side: int = 336) -> bytes:
+    """Returns a picture upright and in the proportions that the policy sees, as a small JPEG.
+
+    Args:
+      encoded: the picture.
+      resized: height and width in pixels.
+      side: of the result, at most.
+    """
+    with Image.open(io.BytesIO(encoded)) as picture:
+        down, across = resized
+        scale = min(1.0, side / max(down, across))
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+        small = upright.resize((round(across * scale), round(down * scale)))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=85)
+    return out.getvalue()

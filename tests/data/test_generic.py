@@ -1,0 +1,185 @@
+"""JSON lines, class folders, folders of `datasets`: what their tools write, and faults in it."""
+
+import json
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.generic import QUESTION, HuggingFaceSource, open_folders, open_json_lines
+
+
+def lines(path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_json_lines(tmp_path, make):
+    (tmp_path / "x.png").write_bytes(make["png"](1))
+    rows = [
+        {"image": "x.png", "answer": "joy"},
+        {"image": "gone.png", "label": "fear", "question": "why ?", "id": "two"},
+        {"image": "x.png", "problem": "what ? <image>", "distribution": {"joy": 3, "fear": 1}},
+    ]
+    source = open_json_lines(lines(tmp_path / "a.jsonl", rows))
+    texts = list(source.texts())
+    assert [t.question for t in texts] == [QUESTION, "why ?", "what ?"]
+    assert [t.answer for t in texts] == ["joy", "fear", None]
+    assert [t.id for t in texts] == ["a.jsonl:1", "two", "a.jsonl:3"]
+    assert texts[2].image_moved and texts[2].distribution == (("joy", 3), ("fear", 1))
+    assert source[0].images == [make["png"](1)] and source[1].images == [None]
+    assert source.find("two") == 1
+    assert next(open_json_lines(str(tmp_path / "a.jsonl"), "how ?").texts()).question == "how ?"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"image": "x"}\n{"image": ', r"line 2 of .*a\.jsonl is no JSON"),
+        ('["x"]', "line 1 .* no object with a text 'image'"),
+        ('{"images": "x"}', "line 1 .* no object with a text 'image'"),
+        ('{"image": "x", "distribution": [1]}', "line 1 .*'distribution' is no object"),
+        ('{"image": "x", "id": 1}\n{"image": "x", "id": "1"}', "line 2 .* the id '1' was there"),
+    ],
+)
+def test_a_faulty_line_is_named(tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_json_lines(str(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError, match="no such file"):
+        open_json_lines(str(tmp_path / "gone.jsonl"))
+
+
+def folders(root, make, labels=("Calm", "tense"), count: int = 2) -> None:
+    for label in labels:
+        (root / label).mkdir(parents=True)
+        for i in range(count):
+            (root / label / f"{i}.PNG").write_bytes(make["png"](i))
+
+
+def test_class_folders_with_splits(tmp_path, make):
+    folders(tmp_path / "train", make)
+    folders(tmp_path / "test", make, count=1)
+    source = open_folders(str(tmp_path), "train", "which ?")
+    assert source.labels == ("calm", "tense")
+    assert [t.id for t in source.texts()][::3] == ["train/Calm/0.PNG", "train/tense/1.PNG"]
+    assert source[3].images == [make["png"](1)] and source[3].texts.answer == "tense"
+    assert len(open_folders(str(tmp_path), "test")) == 2
+    with pytest.raises(DataError, match="split='dev': no such folder"):
+        open_folders(str(tmp_path), "dev")
+
+
+def test_class_folders_without_splits_are_parted_by_id(tmp_path, make):
+    folders(tmp_path, make, count=40)
+    parts = {
+        split: {t.id for t in open_folders(str(tmp_path), split).texts()}
+        for split in ("whole", "train", "test")
+    }
+    assert len(parts["whole"]) == 80 and parts["train"] | parts["test"] == parts["whole"]
+    assert not parts["train"] & parts["test"] and 5 < len(parts["test"]) < 30
+
+
+def test_faulty_class_folders_are_named(tmp_path, make):
+    with pytest.raises(DataError, match="no such folder"):
+        open_folders(str(tmp_path / "gone"), "whole")
+    with pytest.raises(DataError, match="holds no folders"):
+        open_folders(str(tmp_path), "whole")
+    folders(tmp_path, make)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no pictures"):
+        open_folders(str(tmp_path), "whole")
+    (tmp_path / "empty").rmdir()
+    folders(tmp_path, make, ("calm",))
+    with pytest.raises(DataError, match=r"two folders .* label 'calm'"):
+        open_folders(str(tmp_path), "whole")
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def table(make, label, image: str = "image", features: dict | None = None) -> pa.Table:
+    """Three rows with the features that `datasets` keeps in a schema."""
+    names = {"_type": "ClassLabel", "names": ["joy", "fear"]}
+    features = features or {image: {"_type": "Image"}, "emotion": names}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema(
+        [(image, IMAGE), ("emotion", label.type), ("question", pa.string())], metadata=metadata
+    )
+    pictures = [{"bytes": make["png"](i), "path": None} for i in range(3)]
+    columns = [pa.array(pictures, IMAGE), label, pa.array(["a ?", "b ?", "c ?"])]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def save_to_disk(folder, rows: pa.Table, shards: int = 2) -> None:
+    """Writes what `datasets` does: arrow streams and a state.json that names them."""
+    folder.mkdir(parents=True)
+    size, names = -(-len(rows) // shards), []
+    for i in range(shards):
+        names.append(f"data-{i:05d}-of-{shards:05d}.arrow")
+        with pa.ipc.new_stream(folder / names[-1], rows.schema) as writer:
+            writer.write_table(rows.slice(i * size, size))
+    state = {"_data_files": [{"filename": name} for name in names], "_indices_data_files": None}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_a_saved_data_set(tmp_path, make):
+    save_to_disk(tmp_path / "set" / "train", table(make, pa.array([1, 0, -1])))
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    source = HuggingFaceSource(str(tmp_path / "set"), "train")
+    assert source.labels == ("joy", "fear") and len(source) == 3
+    # -1 stands for no label.
+    assert [t.answer for t in source.texts()] == ["fear", "joy", None]
+    assert [t.question for t in source.texts()] == ["a ?", "b ?", "c ?"]
+    assert source[2].images == [make["png"](2)] and source[2].texts == list(source.texts())[2]
+    assert [source.find(t.id) for t in source.texts()] == [0, 1, 2]
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+    with pytest.raises(IndexError):
+        source[3]
+    with pytest.raises(DataError, match=r"split='test': .* has train"):
+        HuggingFaceSource(str(tmp_path / "set"), "test")
+
+
+def test_a_saved_single_split_needs_no_split(tmp_path, make):
+    save_to_disk(tmp_path / "set", table(make, pa.array(["joy", "fear", "joy"])), shards=1)
+    source = HuggingFaceSource(str(tmp_path / "set"), "train")
+    assert [t.answer for t in source.texts()] == ["joy", "fear", "joy"]
+
+
+def test_the_layout_of_the_hub(tmp_path, make):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows = table(make, pa.array([1, 0, 1]))
+    for i in range(2):
+        pq.write_table(rows.slice(2 * i, 2), tmp_path / f"set/data/train-{i:05d}-of-00002.parquet")
+    source = HuggingFaceSource(str(tmp_path / "set"), "train")
+    assert [t.answer for t in source.texts()] == ["fear", "joy", "fear"]
+    assert source[2].images == [make["png"](2)] and source[2].texts == list(source.texts())[2]
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+    with pytest.raises(DataError, match=r"split='test': .* has files of train"):
+        HuggingFaceSource(str(tmp_path / "set"), "test")
+
+
+@pytest.mark.parametrize("change", ["nothing", "shard", "indices", "numbers", "image"])
+def test_faulty_folders_of_datasets_are_named(tmp_path, make, change):
+    root = tmp_path / "set"
+    features = {"picture": {"_type": "Value"}, "emotion": {"_type": "Value"}}
+    image = "picture" if change == "image" else "image"
+    save_to_disk(root, table(make, pa.array([1, 0, 1]), image, features))
+    message = {
+        "nothing": "holds neither a state.json .* nor parquet files",
+        "shard": r"lacks data-00001-of-00002\.arrow, which its state\.json names",
+        "indices": "call flatten_indices",
+        "numbers": "the column 'emotion' holds numbers and the data does not name them",
+        "image": "no column of kind Image can be told among picture, emotion, question",
+    }[change]
+    if change == "nothing":
+        (root / "state.json").unlink()
+    elif change == "shard":
+        (root / "data-00001-of-00002.arrow").unlink()
+    elif change == "indices":
+        state = json.loads((root / "state.json").read_text())
+        state["_indices_data_files"] = [{"filename": "indices.arrow"}]
+        (root / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match=message):
+        HuggingFaceSource(str(root), "train")

@@ -1,0 +1,104 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emor3_jax.data.encode import Encoder
+from emor3_jax.data.pipeline import eval_batches
+from emor3_jax.data.sources import ParquetSource
+from emor3_jax.data.survey import fill, histogram, small_picture, survey, to_dict
+
+TEMPLATE = "{question} {labels}"
+LENGTHS, WINDOWS = (60, 120, 240), (1, 4)
+
+
+@pytest.fixture
+def source(tmp_path, make):
+    """Three pictures of 16 x 16, two of 32 x 32, and six rows that are left out."""
+
+    def images(side: tuple[int, int]) -> list[dict]:
+        return [{"bytes": make["png"](0, *side), "path": None}]
+
+    rows = [make["row"](i, images=images((16, 16))) for i in range(3)]
+    rows += [make["row"](i, images=images((32, 32)), problem="why ?") for i in (3, 3)]
+    rows += [
+        make["row"](0, answer="rage"),
+        make["row"](0, problem=""),
+        make["row"](0, images=images((8, 128))),
+        make["row"](0, images=[{"bytes": b"no picture", "path": None}]),
+        make["row"](0, images=[]),
+        make["row"](0, problem="which ? " * 300),
+    ]
+    make["parquet"](tmp_path / "a.parquet", rows)
+    return ParquetSource(tmp_path / "a.parquet")
+
+
+@pytest.fixture
+def found(source, config, processor, make):
+    encoder = Encoder(config, processor, TEMPLATE, make["labels"], max(LENGTHS), max(WINDOWS))
+    return survey(
+        source,
+        processor,
+        encoder,
+        TEMPLATE,
+        make["labels"],
+        max_tokens=max(LENGTHS),
+        max_windows=max(WINDOWS),
+    )
+
+
+def test_rows_are_counted_as_the_pipeline_counts_them(found, source, config, processor, make):
+    batches = eval_batches(
+        source,
+        config,
+        processor,
+        TEMPLATE,
+        make["labels"],
+        batch_size=5,
+        prompt_lengths=LENGTHS,
+        image_windows=WINDOWS,
+    )
+    ((batch, ids),) = batches
+    assert [source.find(row_id) for row_id in ids] == found.index.tolist() == [0, 1, 2, 3, 4]
+    assert batch.prompt.mask.sum(axis=1).tolist() == found.prompt_tokens.tolist()
+    assert (batch.prompt.image_slots >= 0).sum(axis=1).tolist() == found.image_tokens.tolist()
+    assert found.image_tokens.tolist() == [4, 4, 4, 16, 16]
+    assert batch.images.mask.any(axis=2).sum(axis=1).tolist() == found.windows.tolist()
+    # A picture that is missing or damaged is "unreadable" by its head.
+    left_out = {k: n for k, n in batches.stats.counts().items() if n}
+    assert left_out.pop("missing_field") == 1
+    left_out["unreadable_image"] += 1
+    assert found.left_out == left_out
+    assert found.labels == {"joy": 3, "Fear": 1, "anger": 1} and found.questions == 5
+    assert found.sizes.tolist() == found.resized.tolist() == [[16, 16]] * 3 + [[32, 32]] * 2
+
+
+def test_padding_by_hand(found):
+    tokens = np.array([50, 60, 61, 120, 240])
+    measured = found._replace(prompt_tokens=tokens, windows=np.array([1, 1, 1, 4, 3]))
+    # Batches pad to (60, 1), (120, 4), (240, 4); row 9 was left out.
+    filled = fill(measured, [[0, 1], [2, 3], [9, 4]], LENGTHS, WINDOWS)
+    assert filled.shapes == {(60, 1): 1, (120, 4): 1, (240, 4): 1}
+    assert filled.token_waste == pytest.approx(1 - (110 + 181 + 240) / (120 + 240 + 240))
+    assert filled.window_waste == pytest.approx(1 - (2 + 5 + 3) / (2 + 8 + 4))
+    numbers = to_dict(measured, filled)
+    assert numbers["usable"] == 5 and numbers["image_tokens_total"] == 44
+    assert numbers["shapes"]["120 tokens, 4 windows"] == 1
+
+
+def test_histograms_by_hand():
+    assert histogram(np.array([4, 4, 4])) == [(4, 4, 3)]
+    assert histogram(np.array([1, 2, 2, 3])) == [(1, 1, 1), (2, 2, 2), (3, 3, 1)]
+    assert histogram(np.array([0, 9, 10, 79]), 8) == [
+        (0, 9, 2),
+        (10, 19, 1),
+        *((a, a + 9, 0) for a in range(20, 70, 10)),
+        (70, 79, 1),
+    ]
+    assert histogram(np.array([], int)) == []
+
+
+def test_pictures_of_the_sheet_are_small_and_in_proportion(make):
+    small = Image.open(io.BytesIO(small_picture(make["png"](0, 100, 400), (56, 672), 336)))
+    assert small.size == (336, 28) and small.format == "JPEG"
