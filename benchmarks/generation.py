@@ -30,11 +30,13 @@ import numpy as np
 from benchmarks import small_policy
 from benchmarks.peers import Peer
 from benchmarks.step import PRECISIONS, Ours, batch_of, make_config, question
+from emor3_jax.rollout.engine import Plan
 
 RUNS, WARM_UP = 7, 2
 CASES = ((2, 4, 224, False), (8, 8, 224, True))
 """Prompts, responses, side of a picture, whether lengths are ragged."""
-TOKENS = 64
+TOKENS, BLOCK = 64, 16
+"""T, and after how many tokens ended responses are looked for where lengths are ragged."""
 ENDS = 40
 """One id in so many ends a response where lengths are ragged."""
 
@@ -67,12 +69,13 @@ def run_case(case: tuple[int, int, int, bool], folder: Path, runs: int) -> None:
 
     def generate(ours: Ours, run: int, **changes: Any) -> tuple[float, np.ndarray, np.ndarray]:
         started = time.perf_counter()
-        _, samples = ours.actor.roll_out(
+        samples, _ = ours.actor.run(
             ours.policy.params,
             batch,
             jax.random.key(run),
             responses=g,
             rule=rule._replace(**changes),
+            plan=Plan(block=BLOCK if ragged else TOKENS, halvings=3),
         )
         jax.block_until_ready(samples)
         seconds = time.perf_counter() - started
