@@ -44,8 +44,8 @@ from benchmarks.peers import Peer
 from emor3_jax import prepare
 from emor3_jax.config import default, reward_term
 from emor3_jax.data.batch import Batch, collate
+from emor3_jax.data.encode import encode_row
 from emor3_jax.data.labels import label_set
-from emor3_jax.data.pipeline import encode_row
 from emor3_jax.data.prompts import PromptTemplates, fill
 from emor3_jax.io.console import Console
 from emor3_jax.learner import response_logprobs, update
