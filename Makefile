@@ -62,9 +62,11 @@ bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.rewards
 	$(RUN) -m benchmarks.input
 
-# Beside TRL and transformers, whose torch is gigabytes on some platforms.
+# Beside TRL and transformers, whose torch is gigabytes on some platforms. The large case beside the
+# best of TRL alone: all three of its variants at once want more than 24 GiB.
 bench-step: $(VENV)/installed-peers
-	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.step --cases 0
+	$(RUN) -m benchmarks.step --cases 1 --peers bfloat16
 	$(RUN) -m benchmarks.generation
 
 clean:

@@ -301,8 +301,9 @@ class Actor:
             span.tokens[..., : bucket(int(size), sizes)]
             for span, size in zip((coherence, consistency), longest, strict=True)
         )
-        of_text = params, *self.coherence_parts, coherence_text, coherence.lengths
+        of_text = self.config, params, *self.coherence_parts, coherence_text, coherence.lengths
         of_image = (
+            self.config,
             params,
             prefix,
             batch.shared_length,
@@ -311,20 +312,19 @@ class Actor:
             consistency_text,
             consistency.lengths,
         )
+        options = {"banned": self.banned, "dtype": self.dtype}
         found = coherence.found, consistency.found, coherence.lengths, consistency.lengths
         if self.soft:
-            options = {"config": self.config, "dtype": self.dtype}
             labels, yes_no = self.candidates
-            likely = _judge_coherence(
-                *of_text, labels, self.banned, meanings=len(self.labels), **options
+            return Judgement(
+                _judge_coherence(*of_text, labels, meanings=len(self.labels), **options),
+                _judge_consistency(*of_image, yes_no, **options),
+                *found,
             )
-            yes = _judge_consistency(*of_image, yes_no, self.banned, **options)
-            return Judgement(likely, yes, *found)
-        options = {"config": self.config, "rule": self.rule, "dtype": self.dtype}
         row = np.arange(len(samples.lengths), dtype=np.int32) if row is None else row
         return Replies(
-            _ask_coherence(*of_text, keys[0], row, self.banned, **options),
-            _ask_consistency(*of_image, keys[1], row, self.banned, **options),
+            _ask_coherence(*of_text, keys[0], row, self.rule, **options),
+            _ask_consistency(*of_image, keys[1], row, self.rule, **options),
             *found,
         )
 
@@ -382,97 +382,12 @@ def _spans(tables, samples):
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), spans)
 
 
-@partial(jax.jit, static_argnames=("config", "rule", "dtype"))
-def _ask_coherence(params, head, tail, text, lengths, key, row, banned, *, config, rule, dtype):
-    return reflect.ask_coherence(
-        config, params, head, tail, text, lengths, key, row, rule, banned=banned, dtype=dtype
-    )
-
-
-@partial(jax.jit, static_argnames=("config", "rule", "dtype"))
-def _ask_consistency(
-    params,
-    prefix,
-    shared_length,
-    shared_position,
-    head,
-    tail,
-    text,
-    lengths,
-    key,
-    row,
-    banned,
-    *,
-    config,
-    rule,
-    dtype,
-):
-    return reflect.ask_consistency(
-        config,
-        params,
-        prefix,
-        shared_length,
-        shared_position,
-        head,
-        tail,
-        text,
-        lengths,
-        key,
-        row,
-        rule,
-        banned=banned,
-        dtype=dtype,
-    )
-
-
-@partial(jax.jit, static_argnames=("config", "meanings", "dtype"))
-def _judge_coherence(
-    params, head, tail, text, lengths, candidates, banned, *, config, meanings, dtype
-):
-    return reflect.judge_coherence(
-        config,
-        params,
-        head,
-        tail,
-        text,
-        lengths,
-        candidates,
-        meanings=meanings,
-        banned=banned,
-        dtype=dtype,
-    )
-
-
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _judge_consistency(
-    params,
-    prefix,
-    shared_length,
-    shared_position,
-    head,
-    tail,
-    text,
-    lengths,
-    candidates,
-    banned,
-    *,
-    config,
-    dtype,
-):
-    return reflect.judge_consistency(
-        config,
-        params,
-        prefix,
-        shared_length,
-        shared_position,
-        head,
-        tail,
-        text,
-        lengths,
-        candidates,
-        banned=banned,
-        dtype=dtype,
-    )
+_ask_coherence, _ask_consistency = (
+    jax.jit(ask, static_argnames=("config", "rule", "dtype"))
+    for ask in (reflect.ask_coherence, reflect.ask_consistency)
+)
+_judge_coherence = jax.jit(reflect.judge_coherence, static_argnames=("config", "meanings", "dtype"))
+_judge_consistency = jax.jit(reflect.judge_consistency, static_argnames=("config", "dtype"))
 
 
 @partial(

@@ -137,8 +137,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             sheet = workdir / "samples" / f"{done.step:06d}.html"
             report.write_samples(sheet, done.step, done.read(actor), data.image("train"))
 
-    upcoming = next(data.train) if step < config.steps else None
-    while step < config.steps and not stop.asked:
+    last = step >= config.steps
+    upcoming = None if last else next(data.train)
+    while not last:
         if step + 1 in traced[:1]:
             jax.profiler.start_trace(str(workdir / "profile"))
         host_batch, ids = upcoming
@@ -214,7 +215,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             waited,
             clock.lap(),
         )
-        if step in traced[-1:]:
+        # Asked once a step, so that what ends the loop also saves.
+        last = step == config.steps or stop.asked
+        if step in traced and (last or step == traced[-1]):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             say(f"profile of steps {traced[0]} to {step}: {workdir / 'profile'}")
@@ -224,7 +227,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             now = look(names[:1], config.evaluate.during)
             evaluations = _evaluation_metrics(now)
             say(_evaluation_line(now))
-        last = step == config.steps or stop.asked
         if evaluations or last or step % config.checkpoint.every == 0:
             log(pending, evaluations)
             pending = None

@@ -202,10 +202,12 @@ def test_the_sampler_records_what_scoring_finds(whole, folder):
 
 def test_prompts_in_turns_train_as_all_at_once(whole, folder):
     config = make_config(folder)
-    config.steps, config.rollout.slots, config.rollout.refill = 1, 2, 1
-    config.log.profile_steps = 0
+    config.rollout.slots, config.rollout.refill = 2, 1
+    # More steps than there are to trace: the trace ends with the run.
+    config.log.profile_steps = 2
     train(config, folder / "turns")
-    (row,), wanted = read_metrics(folder / "turns")[1:], read_metrics(whole)[1]
+    assert list((folder / "turns" / "profile").rglob("*.trace.json.gz"))
+    row, wanted = read_metrics(folder / "turns")[1], read_metrics(whole)[1]
     for name in ("reward/overall", "reward/consistency", "response/length_mean"):
         assert row[name] == pytest.approx(wanted[name], abs=1e-6), name
     assert row["policy/grad_norm"] == pytest.approx(wanted["policy/grad_norm"], rel=1e-3)

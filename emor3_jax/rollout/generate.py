@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
 from emor3_jax.rollout import sampling
 
 
@@ -55,6 +55,41 @@ class SamplingRule(NamedTuple):
     temperature: float
     top_p: float
     stop: tuple[int, ...]
+
+
+def read_opening(
+    config: Config,
+    params: dict,
+    prefix: KV,
+    start: jax.Array,
+    start_lengths: jax.Array,
+    start_positions: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    cache_size: int,
+) -> tuple[jax.Array, Cache]:
+    """Reads what opens each continuation.
+
+    Args:
+      config, params, prefix, start, start_lengths, start_positions, dtype: as in `generate`.
+      cache_size: places of the cache, at least S.
+
+    Returns:
+      float[B, G, D], the final hidden state of each opening's last token, and the cache behind it.
+    """
+    s = start.shape[-1]
+    hidden, cache = model.forward_continuation(
+        config,
+        params,
+        prefix,
+        start,
+        start_positions[..., None] + jnp.arange(s),
+        jnp.arange(s) < start_lengths[..., None],
+        dtype=dtype,
+        cache_size=cache_size,
+    )
+    last = jnp.take_along_axis(hidden, (start_lengths - 1)[..., None, None], axis=2)[:, :, 0]
+    return last, cache
 
 
 def generate(
@@ -101,17 +136,16 @@ def generate(
         )
         return tokens, logprobs
 
-    hidden, cache = model.forward_continuation(
+    last, cache = read_opening(
         config,
         params,
         prefix,
         start,
-        start_positions[..., None] + jnp.arange(s),
-        jnp.arange(s) < start_lengths[..., None],
+        start_lengths,
+        start_positions,
         dtype=dtype,
         cache_size=s + t_max - 1,
     )
-    last = jnp.take_along_axis(hidden, (start_lengths - 1)[..., None, None], axis=2)[:, :, 0]
     token, logprob = pick(last, 0)
     tokens = jnp.zeros((b, g, t_max), jnp.int32).at[..., 0].set(token)
     logprobs = jnp.zeros((b, g, t_max), jnp.float32).at[..., 0].set(logprob)

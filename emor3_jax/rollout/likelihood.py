@@ -13,6 +13,7 @@ import numpy as np
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.rollout.generate import read_opening
 
 
 class Candidates(NamedTuple):
@@ -79,18 +80,16 @@ def probabilities(
     Returns:
       float32[B, G, K], sums to 1 over K.
     """
-    s = start.shape[-1]
-    hidden, cache = model.forward_continuation(
+    last, cache = read_opening(
         config,
         params,
         prefix,
         start,
-        start_positions[..., None] + jnp.arange(s),
-        jnp.arange(s) < start_lengths[..., None],
+        start_lengths,
+        start_positions,
         dtype=dtype,
-        cache_size=s,
+        cache_size=start.shape[-1],
     )
-    last = jnp.take_along_axis(hidden, (start_lengths - 1)[..., None, None], axis=2)
     tokens = jnp.asarray(candidates.tokens)
     n, size = tokens.shape
     b, g = start_lengths.shape
@@ -99,7 +98,7 @@ def probabilities(
     )
     # The states from which each token of each candidate is predicted.
     states = jnp.concatenate(
-        [jnp.broadcast_to(last[:, :, None], (b, g, n, 1, last.shape[-1])), behind], axis=3
+        [jnp.broadcast_to(last[:, :, None, None], (b, g, n, 1, last.shape[-1])), behind], axis=3
     )
     logprobs, _ = model.token_logprobs(
         config, params, states, jnp.broadcast_to(tokens, (b, g, n, size)), banned=banned

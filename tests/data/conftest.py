@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from PIL import Image
 
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
 LABELS = ("joy", "Fear", "anger")
@@ -71,30 +71,7 @@ def config(tokenizer):
             ("vision_end", "vision_end"),
         )
     }
-    return Config(
-        vision=VisionConfig(
-            depth=2,
-            hidden_size=16,
-            intermediate_size=24,
-            num_heads=2,
-            patch_size=4,
-            temporal_patch_size=2,
-            spatial_merge_size=2,
-            window_size=16,
-            fullatt_block_indexes=(1,),
-            out_hidden_size=32,
-        ),
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        mrope_section=(1, 1, 2),
-        tie_word_embeddings=True,
-        **ids,
-    )
+    return tiny.make_config(vocab_size=len(tokenizer), **ids)
 
 
 @pytest.fixture(scope="session")

@@ -4,47 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from emor3_jax.models.qwen2_5_vl import layout, model, rope
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 
-TINY_VISION = VisionConfig(
-    depth=2,
-    hidden_size=16,
-    intermediate_size=24,
-    num_heads=2,
-    patch_size=4,
-    temporal_patch_size=2,
-    spatial_merge_size=2,
-    window_size=16,
-    fullatt_block_indexes=(1,),
-    out_hidden_size=32,
-)
+SPECIAL_IDS = {
+    "video_token_id": 71,
+    "vision_start_token_id": 72,
+    "vision_end_token_id": 73,
+    "bos_token_id": 74,
+    "eos_token_id": 75,
+    "pad_token_id": 76,
+    "max_position_embeddings": 512,
+}
 
 
 def make_config(**changes) -> Config:
-    fields = {
-        "vision": TINY_VISION,
-        "vocab_size": 80,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "mrope_section": (1, 1, 2),
-        "tie_word_embeddings": True,
-        "image_token_id": 70,
-        "video_token_id": 71,
-        "vision_start_token_id": 72,
-        "vision_end_token_id": 73,
-        "bos_token_id": 74,
-        "eos_token_id": 75,
-        "pad_token_id": 76,
-        "max_position_embeddings": 512,
-    }
-    return Config(**(fields | changes))
+    return tiny.make_config(**(SPECIAL_IDS | changes))
 
 
 def strong_params(config: Config, seed: int = 0) -> model.Params:

@@ -125,7 +125,7 @@ def test_each_device_reads_its_own_part():
     """In a process of its own, which has 8 devices."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("sharded_weights.py")],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))},
         capture_output=True,
         text=True,
         timeout=300,

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.rl.update import TrainState, make_optimizer
 
@@ -23,31 +23,7 @@ def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
 @pytest.fixture(scope="module")
 def state() -> TrainState:
     """Shapes of a tiny policy with an untied head and of its optimizer state."""
-    vision = VisionConfig(
-        depth=2,
-        hidden_size=16,
-        intermediate_size=24,
-        num_heads=2,
-        patch_size=4,
-        temporal_patch_size=2,
-        spatial_merge_size=2,
-        window_size=16,
-        fullatt_block_indexes=(1,),
-        out_hidden_size=32,
-    )
-    config = Config(
-        vision=vision,
-        vocab_size=80,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        mrope_section=(1, 1, 2),
-        tie_word_embeddings=False,
-        image_token_id=70,
-    )
+    config = tiny.make_config(tie_word_embeddings=False)
     optimizer = make_optimizer(optax.linear_schedule(1e-3, 0.0, 5))
 
     def create():

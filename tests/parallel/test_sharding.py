@@ -67,7 +67,7 @@ def test_eight_devices_give_what_one_does(program, cases, most):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
     }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name(program))],

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Finished, Opening, Plan
 from emor3_jax.rollout.generate import Samples, SamplingRule
 from emor3_jax.rollout.score import score_responses
 
-STOP, BANNED, VOCABULARY = 7, (70, 71, 72, 73), 80
+STOP, BANNED = 7, (70, 71, 72, 73)
 
 
 class Setting(NamedTuple):
@@ -83,31 +84,7 @@ class Setting(NamedTuple):
 
 
 def build_setting(b: int = 2) -> Setting:
-    vision = VisionConfig(
-        depth=2,
-        hidden_size=16,
-        intermediate_size=24,
-        num_heads=2,
-        patch_size=4,
-        temporal_patch_size=2,
-        spatial_merge_size=2,
-        window_size=16,
-        fullatt_block_indexes=(1,),
-        out_hidden_size=32,
-    )
-    config = Config(
-        vision=vision,
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        mrope_section=(1, 1, 2),
-        tie_word_embeddings=True,
-        image_token_id=70,
-    )
+    config = tiny.make_config()
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -129,11 +106,11 @@ def build_setting(b: int = 2) -> Setting:
     positions = np.broadcast_to(np.arange(p, dtype=np.int32)[None, :, None], (b, p, 3))
     coords = np.stack(np.divmod(np.arange(16), 4), -1).astype(np.int32)
     images = Images(
-        rng.normal(size=(b, 1, 16, vision.patch_dim)).astype(np.float32),
+        rng.normal(size=(b, 1, 16, config.vision.patch_dim)).astype(np.float32),
         np.broadcast_to(coords, (b, 1, 16, 2)),
         np.ones((b, 1, 16), bool),
     )
-    banned = np.zeros(VOCABULARY, bool)
+    banned = np.zeros(config.vocab_size, bool)
     banned[list(BANNED)] = True
     last = rng.integers(8, 60, b).astype(np.int32)
     prompt = Prompt(tokens, positions, mask, slots)
