@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.plain_rules import boxed, normalise
 from emor3_jax import rewards
 from emor3_jax.data.labels import label_set
 
@@ -109,17 +110,10 @@ def in_python(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray) -> list[tu
     """Returns format, boxed label and both spans of each response: decode, then the rules."""
     out = []
     for raw in tokenizer.batch_decode(tokens, skip_special_tokens=True):
-        text = re.sub(r"\s*([<>/])\s*", r"\1", raw)
-        _, mark, rest = text.rpartition("\\boxed{")
-        depth, content = 1, "None"
-        for i, char in enumerate(rest if mark else ""):
-            depth += (char == "{") - (char == "}")
-            if not depth:
-                content = rest[:i].strip()
-                break
+        text = normalise(raw)
         spans = (_COHERENCE.search(raw), _CONSISTENCY.search(raw))
         found = tuple(span[0].strip() if span else None for span in spans)
-        out.append((_FORMAT.fullmatch(text) is not None, content.lower(), *found))
+        out.append((_FORMAT.fullmatch(text) is not None, boxed(text).lower(), *found))
     return out
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates
-from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
@@ -40,7 +40,7 @@ def tokenizer(seed: int = 0) -> PreTrainedTokenizerBase:
     return train_tokenizer([*corpus, " ".join(words)], VOCABULARY)
 
 
-def model_config(ids: PreTrainedTokenizerBase) -> Config:
+def model_config(words: PreTrainedTokenizerBase) -> Config:
     """Returns the shapes: Qwen2.5-VL's architecture at 26.5 million parameters."""
     vision = VisionConfig(
         depth=4,
@@ -54,7 +54,6 @@ def model_config(ids: PreTrainedTokenizerBase) -> Config:
         fullatt_block_indexes=(1, 3),
         out_hidden_size=384,
     )
-    of = ids.convert_tokens_to_ids
     return Config(
         vision=vision,
         vocab_size=VOCABULARY,
@@ -67,14 +66,8 @@ def model_config(ids: PreTrainedTokenizerBase) -> Config:
         rope_theta=1e4,
         mrope_section=(8, 12, 12),
         tie_word_embeddings=True,
-        image_token_id=of("<|image_pad|>"),
-        video_token_id=of("<|video_pad|>"),
-        vision_start_token_id=of("<|vision_start|>"),
-        vision_end_token_id=of("<|vision_end|>"),
-        bos_token_id=of("<|endoftext|>"),
-        eos_token_id=of("<|im_end|>"),
-        pad_token_id=of("<|endoftext|>"),
         max_position_embeddings=4096,
+        **special_ids(words),
     )
 
 

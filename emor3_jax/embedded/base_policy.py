@@ -28,7 +28,7 @@ from emor3_jax.embedded import faces, pretrain, tasks
 from emor3_jax.embedded.emoscenes import builder
 from emor3_jax.embedded.emoscenes.scene import Scene
 from emor3_jax.embedded.tasks import Task
-from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.io.console import Console, duration
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl import layout, model
@@ -113,7 +113,6 @@ def model_config(config: ConfigDict, tokenizer: Any) -> Config:
         fullatt_block_indexes=(config.model.vision_layers - 1,),
         out_hidden_size=width,
     )
-    ids = tokenizer.convert_tokens_to_ids
     spatial = 3 * head_dim // 16
     return Config(
         vision=vision,
@@ -127,14 +126,8 @@ def model_config(config: ConfigDict, tokenizer: Any) -> Config:
         rope_theta=1e4,
         mrope_section=(head_dim // 2 - 2 * spatial, spatial, spatial),
         tie_word_embeddings=True,
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        bos_token_id=ids("<|endoftext|>"),
-        eos_token_id=ids("<|im_end|>"),
-        pad_token_id=ids("<|endoftext|>"),
         max_position_embeddings=4096,
+        **special_ids(tokenizer),
     )
 
 

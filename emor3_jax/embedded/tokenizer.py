@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import Qwen2TokenizerFast
+from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -125,3 +125,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2TokenizerFast
         model_max_length=32768,
         clean_up_tokenization_spaces=False,
     )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Returns the ids that a policy's config names, by its fields.
+
+    Args:
+      tokenizer: one that has the special tokens of Qwen2.5-VL.
+    """
+    tokens = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "bos_token_id": "<|endoftext|>",
+        "eos_token_id": "<|im_end|>",
+        "pad_token_id": "<|endoftext|>",
+    }
+    return {field: tokenizer.convert_tokens_to_ids(token) for field, token in tokens.items()}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
 LABELS = ("joy", "Fear", "anger")
@@ -62,16 +62,7 @@ def processor(tokenizer):
 
 @pytest.fixture(scope="session")
 def config(tokenizer):
-    ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in (
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
-    return tiny.make_config(vocab_size=len(tokenizer), **ids)
+    return tiny.make_config(vocab_size=len(tokenizer), **special_ids(tokenizer))
 
 
 @pytest.fixture(scope="session")
