@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import small_policy
@@ -75,7 +76,11 @@ def run_case(case: tuple[int, int, int, bool], folder: Path, runs: int) -> None:
             jax.random.key(run),
             responses=g,
             rule=rule._replace(**changes),
-            plan=Plan(block=BLOCK if ragged else TOKENS, halvings=3),
+            plan=Plan(
+                block=BLOCK if ragged else TOKENS,
+                halvings=3,
+                unroll=ours.actor.dtype == jnp.bfloat16,
+            ),
         )
         jax.block_until_ready(samples)
         seconds = time.perf_counter() - started

@@ -387,7 +387,7 @@ def rollout_rule(config: ConfigDict, policy: Policy) -> SamplingRule:
 def rollout_plan(config: ConfigDict) -> Plan:
     """Returns how much of a training step's rollout is in flight at once."""
     c = config.rollout
-    return Plan(c.slots, c.refill, c.block, c.halvings)
+    return Plan(c.slots, c.refill, c.block, c.halvings, c.unroll)
 
 
 def group_std(config: ConfigDict) -> str:
@@ -397,7 +397,8 @@ def group_std(config: ConfigDict) -> str:
 
 def evaluation_plan(config: ConfigDict) -> Plan:
     """Returns the same for evaluation: a batch of it is in flight all at once."""
-    return Plan(block=config.rollout.block, halvings=config.rollout.halvings)
+    c = config.rollout
+    return Plan(block=c.block, halvings=c.halvings, unroll=c.unroll)
 
 
 def plan_packing(

@@ -33,6 +33,8 @@ def at_once(four):
         Plan(slots=2, refill=1, block=3, halvings=1),
         Plan(slots=2, refill=2, block=64),
         Plan(slots=4, refill=1, block=4, halvings=1),
+        Plan(slots=2, refill=1, block=3, halvings=1, unroll=True),
+        Plan(block=4, halvings=2, unroll=True),
     ],
     ids=str,
 )

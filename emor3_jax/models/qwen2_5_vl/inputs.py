@@ -66,11 +66,12 @@ class Cache(NamedTuple):
     """Keys and values of the continuations themselves, `C` slots for each.
 
     Attributes:
-      k: float[layers, B, G, kv_heads, head_dim, C].
-      v: float[layers, B, G, kv_heads, C, head_dim].
+      k: float[layers, B, G, kv_heads, head_dim, C]; for unrolled layers (`model.unroll`) a tuple
+        with one array for each.
+      v: float[layers, B, G, kv_heads, C, head_dim], or such a tuple.
       mask: bool[B, G, C].
     """
 
-    k: Array
-    v: Array
+    k: Array | tuple[Array, ...]
+    v: Array | tuple[Array, ...]
     mask: Array

@@ -78,6 +78,22 @@ def _cast_for_decoding(params: Params, dtype: Dtype) -> Params:
     )
 
 
+def unroll(params: Params) -> Params:
+    """Returns the parameters with the decoder's layers apart, for `decode_step`.
+
+    Args:
+      params: with the layers stacked, as everything else reads them.
+    """
+    decoder = dict(params["model"])
+    layers = decoder.pop("layers")
+    count = jax.tree.leaves(layers)[0].shape[0]
+    apart = {f"layers_{i}": jax.tree.map(lambda x: x[i], layers) for i in range(count)}  # noqa: B023
+    return params | {"model": decoder | apart}
+
+
+unroll_jitted = jax.jit(unroll)
+
+
 def encode_images(
     config: Config,
     params: Params,
@@ -201,7 +217,7 @@ def decode_step(
     """Runs one token of each continuation and adds it to the cache.
 
     Args:
-      config, params: the policy.
+      config, params: the policy; its layers stacked, or apart (`unroll`) with a cache to match.
       prefix: the prompts' keys and values.
       cache: the continuations so far; `slot` must be masked.
       tokens: int32[B, G].
@@ -213,7 +229,8 @@ def decode_step(
       float[B, G, D] after the final norm, and the cache with `slot` filled.
     """
     b, g = tokens.shape
-    hidden, (k, v) = Decoder(config, dtype, keep_keys=True).apply(
+    unrolled = "layers" not in params["model"]
+    hidden, keys = Decoder(config, dtype, keep_keys=True, unrolled=unrolled).apply(
         {"params": params["model"]},
         tokens[..., None],
         jnp.broadcast_to(positions[..., None, None], (b, g, 1, 3)),
@@ -221,11 +238,20 @@ def decode_step(
         prefix=prefix,
         cache=cache,
     )
-    update = jax.lax.dynamic_update_slice_in_dim
+    if unrolled:
+        # Always 0, but known only when all layers have read the cache: XLA then writes in place.
+        slot += jnp.minimum(jnp.abs(hidden[0, 0, 0, 0]).astype(jnp.int32), 0)
+
+    def write(old: Any, new: Any, axis: int) -> Any:
+        def update(x: jax.Array, y: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), slot, axis % x.ndim)
+
+        return jax.tree.map(update, old, new)
+
     cache = Cache(
-        update(cache.k, k.astype(cache.k.dtype), slot, axis=5),
-        update(cache.v, v.astype(cache.v.dtype), slot, axis=4),
-        update(cache.mask, jnp.ones((b, g, 1), bool), slot, axis=2),
+        write(cache.k, keys[0], -1),
+        write(cache.v, keys[1], -2),
+        write(cache.mask, jnp.ones((b, g, 1), bool), -1),
     )
     return hidden[:, :, 0], cache
 

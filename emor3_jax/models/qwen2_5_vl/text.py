@@ -5,7 +5,10 @@ also sees its cache. So there is one layer and one attention, with up to three s
 
 The cache is read-only inside the layer loop: each layer returns the keys it computed, and the
 caller writes those of all layers at once. A cache carried through the loop and updated in it was a
-quarter slower on CPU, an unrolled loop twice as slow (it copies each layer's cache).
+quarter slower on CPU.
+
+Parameters and cache may also come layer by layer (`model.unroll`), for decoding on CPU: XLA copies
+what a loop reads of a layer, in bfloat16 by way of float32.
 """
 
 from typing import Any
@@ -126,12 +129,14 @@ class Decoder(nn.Module):
       dtype: compute type.
       remat: what the backward pass recomputes, see `layers.rematerialised`.
       keep_keys: return the new keys and values of all layers.
+      unrolled: the layers are `layers_0`, `layers_1`, …, and the cache and the new keys are tuples.
     """
 
     config: Config
     dtype: Dtype = jnp.float32
     remat: Remat = "none"
     keep_keys: bool = False
+    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -176,17 +181,24 @@ class Decoder(nn.Module):
         if segments is not None:
             shared["segments"] = segments
         layer = rematerialised(DecoderLayer, self.remat)
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
-            length=c.num_layers,
-        )
-        x, keys = stack(c, self.dtype, self.keep_keys, name="layers")(
-            x,
+        of_layers = (
             None if prefix is None else (prefix.k, prefix.v),
             None if cache is None else (cache.k, cache.v),
-            shared,
         )
+        if self.unrolled:
+            found = []
+            for i in range(c.num_layers):
+                mine = [None if y is None else (y[0][i], y[1][i]) for y in of_layers]
+                x, new = layer(c, self.dtype, self.keep_keys, name=f"layers_{i}")(x, *mine, shared)
+                found.append(new)
+            keys = tuple(zip(*found, strict=True)) if self.keep_keys else None
+        else:
+            stack = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast),
+                length=c.num_layers,
+            )
+            x, keys = stack(c, self.dtype, self.keep_keys, name="layers")(x, *of_layers, shared)
         return RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x), keys
