@@ -13,6 +13,7 @@ moment goes on from its last checkpoint when it is started again with the same w
 
 import json
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -360,5 +361,11 @@ def _evaluation_line(results: dict[str, Evaluation]) -> str:
     )
 
 
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs `train`; a run that a signal stopped ends with the exit status `cli.STOPPED`."""
+    if not train(config, workdir):
+        sys.exit(cli.STOPPED)
+
+
 if __name__ == "__main__":
-    cli.run(train)
+    cli.run(main)
