@@ -328,3 +328,9 @@ def test_watch_shows_a_first_start_without_running_it(cloud) -> None:
     create, archive, copy, install, launch = printed(done)
     assert create[4] == "create" and archive[-1] == COMMIT
     assert copy[4] == "scp" and "install" in install[-1] and "emor3_jax.train" in launch[-1]
+
+
+def test_the_readme_names_every_script() -> None:
+    text = (ROOT / "tpu" / "README.md").read_text()
+    for path in (ROOT / "tpu").glob("*.sh"):
+        assert path.name == "common.sh" or f"| `{path.name}` |" in text

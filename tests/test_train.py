@@ -1,6 +1,5 @@
 """A whole run on a tiny policy: every part of the loop, resuming, counting, refusing."""
 
-import io
 import json
 import os
 import signal
@@ -9,9 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import tiny_policy
 from ml_collections import ConfigDict
 
 from configs import cpu_demo
@@ -19,65 +17,19 @@ from emor3_jax import prepare
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
-from emor3_jax.embedded import tasks
-from emor3_jax.embedded.base_policy import model_config
-from emor3_jax.embedded.emoscenes import draw, scene
-from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.export import export
-from emor3_jax.models import Policy, load, save
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models import load
 from emor3_jax.rewards import Group
 from emor3_jax.train import train
-
-QUESTION = "<image>which emotion ?"
-
-
-def _png(s: scene.Scene) -> bytes:
-    out = io.BytesIO()
-    draw.draw(s, 112).save(out, "PNG")
-    return out.getvalue()
-
-
-def _write_rows(path: Path, count: int, seed: int, bad: bool = False) -> None:
-    rng = np.random.default_rng(seed)
-    scenes = [scene.sample("drawn", rng) for _ in range(count)]
-    rows = [
-        {"images": [{"bytes": _png(s), "path": None}], "problem": QUESTION, "answer": s.label}
-        for s in scenes
-    ]
-    if bad:
-        rows[1]["answer"] = "boredom"
-        rows[2]["problem"] = "<image>  "
-        rows[3]["images"][0]["bytes"] = b"no image"
-        rows[4]["problem"] = "<image>" + "which " * 500
-    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A random policy of 30 thousand parameters and two parquet files."""
     folder = tmp_path_factory.mktemp("run")
-    tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
-    config = ConfigDict(
-        {
-            "model": {
-                "vocab_size": 800,
-                "vision_width": 32,
-                "vision_layers": 1,
-                "width": 32,
-                "layers": 1,
-                "heads": 2,
-                "kv_heads": 1,
-            }
-        }
-    )
-    shapes = model_config(config, tokenizer)
-    params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
-    processor = Processor(tokenizer, ImageSettings(min_pixels=112**2, max_pixels=112**2))
-    save(Policy(shapes, params, processor), folder / "policy")
-    _write_rows(folder / "train.parquet", 14, 0, bad=True)
-    _write_rows(folder / "test.parquet", 6, 1)
+    tiny_policy.write(folder / "policy")
+    tiny_policy.write_rows(folder / "train.parquet", 14, 0, bad=True)
+    tiny_policy.write_rows(folder / "test.parquet", 6, 1)
     return folder
 
 
@@ -309,7 +261,7 @@ def test_a_config_that_cannot_run_stops_before_any_compile(folder, field, value,
 
 
 def test_no_usable_row_stops_before_any_compile(folder):
-    _write_rows(folder / "none.parquet", 3, 2)
+    tiny_policy.write_rows(folder / "none.parquet", 3, 2)
     config = make_config(folder)
     config.data.train = dataset(
         kind="parquet", path=str(folder / "none.parquet"), labels="joy,envy"
