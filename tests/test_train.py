@@ -13,7 +13,7 @@ import tiny_policy
 from ml_collections import ConfigDict
 
 from configs import cpu_demo
-from emor3_jax import prepare
+from emor3_jax import evaluate, prepare
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
@@ -102,6 +102,42 @@ def test_run_leaves_what_the_readme_promises(whole):
     trained, base = load(whole / "policy"), load(whole.parent / "policy")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.params, base.params)
     assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_a_checkpoint_is_evaluated_as_training_did(whole, folder):
+    config, workdir = make_config(folder), folder / "evaluation"
+    config.evaluate.checkpoint = str(whole)
+    result = evaluate.main(config, workdir)["test"]
+    _, after = json.loads((whole / "evaluations.json").read_text())
+    assert result.metrics == pytest.approx(after["test"])
+    assert np.sum(result.confusion) == 6
+    # What was said in training after its last step is said again, row by row.
+    said = (workdir / "predictions" / "test.jsonl").read_text()
+    assert said == (whole / "predictions" / "000003" / "test.jsonl").read_text()
+    assert len(said.splitlines()) == 6
+    assert len((whole / "predictions" / "000002" / "test.jsonl").read_text().splitlines()) == 4
+    for name in ("evaluation.md", "evaluation.json", "report.html"):
+        assert (workdir / name).is_file() and (whole / name).is_file()
+
+
+def test_an_earlier_checkpoint_is_evaluated_by_vote(whole, folder):
+    config = make_config(folder)
+    config.evaluate.checkpoint = str(whole / "checkpoints" / "2")
+    config.evaluate.votes = 3
+    result = evaluate.main(config, folder / "votes")["test"]
+    lines = (folder / "votes" / "predictions" / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [len(row["responses"]) for row in rows] == [3] * 6
+    right = [row["right"] for row in rows]
+    assert result.metrics["accuracy"] == pytest.approx(np.mean(right))
+
+
+@pytest.mark.parametrize("place", ["checkpoints/7", "nothing"])
+def test_a_checkpoint_that_is_not_there_is_named(whole, folder, place):
+    config = make_config(folder)
+    config.evaluate.checkpoint = str(whole / place)
+    with pytest.raises(ConfigError, match=r"evaluate\.checkpoint=.*checkpoints has (2, 3|none)$"):
+        evaluate.main(config, folder / "none")
 
 
 def test_terms_of_ones_own_are_part_of_the_reward(whole):
