@@ -50,6 +50,7 @@ demo: setup
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck tpu/*.sh .ci/run
 
 test: lint
 	$(RUN) -m pytest tests --ignore=tests/parity

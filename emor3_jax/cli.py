@@ -30,6 +30,9 @@ USER_ERRORS = (
 )
 """Mistakes of a config or of data: their message is all that a user needs."""
 
+STOPPED = 75
+"""Exit status of a run that a signal ended before its last step: the same command goes on."""
+
 
 def run(program: Callable[[ConfigDict, Path], object], workdir: str | None = None) -> None:
     """Parses the command line and runs a program that writes to the folder of a run.
@@ -39,7 +42,23 @@ def run(program: Callable[[ConfigDict, Path], object], workdir: str | None = Non
       workdir: that folder where the command line names none; None requires that it does.
     """
     folder = flags.DEFINE_string("workdir", workdir, "Folder of the run.", required=workdir is None)
-    run_without_workdir(lambda config: program(config, Path(folder.value)))
+    run_without_workdir(lambda config: program(config, local_folder(folder.value)))
+
+
+def local_folder(path: str) -> Path:
+    """Returns the folder of a run.
+
+    Args:
+      path: as given on the command line.
+
+    Raises:
+      FileNotFoundError: if it is an address, such as gs://bucket/run, which would else become a
+        folder of that name on this machine.
+    """
+    if "://" in path:
+        rule = "must be a folder; mount the bucket (gcsfuse), or start through tpu/launch.sh"
+        raise FileNotFoundError(f"--workdir={path!r}: {rule}")
+    return Path(path)
 
 
 def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:

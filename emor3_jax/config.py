@@ -213,6 +213,11 @@ def default() -> ConfigDict:
     # 0 is greedy.
     config.evaluate.temperature = 0.0
     config.evaluate.top_p = 1.0
+    # Responses to each row; the label that most of them box is its answer.
+    config.evaluate.votes = 1
+    # The program evaluates the policy of a run's checkpoint instead of `policy.path`, which it must
+    # have started from: "runs/demo" (the newest) or "runs/demo/checkpoints/40".
+    config.evaluate.checkpoint = ""
 
     config.mesh = ConfigDict()
     # Sizes of the mesh axes; -1 is "the rest".
@@ -390,6 +395,12 @@ def validate(config: ConfigDict) -> None:
         need(config[section][key] >= 1, name, "must be at least 1")
     need(config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
     need(config.evaluate.prompts >= 1, "evaluate.prompts", "must be at least 1")
+    need(config.evaluate.votes >= 1, "evaluate.votes", "must be at least 1")
+    need(
+        config.evaluate.votes == 1 or config.evaluate.temperature > 0,
+        "evaluate.votes",
+        "at evaluate.temperature=0 all responses to a row are the same; raise it, or ask once",
+    )
 
 
 def reward_terms(config: ConfigDict) -> tuple[Term, ...]:

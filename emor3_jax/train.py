@@ -13,6 +13,7 @@ moment goes on from its last checkpoint when it is started again with the same w
 
 import json
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from emor3_jax.evaluate import evaluate, read_sample
 from emor3_jax.io import report
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console, duration
-from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
+from emor3_jax.io.evaluation import Evaluation, Sample, from_json, prediction_file, to_json
 from emor3_jax.io.metrics import Lap, MetricWriter, PhaseClock, memory
 from emor3_jax.learner import response_logprobs, sampler_gap, trim, update
 from emor3_jax.models import Policy, save
@@ -95,20 +96,24 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     micro = config.policy_update.prompts // config.policy_update.micro_prompts
 
     def look(names: tuple[str, ...], limit: int = 0) -> dict[str, Evaluation]:
-        return {
-            name: evaluate(
-                actors[name],
-                state.params,
-                data.evaluate[name].take(limit) if limit else data.evaluate[name],
-                config.seed,
-                rule=prepare.evaluation_rule(config, policy),
-                plan=prepare.evaluation_plan(config),
-                put=lambda batch: shard_batch(batch, mesh),
-                keep=report.SAMPLES,
-                graded=config.evaluate.sets[name].graded,
-            )
-            for name in names
-        }
+        found = {}
+        for name in names:
+            path = workdir / "predictions" / f"{step:06d}" / f"{name}.jsonl"
+            with prediction_file(path) as record:
+                found[name] = evaluate(
+                    actors[name],
+                    state.params,
+                    data.evaluate[name].take(limit) if limit else data.evaluate[name],
+                    config.seed,
+                    rule=prepare.evaluation_rule(config, policy),
+                    plan=prepare.evaluation_plan(config),
+                    put=lambda batch: shard_batch(batch, mesh),
+                    keep=report.SAMPLES,
+                    graded=config.evaluate.sets[name].graded,
+                    votes=config.evaluate.votes,
+                    record=record,
+                )
+        return found
 
     names = tuple(config.evaluate.sets)
     if not progress:
@@ -360,5 +365,11 @@ def _evaluation_line(results: dict[str, Evaluation]) -> str:
     )
 
 
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs `train`; a run that a signal stopped ends with the exit status `cli.STOPPED`."""
+    if not train(config, workdir):
+        sys.exit(cli.STOPPED)
+
+
 if __name__ == "__main__":
-    cli.run(train)
+    cli.run(main)

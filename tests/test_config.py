@@ -92,6 +92,8 @@ WRONG = [
     ("rollout.temperature", 0.0, "over 0"),
     ("reflect.temperature", -0.5, "0 or more"),
     ("evaluate.top_p", 1.5, "(0, 1]"),
+    ("evaluate.votes", 0, "at least 1"),
+    ("evaluate.votes", 3, "all responses to a row are the same"),
     ("reflect.max_tokens", 0, "at least 1"),
     ("reward.coherence_target", "image", "'answer'"),
     ("reward.lambda_reflect", -0.1, "reward.lambda_format"),

@@ -1,4 +1,4 @@
-"""Evaluation: F1 and decoupling by hand, and padding rows that must not count."""
+"""Evaluation: F1, votes and decoupling by hand, and padding rows that must not count."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import NOTHING_TO_JUDGE, Scores
-from emor3_jax.evaluate import decoupling, evaluate, macro_f1
+from emor3_jax.evaluate import decoupling, evaluate, macro_f1, vote, weighted_f1
 from emor3_jax.rollout.generate import Samples, SamplingRule
 
 
@@ -27,6 +27,27 @@ def test_a_label_that_is_said_wrongly_lowers_its_own_f1_only() -> None:
     assert macro_f1(np.array([0, 0, 0, 1]), answers, 2) == pytest.approx((6 / 7) / 2)
 
 
+def test_weighted_f1_by_hand() -> None:
+    # Label 0: 3 hits, 3 true, 4 said: 6 / 7, of 3 rows. Label 1: 0, of one row.
+    answers = np.array([0, 0, 0, 0])
+    assert weighted_f1(np.array([0, 0, 0, 1]), answers, 2) == pytest.approx((6 / 7) * 3 / 4)
+    assert weighted_f1(np.array([], int), np.array([], int), 2) == 0.0
+
+
+def test_votes_by_hand() -> None:
+    answers = np.array(
+        [
+            [2, 1, 1, 0],  # 1 has two votes
+            [2, 1, 1, 2],  # two each: 2 came first
+            [-1, -1, -1, 3],  # no label has no vote
+            [-1, -1, -1, -1],  # nobody boxes one: the first speaks
+            [-1, 0, 1, 2],  # all different: the first that boxes one
+        ]
+    )
+    assert vote(answers).tolist() == [1, 0, 3, 0, 1]
+    assert vote(np.array([[4], [-1]])).tolist() == [0, 0]
+
+
 def test_decoupling_by_hand() -> None:
     answers = np.array([0, 1, -1, 2, 3, 2])
     inferred = np.array([0, 2, 1, -1, NOTHING_TO_JUDGE, 2])
@@ -37,31 +58,32 @@ def test_decoupling_by_hand() -> None:
 
 
 class _Actor:
-    """Answers by a table: row i of all rows gets column i of it."""
+    """Answers by a table: row i of all rows gets entry i of it, one answer or one of each vote."""
 
     labels = ("joy", "fear")
     terms = ()
 
-    def __init__(self, answers: list[int], inferred: list[int], reflects: bool) -> None:
+    def __init__(self, answers: list, inferred: list, reflects: bool) -> None:
         self.rule = object() if reflects else None
         self.tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
         self._answers, self._inferred, self._row = answers, inferred, 0
         self.keys: list[object] = []
 
     def run(self, params, batch, key, *, responses, rule, plan):
-        assert responses == 1
         self.keys.append(key)
-        b = len(batch.answers)
-        tokens = np.full((b, 1, rule.max_tokens), 7)
-        samples = Samples(tokens, tokens * 0.0, np.full((b, 1), 2), np.ones((b, 1), bool))
+        shape = len(batch.answers), responses
+        tokens = np.full((*shape, rule.max_tokens), 7)
+        samples = Samples(tokens, tokens * 0.0, np.full(shape, 2), np.ones(shape, bool))
         replies = SimpleNamespace(coherence=samples, consistency=samples)
         return samples, None if self.rule is None else replies
 
     def score(self, batch, samples, replies):
         rows = slice(self._row, self._row + len(batch.answers))
         self._row = rows.stop
-        answer = np.array(self._answers[rows])[:, None]
-        inferred = np.array(self._inferred[rows])[:, None]
+        answer, inferred = (
+            np.array(table[rows]).reshape(len(batch.answers), -1)
+            for table in (self._answers, self._inferred)
+        )
         accuracy = (answer == batch.answers[:, None]).astype(np.float32)
         one = np.ones_like(accuracy)
         return Scores(accuracy, one, accuracy, one, one, answer, inferred, {})
@@ -110,3 +132,38 @@ def test_accuracy_stays_exact_beside_the_graded_one(monkeypatch: pytest.MonkeyPa
     metrics = evaluate(actor, {}, batches, 5, **options).metrics
     assert metrics["accuracy"] == 0.5
     assert metrics["graded_accuracy"] == 0.75
+
+
+def test_rows_are_answered_by_vote_and_written_with_every_response(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jax.device_get", lambda tree: tree)
+    # True labels 0, 1, 1; the last row is padding.
+    batches = [_batch([0, 1], [1, 1]), _batch([1, 0], [1, 0])]
+    answers = [[0, 1, 0], [0, 1, 0], [-1, -1, 1], [0, 0, 0]]
+    inferred = [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 1]]
+    rule, written = SamplingRule(3, 0.0, 1.0, (0,)), []
+    actor = _Actor(answers, inferred, True)
+    options = {"rule": rule, "put": lambda batch: batch, "votes": 3, "record": written.append}
+    result = evaluate(actor, {}, batches, 5, **options, keep=9)
+    metrics = result.metrics
+    # Voted 0, 0, 1: two rows of three right. Of nine responses 2 + 1 + 1 are right.
+    assert metrics["rows"] == 3
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["response_accuracy"] == pytest.approx(4 / 9)
+    # Seven responses have a box and a text: 0-1, 1-0 and none else disagree.
+    assert metrics["decoupling"] == pytest.approx(2 / 7)
+    assert result.labels == ("joy", "fear")
+    assert result.confusion == ((1, 0, 0), (1, 1, 0))
+    assert metrics["accuracy_low"] < 2 / 3 < metrics["accuracy_high"]
+    assert [(row["id"], row["label"], row["answer"], row["right"]) for row in written] == [
+        ("row 0", "joy", "joy", True),
+        ("row 1", "fear", "joy", False),
+        ("row 0", "fear", "fear", True),
+    ]
+    first = written[0]["responses"]
+    assert [each["answer"] for each in first] == ["joy", "fear", "joy"]
+    assert first[0]["response"] == "7 7" and first[0]["coherence_reply"] == "7 7"
+    assert [each["scores"]["accuracy"] for each in first] == [1, 0, 1]
+    # What is shown of a row is the response that speaks for it.
+    assert [sample.answer for sample in result.samples] == ["joy", "joy", "fear"]

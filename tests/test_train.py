@@ -1,6 +1,5 @@
 """A whole run on a tiny policy: every part of the loop, resuming, counting, refusing."""
 
-import io
 import json
 import os
 import signal
@@ -9,75 +8,28 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import tiny_policy
 from ml_collections import ConfigDict
 
 from configs import cpu_demo
-from emor3_jax import prepare
+from emor3_jax import evaluate, prepare
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
-from emor3_jax.embedded import tasks
-from emor3_jax.embedded.base_policy import model_config
-from emor3_jax.embedded.emoscenes import draw, scene
-from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.export import export
-from emor3_jax.models import Policy, load, save
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models import load
 from emor3_jax.rewards import Group
 from emor3_jax.train import train
-
-QUESTION = "<image>which emotion ?"
-
-
-def _png(s: scene.Scene) -> bytes:
-    out = io.BytesIO()
-    draw.draw(s, 112).save(out, "PNG")
-    return out.getvalue()
-
-
-def _write_rows(path: Path, count: int, seed: int, bad: bool = False) -> None:
-    rng = np.random.default_rng(seed)
-    scenes = [scene.sample("drawn", rng) for _ in range(count)]
-    rows = [
-        {"images": [{"bytes": _png(s), "path": None}], "problem": QUESTION, "answer": s.label}
-        for s in scenes
-    ]
-    if bad:
-        rows[1]["answer"] = "boredom"
-        rows[2]["problem"] = "<image>  "
-        rows[3]["images"][0]["bytes"] = b"no image"
-        rows[4]["problem"] = "<image>" + "which " * 500
-    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A random policy of 30 thousand parameters and two parquet files."""
     folder = tmp_path_factory.mktemp("run")
-    tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
-    config = ConfigDict(
-        {
-            "model": {
-                "vocab_size": 800,
-                "vision_width": 32,
-                "vision_layers": 1,
-                "width": 32,
-                "layers": 1,
-                "heads": 2,
-                "kv_heads": 1,
-            }
-        }
-    )
-    shapes = model_config(config, tokenizer)
-    params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
-    processor = Processor(tokenizer, ImageSettings(min_pixels=112**2, max_pixels=112**2))
-    save(Policy(shapes, params, processor), folder / "policy")
-    _write_rows(folder / "train.parquet", 14, 0, bad=True)
-    _write_rows(folder / "test.parquet", 6, 1)
+    tiny_policy.write(folder / "policy")
+    tiny_policy.write_rows(folder / "train.parquet", 14, 0, bad=True)
+    tiny_policy.write_rows(folder / "test.parquet", 6, 1)
     return folder
 
 
@@ -150,6 +102,42 @@ def test_run_leaves_what_the_readme_promises(whole):
     trained, base = load(whole / "policy"), load(whole.parent / "policy")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.params, base.params)
     assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_a_checkpoint_is_evaluated_as_training_did(whole, folder):
+    config, workdir = make_config(folder), folder / "evaluation"
+    config.evaluate.checkpoint = str(whole)
+    result = evaluate.main(config, workdir)["test"]
+    _, after = json.loads((whole / "evaluations.json").read_text())
+    assert result.metrics == pytest.approx(after["test"])
+    assert np.sum(result.confusion) == 6
+    # What was said in training after its last step is said again, row by row.
+    said = (workdir / "predictions" / "test.jsonl").read_text()
+    assert said == (whole / "predictions" / "000003" / "test.jsonl").read_text()
+    assert len(said.splitlines()) == 6
+    assert len((whole / "predictions" / "000002" / "test.jsonl").read_text().splitlines()) == 4
+    for name in ("evaluation.md", "evaluation.json", "report.html"):
+        assert (workdir / name).is_file() and (whole / name).is_file()
+
+
+def test_an_earlier_checkpoint_is_evaluated_by_vote(whole, folder):
+    config = make_config(folder)
+    config.evaluate.checkpoint = str(whole / "checkpoints" / "2")
+    config.evaluate.votes = 3
+    result = evaluate.main(config, folder / "votes")["test"]
+    lines = (folder / "votes" / "predictions" / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [len(row["responses"]) for row in rows] == [3] * 6
+    right = [row["right"] for row in rows]
+    assert result.metrics["accuracy"] == pytest.approx(np.mean(right))
+
+
+@pytest.mark.parametrize("place", ["checkpoints/7", "nothing"])
+def test_a_checkpoint_that_is_not_there_is_named(whole, folder, place):
+    config = make_config(folder)
+    config.evaluate.checkpoint = str(whole / place)
+    with pytest.raises(ConfigError, match=r"evaluate\.checkpoint=.*checkpoints has (2, 3|none)$"):
+        evaluate.main(config, folder / "none")
 
 
 def test_terms_of_ones_own_are_part_of_the_reward(whole):
@@ -309,7 +297,7 @@ def test_a_config_that_cannot_run_stops_before_any_compile(folder, field, value,
 
 
 def test_no_usable_row_stops_before_any_compile(folder):
-    _write_rows(folder / "none.parquet", 3, 2)
+    tiny_policy.write_rows(folder / "none.parquet", 3, 2)
     config = make_config(folder)
     config.data.train = dataset(
         kind="parquet", path=str(folder / "none.parquet"), labels="joy,envy"

@@ -1,4 +1,10 @@
-# Shared by the scripts of this folder: options, and running or printing a command.
+#!/usr/bin/env bash
+# Shared by the scripts of this folder: options, running or printing a command, reaching workers.
+#
+# Variables are set here and used by the scripts that read this file:
+# shellcheck disable=SC2034
+
+here="$(dirname "${BASH_SOURCE[0]}")"
 
 # Prints the header comment of the script as its usage text.
 usage() {
@@ -21,14 +27,15 @@ run() {
   fi
 }
 
-# Reads the options that all scripts share into name, zone, project and dry_run. The rest stays in
-# `rest`, what follows `--` in `command`.
+# Reads the options that all scripts share into name, zone, project, queued and dry_run. The rest
+# stays in `rest`, what follows `--` in `command`. `shared` is what hands them on to another script.
 parse() {
-  name="" zone="" project="" dry_run=false rest=() command=()
+  name="" zone="" project="" queued=false dry_run=false rest=() command=()
   while [[ $# -gt 0 ]]; do
     case "$1" in
       --help | -h) usage; exit 0 ;;
       --dry-run) dry_run=true; shift ;;
+      --queued) queued=true; shift ;;
       --zone | --project)
         [[ $# -ge 2 ]] || fail "$1 needs a value"
         printf -v "${1#--}" '%s' "$2"
@@ -42,13 +49,79 @@ parse() {
         ;;
     esac
   done
-  [[ -n "$name" ]] || fail "the name of the TPU VM is missing"
+  [[ -n "$name" ]] || fail "the name of the TPU is missing"
   [[ -n "$zone" ]] || fail "--zone is missing"
   where=("--zone=$zone")
-  if [[ -n "$project" ]]; then where+=("--project=$project"); fi
+  shared=("$name" --zone "$zone")
+  if [[ -n "$project" ]]; then
+    where+=("--project=$project")
+    shared+=(--project "$project")
+  fi
 }
 
 # Fails on options that a script does not know.
 no_more() {
   [[ ${#rest[@]} -eq 0 ]] || fail "unknown argument: ${rest[0]}"
+}
+
+# Prints the accelerator type as gcloud writes it: v5e is called v5litepod there.
+accelerator() {
+  echo "${1/#v5e-/v5litepod-}"
+}
+
+# Prints the runtime image of an accelerator type, nothing where none is known.
+runtime() {
+  case "$(accelerator "$1")" in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+  esac
+}
+
+# Runs a command on workers.
+#   on_workers WORKER COMMAND [NODE]    a number or "all"; NODE is that of a slice
+on_workers() {
+  if [[ "$queued" == true ]]; then
+    run gcloud compute tpus queued-resources ssh "$name" "${where[@]}" \
+      "--node=${3:-$1}" "--worker=$1" "--command=$2"
+  else
+    run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
+  fi
+}
+
+# Copies a file to the home folder of all workers of all slices.
+copy_to_workers() {
+  if [[ "$queued" == true ]]; then
+    run gcloud compute tpus queued-resources scp "$1" "$name:" "${where[@]}" \
+      --node=all --worker=all
+  else
+    run gcloud compute tpus tpu-vm scp "$1" "$name:" "${where[@]}" --worker=all
+  fi
+}
+
+# Prints the state of the TPU in gcloud's words (READY or ACTIVE: usable), ABSENT where there is
+# none of this name, or UNKNOWN with the reason where gcloud cannot say.
+tpu_state() {
+  local kind=tpu-vm field=state state errors
+  if [[ "$queued" == true ]]; then kind=queued-resources field=state.state; fi
+  errors="$(mktemp)"
+  if state="$(gcloud compute tpus "$kind" describe "$name" "${where[@]}" \
+    "--format=value($field)" 2> "$errors")"; then
+    echo "$state"
+  elif grep -q NOT_FOUND "$errors"; then
+    echo ABSENT
+  else
+    echo "UNKNOWN: $(tail -n 1 "$errors")"
+  fi
+  rm -f "$errors"
+}
+
+# Prints what worker.sh says of the run on the first worker, or "unreachable".
+run_state() {
+  local out
+  out="$(on_workers 0 "if [ -x emor3_jax/tpu/worker.sh ]; then emor3_jax/tpu/worker.sh state; \
+else echo 'run: none'; fi" 2> /dev/null)" || out=""
+  out="$(sed -n 's/^run: //p' <<< "$out")"
+  echo "${out:-unreachable}"
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Deletes a TPU VM and everything on its disks. gcloud asks first, unless --yes is given.
+# Deletes a TPU and everything on its disks. gcloud asks first, unless --yes is given.
 #
-#   tpu/delete.sh NAME --zone ZONE [--yes] [--project PROJECT] [--dry-run]
+#   tpu/delete.sh NAME --zone ZONE [--queued] [--yes] [--project PROJECT] [--dry-run]
 #
+#   --queued   NAME was created with --queued or --slices: the request and all its slices
 #   --dry-run  prints the command instead of running it
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -15,4 +16,9 @@ if [[ ${#rest[@]} -gt 0 && "${rest[0]}" == --yes ]]; then
 fi
 no_more
 
-run gcloud compute tpus tpu-vm delete "$name" "${where[@]}" "${quiet[@]+"${quiet[@]}"}"
+if [[ "$queued" == true ]]; then
+  run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force \
+    "${quiet[@]+"${quiet[@]}"}"
+else
+  run gcloud compute tpus tpu-vm delete "$name" "${where[@]}" "${quiet[@]+"${quiet[@]}"}"
+fi

@@ -1,24 +1,28 @@
 #!/usr/bin/env bash
-# Starts a program on all workers of a TPU VM, in the background, so that it outlives the session.
-# Output goes to ~/emor3_jax/logs/run.log of each worker, the process id to logs/run.pid.
+# Starts a program on all workers of all slices, in the background, so that it outlives the session.
+# Output goes to ~/emor3_jax/logs/run.log of each worker.
 #
-#   tpu/launch.sh NAME --zone ZONE [--project PROJECT] [--dry-run] -- ARGUMENTS OF PYTHON
+#   tpu/launch.sh NAME --zone ZONE [--queued] [--replace] [--project PROJECT] [--dry-run]
+#                 -- ARGUMENTS OF PYTHON
 #
 #   tpu/launch.sh NAME --zone ZONE -- -m emor3_jax.train --config=configs/tpu_v4.py \
-#       --workdir=runs/emoset --config.policy.path=/data/Qwen2.5-VL-3B-Instruct …
+#       --workdir=gs://BUCKET/runs/emoset --config.policy.path=gs://BUCKET/Qwen2.5-VL-3B-Instruct …
 #
+#   --queued   NAME was created with --queued or --slices
+#   --replace  end what still runs there first
 #   --dry-run  prints the command instead of running it
+#
+# gs://BUCKET/… in an argument is reached through a mount of the bucket, ~/gcs/BUCKET.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
+
+task=start
+if [[ ${#rest[@]} -gt 0 && "${rest[0]}" == --replace ]]; then
+  task="start --replace"
+  rest=("${rest[@]:1}")
+fi
 no_more
 [[ ${#command[@]} -gt 0 ]] || fail "the program is missing: -- -m emor3_jax.train …"
 
-program="$(printf '%q ' .venv/bin/python "${command[@]}")"
-start="set -e
-cd emor3_jax
-mkdir -p logs
-nohup ${program}> logs/run.log 2>&1 < /dev/null &
-echo \$! > logs/run.pid"
-
-run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all "--command=$start"
+on_workers all "emor3_jax/tpu/worker.sh $task $(printf '%q ' "${command[@]}")"

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Shows the end of the log of a program that launch.sh started.
 #
-#   tpu/logs.sh NAME --zone ZONE [--worker N] [--follow] [--project PROJECT] [--dry-run]
+#   tpu/logs.sh NAME --zone ZONE [--queued] [--slice N] [--worker N] [--follow]
+#               [--project PROJECT] [--dry-run]
 #
+#   --queued   NAME was created with --queued or --slices
+#   --slice    with --queued: number of the slice, or "all"; 0 by default
 #   --worker   number of the worker, or "all"; 0 by default
 #   --follow   goes on showing new lines until interrupted
 #   --dry-run  prints the command instead of running it
@@ -10,15 +13,18 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 
-worker=0 follow=""
+worker=0 slice=0 follow=""
 set -- "${rest[@]+"${rest[@]}"}"
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --follow) follow=" --follow"; shift ;;
-    --worker) [[ $# -ge 2 ]] || fail "$1 needs a value"; worker="$2"; shift 2 ;;
+    --worker | --slice)
+      [[ $# -ge 2 ]] || fail "$1 needs a value"
+      printf -v "${1#--}" '%s' "$2"
+      shift 2
+      ;;
     *) fail "unknown argument: $1" ;;
   esac
 done
 
-run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$worker" \
-  "--command=tail --lines=50$follow emor3_jax/logs/run.log"
+on_workers "$worker" "tail --lines=50$follow emor3_jax/logs/run.log" "$slice"

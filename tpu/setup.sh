@@ -1,30 +1,29 @@
 #!/usr/bin/env bash
-# Copies the committed state of this repository to all workers of a TPU VM and installs it there,
-# in ~/emor3_jax with a Python 3.11 environment in .venv. Run it again after a commit.
+# Copies a commit of this repository to all workers of a TPU and installs it there, in ~/emor3_jax
+# with a Python 3.11 environment in .venv, together with gcsfuse. Run it again after a commit.
 #
-#   tpu/setup.sh NAME --zone ZONE [--project PROJECT] [--dry-run]
+#   tpu/setup.sh NAME --zone ZONE [--queued] [--commit COMMIT] [--project PROJECT] [--dry-run]
 #
+#   --queued   NAME was created with --queued or --slices
+#   --commit   what is copied; HEAD by default. Changes that are not committed are not copied
 #   --dry-run  prints the commands instead of running them
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
+
+commit=HEAD
+if [[ ${#rest[@]} -ge 2 && "${rest[0]}" == --commit ]]; then
+  commit="${rest[1]}"
+  rest=("${rest[@]:2}")
+fi
 no_more
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$here/.." && pwd)"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 archive="$folder/emor3_jax.tar.gz"
-install='set -e
-sudo apt-get update -qq
-sudo DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3.11 python3.11-venv
-mkdir -p emor3_jax
-tar -xzf emor3_jax.tar.gz -C emor3_jax
-cd emor3_jax
-python3.11 -m venv .venv
-.venv/bin/python -m pip install --quiet --upgrade pip
-.venv/bin/python -m pip install --quiet --editable ".[tpu]"
-.venv/bin/python -c "import jax; print(jax.__version__)"'
 
-run git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
-run gcloud compute tpus tpu-vm scp "$archive" "$name:emor3_jax.tar.gz" "${where[@]}" --worker=all
-run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all "--command=$install"
+run git -C "$root" archive --format=tar.gz "--output=$archive" "$commit"
+copy_to_workers "$archive"
+on_workers all 'mkdir -p emor3_jax && tar -xzf emor3_jax.tar.gz -C emor3_jax &&
+emor3_jax/tpu/worker.sh install'

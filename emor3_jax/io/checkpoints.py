@@ -16,12 +16,12 @@ class Checkpoints:
     run that is killed at any moment goes on from the last complete one.
     """
 
-    def __init__(self, workdir: Path, keep: int = 2) -> None:
+    def __init__(self, workdir: Path, keep: int | None = 2) -> None:
         """Opens or makes the folder.
 
         Args:
           workdir: folder of the run.
-          keep: how many checkpoints stay.
+          keep: how many checkpoints stay; None keeps all, as who only reads does.
         """
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
@@ -31,6 +31,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Returns the newest step that is complete, or None."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Returns the steps that are complete, rising."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Writes a checkpoint and waits until it is complete.
@@ -69,6 +73,27 @@ class Checkpoints:
             ),
         )
         return restored["state"], restored["progress"]
+
+    def restore_params(self, step: int, params: Any, mesh: jax.sharding.Mesh) -> Any:
+        """Returns the parameters of a checkpoint alone, whatever optimizer the run had.
+
+        Args:
+          step: one of `steps`.
+          params: pytree of their shapes.
+          mesh: the arrays come back cut by this mesh's rules.
+        """
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            {"params": params},
+            {"params": param_shardings(params, mesh)},
+        )
+        part = ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=part))
+        return restored["state"]["params"]
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -23,7 +23,7 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, first_step: int = 0) -> None:
-        """Opens the files.
+        """Opens the events, and drops the lines that are to be written again.
 
         Args:
           workdir: folder of the run.
@@ -40,14 +40,15 @@ class MetricWriter:
                 except (ValueError, KeyError):
                     continue
             self.path.write_text("".join(line + "\n" for line in kept))
-        self._file = self.path.open("a")
         self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one object: `step` and the values, a number that is not finite as null."""
         row = {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        # Closed each time: a mounted bucket keeps what was written only then, and the machine may
+        # be taken away at any step.
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
         self.add_events(step, row)
 
     def add_events(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -57,8 +58,7 @@ class MetricWriter:
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes the files."""
-        self._file.close()
+        """Closes the events."""
         self._events.close()
 
 

@@ -29,6 +29,18 @@ def test_a_run_that_goes_on_drops_later_and_torn_lines(tmp_path):
     assert rows[2]["reward/overall"] == 9.0
 
 
+def test_the_file_is_closed_after_each_step(tmp_path):
+    # A mounted bucket keeps a file when it is closed: what is written next goes to a new one.
+    writer = MetricWriter(tmp_path)
+    writer.write(0, {"policy/kl": 1.0})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "first.jsonl")
+    writer.write(1, {"policy/kl": 2.0})
+    writer.close()
+    for name, step in (("first", 0), ("metrics", 1)):
+        (line,) = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert json.loads(line) == {"step": step, "policy/kl": step + 1.0}
+
+
 def test_phases_are_counted_by_lap_while_the_next_lap_goes_on():
     clock = PhaseClock()
     clock.mark("rollout", jnp.zeros(1))

@@ -103,3 +103,41 @@ def test_steps_begin_on_lines_of_their_own(tmp_path: Path) -> None:
     assert (
         "&lt;step1&gt; seen <br>&lt;step2&gt; felt <br>&lt;step3&gt; negative <br>\\boxed" in page
     )
+
+
+@pytest.fixture
+def counted() -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+    metrics = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 0.875, "rows": 8.0}
+    after = Evaluation(metrics, [], ("joy", "<fear>"), ((5, 0, 1), (1, 1, 0)))
+    return {"scenes": Evaluation({"accuracy": 0.25}, [])}, {"scenes": after}
+
+
+def test_markdown_has_every_number(counted) -> None:
+    assert report.markdown(*counted) == (
+        "| data set | score | before | after | 95 % |\n|---|---|---:|---:|---:|\n"
+        "| scenes | accuracy | 25.0 | 75.0 | 50.0 to 87.5 |\n| scenes | rows | – | 8.0 | |\n\n"
+        "## scenes\n\n| label | rows | precision | recall | F1 |\n|---|---:|---:|---:|---:|\n"
+        # joy: 5 of 6 said, 5 of 6 true. <fear>: 1 of 1 said, 1 of 2 true.
+        "| joy | 6 | 83.3 | 83.3 | 83.3 |\n| <fear> | 2 | 100.0 | 50.0 | 66.7 |\n\n"
+        "Rows by true label and by answer:\n\n| | joy | <fear> | none |\n|---|---:|---:|---:|\n"
+        "| joy | 5 | 0 | 1 |\n| <fear> | 1 | 1 | 0 |\n"
+    )
+
+
+def test_the_report_draws_intervals_and_confusion(tmp_path: Path, counted) -> None:
+    before, after = counted
+    before["scenes"].metrics.update(accuracy_low=0.125, accuracy_high=0.5)
+    images = dict.fromkeys(after, lambda _: None)
+    page = report.write_report(tmp_path, "t", before, after, images).read_text(encoding="utf-8")
+    # The axis runs from 150 to 660: 0.5, 0.75 and 0.875 lie at 405, 532.5 and 596.2.
+    assert 'x1="405.0" x2="596.2"' in page and 'cx="532.5"' in page and ">75.0</text>" in page
+    assert 'x1="213.8" x2="405.0"' in page and 'cx="277.5"' in page
+    # Of 6 rows of joy, 5 are on the diagonal; of F1 two thirds of a bar of 160.
+    assert 'fill="#177245" fill-opacity="0.83"' in page and 'fill="#b3261e"' in page
+    assert '<rect width="106.7"' in page
+    assert "<td>joy</td><td>6</td><td>83.3</td>" in page
+    assert "&lt;fear&gt;" in page and "<fear>" not in page
+    assert (tmp_path / "evaluation.md").read_text().startswith("# t\n\n| data set")
+    numbers = json.loads((tmp_path / "evaluation.json").read_text())
+    assert numbers["scenes"]["confusion"] == [[5, 0, 1], [1, 1, 0]]
+    assert from_json(numbers) == after

@@ -1,0 +1,107 @@
+"""The notebooks: well formed, without outputs, and their part for a CPU run as it stands there."""
+
+import json
+import os
+import sys
+import types
+
+import pytest
+import tiny_policy
+from cloud import ROOT
+
+NOTEBOOKS = ("colab", "tpu_vm")
+# What a cell needs that a test has not: it is not run. A cell "parameters" is followed by the
+# test's own.
+NEEDS = {"network", "files", "accelerator"}
+
+
+def read(name: str) -> list[dict]:
+    """Returns the cells of a notebook, the text of each in one string."""
+    notebook = json.loads((ROOT / "tpu" / "notebooks" / f"{name}.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    return [cell | {"source": "".join(cell["source"])} for cell in notebook["cells"]]
+
+
+def tags(cell: dict) -> set[str]:
+    return set(cell["metadata"].get("tags", ()))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_kept_without_outputs(name: str) -> None:
+    cells = read(name)
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    for cell in cells:
+        assert cell["source"].strip()
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            assert tags(cell) <= NEEDS | {"parameters"}
+            # Lines for the shell and for the notebook itself are not Python.
+            lines = [x for x in cell["source"].splitlines() if not x.startswith(("!", "%"))]
+            compile("\n".join(lines), f"{name}:{cell['id']}", "exec")
+        else:
+            assert cell["cell_type"] == "markdown" and "outputs" not in cell
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_a_notebook_names_is_there(name: str) -> None:
+    text = "\n".join(cell["source"] for cell in read(name))
+    for word in text.replace("`", " ").replace("(", " ").replace(")", " ").split():
+        word = word.rstrip(".,:").removeprefix("--config=")
+        if word.startswith(("configs/", "tpu/")):
+            assert (ROOT / word).exists(), word
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    """Fields that make the demo tiny: a random policy and a handful of scenes.
+
+    The shapes are those of `test_train`, whose compiled programs can be taken from the cache.
+    """
+    folder = tmp_path_factory.mktemp("notebooks")
+    tiny_policy.write(folder / "policy")
+    tiny_policy.write_rows(folder / "rows.parquet", 4, 0)
+    fields = {
+        "policy.path": str(folder / "policy"),
+        "steps": 3,
+        "rollout.prompts": 4,
+        "rollout.responses": 3,
+        "rollout.max_tokens": 8,
+        "reflect.text_lengths": (8,),
+        "policy_update.prompts": 2,
+        "policy_update.micro_prompts": 1,
+        "policy_update.response_lengths": (8,),
+        "evaluate.prompts": 4,
+        "evaluate.sets.shifted.labels": "mikels8",
+        "reward.table_cache": str(folder / "tables"),
+        "log.compile_cache": os.environ.get("JAX_COMPILATION_CACHE_DIR", ""),
+    }
+    for name in ("data.train", "evaluate.sets.emoscenes", "evaluate.sets.shifted"):
+        fields |= {f"{name}.kind": "parquet", f"{name}.path": str(folder / "rows.parquet")}
+    return fields
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_part_for_a_cpu_runs(name, settings, tmp_path, monkeypatch, capsys) -> None:
+    shown: list[str] = []
+    display = types.ModuleType("IPython.display")
+    display.HTML, display.display = str, shown.append
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.chdir(ROOT)
+    names: dict = {"__name__": "__main__"}
+    ran = 0
+    for cell in read(name):
+        if cell["cell_type"] != "code" or tags(cell) & NEEDS:
+            continue
+        exec(compile(cell["source"], f"{name}:{cell['id']}", "exec"), names)
+        ran += 1
+        if "parameters" in tags(cell):
+            names |= {"workdir": tmp_path / "run", "settings": settings}
+    assert ran >= 5
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    (report,) = shown
+    assert "<h1>EMO-R3: run</h1>" in report
+    said = capsys.readouterr().out
+    assert ("emotion: " if name == "colab" else " chip-hours\n") in said
