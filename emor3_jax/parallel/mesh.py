@@ -5,42 +5,81 @@ layer by layer), `tensor` (heads, hidden units and vocabulary cut up). Batches a
 and `fsdp` together. `jax.jit` with these shardings is what pjit became.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+CHECK = "python -m emor3_jax.compile --config=FILE --topology=NAME"
+"""The command that compiles a config for devices that are not here."""
 
 
 class MeshError(ValueError):
-    """The mesh of the config does not fit the devices or the arrays."""
+    """The mesh of the config does not fit the devices, the policy or a batch."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Returns a mesh over all devices; one axis may be -1, "the rest".
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Returns a mesh over devices; one axis may be -1, "the rest".
+
+    Where the devices are several TPU slices, `data` runs over the slow network between them, `fsdp`
+    and `tensor` stay within a slice.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes.
+      devices: of all processes, or of a topology that is not here; by default `jax.devices()`.
 
     Raises:
-      MeshError: if the axes do not multiply to the number of devices.
+      MeshError: if the axes do not multiply to the number of devices, or `data` to that of slices.
     """
+    devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    known = math.prod(size for size in sizes.values() if size != -1)
     unfit = any(size < 1 and size != -1 for size in sizes.values())
-    if unfit or len(free) > 1 or devices % known or (not free and known != devices):
-        wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    if unfit or len(free) > 1 or len(devices) % known or (not free and known != len(devices)):
         raise MeshError(
-            f"{wanted}: the axes must multiply to the number of devices, and this machine has "
-            f"{devices} ({jax.devices()[0].device_kind}); set one axis to -1 for 'the rest'"
+            f"{wanted}: the axes must multiply to the number of devices, and there "
+            f"{_describe(devices)}; set one axis to -1 for 'the rest', the others to divisors of "
+            f"{len(devices)}. A config for devices that are not here is checked by: {CHECK}"
         )
     if free:
-        sizes[free[0]] = devices // known
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        sizes[free[0]] = len(devices) // known
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise MeshError(
+            f"{wanted}: there are {slices} slices, and mesh.data={sizes['data']} must be a "
+            f"multiple of that, since fsdp and tensor stay within a slice: let fsdp times tensor "
+            f"divide the {len(devices) // slices} devices of one"
+        )
+    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    if slices > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        placed = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _describe(devices: Sequence[jax.Device]) -> str:
+    """Returns what was found, as in "are 8 devices (tpu, TPU v4) in 2 processes"."""
+    kinds = sorted({f"{device.platform}, {device.device_kind}" for device in devices})
+    processes = len({device.process_index for device in devices})
+    number = "is 1 device" if len(devices) == 1 else f"are {len(devices)} devices"
+    return f"{number} ({'; '.join(kinds)}) in {processes} process{'es' * (processes > 1)}"
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
