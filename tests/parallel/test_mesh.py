@@ -1,7 +1,8 @@
 """The rules on a whole train state, and what a batch's size must be."""
 
+import dataclasses
 import re
-from typing import NamedTuple
+
 
 import jax
 import numpy as np
@@ -86,7 +87,8 @@ def test_a_policy_that_cannot_be_cut_is_told_which_sizes_do(sizes, said, advice)
     meshes.check_policy(abstract_mesh(1, 4, 2), tiny.make_config())
 
 
-class Chip(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Chip:
     """As much of a device as its place in a mesh needs."""
 
     id: int
