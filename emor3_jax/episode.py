@@ -27,6 +27,7 @@ from emor3_jax.data.prompts import PromptTemplates, reflection_parts
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_rows
 from emor3_jax.rewards.terms import Term
 from emor3_jax.rollout import engine, reflect
@@ -295,7 +296,7 @@ class Actor:
             return None
         coherence, consistency = _spans(self.tables, samples)
         keys = jax.random.split(key)
-        longest = jax.device_get([coherence.lengths.max(), consistency.lengths.max()])
+        longest = hosts.fetch([coherence.lengths.max(), consistency.lengths.max()])
         sizes = (*self.text_lengths, coherence.tokens.shape[-1])
         coherence_text, consistency_text = (
             span.tokens[..., : bucket(int(size), sizes)]
@@ -346,7 +347,7 @@ class Actor:
         terms = [term for term in self.terms if term.text]
         if not terms:
             return {}
-        tokens, lengths, answers = jax.device_get((samples.tokens, samples.lengths, batch.answers))
+        tokens, lengths, answers = hosts.fetch((samples.tokens, samples.lengths, batch.answers))
         shape = lengths.shape
         said = {term.name: np.zeros(shape, np.float32) for term in terms}
         for at in np.ndindex(shape):

@@ -45,6 +45,7 @@ from emor3_jax.io.evaluation import (
 )
 from emor3_jax.models import Policy
 from emor3_jax.models.qwen2_5_vl.weights import param_shapes
+from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rollout.engine import ALL_AT_ONCE, Plan
 from emor3_jax.rollout.generate import SamplingRule
@@ -121,11 +122,12 @@ def evaluate(
     Args:
       actor: for the label set of the data.
       params: of the policy.
-      batches: batches with their row ids; rows of weight 0 are padding.
+      batches: this host's rows of each batch, with the ids of all hosts' rows; rows of weight 0
+        are padding.
       seed: of the sampling noise; the same seed gives the same responses.
       rule: how responses are sampled.
       plan: how many prompts of a batch are in flight at once.
-      put: places a batch on the devices.
+      put: places this host's rows on the devices, as a batch of all hosts.
       keep: how many responses to return as text.
       graded: report the graded accuracy beside the exact one.
       votes: k, responses to each row.
@@ -136,14 +138,15 @@ def evaluate(
     # Training folds its step into the same seed: one more number keeps the two apart.
     noise = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     for index, (batch, ids) in enumerate(batches):
-        weight = np.asarray(batch.weight) > 0
         batch = put(batch)
         responses, replies = actor.run(
             params, batch, jax.random.fold_in(noise, index), responses=votes, rule=rule, plan=plan
         )
         scores = actor.score(batch, responses, replies)
-        host = jax.device_get((scores, responses, replies, batch.answers))
-        scores, responses, replies, answers = host
+        # Of all hosts, on each of them.
+        host = hosts.fetch((scores, responses, replies, batch.answers, batch.weight))
+        scores, responses, replies, answers, weight = host
+        weight = weight > 0
         chosen = vote(scores.answer)
         first = np.arange(len(chosen)), chosen
         rows = {name: value[weight] for name, value in scores.named().items()}
@@ -272,7 +275,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     jax.set_mesh(mesh)
     check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
     policy = load(config, say, mesh)
-    data = prepare.open_data(config, policy)
+    data = prepare.open_data(config, policy, mesh)
     results = {}
     for name, batches in data.evaluate.items():
         say(f"evaluating on {name}")
@@ -290,9 +293,10 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
                 votes=config.evaluate.votes,
                 record=record,
             )
-    images = {name: data.image(name) for name in results}
-    title = f"Evaluation of {config.evaluate.checkpoint or config.policy.path}"
-    report.write_report(workdir, title, {}, results, images)
+    if hosts.is_first():
+        images = {name: data.image(name) for name in results}
+        title = f"Evaluation of {config.evaluate.checkpoint or config.policy.path}"
+        report.write_report(workdir, title, {}, results, images)
     for line in report.before_after_table({}, results).splitlines():
         say(line)
     return results

@@ -19,7 +19,7 @@ from emor3_jax.io.console import Console
 from emor3_jax.models import Policy, read_config, save
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.models.qwen2_5_vl.weights import param_shapes
-from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.parallel.mesh import check_policy, make_mesh
 from emor3_jax.rl.update import TrainState
 
 
@@ -37,6 +37,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
       ConfigError: if the run has no checkpoint.
     """
     say = Console("export")
+    prepare.start_jax(config.log.compile_cache)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     step = checkpoints.latest()
     if step is None:
@@ -47,6 +48,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     optimizer, _ = prepare.make_update(config)
     blank = jax.eval_shape(lambda p: TrainState.create(p, optimizer), param_shapes(shapes))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_policy(mesh, shapes)
     state, _ = checkpoints.restore(step, blank, mesh)
     checkpoints.close()
     folder = workdir / "policy"

@@ -35,7 +35,8 @@ from emor3_jax.episode import Actor, Judgement, Replies, stop_ids
 from emor3_jax.learner import LossOptions, ScoreOptions
 from emor3_jax.models import Policy, find, load, read_config
 from emor3_jax.models.qwen2_5_vl.processor import Processor
-from emor3_jax.parallel.mesh import param_shardings
+from emor3_jax.parallel import hosts
+from emor3_jax.parallel.mesh import check_policy, param_shardings, places
 from emor3_jax.rl.update import make_optimizer
 from emor3_jax.rollout import packing
 from emor3_jax.rollout.engine import Plan
@@ -55,14 +56,21 @@ class CompileCounter:
 
 
 def start_jax(cache: str) -> CompileCounter:
-    """Sets where compiled programs are kept and starts to count compiles.
+    """Joins the other processes, sets where compiled programs are kept, starts to count compiles.
 
     Args:
       cache: folder, made if needed; "" keeps none.
+
+    Raises:
+      MeshError: as `hosts.start`.
     """
+    hosts.start()
     # The data sets' own notices would drown the progress of the run.
     for name in ("absl", "grain", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not hosts.is_first():
+        # All know the same of the data; one says it.
+        logging.getLogger("emor3_jax").setLevel(logging.ERROR)
     if cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -75,6 +83,8 @@ def keep_config(config: ConfigDict, workdir: Path) -> None:
     That is `workdir/config.json` and, for each data set cut to a subset, the ids of its rows in
     `workdir/subsets/<name>.txt`, which `ids` of another run's data set reads.
     """
+    if not hosts.is_first():
+        return
     text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
     (workdir / "config.json").write_text(text + "\n")
     for name, (field, dataset) in data_sets(config).items():
@@ -91,8 +101,11 @@ def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> P
     Raises:
       ConfigError: if the picture sizes contradict each other, or the attention has no kernel here.
       FileNotFoundError, WeightsError: as `find_policy` and `emor3_jax.models.load`.
+      MeshError: if the mesh cannot cut the policy.
     """
-    policy = load(find_policy(config, say), shardings=lambda shapes: param_shardings(shapes, mesh))
+    folder = find_policy(config, say)
+    check_policy(mesh, read_config(folder))
+    policy = load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
     attention = attention_backend(config, mesh.devices.flat[0].platform)
     return Policy(
         dataclasses.replace(policy.config, attention=attention),
@@ -156,17 +169,28 @@ def find_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
       FileNotFoundError: if `policy.path` is neither a folder nor a policy on the hub.
     """
     path = config.policy.path
-    if path == EMBEDDED:
-        path = config.policy.embedded_folder
-        if not (Path(path) / "config.json").is_file():
-            from emor3_jax.embedded.base_policy import train
+    with hosts.first_goes_first():
+        if path == EMBEDDED:
+            path = config.policy.embedded_folder
+            if not (Path(path) / "config.json").is_file():
+                if not hosts.is_first():
+                    raise FileNotFoundError(
+                        f"{path}: another host has made the base policy; give folders that all "
+                        "hosts share, as policy.embedded_folder, data.folder and the workdir"
+                    )
+                say(f"no base policy in {path} yet: training one, about three minutes on 2 cores")
+                with hosts.on_own_devices():
+                    _train_base_policy(config, Path(path))
+        return find(path)
 
-            say(f"no base policy in {path} yet: training one, about three minutes on 2 cores")
-            base = base_policy()
-            base.data.folder, base.data.size = config.data.folder, config.data.scene_size
-            base.compile_cache = config.log.compile_cache
-            train(base, Path(path))
-    return find(path)
+
+def _train_base_policy(config: ConfigDict, folder: Path) -> None:
+    from emor3_jax.embedded.base_policy import train
+
+    base = base_policy()
+    base.data.folder, base.data.size = config.data.folder, config.data.scene_size
+    base.compile_cache = config.log.compile_cache
+    train(base, folder)
 
 
 class Data(NamedTuple):
@@ -284,12 +308,13 @@ def load_templates(config: ConfigDict) -> PromptTemplates:
     return PromptTemplates.load(**config.data.templates.to_dict())
 
 
-def open_data(config: ConfigDict, policy: Policy) -> Data:
+def open_data(config: ConfigDict, policy: Policy, mesh: Mesh | None = None) -> Data:
     """Opens the training data and all evaluation sets.
 
     Args:
       config: of the run.
       policy: its processor and config shape the batches.
+      mesh: says which rows of each batch this host reads; None is all.
 
     Raises:
       ConfigError, DataError: naming the field or file, the value and the way out.
@@ -303,19 +328,25 @@ def open_data(config: ConfigDict, policy: Policy) -> Data:
         "read_ahead": config.data.read_ahead,
     }
     sources, named = {}, {}
-    for name, (field, dataset) in data_sets(config).items():
-        # What is mixed in answers in the labels of `data.train`.
-        labels = named["train"] if name.startswith("train.") else ""
-        sources[name], named[name] = open_source(config, field, dataset, labels)
+    # What is built is there for the other hosts.
+    with hosts.first_goes_first():
+        for name, (field, dataset) in data_sets(config).items():
+            # What is mixed in answers in the labels of `data.train`.
+            labels = named["train"] if name.startswith("train.") else ""
+            sources[name], named[name] = open_source(config, field, dataset, labels)
     parts = _mix(config, sources)
     labels = {name: label_set(named[name]) for name in sources}
 
     def rows(name: str) -> tuple:
         return sources[name], policy.config, policy.processor, template, labels[name]
 
+    def own(size: int) -> dict[str, np.ndarray | None]:
+        return {"places": None if mesh is None else places(mesh, size)}
+
     return Data(
         train_batches(
             *rows("train"),
+            **own(config.rollout.prompts),
             batch_size=config.rollout.prompts,
             seed=config.seed,
             graded=config.data.train.graded,
@@ -326,6 +357,7 @@ def open_data(config: ConfigDict, policy: Policy) -> Data:
         {
             name: eval_batches(
                 *rows(name),
+                **own(config.evaluate.prompts),
                 batch_size=config.evaluate.prompts,
                 limit=config.evaluate.sets[name].limit,
                 graded=config.evaluate.sets[name].graded,
@@ -456,7 +488,8 @@ def make_meter(
 ) -> Callable[[Batch, np.ndarray, Replies | Judgement | None], float]:
     """Returns a function from what a step did to the FLOPs that the model needs for it.
 
-    It takes the prompts as host arrays, the lengths of the responses int[B, G], and the replies.
+    It takes this host's prompts as host arrays, and of all hosts the lengths of the responses
+    int[B, G] and the replies.
     """
     parts = actor.coherence_parts, actor.consistency_parts
 
@@ -476,6 +509,10 @@ def make_meter(
     def flops(batch: Batch, lengths: np.ndarray, replies: Replies | Judgement | None) -> float:
         asked = () if replies is None else questions(replies)
         shapes = account.shapes_of(batch, lengths, *asked)
+        # Hosts hold as many rows each, so the mean over all rows is that of their means.
+        names = "prompt_tokens", "patches", "shared_tokens"
+        means = hosts.exchange([getattr(shapes, name) for name in names])
+        shapes = shapes._replace(**dict(zip(names, np.mean(means, axis=0), strict=True)))
         recompute = config.policy_update.old_logprobs == "recompute"
         reference = bool(config.policy_update.kl_coef)
         return account.step_flops(policy.config, shapes, reference=reference, old=recompute)

@@ -9,6 +9,8 @@ The loop in `train` is the algorithm, in the order of the paper:
 `workdir` then holds config.json, metrics.jsonl, TensorBoard events, checkpoints/<step>, samples/,
 report.html and policy/ (the trained policy as a Hugging Face folder). A run that ended at any
 moment goes on from its last checkpoint when it is started again with the same workdir.
+
+On many hosts all run this program and take the same steps (docs/distributed.md).
 """
 
 import json
@@ -37,7 +39,8 @@ from emor3_jax.io.evaluation import Evaluation, Sample, from_json, prediction_fi
 from emor3_jax.io.metrics import Lap, MetricWriter, PhaseClock, memory
 from emor3_jax.learner import response_logprobs, sampler_gap, trim, update
 from emor3_jax.models import Policy, save
-from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
+from emor3_jax.parallel import hosts
+from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch, shard_whole
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.generate import Samples
@@ -66,11 +69,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         check_batch(mesh, f"{section}.prompts", config[section].prompts)
     for field in ("slots", "refill"):
         check_batch(mesh, f"rollout.{field}", config.rollout[field])
-    workdir.mkdir(parents=True, exist_ok=True)
+    if hosts.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
     say(f"loading the policy {config.policy.path}")
     policy = prepare.load_policy(config, say, mesh)
     say("opening the data")
-    data = prepare.open_data(config, policy)
+    data = prepare.open_data(config, policy, mesh)
     prepare.keep_config(config, workdir)
     say("building the reward tables")
     actors = {name: prepare.make_actor(config, policy, data.labels[name]) for name in data.labels}
@@ -138,7 +142,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         if done.step % config.log.every == 0 or done.step == config.steps:
             pace = (time.perf_counter() - started) / (done.step - first)
             say(_progress_line(done.step, config.steps, values, pace))
-        if done.step % config.log.samples_every == 0 or done.step == 1:
+        if hosts.is_first() and (done.step % config.log.samples_every == 0 or done.step == 1):
             sheet = workdir / "samples" / f"{done.step:06d}.html"
             report.write_samples(sheet, done.step, done.read(actor), data.image("train"))
 
@@ -164,9 +168,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         advantage = advantages.grpo(scores.overall, std=std)
         clock.mark("reward", advantage)
 
-        lengths = np.asarray(samples.lengths)
+        # What each host reads of a step, asked for before the device is busy with the update.
+        seen = hosts.everywhere((samples, replies, scores, batch.answers))
+        lengths = jax.device_get(seen[0].lengths)
         scored = trim(samples, int(lengths.max()), config.policy_update.response_lengths)
-        rows = shard_batch(prepare.plan_packing(config, policy, lengths, scored), mesh)
+        rows = shard_whole(prepare.plan_packing(config, policy, lengths, scored), mesh)
         logprobs = partial(
             response_logprobs,
             batch=batch,
@@ -212,16 +218,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             step,
             ids,
             host_batch,
-            samples,
-            replies,
-            scores,
+            *seen,
             learned,
             gap,
             waited,
             clock.lap(),
         )
-        # Asked once a step, so that what ends the loop also saves.
-        last = step == config.steps or stop.asked
+        # Agreed upon once a step, so that what ends the loop also saves, on all hosts.
+        last = hosts.agree(stop.asked) or step == config.steps
         if step in traced and (last or step == traced[-1]):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
@@ -251,9 +255,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     writer.add_events(step, _evaluation_metrics(after))
     writer.close()
     metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
-    (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    images = {name: data.image(name) for name in names}
-    report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
+    if hosts.is_first():
+        (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        images = {name: data.image(name) for name in names}
+        report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
     save(Policy(policy.config, state.params, policy.processor), workdir / "policy")
     for line in report.before_after_table(before, after).splitlines():
         say(line)
@@ -280,14 +285,15 @@ class _StopSignal:
 
 
 class _Step(NamedTuple):
-    """What is logged of a step; its arrays may still be computed."""
+    """What is logged of a step; its arrays may still be computed, and are of all hosts."""
 
     step: int
     ids: tuple[str, ...]
-    batch: Batch
+    batch: Batch  # this host's rows
     samples: Samples
     replies: Replies | Judgement | None
     scores: Scores
+    answers: jax.Array
     learned: list[dict[str, jax.Array]]
     sampler_gap: jax.Array | None
     data_seconds: float
@@ -322,9 +328,9 @@ class _Step(NamedTuple):
 
     def read(self, actor: Actor) -> list[Sample]:
         """Decodes the first response to each of a few prompts."""
-        host = jax.device_get((self.samples, self.replies, self.scores))
+        answers, *host = jax.device_get((self.answers, self.samples, self.replies, self.scores))
         shown = range(min(report.SAMPLES, len(self.ids)))
-        return [read_sample(actor, self.ids[i], self.batch.answers[i], i, 0, *host) for i in shown]
+        return [read_sample(actor, self.ids[i], answers[i], i, 0, *host) for i in shown]
 
 
 def _part(tree: Any, part: int, parts: int) -> Any:

@@ -130,7 +130,7 @@ def shapes_of(
     """Returns the shapes of a step that was taken: means over its prompts and responses.
 
     Args:
-      batch: the prompts, as arrays on the host.
+      batch: the prompts, or some of them, as arrays on the host.
       lengths: int32[B, G], of the responses.
       coherence, consistency: the reflections, None where none was asked.
     """
@@ -138,9 +138,9 @@ def shapes_of(
     return Shapes(
         prompts,
         responses,
-        prompt_tokens=float(np.sum(batch.prompt.mask)) / prompts + 1,
+        prompt_tokens=float(np.sum(batch.prompt.mask)) / len(batch.last_token) + 1,
         response_tokens=float(np.mean(lengths)),
-        patches=float(np.sum(batch.images.mask)) / prompts,
+        patches=float(np.sum(batch.images.mask)) / len(batch.last_token),
         shared_tokens=float(np.mean(batch.shared_length)),
         coherence=coherence,
         consistency=consistency,

@@ -73,20 +73,30 @@ class Batch(NamedTuple):
     weight: Array
 
 
+def size_of(examples: Sequence[Example]) -> tuple[int, int]:
+    """Returns the prompt tokens and windows that hold the largest of some rows."""
+    tokens = max(len(x.tokens) for x in examples) - 1
+    return tokens, max(len(x.image.mask) for x in examples)
+
+
 def collate(
-    examples: Sequence[Example],
+    examples: Sequence[Example | None],
     *,
     batch_size: int,
     prompt_lengths: Sequence[int],
     image_windows: Sequence[int],
+    places: Sequence[int] | None = None,
+    filler: Example | None = None,
 ) -> tuple[Batch, tuple[str, ...]]:
     """Pads rows to the smallest buckets that hold them all.
 
     Args:
-      examples: 1 to `batch_size` rows, each of which fits the largest buckets.
-      batch_size: `B`; missing rows are copies of the first one with weight 0 and id "".
+      examples: 1 to `batch_size` rows, each of which fits the largest buckets; None is no row.
+      batch_size: how many rows to make.
       prompt_lengths: rising choices of `P`.
       image_windows: rising choices of `W`.
+      places: where in the batch of all processes these rows stand; by default they are all of it.
+      filler: what stands, with weight 0 and id "", where there is no row; by default the first one.
 
     Returns:
       The batch and the ids of its rows.
@@ -96,10 +106,12 @@ def collate(
     """
     if not 0 < len(examples) <= batch_size:
         raise ValueError(f"{len(examples)} rows do not make a batch of {batch_size}")
-    missing = batch_size - len(examples)
-    rows = [*examples, *[examples[0]] * missing]
-    p = _smallest("prompt_lengths", prompt_lengths, max(len(x.tokens) for x in rows) - 1)
-    w = _smallest("image_windows", image_windows, max(len(x.image.mask) for x in rows))
+    given = [*examples, *[None] * (batch_size - len(examples))]
+    filler = filler or next(x for x in examples if x is not None)
+    rows = [filler if x is None else x for x in given]
+    needed = size_of(rows)
+    p = smallest("prompt_lengths", prompt_lengths, needed[0])
+    w = smallest("image_windows", image_windows, needed[1])
 
     b = batch_size
     tokens = np.zeros((b, p), np.int32)
@@ -108,11 +120,11 @@ def collate(
     image_slots = np.full((b, p), -1, np.int32)
     images = pad_images([x.image for x in rows], w)
     slots_per_image = w * images.mask.shape[2] // _merge_unit(rows[0])
-    for i, row in enumerate(rows):
+    for i, (row, place) in enumerate(zip(rows, places or range(b), strict=True)):
         n = len(row.tokens) - 1
         tokens[i, :n], positions[i, :n], mask[i, :n] = row.tokens[:n], row.positions[:n], True
         at = slice(row.image_start, row.image_start + len(row.image.slot_of_token))
-        image_slots[i, at] = i * slots_per_image + row.image.slot_of_token
+        image_slots[i, at] = place * slots_per_image + row.image.slot_of_token
 
     def int32(values: Sequence[int]) -> np.ndarray:
         return np.asarray(values, np.int32)
@@ -126,9 +138,9 @@ def collate(
         shared_position=int32([x.positions[x.shared_length, 0] for x in rows]),
         answers=int32([x.answer for x in rows]),
         grades=np.stack([x.grades for x in rows]).astype(np.float32),
-        weight=np.asarray([1.0] * len(examples) + [0.0] * missing, np.float32),
+        weight=np.asarray([float(x is not None) for x in given], np.float32),
     )
-    return batch, tuple(x.id for x in examples) + ("",) * missing
+    return batch, tuple("" if x is None else x.id for x in given)
 
 
 def take_rows(batch: Batch, rows: np.ndarray, merge: int) -> Batch:
@@ -172,7 +184,8 @@ def _merge_unit(row: Example) -> int:
     return int(row.image.mask.sum()) // len(row.image.slot_of_token)
 
 
-def _smallest(name: str, sizes: Sequence[int], needed: int) -> int:
+def smallest(name: str, sizes: Sequence[int], needed: int) -> int:
+    """Returns the smallest of `sizes` that holds `needed`, or raises ValueError."""
     fitting = [size for size in sizes if size >= needed]
     if not fitting:
         raise ValueError(f"a row needs {needed}, more than the largest of {name}={tuple(sizes)}")

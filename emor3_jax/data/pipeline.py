@@ -4,12 +4,16 @@
     batch, ids = next(batches)
 
 A row that cannot be used is left out, counted by reason and named in the log once. What its texts
-show is found before the run starts; a damaged picture when its row is first read, and the next row
-of the shuffled order takes its place, so that neither the shape of a batch nor the order of the
-others depends on timing.
+show is found before the run starts; a damaged picture when its row is first read, and another row
+of its group, drawn by the seed and the place, stands in for it. So neither the shape of a batch
+nor the other rows depend on it, nor on timing.
 
-A position in the data is one number, the index in the endless order (`data/order.py`) of the row
-after the last one used: it does not depend on worker processes, which deliver rows in order.
+A position in the data is one number, the place in the endless order (`data/order.py`) where the
+next batch begins: it depends neither on the number of worker processes nor on that of hosts.
+
+With several hosts each reads the places of a batch that its devices hold; they tell each other
+what they have left out, the ids of their rows and the size that these need, so that all hold the
+same batch, cut, in the same shape as one host would.
 
 Deviations, numbered:
  1. The release lets an over-long prompt or a damaged picture stop the run or cuts it short; here
@@ -18,73 +22,106 @@ Deviations, numbered:
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
-from emor3_jax.data.batch import Batch, Example, collate
+from emor3_jax.data.batch import Batch, Example, collate, size_of, smallest
 from emor3_jax.data.encode import REASONS, Encoder, Skip, check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
 from emor3_jax.data.order import Group, Windows, make_groups, shuffled
-from emor3_jax.data.sources import Row, Source, sizes_of
+from emor3_jax.data.sources import Source, sizes_of
 from emor3_jax.data.stats import RowStats
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.layout import count_windows
 from emor3_jax.models.qwen2_5_vl.processor import ImageError, Processor
+from emor3_jax.parallel import hosts
 
 logger = logging.getLogger(__name__)
 
 # Rows of one reason that the log names at once.
 _NAMED = 20
+Exchange = Callable[[Any], list[Any]]
+"""Gives plain data to all hosts and returns what each has given."""
+
 READ_AHEAD = 64
 """Rows that are read ahead, at most, by all processes: a large picture is 100 MB of patches."""
 
 
-class _Stream:
-    """Rows by their position in an order, from one position on, as grain wants them."""
+class _Read(NamedTuple):
+    """What was found for one place of a batch: a row, or none, and what was left out on the way."""
 
-    def __init__(self, source: Source, order: Any, start: int, end: int) -> None:
-        self._source, self._order = source, order
+    example: Example | None
+    skips: tuple[Skip, ...] = ()
+
+
+class _Reader:
+    """Rows of an order by number, as grain wants them: those of this host's places, encoded.
+
+    Number n is place `n % len(places)` of batch `n // len(places)`, counted from `start` on.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        encoder: Encoder,
+        order: Any,
+        *,
+        batch_size: int,
+        places: Sequence[int],
+        start: int = 0,
+        end: int = sys.maxsize,
+        spare: "_Spare | None" = None,
+    ) -> None:
+        self._source, self._encoder, self._order, self._spare = source, encoder, order, spare
+        self._batch_size, self._places = batch_size, places
         self._start, self._end = start, end
 
     def __len__(self) -> int:
-        return self._end - self._start
+        return min(-(-(self._end - self._start) // self._batch_size), 2**40) * len(self._places)
 
-    def __getitem__(self, index: int) -> tuple[int, Row]:
-        position = self._start + int(index)
-        return position, self._source[int(self._order[position])]
+    def __getitem__(self, number: int) -> _Read:
+        batch, place = divmod(int(number), len(self._places))
+        position = self._start + batch * self._batch_size + int(self._places[place])
+        return self.read(position) if position < self._end else _Read(None)
+
+    def read(self, position: int) -> _Read:
+        """Returns the row at a position of the order, or the first usable one that may stand in."""
+        skips, first = [], int(self._order[position])
+        others = self._spare.rows(position, first) if self._spare else ()
+        for index in itertools.chain((first,), others):
+            found = self._encoder((position, self._source[index]))
+            if not isinstance(found, Skip):
+                return _Read(found, tuple(skips))
+            skips.append(found)
+        return _Read(None, tuple(skips))
 
     def __repr__(self) -> str:
         return f"{self._source.name} from {self._start}"
 
 
-class _Keep:
-    """Lets examples pass and counts the rows left out, in the process that trains."""
+class _Spare:
+    """Which rows may stand in for a damaged one: its group's, then all, from a drawn one on."""
 
-    def __init__(self, stats: RowStats, name: str, rows: int) -> None:
-        self._stats, self._name, self._rows = stats, name, rows
-        self._in_a_row: set[str] = set()
+    def __init__(self, groups: Sequence[Group], seed: int) -> None:
+        self._groups, self._seed = [group.indices for group in groups], seed
 
-    def __call__(self, element: Example | Skip) -> bool:
-        if not isinstance(element, Skip):
-            self._in_a_row.clear()
-            if element.cut and self._stats.add_cut(element.id):
-                logger.warning("%s: cut the question of %s", self._name, element.id)
-            return True
-        self._in_a_row.add(element.id)
-        if self._stats.add(*element):
-            logger.warning("%s: left out %s: %s", self._name, element.id, REASONS[element.reason])
-        if len(self._in_a_row) >= self._rows:
-            raise DataError(f"{self._name}: no usable row is left: {self._stats.describe()}")
-        return False
+    def rows(self, position: int, damaged: int) -> Iterator[int]:
+        """Returns all usable rows but the damaged one, those of its group first."""
+        rng = np.random.default_rng([self._seed, position])
+        own = [rows for rows in self._groups if damaged in rows]
+        for rows in (*own, np.concatenate(self._groups)):
+            yield from (
+                int(i) for i in np.roll(rows, -int(rng.integers(len(rows)))) if i != damaged
+            )
 
 
 class _Rows:
@@ -102,7 +139,8 @@ class _Rows:
         prompt_lengths: Sequence[int],
         image_windows: Sequence[int],
         workers: int,
-        shard: tuple[int, int],
+        places: Sequence[int] | None,
+        exchange: Exchange,
         graded: bool,
         cut_questions: bool,
         parts: "Parts | None" = None,
@@ -110,13 +148,9 @@ class _Rows:
         read_ahead: int,
     ) -> None:
         check_fit(config, processor)
-        shard_index, self.shards = shard
-        if not 0 <= shard_index < self.shards:
-            raise DataError(f"shard={shard}: must be (index, count) with index below count")
-        if self.shards > 1:
-            # Hosts do not see each other's rows and must agree on one shape.
-            prompt_lengths, image_windows = (max(prompt_lengths),), (max(image_windows),)
         self.source, self.batch_size, self.workers = source, batch_size, workers
+        self.places = list(range(batch_size) if places is None else map(int, places))
+        self._exchange = exchange
         self._read_ahead = read_ahead
         self.stats = RowStats()
         self._encoder = Encoder(
@@ -130,24 +164,11 @@ class _Rows:
             cut_questions,
         )
         self._parts = parts or Parts((0, len(source)), (1.0,), (False,))
-        # Hosts pad to one shape in any case.
-        self._sort_by_size = sort_by_size and self.shards == 1
-        self._collate = partial(
-            collate,
-            batch_size=batch_size,
-            prompt_lengths=tuple(prompt_lengths),
-            image_windows=tuple(image_windows),
-        )
+        self._sort_by_size = sort_by_size
+        self._sizes_of_batch = tuple(prompt_lengths), tuple(image_windows)
         usable, answers, questions = self._scan(labels)
-        self.total = len(usable)
-        self.indices = usable[shard_index :: self.shards]
-        groups = make_groups(usable, answers, *self._parts)
-        self.groups = [Group(g.indices[shard_index :: self.shards], g.weight) for g in groups]
-        fewest = min(len(group.indices) for group in groups)
-        if fewest < self.shards:
-            raise DataError(
-                f"{source.name}: {fewest} usable rows are too few for {self.shards} hosts"
-            )
+        self.total, self.indices = len(usable), usable
+        self.groups = make_groups(usable, answers, *self._parts)
         self._keys = self._sizes(usable, questions) if self._sort_by_size else None
         self.digest = self._digest()
 
@@ -207,8 +228,9 @@ class _Rows:
         return digest.hexdigest()[:16]
 
     def endless(self, seed: int, start: int) -> Any:
-        """Returns an iterator of endless shuffled batches from a position on."""
-        return self._batches(_Stream(self.source, self.order(seed), start, sys.maxsize))
+        """Returns an iterator of what is read for endless shuffled batches from a position on."""
+        spare = _Spare(self.groups, seed)
+        return self._batches(self._reader(self.order(seed), start=start, spare=spare))
 
     def order(self, seed: int) -> Any:
         """Returns the endless order of rows, random access to int."""
@@ -217,31 +239,89 @@ class _Rows:
             order = Windows(order, self._keys, self.batch_size, seed)
         return order
 
-    def once(self, limit: int = 0) -> Any:
-        """Returns an iterator of the rows of this host in their order, at most `limit` of them."""
+    def once(self, limit: int = 0) -> tuple[Any, Iterator[Example]]:
+        """Returns an iterator of what is read for batches of each row once, at most `limit` rows.
+
+        And the usable ones among these rows, in their order, read when they are asked for.
+        """
         indices = self.indices
         if limit and limit < len(indices):
             # Files are often sorted by label, so their first rows would not stand for the rest.
             picked = np.random.default_rng(0).permutation(len(indices))[:limit]
             indices = indices[np.sort(picked)]
-        return self._batches(_Stream(self.source, indices, 0, len(indices)))
+        reader = self._reader(indices, end=len(indices))
+        found = (reader.read(position).example for position in range(len(indices)))
+        return self._batches(reader), (example for example in found if example is not None)
 
-    def _batches(self, rows: _Stream) -> Any:
-        """Returns grain's iterator of (batch, ids, position after the last row)."""
+    def _reader(self, order: Any, **options: Any) -> _Reader:
+        size, places = self.batch_size, self.places
+        return _Reader(self.source, self._encoder, order, batch_size=size, places=places, **options)
+
+    def _batches(self, rows: _Reader) -> Any:
+        """Returns grain's iterator of the reads of one batch after the other."""
         threads = min(4, os.cpu_count() or 1)
-        ahead = min(self.batch_size, self._read_ahead) // max(self.workers, 1)
+        ahead = min(len(self.places), self._read_ahead) // max(self.workers, 1)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
-        stream = grain.MapDataset.source(rows).map(self._encoder).to_iter_dataset(options)
+        stream = grain.MapDataset.source(rows).to_iter_dataset(options)
         if self.workers:
             if not flags.FLAGS.is_parsed():
                 # grain reads its own absl flags before it starts processes.
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
-        kept = stream.filter(_Keep(self.stats, self.source.name, len(self.indices)))
-        return iter(kept.batch(self.batch_size, batch_fn=self._with_position))
+        return iter(stream.batch(len(self.places), batch_fn=list))
 
-    def _with_position(self, examples: Sequence[Example]) -> tuple[Batch, tuple[str, ...], int]:
-        return *self._collate(examples), examples[-1].position + 1
+    def assemble(
+        self, reads: Sequence[_Read], filler: Callable[[], Example | None] = lambda: None
+    ) -> tuple[Batch, tuple[str, ...], int]:
+        """Makes this host's part of a batch, in the shape that all hosts agree upon.
+
+        Args:
+          reads: for this host's places.
+          filler: returns what stands where there is no row, None if there is nothing.
+
+        Returns:
+          The rows of this host's places, the ids of all hosts' rows, and how many rows there are.
+
+        Raises:
+          DataError: if a place has no row, nor anything to stand there.
+        """
+        found = [read.example for read in reads]
+        spare = filler() if None in found else None
+        present = [x for x in (*found, spare) if x is not None]
+        note = {
+            "skips": [skip for read in reads for skip in read.skips],
+            "cut": [x.id for x in found if x is not None and x.cut],
+            "rows": [[place, x.id] for place, x in zip(self.places, found, strict=True) if x],
+            "size": size_of(present) if present else (0, 0),
+            "empty": None in found and spare is None,
+        }
+        notes = self._exchange(note)
+        self._count(notes)
+        if any(each["empty"] for each in notes):
+            raise DataError(f"{self.source.name}: no usable row is left: {self.stats.describe()}")
+        ids = dict(row for each in notes for row in each["rows"])
+        needed = (max(each["size"][i] for each in notes) for i in range(2))
+        names = "prompt_lengths", "image_windows"
+        agreed = map(smallest, names, self._sizes_of_batch, needed)
+        batch, _ = collate(
+            found,
+            batch_size=len(self.places),
+            places=self.places,
+            filler=spare,
+            **{name: (size,) for name, size in zip(names, agreed, strict=True)},
+        )
+        return batch, tuple(ids.get(i, "") for i in range(self.batch_size)), len(ids)
+
+    def _count(self, notes: Sequence[dict[str, Any]]) -> None:
+        """Counts the rows that any host has left out or cut."""
+        name, stats = self.source.name, self.stats
+        for note in notes:
+            for reason, row_id in note["skips"]:
+                if stats.add(reason, row_id):
+                    logger.warning("%s: left out %s: %s", name, row_id, REASONS[reason])
+            for row_id in note["cut"]:
+                if stats.add_cut(row_id):
+                    logger.warning("%s: cut the question of %s", name, row_id)
 
 
 class TrainBatches:
@@ -263,7 +343,8 @@ class TrainBatches:
         return self
 
     def __next__(self) -> tuple[Batch, tuple[str, ...]]:
-        batch, ids, self._position = next(self._iterator)
+        batch, ids, _ = self._rows.assemble(next(self._iterator))
+        self._position += self._rows.batch_size
         return batch, ids
 
     def preview(self, count: int) -> list[list[int]]:
@@ -318,23 +399,20 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         rows = self._rows
-        limit = -(-self._limit // rows.shards)
-        iterator = rows.once(limit)
-        count, last = 0, None
+        iterator, usable = rows.once(self._limit)
+        kept: list[Example | None] = []
+
+        def filler() -> Example | None:
+            if not kept:
+                kept.append(next(usable, None))
+            return kept[0]
+
         try:
-            for batch, ids, _ in iterator:
-                last = batch
+            for reads in iterator:
+                batch, ids, _ = rows.assemble(reads, filler)
                 yield batch, ids
-                count += 1
         finally:
             iterator.close()
-        if rows.shards > 1 and last is not None:
-            # Every host takes part in as many batches as the one with most rows.
-            most = -(-rows.total // rows.shards)
-            most = min(most, limit) if limit else most
-            filler = last._replace(weight=np.zeros_like(last.weight))
-            for _ in range(-(-most // rows.batch_size) - count):
-                yield filler, ("",) * rows.batch_size
 
 
 class Parts(NamedTuple):
@@ -363,7 +441,8 @@ def train_batches(
     prompt_lengths: Sequence[int],
     image_windows: Sequence[int],
     workers: int = 0,
-    shard: tuple[int, int] = (0, 1),
+    places: Sequence[int] | None = None,
+    exchange: Exchange = hosts.exchange,
     graded: bool = False,
     cut_questions: bool = False,
     parts: Parts | None = None,
@@ -378,19 +457,19 @@ def train_batches(
       processor: of the policy.
       template: the `set` template.
       labels: the label set.
-      batch_size: `B`, on this host.
+      batch_size: `B`, of all hosts together.
       seed: of the order, 0 to 2**32 - 1.
       prompt_lengths: rising choices of `P`.
       image_windows: rising choices of `W`.
       workers: processes that read and decode; 0 does it in threads of this one.
-      shard: (index, count) of this host among those that share the rows; with several, batches
-        always have the largest `P` and `W`.
+      places: which rows of each batch this host reads (`mesh.places`); None is all.
+      exchange: how hosts tell each other of their rows (`hosts.exchange`).
       graded: whether an answer is worth its label's share among raters (`Batch.grades`); rows
         without usable shares are left out.
       cut_questions: whether the end of a question that makes a prompt too long is cut, rather than
         its row left out.
       parts: how the parts of the source take turns; None is one part in its own proportions.
-      sort_by_size: whether rows of like size are put into a batch; of no effect with several hosts.
+      sort_by_size: whether rows of like size are put into a batch.
       read_ahead: rows that are decoded while a batch is used, at most a batch of them.
 
     Raises:
@@ -406,7 +485,8 @@ def train_batches(
         prompt_lengths=prompt_lengths,
         image_windows=image_windows,
         workers=workers,
-        shard=shard,
+        places=places,
+        exchange=exchange,
         graded=graded,
         cut_questions=cut_questions,
         parts=parts,
@@ -428,7 +508,8 @@ def eval_batches(
     image_windows: Sequence[int],
     limit: int = 0,
     workers: int = 0,
-    shard: tuple[int, int] = (0, 1),
+    places: Sequence[int] | None = None,
+    exchange: Exchange = hosts.exchange,
     graded: bool = False,
     cut_questions: bool = False,
     read_ahead: int = READ_AHEAD,
@@ -437,7 +518,7 @@ def eval_batches(
 
     Args:
       source, config, processor, template, labels, batch_size, prompt_lengths, image_windows,
-        workers, shard, graded, cut_questions, read_ahead: as in `train_batches`.
+        workers, places, exchange, graded, cut_questions, read_ahead: as in `train_batches`.
       limit: at most so many rows of all hosts together, drawn once and for all; 0 is all.
 
     Raises:
@@ -453,7 +534,8 @@ def eval_batches(
         prompt_lengths=prompt_lengths,
         image_windows=image_windows,
         workers=workers,
-        shard=shard,
+        places=places,
+        exchange=exchange,
         graded=graded,
         cut_questions=cut_questions,
         read_ahead=read_ahead,

@@ -2,9 +2,11 @@
 
 import time
 
+from emor3_jax.parallel import hosts
+
 
 class Console:
-    """Announces stages, each line with the minutes and seconds since the start."""
+    """Announces stages, each line with the minutes and seconds since the start; on one host."""
 
     def __init__(self, name: str) -> None:
         """Starts the clock.
@@ -15,7 +17,9 @@ class Console:
         self._name, self._start = name, time.perf_counter()
 
     def __call__(self, line: str) -> None:
-        """Prints a line at once."""
+        """Prints a line at once, where this is the process that writes."""
+        if not hosts.is_first():
+            return
         seconds = int(time.perf_counter() - self._start)
         print(f"[{self._name} {seconds // 60:02d}:{seconds % 60:02d}] {line}", flush=True)
 

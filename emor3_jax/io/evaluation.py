@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from emor3_jax.parallel import hosts
+
 Z_95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 
@@ -124,15 +126,20 @@ def class_scores(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> l
 
 
 @contextmanager
-def prediction_file(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def prediction_file(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
     """Opens a file of predictions, one JSON object a line; what was in it is replaced.
+
+    Of several processes only the first writes.
 
     Args:
       path: the file, its folder made if needed.
 
     Yields:
-      A function that writes one row.
+      A function that writes one row, or None to who does not write.
     """
+    if not hosts.is_first():
+        yield None
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)

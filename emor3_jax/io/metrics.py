@@ -14,12 +14,14 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+from emor3_jax.parallel import hosts
+
 
 class MetricWriter:
     """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard events.
 
     A run that goes on from a checkpoint first drops the lines written after it, so that each step
-    stands in the file once.
+    stands in the file once. Of several processes only the first writes.
     """
 
     def __init__(self, workdir: Path, first_step: int = 0) -> None:
@@ -30,6 +32,9 @@ class MetricWriter:
           first_step: lines of this step and later ones are dropped.
         """
         self.path = workdir / "metrics.jsonl"
+        self._events = None
+        if not hosts.is_first():
+            return
         if self.path.exists():
             kept = []
             for line in self.path.read_text().splitlines():
@@ -44,6 +49,8 @@ class MetricWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one object: `step` and the values, a number that is not finite as null."""
+        if self._events is None:
+            return
         row = {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
         # Closed each time: a mounted bucket keeps what was written only then, and the machine may
         # be taken away at any step.
@@ -54,12 +61,13 @@ class MetricWriter:
     def add_events(self, step: int, values: Mapping[str, float | None]) -> None:
         """Writes values to TensorBoard alone."""
         for name, value in values.items():
-            if value is not None:
+            if value is not None and self._events is not None:
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the events."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 class PhaseClock:

@@ -15,6 +15,7 @@ import numpy as np
 from emor3_jax.models.qwen2_5_vl import layout, model, rope, weights
 from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.parallel import hosts
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -116,13 +117,17 @@ def save(
     """Writes a policy as a folder in Hugging Face's format, which transformers loads as it is.
 
     Args:
-      policy: the policy; weights are written in the types that they have.
+      policy: the policy; weights are written in the types that they have. All processes must call
+        this, the first one writes.
       folder: made if missing; files of the same names, and other weights, are replaced.
       max_file_bytes: more weights than this are cut into several files, with an index.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if hosts.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
     weights.write_params(policy.params, policy.config, folder, max_file_bytes=max_file_bytes)
+    if not hosts.is_first():
+        return
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(policy.params)}
     stored = {"torch_dtype": kinds.pop() if len(kinds) == 1 else "float32"}
     data = policy.config.to_hf() | stored

@@ -34,6 +34,7 @@ import numpy as np
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
+from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_rows
 from emor3_jax.rollout import sampling
 from emor3_jax.rollout.generate import Samples, SamplingRule
@@ -176,7 +177,7 @@ def roll_out(
             fresh = slots is None or refill == size
             slots = _widen(new, size, block) if fresh else _insert(slots, new, at)
             taken[at], waiting = True, waiting - refill
-        row, age, ended = jax.device_get((slots.row, slots.age, slots.ended))
+        row, age, ended = hosts.fetch((slots.row, slots.age, slots.ended))
         going = taken & ~ended.all(axis=1)
         done = np.flatnonzero(taken & ~going)
         for at in done[: len(done) // refill * refill].reshape(-1, refill):

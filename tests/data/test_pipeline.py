@@ -1,7 +1,9 @@
+import concurrent.futures
 import io
 import itertools
 import json
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -162,8 +164,36 @@ def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
     bad = {row_id for reason in encode.REASONS for row_id in batches.stats.ids(reason)}
     assert len(bad) == sum(expected.values())
     assert set(ids) == {texts.id for texts in dirty.texts()} - bad
-    # The next good row takes the place of a bad one: an epoch still has every good row once.
-    assert all(ids.index(row_id) < GOOD for row_id in set(ids))
+    # A good row stands in for a bad one; the others keep their places, once in each epoch.
+    turns = batches.rows
+    epochs = [ids[i : i + turns] for i in range(0, len(ids) - turns + 1, turns)]
+    assert turns > GOOD and len(epochs) > 1
+    assert all(set(epoch) == set(ids) for epoch in epochs)
+
+
+def test_another_row_of_its_group_stands_in_for_a_damaged_one(train, make, tmp_path):
+    """The same one whatever else is read, so that the batches before and after stay as they are."""
+    damaged = [{"bytes": b"no picture", "path": None}]
+    answers = ["joy", "joy", "joy", "fear", "fear", "fear"]
+    rows = [make["row"](i, answer=answer) for i, answer in enumerate(answers)]
+    paths = tmp_path / "whole.parquet", tmp_path / "damaged.parquet"
+    make["parquet"](paths[0], rows)
+    make["parquet"](paths[1], [*rows[:4], make["row"](4, answer="fear", images=damaged), rows[5]])
+    parts = Parts((0, 6), (1.0,), (True,))
+    found = []
+    for path in paths:
+        batches = train(ParquetSource(path), parts=parts)
+        found.append([(ids, batch.answers) for batch, ids in itertools.islice(batches, 9)])
+    replaced = 0
+    for (ids, answers), (others, same) in zip(*found, strict=True):
+        np.testing.assert_array_equal(answers, same)
+        for mine, other in zip(ids, others, strict=True):
+            if mine == "whole.parquet:4":
+                assert other in ("damaged.parquet:3", "damaged.parquet:5")
+                replaced += 1
+            else:
+                assert mine.split(":")[1] == other.split(":")[1]
+    assert replaced == 3
 
 
 def test_bad_rows_are_named_in_the_log_once(train, dirty, caplog):
@@ -206,10 +236,12 @@ def test_evaluation_has_every_row_once_in_order(evaluation, dirty):
     batches = evaluation(dirty)
     for _ in range(2):
         out = list(batches)
-        assert [batch.last_token.shape for batch, _ in out] == [(4,)] * 3
-        assert np.concatenate([batch.weight for batch, _ in out]).tolist() == [1] * 11 + [0]
+        # A row that turns out bad leaves its place empty, so that the others keep theirs.
+        assert [batch.last_token.shape for batch, _ in out] == [(4,)] * -(-batches.rows // 4)
+        weights = np.concatenate([batch.weight for batch, _ in out])
         ids = [row_id for _, ids in out for row_id in ids]
-        rows = [dirty.find(row_id) for row_id in ids[:-1]]
+        assert weights.sum() == GOOD and [bool(row_id) for row_id in ids] == (weights > 0).tolist()
+        rows = [dirty.find(row_id) for row_id in ids if row_id]
         assert rows == sorted(rows) and len(set(rows)) == GOOD and ids[-1] == ""
 
 
@@ -254,23 +286,94 @@ def test_a_limit_picks_the_same_rows_from_everywhere(evaluation, clean, make, tm
     assert len(rows) == 40 and min(rows) < 40 and max(rows) > 360
 
 
-def test_hosts_share_the_rows_and_agree_on_shapes(train, evaluation, clean):
-    parts = [list(evaluation(clean, batch_size=3, shard=(i, 2))) for i in range(2)]
-    assert [len(part) for part in parts] == [2, 2]
-    ids = [row_id for part in parts for _, ids in part for row_id in ids if row_id]
-    assert sorted(ids) == sorted(texts.id for texts in clean.texts())
-    shapes = {
-        jax.tree.map(np.shape, next(train(clean, shard=(i, 2)))[0]).__repr__() for i in range(2)
-    }
-    assert len(shapes) == 1
-    batch, _ = next(train(clean, shard=(0, 2)))
-    assert batch.prompt.tokens.shape == (2, 240) and batch.images.mask.shape[1] == 4
+def on_hosts(count: int, make_batches) -> list[list]:
+    """What hosts read at the same time, in threads that stand for processes.
+
+    `make_batches(host, exchange)` returns an iterable of batches.
+    """
+    barrier, given = threading.Barrier(count, timeout=60), [None] * count
+
+    def read(host: int) -> list:
+        def exchange(value):
+            given[host] = json.dumps(value)
+            barrier.wait()
+            everything = [json.loads(text) for text in given]
+            barrier.wait()
+            return everything
+
+        return list(make_batches(host, exchange))
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(read, range(count)))
 
 
-def test_a_host_that_runs_out_first_fills_up_with_rows_of_no_weight(evaluation, clean, make):
-    parts = [list(evaluation(clean, batch_size=1, shard=(i, 2))) for i in range(2)]
-    assert [len(part) for part in parts] == [6, 6]
-    assert float(parts[1][-1][0].weight.sum()) == 0 and parts[1][-1][1] == ("",)
+def assert_parts_of(whole: list, parts: list[list], places: list[list[int]]) -> None:
+    """Each host holds its rows of what one host would, and the ids of all."""
+    for number, (batch, ids) in enumerate(whole):
+        for own, part in zip(places, parts, strict=True):
+            found, same_ids = part[number]
+            assert same_ids == ids
+            jax.tree.map(
+                np.testing.assert_array_equal, found, jax.tree.map(lambda x, o=own: x[o], batch)
+            )
+    assert {len(part) for part in parts} == {len(whole)}
+
+
+PLACES = [[0, 1, 4], [2, 3, 5]]
+"""Rows of two hosts, as a mesh may lay them."""
+
+
+@pytest.mark.parametrize("options", [{}, {"sort_by_size": True}, {"mixture": True}])
+def test_hosts_read_the_parts_of_what_one_host_reads(train, clean, dirty, options):
+    source, options = dirty, dict(options)
+    if options.pop("mixture", False):
+        source = Joined({"a": clean, "b": dirty})
+        options["parts"] = Parts(source.starts, (1.0, 1.0), (False, True))
+
+    def batches(**more):
+        return itertools.islice(train(source, batch_size=6, **options, **more), 9)
+
+    alone = train(source, batch_size=6, **options)
+    whole = list(itertools.islice(alone, 9))
+    stats = []
+
+    def one_host(host, exchange):
+        mine = train(source, batch_size=6, **options, places=PLACES[host], exchange=exchange)
+        stats.append(mine.stats)
+        return itertools.islice(mine, 9)
+
+    assert_parts_of(whole, on_hosts(2, one_host), PLACES)
+    # What one of them left out, both have counted.
+    assert [each.counts() for each in stats] == [alone.stats.counts()] * 2
+
+
+def test_resume_with_another_number_of_hosts(train, dirty):
+    one = train(dirty, batch_size=6)
+    ids_of(one, 3)
+    state = json.loads(json.dumps(one.get_state()))
+
+    def one_host(host, exchange):
+        mine = train(dirty, batch_size=6, places=PLACES[host], exchange=exchange)
+        mine.set_state(state)
+        return itertools.islice(mine, 4)
+
+    assert_parts_of(list(itertools.islice(one, 4)), on_hosts(2, one_host), PLACES)
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_hosts_share_an_evaluation(evaluation, dirty, limit):
+    """Also where one of them has no row in the last batch, or in any."""
+    whole = list(evaluation(dirty, batch_size=4, limit=limit))
+    places = [[0, 1], [2, 3]]
+
+    def one_host(host, exchange):
+        options = {"limit": limit, "places": places[host], "exchange": exchange}
+        return evaluation(dirty, batch_size=4, **options)
+
+    parts = on_hosts(2, one_host)
+    assert_parts_of(whole, parts, places)
+    if limit:
+        assert parts[1][0][0].weight.sum() == 0
 
 
 def test_worker_processes_give_the_same_batches(train, dirty):
@@ -377,29 +480,6 @@ def test_a_mixture_takes_turns_by_weight_and_resumes(train, clean, dirty):
     assert ids_of(again, 5) == ids_of(batches, 5)
     with pytest.raises(DataError, match="order="):
         train(joined, parts=parts._replace(weights=(1.0, 1.0))).set_state(state)
-
-
-def test_hosts_share_a_mixture_without_loss_or_repeat(train, clean, dirty):
-    joined = Joined({"a": clean, "b": dirty})
-    parts = Parts(joined.starts, (1.0, 1.0), (False, True))
-    seen = []
-    for i in range(2):
-        ids = ids_of(train(joined, parts=parts, shard=(i, 2)), 60)
-        assert {row_id.partition("/")[0] for row_id in ids} == {"a", "b"}
-        seen.append(set(ids))
-    assert not seen[0] & seen[1]
-    good = {t.id for t in joined.texts()} - {
-        row_id
-        for reason in encode.REASONS
-        for shard in range(2)
-        for row_id in _left_out(train(joined, parts=parts, shard=(shard, 2)), reason)
-    }
-    assert seen[0] | seen[1] == good
-
-
-def _left_out(batches, reason: str) -> list[str]:
-    ids_of(batches, 60)
-    return batches.stats.ids(reason)
 
 
 def test_labels_have_equal_turns_where_that_is_asked(train, make, tmp_path):

@@ -34,6 +34,7 @@ from emor3_jax.models.qwen2_5_vl.naming import (
     is_kernel,
     leaves,
 )
+from emor3_jax.parallel import hosts
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ def write_params(
     """Writes the parameters in their own types under the hub's names.
 
     Args:
-      params: the parameters; fetched from devices one tensor at a time.
+      params: the parameters; fetched from devices one tensor at a time, by all processes, of which
+        the first one writes.
       config: their shapes.
       folder: exists; weights that were there before are replaced.
       max_file_bytes: more than this is cut into several files, with an index.
@@ -118,8 +120,15 @@ def write_params(
         max_shard_size=max_file_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: fetch(*where[name]) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        tensors = {}
+        for name in names:
+            tensor = fetch(*where[name])
+            if hosts.is_first():
+                tensors[name] = tensor
+        if hosts.is_first():
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if not hosts.is_first():
+        return
     for old in folder.glob("model*.safetensors"):
         if old.name not in split.filename_to_tensors:
             old.unlink()
@@ -136,7 +145,7 @@ def fetch(path: str, leaf: Any, tensor: HubTensor) -> np.ndarray:
       path, leaf: the parameter.
       tensor: which of its tensors.
     """
-    array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+    array = np.asarray(hosts.fetch(leaf if tensor.layer is None else leaf[tensor.layer]))
     if is_kernel(path):
         # NumPy turns foreign types element by element; as plain integers it is quick.
         plain = array.view(np.uint16) if array.itemsize == 2 else array
