@@ -23,9 +23,10 @@ class LossOptions(NamedTuple):
     """The loss of the config's `policy_update` section; hashable, a static argument.
 
     Attributes:
-      clip_low, clip_high, clip_dual, kl_coef: see `losses.policy_loss`.
-      mean: see `losses.token_weights`.
+      clip_low, clip_high, clip_dual, kl_coef, ratio, kl: see `losses.policy_loss`.
+      mean, limit: see `losses.token_weights`.
       entropy: also report the entropy, for one more pass over the logits.
+      mask_truncated: leave out responses that were cut off (DAPO, arXiv 2503.14476).
     """
 
     clip_low: float
@@ -34,6 +35,17 @@ class LossOptions(NamedTuple):
     kl_coef: float
     mean: str
     entropy: bool = True
+    ratio: str = "token"
+    kl: str = "k3"
+    limit: int | None = None
+    mask_truncated: bool = False
+
+    def weights(self, samples: Samples) -> jax.Array:
+        """Returns the weight of each token of an update's responses, float32[B, G, T]."""
+        mask = samples.mask
+        if self.mask_truncated:
+            mask &= samples.ended[..., None]
+        return losses.token_weights(mask, self.mean, limit=self.limit)
 
 
 class ScoreOptions(NamedTuple):
@@ -175,6 +187,7 @@ def update(
     advantages: jax.Array,
     ref_logprobs: jax.Array | None,
     banned: jax.Array,
+    kl_coef: jax.Array | None = None,
     *,
     config: Config,
     optimizer: optax.GradientTransformation,
@@ -192,6 +205,7 @@ def update(
       advantages: float32[B, G].
       ref_logprobs: float32[B, G, T], or None for no KL term.
       banned: bool[V].
+      kl_coef: float32[], weight of the KL term where it changes with the steps; None is the loss's.
       config: of the policy.
       optimizer: optax transformation.
       loss: the loss.
@@ -201,10 +215,10 @@ def update(
     Returns:
       The new state and metrics: those of `losses.policy_loss`, `moved` (how far the responses'
       log-probabilities are from those given, in the mean), `grad_norm`, `skipped`, and `entropy` if
-      asked for.
+      asked for. All but the loss are means over the tokens that count.
     """
     merge = config.vision.spatial_merge_size**2
-    weights = losses.token_weights(samples.mask, loss.mean)
+    weights = loss.weights(samples)
 
     def loss_fn(params, micro):
         (rows, responses, rows_of_places), (advantage, weight, ref) = micro
@@ -217,10 +231,12 @@ def update(
             advantage,
             weight,
             ref_logprobs=ref,
+            ratio=loss.ratio,
             clip_low=loss.clip_low,
             clip_high=loss.clip_high,
             clip_dual=loss.clip_dual,
-            kl_coef=loss.kl_coef,
+            kl=loss.kl,
+            kl_coef=loss.kl_coef if kl_coef is None else kl_coef,
         )
         gap = jnp.abs(score.logprobs - responses.logprobs)
         metrics["moved"] = jnp.sum(weight * jnp.where(weight > 0, gap, 0.0))
@@ -232,5 +248,9 @@ def update(
     cut = jax.tree.map(lambda x: _cut(x, count), (samples, packing, of_loss))
     micro = (micro_batches(batch, merge, count), *cut[:2]), cut[2]
     grads, metrics = accumulate(loss_fn, state.params, micro)
+    if loss.mean == "constant":
+        # Its weights do not sum to 1, as those that a metric is a mean by should.
+        total = jnp.maximum(weights.sum(), 1e-9)
+        metrics = {k: x if k == "loss" else x / total for k, x in metrics.items()}
     state, applied = apply_gradients(state, grads, optimizer)
     return state, metrics | applied

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from emor3_jax import account, cli, prepare
-from emor3_jax.config import validate
-from emor3_jax.data.batch import Batch, take_part
-from emor3_jax.episode import Actor, Judgement, Replies, Scores
+from emor3_jax import account, cli, prepare, rounds
+from emor3_jax.config import uses_reference, validate
+from emor3_jax.data.batch import take_part
+from emor3_jax.episode import Actor
 from emor3_jax.evaluate import evaluate, read_sample
 from emor3_jax.io import report
 from emor3_jax.io.checkpoints import Checkpoints
@@ -38,8 +38,9 @@ from emor3_jax.learner import response_logprobs, sampler_gap, trim, update
 from emor3_jax.models import Policy, save
 from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rl import advantages
+from emor3_jax.rl.kl import penalty
 from emor3_jax.rl.update import TrainState
-from emor3_jax.rollout.generate import Samples
+from emor3_jax.rounds import Round
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]:
@@ -72,8 +73,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     data = prepare.open_data(config, policy)
     prepare.keep_config(config, workdir)
     say("building the reward tables")
-    actors = {name: prepare.make_actor(config, policy, data.labels[name]) for name in data.labels}
-    actor = actors["train"]
+    actor = prepare.make_actor(config, policy, data.labels["train"], training=True)
+    actors = {name: prepare.make_actor(config, policy, data.labels[name]) for name in data.evaluate}
 
     optimizer, loss = prepare.make_update(config)
     reference = policy.params
@@ -89,6 +90,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     writer = MetricWriter(workdir, first_step=step + bool(progress))
     rule, plan = prepare.rollout_rule(config, policy), prepare.rollout_plan(config)
     scoring, std = prepare.score_options(config), prepare.group_std(config)
+    learning = config.policy_update
+    adapt_kl, kl_coef = prepare.make_kl_control(config), None
+    if adapt_kl:
+        kl_coef = jnp.float32(progress.get("kl_coef", learning.kl_coef))
     meter = prepare.make_meter(config, policy, actor)
     devices = mesh.devices.flat[0].device_kind, mesh.devices.size
     parts = config.rollout.prompts // config.policy_update.prompts
@@ -120,13 +125,24 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
 
     say(f"training to step {config.steps}; the first step compiles")
     stop, clock, started, first = _StopSignal(), PhaseClock(), time.perf_counter(), step
+    play = partial(
+        rounds.play,
+        actor,
+        mesh=mesh,
+        responses=config.rollout.responses,
+        rule=rule,
+        plan=plan,
+        shape=prepare.make_shaping(config),
+        greedy=advantages.ESTIMATORS[learning.advantage].greedy,
+        mark=clock.mark,
+    )
     traced = range(first + 3, first + 3 + config.log.profile_steps)
     pending: _Step | None = None
 
     def log(done: _Step, extra: dict[str, float] | None = None) -> None:
         """Logs a step; waits for what of it the device is still computing."""
         values = done.metrics() | memory() | data.counters() | (extra or {})
-        flops = meter(done.batch, done.lengths, done.replies)
+        flops = meter(done.played.host, done.lengths, done.played.replies)
         values |= account.throughput(flops, values["time/step_s"], *devices)
         values["compile/count"] = float(compiles.count)
         writer.write(done.step, values)
@@ -142,22 +158,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     while not last:
         if step + 1 in traced[:1]:
             jax.profiler.start_trace(str(workdir / "profile"))
-        host_batch, ids = upcoming
-        batch = shard_batch(host_batch, mesh)
-
-        samples, replies = actor.run(
-            state.params,
-            batch,
-            jax.random.fold_in(jax.random.key(config.seed), step),
-            responses=config.rollout.responses,
-            rule=rule,
-            plan=plan,
-            parts=mesh.shape["data"] * mesh.shape["fsdp"],
-            mark=clock.mark,
-        )
-        scores = actor.score(batch, samples, replies)
-        advantage = advantages.grpo(scores.overall, std=std)
-        clock.mark("reward", advantage)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        played, extra = play(state.params, *upcoming, key), {}
+        if config.rollout.resample:
+            again = partial(play, state.params)
+            played, extra = rounds.fill(
+                played,
+                again,
+                data.train,
+                key,
+                tries=config.rollout.resample,
+                merge=policy.config.vision.merge_unit,
+                mesh=mesh,
+            )
+        batch, samples, rewards = played.batch, played.samples, played.rewards
 
         lengths = np.asarray(samples.lengths)
         scored = trim(samples, int(lengths.max()), config.policy_update.response_lengths)
@@ -173,13 +187,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             count=parts * micro,
         )
         ref_logprobs = gap = None
-        if loss.kl_coef:
+        if uses_reference(config):
             ref_logprobs = logprobs(reference)
             clock.mark("reference", ref_logprobs)
         if config.policy_update.old_logprobs == "recompute":
             old = logprobs(state.params)
             gap, scored = sampler_gap(old, scored), scored._replace(logprobs=old)
             clock.mark("old", old)
+        if ref_logprobs is not None and learning.kl_place == "reward":
+            each, extra["policy/kl"] = penalty(
+                learning.kl, scored.logprobs, ref_logprobs, scored.mask
+            )
+            rewards = rewards - (learning.kl_coef if kl_coef is None else kl_coef) * each
+            ref_logprobs = None
+        advantage = advantages.estimate(learning.advantage, rewards, std=std, greedy=played.greedy)
         learned = []
         for part in range(parts):
             state, metrics = update(
@@ -187,6 +208,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
                 take_part(batch, part, parts, policy.config.vision.merge_unit),
                 *_part((scored, rows, advantage, ref_logprobs), part, parts),
                 actor.banned,
+                kl_coef,
                 config=policy.config,
                 optimizer=optimizer,
                 loss=loss,
@@ -195,6 +217,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             )
             learned.append(metrics)
         clock.mark("update", learned)
+        if adapt_kl:
+            extra["policy/kl_coef"] = kl_coef
+            now = extra.get("policy/kl", sum(metrics["kl"] for metrics in learned) / parts)
+            kl_coef = adapt_kl(kl_coef, now)
         step += 1
 
         # The device is busy now: meanwhile the host logs the step before and reads on.
@@ -203,18 +229,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         position, before_data = data.train.get_state(), time.perf_counter()
         upcoming = next(data.train) if step < config.steps else None
         waited = time.perf_counter() - before_data
-        pending = _Step(
-            step,
-            ids,
-            host_batch,
-            samples,
-            replies,
-            scores,
-            learned,
-            gap,
-            waited,
-            clock.lap(),
-        )
+        pending = _Step(step, played, rewards, learned, extra, gap, waited, clock.lap())
         # Asked once a step, so that what ends the loop also saves.
         last = step == config.steps or stop.asked
         if step in traced and (last or step == traced[-1]):
@@ -231,6 +246,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             log(pending, evaluations)
             pending = None
             if last or step % config.checkpoint.every == 0:
+                if adapt_kl:
+                    progress["kl_coef"] = float(kl_coef)
                 checkpoints.save(step, state, progress | {"data": position})
             clock.restart()
 
@@ -278,12 +295,10 @@ class _Step(NamedTuple):
     """What is logged of a step; its arrays may still be computed."""
 
     step: int
-    ids: tuple[str, ...]
-    batch: Batch
-    samples: Samples
-    replies: Replies | Judgement | None
-    scores: Scores
+    played: Round
+    rewards: jax.Array
     learned: list[dict[str, jax.Array]]
+    extra: dict[str, jax.Array | float]
     sampler_gap: jax.Array | None
     data_seconds: float
     phases: Lap
@@ -291,14 +306,14 @@ class _Step(NamedTuple):
     @property
     def lengths(self) -> np.ndarray:
         """int[B, G], of the responses."""
-        return jax.device_get(self.samples.lengths)
+        return jax.device_get(self.played.samples.lengths)
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics by name; waits for the arrays."""
         seconds = self.phases.read()
         step_seconds = sum(seconds.values())
-        scores, learned, gap = jax.device_get((self.scores, self.learned, self.sampler_gap))
-        lengths, ended = self.lengths, jax.device_get(self.samples.ended)
+        scores, learned, gap = jax.device_get((self.played.scores, self.learned, self.sampler_gap))
+        lengths, ended = self.lengths, jax.device_get(self.played.samples.ended)
         values = {f"reward/{k}": float(np.mean(value)) for k, value in scores.named().items()}
         # Before the first update of a step, the policy is the one that sampled.
         values["policy/sampler_gap"] = float(learned[0]["moved"] if gap is None else gap)
@@ -306,20 +321,22 @@ class _Step(NamedTuple):
             values[f"policy/{name}"] = float(np.mean([metrics[name] for metrics in learned]))
         values |= {f"time/{phase}_s": value for phase, value in seconds.items()}
         return values | {
-            "group/zero_std_fraction": float(advantages.zero_std_fraction(scores.overall)),
+            "group/zero_std_fraction": float(advantages.zero_std_fraction(self.rewards)),
             "response/length_mean": float(lengths.mean()),
             "response/truncated_fraction": float(1 - ended.mean()),
             "time/data_s": self.data_seconds,
             "time/step_s": step_seconds,
             "throughput/responses_per_s": lengths.size / step_seconds,
             "throughput/tokens_per_s": float(lengths.sum()) / step_seconds,
+            **{name: float(value) for name, value in self.extra.items()},
         }
 
     def read(self, actor: Actor) -> list[Sample]:
         """Decodes the first response to each of a few prompts."""
-        host = jax.device_get((self.samples, self.replies, self.scores))
-        shown = range(min(report.SAMPLES, len(self.ids)))
-        return [read_sample(actor, self.ids[i], self.batch.answers[i], i, 0, *host) for i in shown]
+        ids, answers = self.played.ids, self.played.host.answers
+        host = jax.device_get((self.played.samples, self.played.replies, self.played.scores))
+        shown = range(min(report.SAMPLES, len(ids)))
+        return [read_sample(actor, ids[i], answers[i], i, 0, *host) for i in shown]
 
 
 def _part(tree: Any, part: int, parts: int) -> Any:

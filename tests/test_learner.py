@@ -57,6 +57,7 @@ def samples() -> Samples:
     return Samples(*map(jnp.asarray, (tokens, logprobs, lengths, lengths < T)))
 
 
+LOSS = learner.LossOptions(0.2, 0.3, 3.0, 0.01, "token")
 OPTIONS = learner.ScoreOptions(temperature=0.9, dtype=jnp.float32, remat="none", chunk=8)
 
 
@@ -150,11 +151,18 @@ def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
 
 
 @pytest.mark.parametrize(
-    ("mean", "cut", "remat", "pack"),
-    [("token", 2, "none", True), ("seq", 4, "layers", False), ("token", 1, "activations", True)],
+    ("loss", "cut", "remat", "pack"),
+    [
+        (LOSS, 2, "none", True),
+        (LOSS._replace(mean="seq"), 4, "layers", False),
+        (LOSS._replace(mask_truncated=True), 1, "activations", True),
+        (LOSS._replace(mean="seq", ratio="sequence", kl="k2"), 2, "none", True),
+        (LOSS._replace(mean="seq", ratio="group", mask_truncated=True), 2, "none", True),
+        (LOSS._replace(mean="constant", limit=9, kl="abs"), 4, "none", True),
+    ],
 )
 def test_update_depends_on_neither_cut_nor_rows_nor_memory(
-    setting, batch, samples, mean, cut, remat, pack
+    setting, batch, samples, loss, cut, remat, pack
 ):
     rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,)) if pack else None
     advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
@@ -172,7 +180,7 @@ def test_update_depends_on_neither_cut_nor_rows_nor_memory(
             setting.banned,
             config=setting.config,
             optimizer=optimizer,
-            loss=learner.LossOptions(0.2, 0.3, 3.0, 0.01, mean),
+            loss=loss,
             options=OPTIONS._replace(remat=remat if case == "other" else "none"),
             count=count,
         )
@@ -186,6 +194,49 @@ def test_update_depends_on_neither_cut_nor_rows_nor_memory(
     assert found["other"][1] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     for a, b in zip(jax.tree.leaves(found["other"][0]), jax.tree.leaves(moved), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-3, np.abs(b).max()) + 1e-6)
+
+
+def test_weights_of_the_loss_options(samples):
+    """Cut-off responses weigh nothing, and the others as if these were not there."""
+    ended = np.asarray(samples.ended)
+    assert 0 < ended.sum() < ended.size
+    for mean in ("token", "seq"):
+        weights = LOSS._replace(mean=mean, mask_truncated=True).weights(samples)
+        assert not np.any(weights[~ended])
+        assert np.sum(weights) == pytest.approx(1.0)
+    constant = LOSS._replace(mean="constant", limit=9).weights(samples)
+    np.testing.assert_allclose(np.max(constant), 1 / (B * G * 9))
+
+
+def test_metrics_are_means_whatever_the_loss_divides_by(setting, batch, samples):
+    """Of the constant mean too, whose weights do not sum to 1."""
+    found = []
+    for loss in (LOSS, LOSS._replace(mean="constant", limit=60)):
+        params = jax.tree.map(jnp.array, setting.params)
+        optimizer = optax.sgd(1.0)
+        _, metrics = learner.update(
+            TrainState.create(params, optimizer),
+            batch,
+            samples,
+            None,
+            jnp.ones((B, G)),
+            samples.logprobs - 0.3,
+            setting.banned,
+            # The weight of the KL may be an array, as where it adapts.
+            jnp.float32(0.01),
+            config=setting.config,
+            optimizer=optimizer,
+            loss=loss,
+            options=OPTIONS,
+            count=1,
+        )
+        found.append(metrics)
+    for name in ("kl", "moved", "entropy", "clip_fraction_low"):
+        assert found[1][name] == pytest.approx(float(found[0][name]), rel=1e-5)
+    tokens = int(np.sum(samples.lengths))
+    scale = tokens / (B * G * 60)
+    assert found[1]["loss"] == pytest.approx(float(found[0]["loss"]) * scale, rel=1e-4)
+    assert found[1]["grad_norm"] == pytest.approx(float(found[0]["grad_norm"]) * scale, rel=1e-4)
 
 
 def test_trim_keeps_every_token(samples):

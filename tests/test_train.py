@@ -244,6 +244,48 @@ def test_a_stopped_run_goes_on_exactly(folder, whole):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_another_algorithm_goes_on_exactly(folder):
+    """ReMax, KL in the reward with a weight that adapts, over-long penalty, constant mean."""
+    config = make_config(folder)
+    config.data.templates.set, config.reflect.enabled = "tiny_direct", False
+    config.reward.format, config.evaluate.reflect = "boxed", True
+    config.reward.overlong, config.rollout.resample = 6, 1
+    learning = config.policy_update
+    learning.advantage, learning.mean, learning.mask_truncated = "remax", "constant", True
+    learning.kl, learning.kl_place, learning.kl_coef = "k1", "reward", 0.1
+    learning.kl_target, learning.kl_horizon, learning.clip_dual = 1e-3, 12.0, float("inf")
+    for name, steps in (("whole", (3,)), ("parts", (2, 3))):
+        for count in steps:
+            config.steps = count
+            train(config, folder / f"remax_{name}")
+    rows, wanted = read_metrics(folder / "remax_parts"), read_metrics(folder / "remax_whole")
+    first, *_, last = wanted[1:]
+    assert first["policy/kl"] == pytest.approx(0, abs=1e-5)
+    # 12 responses of a horizon of 12, far under the target.
+    assert first["policy/kl_coef"] == pytest.approx(0.1)
+    assert wanted[2]["policy/kl_coef"] == pytest.approx(0.08)
+    assert first["resample/rounds"] in (1, 2)
+    assert "reward/coherence" in first and "eval/test/decoupling" in wanted[0]
+    for name, value in last.items():
+        if not name.startswith(("time/", "throughput/", "memory/", "compile/")):
+            assert rows[-1][name] == value, name
+    ours, theirs = (load(folder / f"remax_{n}" / "policy").params for n in ("parts", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_dynamic_sampling_survives_rewards_that_are_all_equal(folder):
+    config = make_config(folder)
+    # What a random policy writes has no box: without other terms every reward is 0.
+    config.reward.terms = ConfigDict()
+    config.reflect.enabled, config.rollout.resample, config.steps = False, 2, 2
+    assert train(config, folder / "starved")
+    for row in read_metrics(folder / "starved")[1:]:
+        assert row["resample/rounds"] == 3
+        assert row["resample/left"] == 4 and row["resample/dropped"] == 8
+        assert row["group/zero_std_fraction"] == 1
+        assert np.isfinite(row["policy/loss"]) and row["policy/skipped"] == 0
+
+
 def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
     config = make_config(folder)
     workdir = folder / "signalled"
