@@ -9,13 +9,19 @@ evaluated alike: on both test sets, with both reflections wherever the prompt as
 | row | program | what it is |
 |---|---|---|
 | base | evaluate | the base policy before training, asked for SET |
+| sft | sft | labels alone: the boxed label to the picture's question, no SET |
+| cold_start | sft | Cold-Start-Emo: a few steps of it on 64 pictures, asked for SET |
 | grpo | train | GRPO: the picture's question with a plain box, no SET, no reflection |
 | dapo | train | the same with DAPO's clip, dynamic sampling and over-long penalty, no KL |
 | grpo_set | train | GRPO on SET |
 | grpo_set_coherence, grpo_set_consistency | train | and one of the two reflections |
 | emo_r3 | train | EMO-R3: SET and both reflections |
 
-`--config.policy.path=FOLDER` starts a row from another policy, such as one after Cold-Start-Emo.
+"With Cold-Start-Emo" is a row that starts from another policy:
+
+python -m emor3_jax.sft --config=configs/table.py:cold_start --workdir=runs/table/cold_start
+python -m emor3_jax.train --config=configs/table.py:emo_r3 --workdir=runs/table/emo_r3_cold \\
+    --config.policy.path=runs/table/cold_start/policy
 """
 
 import math
@@ -33,6 +39,25 @@ def _plain(config: ConfigDict) -> None:
     config.reflect.enabled = False
     # There are no steps to reflect on.
     config.evaluate.reflect = False
+
+
+def _sft(config: ConfigDict) -> None:
+    _plain(config)
+    _labels(config)
+
+
+def _cold_start(config: ConfigDict) -> None:
+    _labels(config)
+    # A light touch: more would unlearn the steps, which the labels do not show.
+    config.data.train.subset = 64
+    config.steps = 4
+    config.policy_update.learning_rate = 5e-5
+
+
+def _labels(config: ConfigDict) -> None:
+    config.sft.target = "label"
+    config.policy_update.response_lengths = (8, 64)
+    config.policy_update.entropy = False
 
 
 def _grpo(config: ConfigDict) -> None:
@@ -68,6 +93,8 @@ def _nothing(config: ConfigDict) -> None:
 
 ROWS: dict[str, Callable[[ConfigDict], None]] = {
     "base": _nothing,
+    "sft": _sft,
+    "cold_start": _cold_start,
     "grpo": _grpo,
     "dapo": _dapo,
     "grpo_set": _grpo_set,

@@ -235,6 +235,12 @@ def default() -> ConfigDict:
     # Padded response lengths of scoring and update; a batch takes the smallest that fits.
     config.policy_update.response_lengths = (256, 512, 1024, 2048)
 
+    # Supervised fine-tuning (`emor3_jax.sft`); everything else of it is in the other sections.
+    config.sft = ConfigDict()
+    # "label": the boxed label alone; "response": what each row says itself, at most so many of it.
+    config.sft.target = "label"
+    config.sft.responses = 4
+
     config.evaluate = ConfigDict()
     # Name → data set; the first one is watched during training.
     config.evaluate.sets = ConfigDict()
@@ -513,6 +519,9 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
         "asks for no steps, which reward.format='set' looks for; set it to 'boxed', or "
         "reward.lambda_format to 0",
     )
+    targets = ("label", "response")
+    need(config.sft.target in targets, "sft.target", f"must be one of {targets}")
+    need(config.sft.responses >= 1, "sft.responses", "must be at least 1")
     need(config.rollout.resample >= 0, "rollout.resample", "must be 0 or more")
 
 

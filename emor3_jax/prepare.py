@@ -255,7 +255,12 @@ def _open_kind(config: ConfigDict, field: str, dataset: ConfigDict) -> tuple[Sou
     kind, path, question = dataset.kind, dataset.path, dataset.question
     if kind == "emoscenes":
         built = builder.prepare(config.data.folder, config.data.scene_size)
-        source = EmoScenesSource(dataset.split, built.data_dir, question or words.QUESTION)
+        source = EmoScenesSource(
+            dataset.split,
+            built.data_dir,
+            question or words.QUESTION,
+            responses=config.sft.target == "response",
+        )
         return source, "emotion6" if dataset.split.startswith("shifted") else "mikels8"
     if kind == "parquet":
         if not path:

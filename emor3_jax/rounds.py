@@ -128,7 +128,7 @@ def fill(
       reward over all rounds).
     """
     first, prompts = played, len(played.ids)
-    useless = np.asarray(all_equal(played.rewards))
+    useless = np.array(all_equal(played.rewards))
     rounds, dropped, surplus, rewards = 1, 0, 0, [played.rewards]
     while useless.any() and rounds <= tries:
         # Far from the keys that a round splits its own into.

@@ -11,13 +11,10 @@ report.html and policy/ (the trained policy as a Hugging Face folder). A run tha
 moment goes on from its last checkpoint when it is started again with the same workdir.
 """
 
-import json
-import signal
 import time
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +22,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from emor3_jax import account, cli, prepare, rounds
-from emor3_jax.config import uses_reference, validate
+from emor3_jax.config import uses_reference
 from emor3_jax.data.batch import take_part
 from emor3_jax.episode import Actor
-from emor3_jax.evaluate import evaluate, read_sample
+from emor3_jax.evaluate import read_sample
 from emor3_jax.io import report
-from emor3_jax.io.checkpoints import Checkpoints
-from emor3_jax.io.console import Console, duration
-from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
-from emor3_jax.io.metrics import Lap, MetricWriter, PhaseClock, memory
+from emor3_jax.io.evaluation import Evaluation, Sample
+from emor3_jax.io.metrics import Lap, PhaseClock, memory
 from emor3_jax.learner import response_logprobs, sampler_gap, trim, update
-from emor3_jax.models import Policy, save
-from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
+from emor3_jax.parallel.mesh import shard_batch
 from emor3_jax.rl import advantages
 from emor3_jax.rl.kl import penalty
-from emor3_jax.rl.update import TrainState
+from emor3_jax.rl.update import TrainState, take_rows
 from emor3_jax.rounds import Round
+from emor3_jax.run import Pace, Run, StopSignal
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]:
@@ -56,75 +51,30 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     Raises:
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
-    validate(config)
-    say = Console("train")
-    compiles = prepare.start_jax(config.log.compile_cache)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    # For attention kernels, which must be told what part of a batch is a device's.
-    jax.set_mesh(mesh)
-    for section in ("rollout", "policy_update", "evaluate"):
-        check_batch(mesh, f"{section}.prompts", config[section].prompts)
-    for field in ("slots", "refill"):
-        check_batch(mesh, f"rollout.{field}", config.rollout[field])
-    workdir.mkdir(parents=True, exist_ok=True)
-    say(f"loading the policy {config.policy.path}")
-    policy = prepare.load_policy(config, say, mesh)
-    say("opening the data")
-    data = prepare.open_data(config, policy)
-    prepare.keep_config(config, workdir)
-    say("building the reward tables")
+    run = Run.open("train", config, workdir)
+    say, mesh, policy, data = run.say, run.mesh, run.policy, run.data
     actor = prepare.make_actor(config, policy, data.labels["train"], training=True)
-    actors = {name: prepare.make_actor(config, policy, data.labels[name]) for name in data.evaluate}
 
     optimizer, loss = prepare.make_update(config)
     reference = policy.params
     # The state is given up to each update, so it starts as a copy of what the reference keeps.
     state = TrainState.create(jax.tree.map(jnp.copy, reference), optimizer)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    step, progress = 0, {}
-    if (latest := checkpoints.latest()) is not None:
-        say(f"going on from the checkpoint of step {latest}")
-        state, progress = checkpoints.restore(latest, state, mesh)
-        data.train.set_state(progress["data"])
-        step = latest
-    writer = MetricWriter(workdir, first_step=step + bool(progress))
+    state = run.resume(state)
+    step = run.step
     rule, plan = prepare.rollout_rule(config, policy), prepare.rollout_plan(config)
     scoring, std = prepare.score_options(config), prepare.group_std(config)
     learning = config.policy_update
     adapt_kl, kl_coef = prepare.make_kl_control(config), None
     if adapt_kl:
-        kl_coef = jnp.float32(progress.get("kl_coef", learning.kl_coef))
+        kl_coef = jnp.float32(run.progress.get("kl_coef", learning.kl_coef))
     meter = prepare.make_meter(config, policy, actor)
     devices = mesh.devices.flat[0].device_kind, mesh.devices.size
     parts = config.rollout.prompts // config.policy_update.prompts
     micro = config.policy_update.prompts // config.policy_update.micro_prompts
 
-    def look(names: tuple[str, ...], limit: int = 0) -> dict[str, Evaluation]:
-        return {
-            name: evaluate(
-                actors[name],
-                state.params,
-                data.evaluate[name].take(limit) if limit else data.evaluate[name],
-                config.seed,
-                rule=prepare.evaluation_rule(config, policy),
-                plan=prepare.evaluation_plan(config),
-                put=lambda batch: shard_batch(batch, mesh),
-                keep=report.SAMPLES,
-                graded=config.evaluate.sets[name].graded,
-            )
-            for name in names
-        }
-
-    names = tuple(config.evaluate.sets)
-    if not progress:
-        say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
-        before = look(names)
-        progress = {"before": to_json(before)}
-        writer.write(0, _evaluation_metrics(before))
-        say(_evaluation_line(before))
-
+    run.look_before(state.params)
     say(f"training to step {config.steps}; the first step compiles")
-    stop, clock, started, first = _StopSignal(), PhaseClock(), time.perf_counter(), step
+    stop, clock, pace, first = StopSignal(), PhaseClock(), Pace(step, config.steps), step
     play = partial(
         rounds.play,
         actor,
@@ -144,11 +94,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         values = done.metrics() | memory() | data.counters() | (extra or {})
         flops = meter(done.played.host, done.lengths, done.played.replies)
         values |= account.throughput(flops, values["time/step_s"], *devices)
-        values["compile/count"] = float(compiles.count)
-        writer.write(done.step, values)
+        values["compile/count"] = float(run.compiles.count)
+        run.writer.write(done.step, values)
         if done.step % config.log.every == 0 or done.step == config.steps:
-            pace = (time.perf_counter() - started) / (done.step - first)
-            say(_progress_line(done.step, config.steps, values, pace))
+            say(_progress_line(done.step, config.steps, values, pace.left(done.step)))
         if done.step % config.log.samples_every == 0 or done.step == 1:
             sheet = workdir / "samples" / f"{done.step:06d}.html"
             report.write_samples(sheet, done.step, done.read(actor), data.image("train"))
@@ -206,7 +155,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             state, metrics = update(
                 state,
                 take_part(batch, part, parts, policy.config.vision.merge_unit),
-                *_part((scored, rows, advantage, ref_logprobs), part, parts),
+                *take_rows((scored, rows, advantage, ref_logprobs), part, parts),
                 actor.banned,
                 kl_coef,
                 config=policy.config,
@@ -237,58 +186,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             jax.profiler.stop_trace()
             say(f"profile of steps {traced[0]} to {step}: {workdir / 'profile'}")
 
-        evaluations: dict[str, float] = {}
-        if step % config.evaluate.every == 0 and step < config.steps and names:
-            now = look(names[:1], config.evaluate.during)
-            evaluations = _evaluation_metrics(now)
-            say(_evaluation_line(now))
+        evaluations = run.look_during(state.params, step)
         if evaluations or last or step % config.checkpoint.every == 0:
             log(pending, evaluations)
             pending = None
             if last or step % config.checkpoint.every == 0:
-                if adapt_kl:
-                    progress["kl_coef"] = float(kl_coef)
-                checkpoints.save(step, state, progress | {"data": position})
+                now = {"data": position} | ({"kl_coef": float(kl_coef)} if adapt_kl else {})
+                run.checkpoints.save(step, state, run.progress | now)
             clock.restart()
 
     clock.close()
     stop.restore()
-    checkpoints.close()
-    if step < config.steps:
-        writer.close()
-        say(f"stopped after step {step} as asked; start again with this workdir to go on")
-        return {}
-    say("evaluating after training")
-    before, after = from_json(progress["before"]), look(names)
-    writer.add_events(step, _evaluation_metrics(after))
-    writer.close()
-    metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
-    (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    images = {name: data.image(name) for name in names}
-    report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
-    save(Policy(policy.config, state.params, policy.processor), workdir / "policy")
-    for line in report.before_after_table(before, after).splitlines():
-        say(line)
-    say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
-    return {"before": before, "after": after}
-
-
-class _StopSignal:
-    """Turns SIGTERM and SIGINT into a wish to stop after the step, once; a second one stops now."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._hear) for number in numbers}
-
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def restore(self) -> None:
-        """Puts back what was there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    return run.finish(state.params, step) if step == config.steps else run.stopped(step)
 
 
 class _Step(NamedTuple):
@@ -339,12 +248,7 @@ class _Step(NamedTuple):
         return [read_sample(actor, ids[i], answers[i], i, 0, *host) for i in shown]
 
 
-def _part(tree: Any, part: int, parts: int) -> Any:
-    """Returns one of `parts` equal parts of the rows of each array."""
-    return jax.tree.map(lambda x: x[part * len(x) // parts : (part + 1) * len(x) // parts], tree)
-
-
-def _progress_line(step: int, steps: int, values: dict[str, float], pace: float) -> str:
+def _progress_line(step: int, steps: int, values: dict[str, float], left: str) -> str:
     reward = "  ".join(
         f"{name} {values[f'reward/{name}']:.2f}"
         for name in ("format", "accuracy", "coherence", "consistency")
@@ -357,23 +261,7 @@ def _progress_line(step: int, steps: int, values: dict[str, float], pace: float)
     return (
         f"step {step}/{steps}  reward {values['reward/overall']:.3f} ({reward})  "
         f"kl {values['policy/kl']:.3f}  {values['time/step_s']:.2f} s ({split})  "
-        f"left {duration(pace * (steps - step))}"
-    )
-
-
-def _evaluation_metrics(results: dict[str, Evaluation]) -> dict[str, float]:
-    return {
-        f"eval/{name}/{metric}": value
-        for name, result in results.items()
-        for metric, value in result.metrics.items()
-    }
-
-
-def _evaluation_line(results: dict[str, Evaluation]) -> str:
-    shown = ("accuracy", "format", "coherence", "consistency", "decoupling")
-    return "; ".join(
-        f"{name}: " + "  ".join(f"{m} {r.metrics[m]:.3f}" for m in shown if m in r.metrics)
-        for name, r in results.items()
+        f"left {left}"
     )
 
 

@@ -59,9 +59,10 @@ def test_the_base_policy_of_faces_is_a_config_of_its_own() -> None:
 def test_every_row_of_the_table_is_a_config(row: str) -> None:
     config, whole = table.get_config(row), cpu_demo.get_config()
     validate(config)
-    # One budget, one test: what differs is the algorithm.
-    same = ("steps", "rollout.prompts", "rollout.responses", "rollout.max_tokens", "policy.path")
-    same += ("policy_update.learning_rate", "evaluate.sets", "evaluate.temperature", "data.train")
+    # One budget, one test: what differs is the algorithm. The cold start comes before a budget.
+    same = ("rollout.prompts", "rollout.max_tokens", "evaluate.sets", "evaluate.temperature")
+    if row != "cold_start":
+        same += ("steps", "rollout.responses", "policy_update.learning_rate", "data.train")
     for field in same:
         *sections, key = field.split(".")
         one, other = config, whole
@@ -74,7 +75,7 @@ def test_every_row_of_the_table_is_a_config(row: str) -> None:
 
 
 def test_an_unknown_row_of_the_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="'ppo': must be one of base, grpo"):
+    with pytest.raises(ValueError, match="'ppo': must be one of base, sft, cold_start, grpo"):
         table.get_config("ppo")
 
 
@@ -137,6 +138,8 @@ WRONG = [
     ("reward.reflection", "none", "'both'"),
     ("reward.overlong_weight", -1.0, "0 or more"),
     ("rollout.resample", -1, "0 or more"),
+    ("sft.target", "answer", "'response'"),
+    ("sft.responses", 0, "at least 1"),
     ("checkpoint.keep", 0, "at least 1"),
     ("log.every", 0, "at least 1"),
 ]

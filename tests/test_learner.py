@@ -154,11 +154,13 @@ def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
     ("loss", "cut", "remat", "pack"),
     [
         (LOSS, 2, "none", True),
-        (LOSS._replace(mean="seq"), 4, "layers", False),
-        (LOSS._replace(mask_truncated=True), 1, "activations", True),
-        (LOSS._replace(mean="seq", ratio="sequence", kl="k2"), 2, "none", True),
-        (LOSS._replace(mean="seq", ratio="group", mask_truncated=True), 2, "none", True),
-        (LOSS._replace(mean="constant", limit=9, kl="abs"), 4, "none", True),
+        (LOSS._replace(mean="seq", ratio="sequence", kl="k2"), 4, "layers", False),
+        (
+            LOSS._replace(mean="seq", ratio="group", mask_truncated=True, kl="abs"),
+            2,
+            "activations",
+            True,
+        ),
     ],
 )
 def test_update_depends_on_neither_cut_nor_rows_nor_memory(
@@ -255,3 +257,54 @@ def test_the_gap_to_the_sampler_is_the_mean_over_tokens(samples):
     # What stands after the end does not count.
     moved = jnp.where(samples.mask, samples.logprobs + 0.25, 9.0)
     assert learner.sampler_gap(moved, samples) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(("mean", "count", "pack"), [("token", 1, False), ("seq", 4, True)])
+def test_imitation_is_the_mean_of_what_scoring_finds(setting, batch, samples, mean, count, pack):
+    """Of the response tokens alone; a response that is not there counts for nothing."""
+    lengths = np.asarray(samples.lengths).copy()
+    lengths[1, 2] = 0
+    given = samples._replace(lengths=jnp.asarray(lengths))
+    rows = packing.plan(lengths, T, (2 * T,)) if pack else None
+    options = OPTIONS._replace(temperature=1.0)
+    logprobs = learner.response_logprobs(
+        setting.params,
+        batch,
+        given,
+        None,
+        setting.banned,
+        config=setting.config,
+        options=options,
+        count=1,
+    )
+    mask = np.arange(T) < lengths[..., None]
+    each = [logprobs[i, g][mask[i, g]] for i, g in np.ndindex(B, G) if lengths[i, g]]
+    wanted = np.mean(np.concatenate(each)) if mean == "token" else np.mean([x.mean() for x in each])
+    optimizer = optax.sgd(0.1)
+    state, metrics = learner.imitate(
+        TrainState.create(jax.tree.map(jnp.array, setting.params), optimizer),
+        batch,
+        given,
+        rows,
+        setting.banned,
+        config=setting.config,
+        optimizer=optimizer,
+        loss=LOSS._replace(mean=mean, entropy=False),
+        options=options,
+        count=count,
+    )
+    assert metrics["loss"] == pytest.approx(-float(wanted), rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(np.exp(-float(wanted)), rel=1e-5)
+    _, after = learner.imitate(
+        state,
+        batch,
+        given,
+        rows,
+        setting.banned,
+        config=setting.config,
+        optimizer=optimizer,
+        loss=LOSS._replace(mean=mean, entropy=False),
+        options=options,
+        count=count,
+    )
+    assert after["loss"] < metrics["loss"]

@@ -1,6 +1,5 @@
 """A whole run on a tiny policy: every part of the loop, resuming, counting, refusing."""
 
-import io
 import json
 import os
 import signal
@@ -9,76 +8,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import tiny_run
 from ml_collections import ConfigDict
+from tiny_run import make_folder, read_metrics, write_rows
 
-from configs import cpu_demo
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
-from emor3_jax.embedded import tasks
-from emor3_jax.embedded.base_policy import model_config
-from emor3_jax.embedded.emoscenes import draw, scene
-from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.export import export
-from emor3_jax.models import Policy, load, save
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models import load
 from emor3_jax.rewards import Group
 from emor3_jax.train import train
-
-QUESTION = "<image>which emotion ?"
-
-
-def _png(s: scene.Scene) -> bytes:
-    out = io.BytesIO()
-    draw.draw(s, 112).save(out, "PNG")
-    return out.getvalue()
-
-
-def _write_rows(path: Path, count: int, seed: int, bad: bool = False) -> None:
-    rng = np.random.default_rng(seed)
-    scenes = [scene.sample("drawn", rng) for _ in range(count)]
-    rows = [
-        {"images": [{"bytes": _png(s), "path": None}], "problem": QUESTION, "answer": s.label}
-        for s in scenes
-    ]
-    if bad:
-        rows[1]["answer"] = "boredom"
-        rows[2]["problem"] = "<image>  "
-        rows[3]["images"][0]["bytes"] = b"no image"
-        rows[4]["problem"] = "<image>" + "which " * 500
-    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A random policy of 30 thousand parameters and two parquet files."""
-    folder = tmp_path_factory.mktemp("run")
-    tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
-    config = ConfigDict(
-        {
-            "model": {
-                "vocab_size": 800,
-                "vision_width": 32,
-                "vision_layers": 1,
-                "width": 32,
-                "layers": 1,
-                "heads": 2,
-                "kv_heads": 1,
-            }
-        }
-    )
-    shapes = model_config(config, tokenizer)
-    params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
-    processor = Processor(tokenizer, ImageSettings(min_pixels=112**2, max_pixels=112**2))
-    save(Policy(shapes, params, processor), folder / "policy")
-    _write_rows(folder / "train.parquet", 14, 0, bad=True)
-    _write_rows(folder / "test.parquet", 6, 1)
-    return folder
+    return make_folder(tmp_path_factory.mktemp("run"))
 
 
 def share_of_length(group: Group) -> jax.Array:
@@ -93,28 +41,12 @@ def letters(response: str, label: str) -> float:
 
 
 def make_config(folder: Path) -> ConfigDict:
-    config = cpu_demo.get_config()
-    config.policy.path = str(folder / "policy")
-    config.data.train = dataset(kind="parquet", path=str(folder / "train.parquet"))
-    config.evaluate.sets = ConfigDict()
-    config.evaluate.sets.test = dataset(kind="parquet", path=str(folder / "test.parquet"))
-    config.evaluate.prompts, config.evaluate.every, config.evaluate.during = 4, 2, 4
-    config.steps = 3
-    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 4, 3, 8
-    config.policy_update.prompts, config.policy_update.micro_prompts = 2, 1
-    config.policy_update.response_lengths = (8,)
-    config.reflect.text_lengths = (8,)
-    config.checkpoint.every = 2
+    """A run of three steps with a reward term of each kind."""
+    config = tiny_run.make_config(folder)
     config.reward.terms.brief = reward_term(weight=-0.2, pattern=r"^.{0,4}$")
     config.reward.terms.length = reward_term(weight=0.01, function=f"{__name__}:share_of_length")
     config.reward.terms.letters = reward_term(weight=0.0, text=f"{__name__}:letters")
-    config.reward.table_cache = str(folder / "tables")
-    config.log.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     return config
-
-
-def read_metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +283,7 @@ def test_a_config_that_cannot_run_stops_before_any_compile(folder, field, value,
 
 
 def test_no_usable_row_stops_before_any_compile(folder):
-    _write_rows(folder / "none.parquet", 3, 2)
+    write_rows(folder / "none.parquet", 3, 2)
     config = make_config(folder)
     config.data.train = dataset(
         kind="parquet", path=str(folder / "none.parquet"), labels="joy,envy"

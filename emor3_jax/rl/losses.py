@@ -74,6 +74,17 @@ def token_weights(mask: jax.Array, mean: str = "token", *, limit: int | None = N
     raise ValueError(f"mean={mean!r}: must be one of {', '.join(MEANS)}")
 
 
+def imitation_loss(logprobs: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the negative log-likelihood of given responses, float32[].
+
+    Args:
+      logprobs: float32[B, G, T], under the policy.
+      weights: float32[B, G, T] from `token_weights`, 0 where there is no token.
+    """
+    chex.assert_equal_shape([logprobs, weights])
+    return -jnp.sum(jnp.where(weights > 0, weights * logprobs, 0.0))
+
+
 def log_ratio(
     logprobs: jax.Array, old_logprobs: jax.Array, used: jax.Array, ratio: str = "token"
 ) -> jax.Array:
