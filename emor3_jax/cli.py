@@ -34,15 +34,26 @@ STOPPED = 75
 """Exit status of a run that a signal ended before its last step: the same command goes on."""
 
 
-def run(program: Callable[[ConfigDict, Path], object], workdir: str | None = None) -> None:
+def run(
+    program: Callable[[ConfigDict, Path], object],
+    workdir: str | None = None,
+    *,
+    may_stop: bool = False,
+) -> None:
     """Parses the command line and runs a program that writes to the folder of a run.
 
     Args:
       program: takes the config and the folder of the run.
       workdir: that folder where the command line names none; None requires that it does.
+      may_stop: the program returns nothing where a signal stopped it; the exit status is `STOPPED`.
     """
+
+    def run_in_folder(config: ConfigDict) -> None:
+        if not program(config, local_folder(folder.value)) and may_stop:
+            sys.exit(STOPPED)
+
     folder = flags.DEFINE_string("workdir", workdir, "Folder of the run.", required=workdir is None)
-    run_without_workdir(lambda config: program(config, local_folder(folder.value)))
+    run_without_workdir(run_in_folder)
 
 
 def local_folder(path: str) -> Path:

@@ -4,14 +4,20 @@ A file in `configs/` starts from `default()` and sets what differs. `--config.ke
 on the command line; an unknown key is an error that names the nearest one (`ml_collections`).
 """
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.models import is_hub_id
 from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
 from emor3_jax.rewards.patterns import PatternError
 from emor3_jax.rewards.terms import Term, TermError, make_term
+from emor3_jax.rl.advantages import ESTIMATORS
+from emor3_jax.rl.kl import ESTIMATES
+from emor3_jax.rl.losses import MEANS, RATIOS
 
 EMBEDDED = "embedded"
 """`policy.path` of the base policy that the package trains itself, without any download."""
@@ -125,8 +131,8 @@ def default() -> ConfigDict:
     config.data.sort_by_size = False
     # Of a prompt over the largest length: "drop" the row, or "cut" the end of its question.
     config.data.long_prompts = "drop"
-    # Template files, or a built-in set by name: "qwen" or "tiny"; for `set` also "think" and
-    # "direct", which have no steps (docs/data.md).
+    # Template files, or a built-in set by name: "qwen" or "tiny"; for `set` also "think", "direct"
+    # and "tiny_direct", which have no steps (docs/data.md).
     config.data.templates = ConfigDict()
     config.data.templates.set = "qwen"
     config.data.templates.coherence = "qwen"
@@ -147,6 +153,9 @@ def default() -> ConfigDict:
     config.rollout.halvings = 2
     # Decode without a loop over the layers: faster on CPU in bfloat16 (docs/engine.md).
     config.rollout.unroll = False
+    # DAPO's dynamic sampling: further batches a step may draw to replace prompts whose rewards are
+    # all equal; then it goes on with what it has. 0 keeps every prompt.
+    config.rollout.resample = 0
     config.rollout.temperature = 1.0
     config.rollout.top_p = 1.0
 
@@ -167,6 +176,14 @@ def default() -> ConfigDict:
     config.reward.coherence_target = "label"
     config.reward.lambda_reflect = 0.1
     config.reward.lambda_format = 0.1
+    # What the format score asks for: "set", the three steps and the box; or "boxed", the box alone.
+    config.reward.format = "set"
+    # What stands for the reflection in the reward: "both", "coherence" or "consistency".
+    config.reward.reflection = "both"
+    # DAPO's soft over-long penalty, times its weight: grows over the last so many of
+    # `rollout.max_tokens`; 0 is none.
+    config.reward.overlong = 0
+    config.reward.overlong_weight = 1.0
     # Name → `reward_term(…)`: terms of one's own, added with their weights.
     config.reward.terms = ConfigDict()
     # Folder of reward tables, shared by runs; "" keeps none.
@@ -183,12 +200,29 @@ def default() -> ConfigDict:
     config.policy_update.schedule = "constant"
     config.policy_update.weight_decay = 1e-2
     config.policy_update.max_grad_norm = 1.0
+    # "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline" or "remax", which answers
+    # each prompt once more, greedily (rl/advantages.py).
+    config.policy_update.advantage = "grpo"
+    # "token", "sequence" (GSPO) or "group" (GEPO), see rl/losses.py.
+    config.policy_update.ratio = "token"
+    # A `clip_low` of 1 and infinite others clip nothing.
     config.policy_update.clip_low = 0.2
     config.policy_update.clip_high = 0.3
     config.policy_update.clip_dual = 3.0
-    config.policy_update.kl_coef = 1e-2
-    # "token": mean over all response tokens; "seq": within each response first.
+    # "token": mean over all response tokens; "seq": within each response first; "constant": each
+    # token weighs 1 / `rollout.max_tokens` of its response.
     config.policy_update.mean = "token"
+    # Leave responses that were cut off at `rollout.max_tokens` out of the loss (DAPO).
+    config.policy_update.mask_truncated = False
+    # Estimate of the KL to the reference: "k1", "k2", "k3", "abs" or "off" (rl/kl.py), and whether
+    # it is a term of the "loss" or is taken off the "reward".
+    config.policy_update.kl = "k3"
+    config.policy_update.kl_place = "loss"
+    # Its weight; where `kl_target`, in nats a token, is over 0, the weight at the start. It then
+    # changes by up to a fifth in `kl_horizon` responses to come to that target.
+    config.policy_update.kl_coef = 1e-2
+    config.policy_update.kl_target = 0.0
+    config.policy_update.kl_horizon = 10_000.0
     # "sampler": the behaviour policy's log-probabilities are those that sampling recorded;
     # "recompute": they are computed again before the first update, `policy/sampler_gap` apart.
     config.policy_update.old_logprobs = "sampler"
@@ -202,6 +236,12 @@ def default() -> ConfigDict:
     config.policy_update.logprob_chunk = 1024
     # Padded response lengths of scoring and update; a batch takes the smallest that fits.
     config.policy_update.response_lengths = (256, 512, 1024, 2048)
+
+    # Supervised fine-tuning (`emor3_jax.sft`); everything else of it is in the other sections.
+    config.sft = ConfigDict()
+    # "label": the boxed label alone; "response": what each row says itself, at most so many of it.
+    config.sft.target = "label"
+    config.sft.responses = 4
 
     config.evaluate = ConfigDict()
     # Name → data set; the first one is watched during training.
@@ -218,6 +258,8 @@ def default() -> ConfigDict:
     # The program evaluates the policy of a run's checkpoint instead of `policy.path`, which it must
     # have started from: "runs/demo" (the newest) or "runs/demo/checkpoints/40".
     config.evaluate.checkpoint = ""
+    # Ask both reflections here even where `reflect.enabled` is false, for the metrics of reasoning.
+    config.evaluate.reflect = False
 
     config.mesh = ConfigDict()
     # Sizes of the mesh axes; -1 is "the rest".
@@ -380,11 +422,10 @@ def validate(config: ConfigDict) -> None:
     need(update.learning_rate > 0, "policy_update.learning_rate", "must be over 0")
     schedules = ("constant", "linear")
     need(update.schedule in schedules, "policy_update.schedule", f"must be one of {schedules}")
-    need(0 <= update.clip_low < 1, "policy_update.clip_low", "must lie in [0, 1)")
+    need(0 <= update.clip_low <= 1, "policy_update.clip_low", "must lie in [0, 1]")
     need(update.clip_high >= 0, "policy_update.clip_high", "must be 0 or more")
-    need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1")
-    need(update.kl_coef >= 0, "policy_update.kl_coef", "must be 0 or more")
-    need(update.mean in ("token", "seq"), "policy_update.mean", "must be 'token' or 'seq'")
+    need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1; inf is none")
+    _check_algorithm(config, need)
     remats = ("none", "activations", "layers")
     need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
     sources = ("sampler", "recompute")
@@ -401,6 +442,105 @@ def validate(config: ConfigDict) -> None:
         "evaluate.votes",
         "at evaluate.temperature=0 all responses to a row are the same; raise it, or ask once",
     )
+
+
+def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """Checks the choices that make an algorithm, and that they go together."""
+    update, responses = config.policy_update, config.rollout.responses
+    choices = {
+        "policy_update.advantage": (update.advantage, tuple(ESTIMATORS)),
+        "policy_update.ratio": (update.ratio, RATIOS),
+        "policy_update.mean": (update.mean, MEANS),
+        "policy_update.kl": (update.kl, (*ESTIMATES, "off")),
+        "policy_update.kl_place": (update.kl_place, ("loss", "reward")),
+        "reward.format": (config.reward.format, ("set", "boxed")),
+        "reward.reflection": (config.reward.reflection, ("both", "coherence", "consistency")),
+    }
+    for field, (value, known) in choices.items():
+        need(value in known, field, f"must be one of {', '.join(map(repr, known))}")
+
+    least = ESTIMATORS[update.advantage].responses
+    need(
+        responses >= least,
+        "policy_update.advantage",
+        f"compares the responses of a group and needs at least {least}, but rollout.responses="
+        f"{responses}; raise it, or take 'reinforce_pp' or 'remax'",
+    )
+    of_response = update.ratio != "token"
+    need(
+        not of_response or update.mean == "seq",
+        "policy_update.ratio",
+        f"is one ratio for all tokens of a response, which policy_update.mean={update.mean!r} "
+        "would weigh by its length; set the mean to 'seq', or the ratio to 'token'",
+    )
+    need(
+        update.ratio != "sequence" or max(update.clip_low, update.clip_high) <= 0.1,
+        "policy_update.ratio",
+        "is a mean over tokens, close to 1, which the range of single tokens "
+        f"policy_update.clip_low={update.clip_low}, policy_update.clip_high={update.clip_high} "
+        "would never clip; set both to at most 0.1 (the paper's are 3e-4 and 4e-4)",
+    )
+    need(
+        update.ratio != "group" or (update.clip_low == 1 and update.clip_high == math.inf),
+        "policy_update.ratio",
+        "is not 1 where policies are equal, so that policy_update.clip_low="
+        f"{update.clip_low}, policy_update.clip_high={update.clip_high} would clip at once; set "
+        "them to 1 and inf",
+    )
+    need(update.kl_coef >= 0, "policy_update.kl_coef", "must be 0 or more")
+    need(update.kl_target >= 0, "policy_update.kl_target", "must be 0 or more")
+    need(update.kl_horizon > 0, "policy_update.kl_horizon", "must be over 0")
+    need(
+        not update.kl_target or uses_reference(config),
+        "policy_update.kl_target",
+        f"needs a KL, but policy_update.kl={update.kl!r} and policy_update.kl_coef="
+        f"{update.kl_coef}; choose an estimate and a weight to start from, or a target of 0",
+    )
+    # The controller's factor must stay over 0.
+    need(
+        not update.kl_target or config.rollout.prompts * responses <= update.kl_horizon,
+        "policy_update.kl_horizon",
+        f"must be at least the {config.rollout.prompts * responses} responses of a step "
+        "(rollout.prompts * rollout.responses)",
+    )
+    need(
+        update.kl != "k1" or update.kl_place == "reward",
+        "policy_update.kl",
+        "has a gradient that knows nothing of the reference, so that policy_update.kl_place='loss' "
+        "is of no use; set the place to 'reward', or the estimate to 'k2', 'k3' or 'abs'",
+    )
+
+    reward, limit = config.reward, config.rollout.max_tokens
+    rule = f"must be 0 (none) to rollout.max_tokens={limit}"
+    need(0 <= reward.overlong <= limit, "reward.overlong", rule)
+    need(reward.overlong_weight >= 0, "reward.overlong_weight", "must be 0 or more")
+    need(
+        config.reflect.enabled or reward.reflection == "both",
+        "reward.reflection",
+        "chooses among reflections that reflect.enabled=False does not ask; enable them, or set "
+        "this to 'both'",
+    )
+    plain = config.data.templates.set in PLAIN_STYLES
+    need(
+        not plain or not config.reflect.enabled,
+        "data.templates.set",
+        "asks for no steps to reflect on, but reflect.enabled=True; set it to false",
+    )
+    need(
+        not plain or reward.format == "boxed" or not reward.lambda_format,
+        "data.templates.set",
+        "asks for no steps, which reward.format='set' looks for; set it to 'boxed', or "
+        "reward.lambda_format to 0",
+    )
+    targets = ("label", "response")
+    need(config.sft.target in targets, "sft.target", f"must be one of {targets}")
+    need(config.sft.responses >= 1, "sft.responses", "must be at least 1")
+    need(config.rollout.resample >= 0, "rollout.resample", "must be 0 or more")
+
+
+def uses_reference(config: ConfigDict) -> bool:
+    """Returns whether a step scores the responses under the reference."""
+    return config.policy_update.kl != "off" and config.policy_update.kl_coef > 0
 
 
 def reward_terms(config: ConfigDict) -> tuple[Term, ...]:

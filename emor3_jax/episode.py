@@ -35,6 +35,9 @@ from emor3_jax.rollout.engine import ALL_AT_ONCE, Finished, Opening, Plan
 from emor3_jax.rollout.generate import Samples, SamplingRule
 from emor3_jax.rollout.likelihood import make_candidates
 
+BOXED = r"(?s)\\boxed\{.*\}"
+"""The format of a plain answer: a box that is closed, wherever it stands."""
+
 NOTHING_TO_JUDGE = -3
 """`Scores.inferred` of a response without a text for the coherence question, or not asked."""
 
@@ -149,6 +152,8 @@ class Actor:
         dtype: jnp.dtype,
         soft: bool = False,
         terms: Sequence[Term] = (),
+        format: str = "set",
+        reflection: str = "both",
         table_cache: str = "",
     ) -> None:
         """Prepares the reward tables and the two questions.
@@ -166,12 +171,16 @@ class Actor:
           dtype: compute type.
           soft: score replies by their likelihood instead of sampling them.
           terms: reward terms of one's own.
+          format: "set", or "boxed": the format score asks for a closed box alone.
+          reflection: "both", or the one score that has the reflection's whole weight: "coherence"
+            or "consistency".
           table_cache: folder where reward tables are kept; "" keeps none.
         """
         self.config, self.tokenizer, self.labels = config, tokenizer, tuple(labels)
         self.dtype, self.rule, self.text_lengths = dtype, reflect_rule, tuple(text_lengths)
         self.terms = tuple(terms)
-        patterns = [term.pattern for term in terms if term.pattern]
+        patterns = [BOXED] if format == "boxed" else []
+        patterns += [term.pattern for term in terms if term.pattern]
         scorer = rewards.Scorer(tokenizer, labels, profile, patterns=patterns, cache=table_cache)
         self.tables = scorer.tables
         self.banned = banned_ids(config, tokenizer)
@@ -197,6 +206,8 @@ class Actor:
             "lambda_reflect": lambda_reflect,
             "lambda_format": lambda_format,
             "terms": self.terms,
+            "boxed": format == "boxed",
+            "reflection": reflection,
         }
 
     def run(
@@ -393,7 +404,15 @@ _judge_consistency = jax.jit(reflect.judge_consistency, static_argnames=("config
 
 @partial(
     jax.jit,
-    static_argnames=("profile", "answer_is_target", "lambda_reflect", "lambda_format", "terms"),
+    static_argnames=(
+        "profile",
+        "answer_is_target",
+        "lambda_reflect",
+        "lambda_format",
+        "terms",
+        "boxed",
+        "reflection",
+    ),
 )
 def _score(
     tables,
@@ -408,6 +427,8 @@ def _score(
     lambda_reflect,
     lambda_format,
     terms,
+    boxed,
+    reflection,
 ):
     shape = samples.lengths.shape
 
@@ -417,6 +438,8 @@ def _score(
     format_, answer, *matches = (
         x.reshape(shape) for x in rewards.score_response(tables, *flat(samples))
     )
+    if boxed:
+        format_ = matches.pop(0)
     label = jnp.broadcast_to(answers[:, None], shape)
     accuracy = rewards.graded_accuracy(answer, grades)
     if replies is None:
@@ -447,8 +470,8 @@ def _score(
     overall = rewards.combine(
         format_,
         accuracy,
-        coherence,
-        consistency,
+        consistency if reflection == "consistency" else coherence,
+        coherence if reflection == "coherence" else consistency,
         profile=profile,
         lambda_reflect=lambda_reflect,
         lambda_format=lambda_format,

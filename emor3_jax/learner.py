@@ -1,6 +1,6 @@
-"""Reference pass and policy update over grouped batches, cut into micro-batches of whole groups."""
+"""Reference pass, policy update and imitation over grouped batches, in micro-batches of groups."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import optax
 
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import bucket
+from emor3_jax.models.lora import Lora
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.layers import Remat
 from emor3_jax.rl import losses
@@ -23,9 +24,10 @@ class LossOptions(NamedTuple):
     """The loss of the config's `policy_update` section; hashable, a static argument.
 
     Attributes:
-      clip_low, clip_high, clip_dual, kl_coef: see `losses.policy_loss`.
-      mean: see `losses.token_weights`.
+      clip_low, clip_high, clip_dual, kl_coef, ratio, kl: see `losses.policy_loss`.
+      mean, limit: see `losses.token_weights`.
       entropy: also report the entropy, for one more pass over the logits.
+      mask_truncated: leave out responses that were cut off (DAPO, arXiv 2503.14476).
     """
 
     clip_low: float
@@ -34,6 +36,17 @@ class LossOptions(NamedTuple):
     kl_coef: float
     mean: str
     entropy: bool = True
+    ratio: str = "token"
+    kl: str = "k3"
+    limit: int | None = None
+    mask_truncated: bool = False
+
+    def weights(self, samples: Samples) -> jax.Array:
+        """Returns the weight of each token of an update's responses, float32[B, G, T]."""
+        mask = samples.mask
+        if self.mask_truncated:
+            mask &= samples.ended[..., None]
+        return losses.token_weights(mask, self.mean, limit=self.limit)
 
 
 class ScoreOptions(NamedTuple):
@@ -112,6 +125,7 @@ def _score(
     config: Config,
     options: ScoreOptions,
     entropy: bool = False,
+    features: jax.Array | None = None,
 ) -> Score:
     return score_responses(
         config,
@@ -129,6 +143,7 @@ def _score(
         chunk=options.chunk,
         entropy=entropy,
         packing=packing,
+        features=features,
     )
 
 
@@ -139,6 +154,7 @@ def response_logprobs(
     samples: Samples,
     packing: Packing | None,
     banned: jax.Array,
+    features: jax.Array | None = None,
     *,
     config: Config,
     options: ScoreOptions,
@@ -151,14 +167,20 @@ def response_logprobs(
       batch, samples: the prompts and their responses.
       packing: how responses share rows, or None.
       banned: bool[V].
+      features: float[B, S, D], what the tower made of the pictures; None asks it.
       config: of the policy.
       options: how to score.
       count: micro-batches, must divide B.
     """
     merge = config.vision.spatial_merge_size**2
-    cut = jax.tree.map(lambda x: _cut(x, count), (samples, packing))
-    micro = micro_batches(batch, merge, count), *cut
-    logprobs = jax.lax.map(lambda m: _score(params, *m, banned, config, options).logprobs, micro)
+    cut = jax.tree.map(lambda x: _cut(x, count), (samples, packing, features))
+    micro = (micro_batches(batch, merge, count), *cut[:2]), cut[2]
+
+    def score(micro):
+        rows, seen = micro
+        return _score(params, *rows, banned, config, options, features=seen).logprobs
+
+    logprobs = jax.lax.map(score, micro)
     return jnp.swapaxes(logprobs, 0, 1).reshape(samples.tokens.shape)
 
 
@@ -175,6 +197,8 @@ def update(
     advantages: jax.Array,
     ref_logprobs: jax.Array | None,
     banned: jax.Array,
+    kl_coef: jax.Array | None = None,
+    lora: Lora | None = None,
     *,
     config: Config,
     optimizer: optax.GradientTransformation,
@@ -192,6 +216,8 @@ def update(
       advantages: float32[B, G].
       ref_logprobs: float32[B, G, T], or None for no KL term.
       banned: bool[V].
+      kl_coef: float32[], weight of the KL term where it changes with the steps; None is the loss's.
+      lora: the base of the adapters, where the state's parameters are these.
       config: of the policy.
       optimizer: optax transformation.
       loss: the loss.
@@ -201,36 +227,139 @@ def update(
     Returns:
       The new state and metrics: those of `losses.policy_loss`, `moved` (how far the responses'
       log-probabilities are from those given, in the mean), `grad_norm`, `skipped`, and `entropy` if
-      asked for.
+      asked for. All but the loss are means over the tokens that count.
     """
-    merge = config.vision.spatial_merge_size**2
-    weights = losses.token_weights(samples.mask, loss.mean)
+    weights = loss.weights(samples)
 
-    def loss_fn(params, micro):
-        (rows, responses, rows_of_places), (advantage, weight, ref) = micro
-        score = _score(
-            params, rows, responses, rows_of_places, banned, config, options, loss.entropy
-        )
+    def value(score, responses, weight, advantage, ref):
         value, metrics = losses.policy_loss(
             score.logprobs,
             responses.logprobs,
             advantage,
             weight,
             ref_logprobs=ref,
+            ratio=loss.ratio,
             clip_low=loss.clip_low,
             clip_high=loss.clip_high,
             clip_dual=loss.clip_dual,
-            kl_coef=loss.kl_coef,
+            kl=loss.kl,
+            kl_coef=loss.kl_coef if kl_coef is None else kl_coef,
         )
         gap = jnp.abs(score.logprobs - responses.logprobs)
         metrics["moved"] = jnp.sum(weight * jnp.where(weight > 0, gap, 0.0))
-        if loss.entropy:
-            metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
         return value, metrics
 
-    of_loss = advantages, weights, ref_logprobs
+    of_loss = weights, advantages, ref_logprobs
+    return _learn(
+        state,
+        batch,
+        samples,
+        packing,
+        of_loss,
+        banned,
+        lora,
+        value,
+        config,
+        optimizer,
+        loss,
+        options,
+        count,
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "optimizer", "loss", "options", "count"),
+    donate_argnames="state",
+)
+def imitate(
+    state: TrainState,
+    batch: Batch,
+    samples: Samples,
+    packing: Packing | None,
+    banned: jax.Array,
+    lora: Lora | None = None,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    loss: LossOptions,
+    options: ScoreOptions,
+    count: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one optimizer step towards given responses: the mean of their -log-probabilities.
+
+    Prompt tokens carry no loss. Arguments as of `update`; the loss chooses the mean, and responses
+    of length 0 count for nothing.
+
+    Returns:
+      The new state and metrics: `loss`, `perplexity` of a token, `grad_norm`, `skipped`, and
+      `entropy` if asked for.
+    """
+    weights = loss.weights(samples)
+
+    def value(score, _, weight):
+        value = losses.imitation_loss(score.logprobs, weight)
+        return value, {"loss": value}
+
+    state, metrics = _learn(
+        state,
+        batch,
+        samples,
+        packing,
+        (weights,),
+        banned,
+        lora,
+        value,
+        config,
+        optimizer,
+        loss,
+        options,
+        count,
+    )
+    mean = metrics["loss"] / jnp.maximum(weights.sum(), 1e-9)
+    return state, metrics | {"perplexity": jnp.exp(mean)}
+
+
+def _learn(
+    state: TrainState,
+    batch: Batch,
+    samples: Samples,
+    packing: Packing | None,
+    of_loss: tuple,
+    banned: jax.Array,
+    lora: Lora | None,
+    value: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    loss: LossOptions,
+    options: ScoreOptions,
+    count: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one optimizer step on a loss of the responses' scores, summed over micro-batches.
+
+    Args:
+      of_loss: what the loss reads of each response, the weights of its tokens first.
+      value: (score, responses, *of_loss) of a micro-batch → its part of the loss, and of metrics.
+    """
+    merge = config.vision.spatial_merge_size**2
+
+    def loss_fn(params, micro):
+        (rows, responses, rows_of_places), (weight, *rest) = micro
+        params = params if lora is None else lora.overlay(params)
+        score = _score(
+            params, rows, responses, rows_of_places, banned, config, options, loss.entropy
+        )
+        part, metrics = value(score, responses, weight, *rest)
+        if loss.entropy:
+            metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
+        return part, metrics
+
     cut = jax.tree.map(lambda x: _cut(x, count), (samples, packing, of_loss))
     micro = (micro_batches(batch, merge, count), *cut[:2]), cut[2]
     grads, metrics = accumulate(loss_fn, state.params, micro)
+    if loss.mean == "constant":
+        # Its weights do not sum to 1, as those that a metric is a mean by should.
+        total = jnp.maximum(of_loss[0].sum(), 1e-9)
+        metrics = {k: x if k == "loss" else x / total for k, x in metrics.items()}
     state, applied = apply_gradients(state, grads, optimizer)
     return state, metrics | applied

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax import account
-from emor3_jax.config import EMBEDDED, ConfigError, base_policy, reward_terms
+from emor3_jax.config import EMBEDDED, ConfigError, base_policy, reward_terms, uses_reference
 from emor3_jax.data import generic
 from emor3_jax.data.batch import Batch
 from emor3_jax.data.errors import DataError
@@ -31,12 +32,14 @@ from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
 from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, read_ids
 from emor3_jax.embedded.emoscenes import builder, words
-from emor3_jax.episode import Actor, Judgement, Replies, stop_ids
+from emor3_jax.episode import Actor, Judgement, Replies, Scores, stop_ids
 from emor3_jax.learner import LossOptions, ScoreOptions
 from emor3_jax.models import Policy, find, load, read_config
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import check_policy, param_shardings, places
+from emor3_jax.rl.kl import adapt
+from emor3_jax.rl.shaping import overlong
 from emor3_jax.rl.update import make_optimizer
 from emor3_jax.rollout import packing
 from emor3_jax.rollout.engine import Plan
@@ -276,7 +279,12 @@ def _open_kind(config: ConfigDict, field: str, dataset: ConfigDict) -> tuple[Sou
     kind, path, question = dataset.kind, dataset.path, dataset.question
     if kind == "emoscenes":
         built = builder.prepare(config.data.folder, config.data.scene_size)
-        source = EmoScenesSource(dataset.split, built.data_dir, question or words.QUESTION)
+        source = EmoScenesSource(
+            dataset.split,
+            built.data_dir,
+            question or words.QUESTION,
+            responses=config.sft.target == "response",
+        )
         return source, "emotion6" if dataset.split.startswith("shifted") else "mikels8"
     if kind == "parquet":
         if not path:
@@ -382,8 +390,18 @@ def _mix(config: ConfigDict, sources: dict[str, Source]) -> Parts:
     return Parts(starts, weights, [dataset.balance == "class" for dataset in described.values()])
 
 
-def make_actor(config: ConfigDict, policy: Policy, labels: tuple[str, ...]) -> Actor:
-    """Returns the actor for a label set."""
+def make_actor(
+    config: ConfigDict, policy: Policy, labels: tuple[str, ...], *, training: bool = False
+) -> Actor:
+    """Returns the actor for a label set.
+
+    Args:
+      config: of the run.
+      policy: its config and tokenizer.
+      labels: the label set.
+      training: whether it answers to learn; evaluation may reflect where training does not.
+    """
+    asks = config.reflect.enabled or (config.evaluate.reflect and not training)
     rule = SamplingRule(
         config.reflect.max_tokens,
         config.reflect.temperature,
@@ -399,11 +417,13 @@ def make_actor(config: ConfigDict, policy: Policy, labels: tuple[str, ...]) -> A
         coherence_target=config.reward.coherence_target,
         lambda_reflect=config.reward.lambda_reflect,
         lambda_format=config.reward.lambda_format,
-        reflect_rule=rule if config.reflect.enabled else None,
+        reflect_rule=rule if asks else None,
         text_lengths=tuple(config.reflect.text_lengths),
         dtype=jnp.dtype(config.policy.dtype),
         soft=config.reflect.soft,
         terms=reward_terms(config),
+        format=config.reward.format,
+        reflection=config.reward.reflection,
         table_cache=config.reward.table_cache,
     )
 
@@ -479,8 +499,43 @@ def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossO
         frozen=in_vision_tower if config.policy.freeze_vision_tower else None,
     )
     return optimizer, LossOptions(
-        c.clip_low, c.clip_high, c.clip_dual, c.kl_coef, c.mean, c.entropy
+        c.clip_low,
+        c.clip_high,
+        c.clip_dual,
+        c.kl_coef,
+        c.mean,
+        c.entropy,
+        c.ratio,
+        # In the reward it needs no estimate in the loss; the name would only compile anew.
+        "k3" if c.kl == "off" else c.kl,
+        config.rollout.max_tokens if c.mean == "constant" else None,
+        c.mask_truncated,
     )
+
+
+def make_shaping(config: ConfigDict) -> Callable[[Scores, Samples], jax.Array]:
+    """Returns a function from scores and responses to the rewards that advantages compare."""
+    buffer, weight = config.reward.overlong, config.reward.overlong_weight
+    if not buffer or not weight:
+        return lambda scores, samples: scores.overall
+    limit = config.rollout.max_tokens
+
+    def shaped(scores: Scores, samples: Samples) -> jax.Array:
+        return scores.overall + weight * overlong(samples.lengths, limit=limit, buffer=buffer)
+
+    return jax.jit(shaped)
+
+
+def make_kl_control(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """Returns a function from coefficient and KL of a step to the coefficient of the next.
+
+    None where the coefficient is fixed.
+    """
+    c = config.policy_update
+    if not c.kl_target:
+        return None
+    responses = config.rollout.prompts * config.rollout.responses
+    return jax.jit(partial(adapt, target=c.kl_target, responses=responses, horizon=c.kl_horizon))
 
 
 def make_meter(
@@ -514,7 +569,7 @@ def make_meter(
         means = hosts.exchange([getattr(shapes, name) for name in names])
         shapes = shapes._replace(**dict(zip(names, np.mean(means, axis=0), strict=True)))
         recompute = config.policy_update.old_logprobs == "recompute"
-        reference = bool(config.policy_update.kl_coef)
+        reference = uses_reference(config)
         return account.step_flops(policy.config, shapes, reference=reference, old=recompute)
 
     return flops

@@ -13,37 +13,32 @@ moment goes on from its last checkpoint when it is started again with the same w
 On many hosts all run this program and take the same steps (docs/distributed.md).
 """
 
-import json
-import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from emor3_jax import account, cli, prepare
-from emor3_jax.config import validate
+from emor3_jax import account, cli, prepare, rounds
+from emor3_jax.config import uses_reference
 from emor3_jax.data.batch import Batch, take_part
 from emor3_jax.episode import Actor, Judgement, Replies, Scores
-from emor3_jax.evaluate import evaluate, read_sample
+from emor3_jax.evaluate import read_sample
 from emor3_jax.io import report
-from emor3_jax.io.checkpoints import Checkpoints
-from emor3_jax.io.console import Console, duration
-from emor3_jax.io.evaluation import Evaluation, Sample, from_json, prediction_file, to_json
-from emor3_jax.io.metrics import Lap, MetricWriter, PhaseClock, memory
+from emor3_jax.io.evaluation import Evaluation, Sample
+from emor3_jax.io.metrics import Lap, PhaseClock, memory
 from emor3_jax.learner import response_logprobs, sampler_gap, trim, update
-from emor3_jax.models import Policy, save
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch, shard_whole
+from emor3_jax.parallel.mesh import shard_whole
 from emor3_jax.rl import advantages
-from emor3_jax.rl.update import TrainState
+from emor3_jax.rl.kl import penalty
+from emor3_jax.rl.update import TrainState, take_rows
 from emor3_jax.rollout.generate import Samples
+from emor3_jax.run import Pace, Run, StopSignal
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]:
@@ -59,76 +54,41 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     Raises:
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
-    validate(config)
-    say = Console("train")
-    compiles = prepare.start_jax(config.log.compile_cache)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    # For attention kernels, which must be told what part of a batch is a device's.
-    jax.set_mesh(mesh)
-    for section in ("rollout", "policy_update", "evaluate"):
-        check_batch(mesh, f"{section}.prompts", config[section].prompts)
-    for field in ("slots", "refill"):
-        check_batch(mesh, f"rollout.{field}", config.rollout[field])
-    if hosts.is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-    say(f"loading the policy {config.policy.path}")
-    policy = prepare.load_policy(config, say, mesh)
-    say("opening the data")
-    data = prepare.open_data(config, policy, mesh)
-    prepare.keep_config(config, workdir)
-    say("building the reward tables")
-    actors = {name: prepare.make_actor(config, policy, data.labels[name]) for name in data.labels}
-    actor = actors["train"]
+    run = Run.open("train", config, workdir)
+    say, mesh, policy, data = run.say, run.mesh, run.policy, run.data
+    actor = prepare.make_actor(config, policy, data.labels["train"], training=True)
 
     optimizer, loss = prepare.make_update(config)
     reference = policy.params
     # The state is given up to each update, so it starts as a copy of what the reference keeps.
     state = TrainState.create(jax.tree.map(jnp.copy, reference), optimizer)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    step, progress = 0, {}
-    if (latest := checkpoints.latest()) is not None:
-        say(f"going on from the checkpoint of step {latest}")
-        state, progress = checkpoints.restore(latest, state, mesh)
-        data.train.set_state(progress["data"])
-        step = latest
-    writer = MetricWriter(workdir, first_step=step + bool(progress))
+    state = run.resume(state)
+    step = run.step
     rule, plan = prepare.rollout_rule(config, policy), prepare.rollout_plan(config)
     scoring, std = prepare.score_options(config), prepare.group_std(config)
+    learning = config.policy_update
+    adapt_kl, kl_coef = prepare.make_kl_control(config), None
+    if adapt_kl:
+        kl_coef = jnp.float32(run.progress.get("kl_coef", learning.kl_coef))
     meter = prepare.make_meter(config, policy, actor)
     devices = mesh.devices.flat[0].device_kind, mesh.devices.size
     parts = config.rollout.prompts // config.policy_update.prompts
     micro = config.policy_update.prompts // config.policy_update.micro_prompts
 
-    def look(names: tuple[str, ...], limit: int = 0) -> dict[str, Evaluation]:
-        found = {}
-        for name in names:
-            path = workdir / "predictions" / f"{step:06d}" / f"{name}.jsonl"
-            with prediction_file(path) as record:
-                found[name] = evaluate(
-                    actors[name],
-                    state.params,
-                    data.evaluate[name].take(limit) if limit else data.evaluate[name],
-                    config.seed,
-                    rule=prepare.evaluation_rule(config, policy),
-                    plan=prepare.evaluation_plan(config),
-                    put=lambda batch: shard_batch(batch, mesh),
-                    keep=report.SAMPLES,
-                    graded=config.evaluate.sets[name].graded,
-                    votes=config.evaluate.votes,
-                    record=record,
-                )
-        return found
-
-    names = tuple(config.evaluate.sets)
-    if not progress:
-        say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
-        before = look(names)
-        progress = {"before": to_json(before)}
-        writer.write(0, _evaluation_metrics(before))
-        say(_evaluation_line(before))
-
+    run.look_before(state.params)
     say(f"training to step {config.steps}; the first step compiles")
-    stop, clock, started, first = _StopSignal(), PhaseClock(), time.perf_counter(), step
+    stop, clock, pace, first = StopSignal(), PhaseClock(), Pace(step, config.steps), step
+    play = partial(
+        rounds.play,
+        actor,
+        mesh=mesh,
+        responses=config.rollout.responses,
+        rule=rule,
+        plan=plan,
+        shape=prepare.make_shaping(config),
+        greedy=advantages.ESTIMATORS[learning.advantage].greedy,
+        mark=clock.mark,
+    )
     traced = range(first + 3, first + 3 + config.log.profile_steps)
     pending: _Step | None = None
 
@@ -137,11 +97,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         values = done.metrics() | memory() | data.counters() | (extra or {})
         flops = meter(done.batch, done.lengths, done.replies)
         values |= account.throughput(flops, values["time/step_s"], *devices)
-        values["compile/count"] = float(compiles.count)
-        writer.write(done.step, values)
+        values["compile/count"] = float(run.compiles.count)
+        run.writer.write(done.step, values)
         if done.step % config.log.every == 0 or done.step == config.steps:
-            pace = (time.perf_counter() - started) / (done.step - first)
-            say(_progress_line(done.step, config.steps, values, pace))
+            say(_progress_line(done.step, config.steps, values, pace.left(done.step)))
         if hosts.is_first() and (done.step % config.log.samples_every == 0 or done.step == 1):
             sheet = workdir / "samples" / f"{done.step:06d}.html"
             report.write_samples(sheet, done.step, done.read(actor), data.image("train"))
@@ -151,25 +110,23 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     while not last:
         if step + 1 in traced[:1]:
             jax.profiler.start_trace(str(workdir / "profile"))
-        host_batch, ids = upcoming
-        batch = shard_batch(host_batch, mesh)
-
-        samples, replies = actor.run(
-            state.params,
-            batch,
-            jax.random.fold_in(jax.random.key(config.seed), step),
-            responses=config.rollout.responses,
-            rule=rule,
-            plan=plan,
-            parts=mesh.shape["data"] * mesh.shape["fsdp"],
-            mark=clock.mark,
-        )
-        scores = actor.score(batch, samples, replies)
-        advantage = advantages.grpo(scores.overall, std=std)
-        clock.mark("reward", advantage)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        played, extra = play(state.params, *upcoming, key), {}
+        if config.rollout.resample:
+            again = partial(play, state.params)
+            played, extra = rounds.fill(
+                played,
+                again,
+                data.train,
+                key,
+                tries=config.rollout.resample,
+                merge=policy.config.vision.merge_unit,
+                mesh=mesh,
+            )
+        batch, samples, rewards = played.batch, played.samples, played.rewards
 
         # What each host reads of a step, asked for before the device is busy with the update.
-        seen = hosts.everywhere((samples, replies, scores, batch.answers))
+        seen = hosts.everywhere((samples, played.replies, played.scores, batch.answers))
         lengths = jax.device_get(seen[0].lengths)
         scored = trim(samples, int(lengths.max()), config.policy_update.response_lengths)
         rows = shard_whole(prepare.plan_packing(config, policy, lengths, scored), mesh)
@@ -184,20 +141,28 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             count=parts * micro,
         )
         ref_logprobs = gap = None
-        if loss.kl_coef:
+        if uses_reference(config):
             ref_logprobs = logprobs(reference)
             clock.mark("reference", ref_logprobs)
         if config.policy_update.old_logprobs == "recompute":
             old = logprobs(state.params)
             gap, scored = sampler_gap(old, scored), scored._replace(logprobs=old)
             clock.mark("old", old)
+        if ref_logprobs is not None and learning.kl_place == "reward":
+            each, extra["policy/kl"] = penalty(
+                learning.kl, scored.logprobs, ref_logprobs, scored.mask
+            )
+            rewards = rewards - (learning.kl_coef if kl_coef is None else kl_coef) * each
+            ref_logprobs = None
+        advantage = advantages.estimate(learning.advantage, rewards, std=std, greedy=played.greedy)
         learned = []
         for part in range(parts):
             state, metrics = update(
                 state,
                 take_part(batch, part, parts, policy.config.vision.merge_unit),
-                *_part((scored, rows, advantage, ref_logprobs), part, parts),
+                *take_rows((scored, rows, advantage, ref_logprobs), part, parts),
                 actor.banned,
+                kl_coef,
                 config=policy.config,
                 optimizer=optimizer,
                 loss=loss,
@@ -206,6 +171,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             )
             learned.append(metrics)
         clock.mark("update", learned)
+        if adapt_kl:
+            extra["policy/kl_coef"] = kl_coef
+            now = extra.get("policy/kl", sum(metrics["kl"] for metrics in learned) / parts)
+            kl_coef = adapt_kl(kl_coef, now)
         step += 1
 
         # The device is busy now: meanwhile the host logs the step before and reads on.
@@ -216,10 +185,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         waited = time.perf_counter() - before_data
         pending = _Step(
             step,
-            ids,
-            host_batch,
+            played.ids,
+            played.host,
             *seen,
+            hosts.everywhere(rewards),
             learned,
+            extra,
             gap,
             waited,
             clock.lap(),
@@ -231,57 +202,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             jax.profiler.stop_trace()
             say(f"profile of steps {traced[0]} to {step}: {workdir / 'profile'}")
 
-        evaluations: dict[str, float] = {}
-        if step % config.evaluate.every == 0 and step < config.steps and names:
-            now = look(names[:1], config.evaluate.during)
-            evaluations = _evaluation_metrics(now)
-            say(_evaluation_line(now))
+        evaluations = run.look_during(state.params, step)
         if evaluations or last or step % config.checkpoint.every == 0:
             log(pending, evaluations)
             pending = None
             if last or step % config.checkpoint.every == 0:
-                checkpoints.save(step, state, progress | {"data": position})
+                now = {"data": position} | ({"kl_coef": float(kl_coef)} if adapt_kl else {})
+                run.checkpoints.save(step, state, run.progress | now)
             clock.restart()
 
     clock.close()
     stop.restore()
-    checkpoints.close()
-    if step < config.steps:
-        writer.close()
-        say(f"stopped after step {step} as asked; start again with this workdir to go on")
-        return {}
-    say("evaluating after training")
-    before, after = from_json(progress["before"]), look(names)
-    writer.add_events(step, _evaluation_metrics(after))
-    writer.close()
-    metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
-    if hosts.is_first():
-        (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        images = {name: data.image(name) for name in names}
-        report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
-    save(Policy(policy.config, state.params, policy.processor), workdir / "policy")
-    for line in report.before_after_table(before, after).splitlines():
-        say(line)
-    say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
-    return {"before": before, "after": after}
-
-
-class _StopSignal:
-    """Turns SIGTERM and SIGINT into a wish to stop after the step, once; a second one stops now."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._hear) for number in numbers}
-
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def restore(self) -> None:
-        """Puts back what was there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    return run.finish(state.params, step) if step == config.steps else run.stopped(step)
 
 
 class _Step(NamedTuple):
@@ -294,7 +226,9 @@ class _Step(NamedTuple):
     replies: Replies | Judgement | None
     scores: Scores
     answers: jax.Array
+    rewards: jax.Array
     learned: list[dict[str, jax.Array]]
+    extra: dict[str, jax.Array | float]
     sampler_gap: jax.Array | None
     data_seconds: float
     phases: Lap
@@ -317,13 +251,14 @@ class _Step(NamedTuple):
             values[f"policy/{name}"] = float(np.mean([metrics[name] for metrics in learned]))
         values |= {f"time/{phase}_s": value for phase, value in seconds.items()}
         return values | {
-            "group/zero_std_fraction": float(advantages.zero_std_fraction(scores.overall)),
+            "group/zero_std_fraction": float(advantages.zero_std_fraction(self.rewards)),
             "response/length_mean": float(lengths.mean()),
             "response/truncated_fraction": float(1 - ended.mean()),
             "time/data_s": self.data_seconds,
             "time/step_s": step_seconds,
             "throughput/responses_per_s": lengths.size / step_seconds,
             "throughput/tokens_per_s": float(lengths.sum()) / step_seconds,
+            **{name: float(value) for name, value in self.extra.items()},
         }
 
     def read(self, actor: Actor) -> list[Sample]:
@@ -333,12 +268,7 @@ class _Step(NamedTuple):
         return [read_sample(actor, self.ids[i], answers[i], i, 0, *host) for i in shown]
 
 
-def _part(tree: Any, part: int, parts: int) -> Any:
-    """Returns one of `parts` equal parts of the rows of each array."""
-    return jax.tree.map(lambda x: x[part * len(x) // parts : (part + 1) * len(x) // parts], tree)
-
-
-def _progress_line(step: int, steps: int, values: dict[str, float], pace: float) -> str:
+def _progress_line(step: int, steps: int, values: dict[str, float], left: str) -> str:
     reward = "  ".join(
         f"{name} {values[f'reward/{name}']:.2f}"
         for name in ("format", "accuracy", "coherence", "consistency")
@@ -351,31 +281,9 @@ def _progress_line(step: int, steps: int, values: dict[str, float], pace: float)
     return (
         f"step {step}/{steps}  reward {values['reward/overall']:.3f} ({reward})  "
         f"kl {values['policy/kl']:.3f}  {values['time/step_s']:.2f} s ({split})  "
-        f"left {duration(pace * (steps - step))}"
+        f"left {left}"
     )
-
-
-def _evaluation_metrics(results: dict[str, Evaluation]) -> dict[str, float]:
-    return {
-        f"eval/{name}/{metric}": value
-        for name, result in results.items()
-        for metric, value in result.metrics.items()
-    }
-
-
-def _evaluation_line(results: dict[str, Evaluation]) -> str:
-    shown = ("accuracy", "format", "coherence", "consistency", "decoupling")
-    return "; ".join(
-        f"{name}: " + "  ".join(f"{m} {r.metrics[m]:.3f}" for m in shown if m in r.metrics)
-        for name, r in results.items()
-    )
-
-
-def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs `train`; a run that a signal stopped ends with the exit status `cli.STOPPED`."""
-    if not train(config, workdir):
-        sys.exit(cli.STOPPED)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(train, may_stop=True)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import emor3_jax
+from configs import cpu_demo, table
 from emor3_jax.config import ConfigError, base_policy, dataset, default, reward_term, validate
 from emor3_jax.data.datasets.catalog import BUILDERS
 from emor3_jax.data.labels import label_set
@@ -51,6 +53,30 @@ def test_the_base_policy_of_faces_is_a_config_of_its_own() -> None:
     config = fer2013.get_config("base")
     assert config.data.kind == "faces"
     assert {path for path, _ in _leaves(config)} == {path for path, _ in _leaves(base_policy())}
+
+
+@pytest.mark.parametrize("row", table.ROWS)
+def test_every_row_of_the_table_is_a_config(row: str) -> None:
+    config, whole = table.get_config(row), cpu_demo.get_config()
+    validate(config)
+    # One budget, one test: what differs is the algorithm. The cold start comes before a budget.
+    same = ("rollout.prompts", "rollout.max_tokens", "evaluate.sets", "evaluate.temperature")
+    if row != "cold_start":
+        same += ("steps", "rollout.responses", "policy_update.learning_rate", "data.train")
+    for field in same:
+        *sections, key = field.split(".")
+        one, other = config, whole
+        for name in sections:
+            one, other = one[name], other[name]
+        assert one[key] == other[key], field
+    steps = config.data.templates.set == "tiny"
+    assert (config.evaluate.reflect or config.reflect.enabled) == steps
+    assert (config.reward.format == "set") == steps
+
+
+def test_an_unknown_row_of_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="'ppo': must be one of base, sft, cold_start, grpo"):
+        table.get_config("ppo")
 
 
 def test_every_data_set_of_the_docs_is_a_config() -> None:
@@ -100,10 +126,22 @@ WRONG = [
     ("policy_update.prompts", 100, "rollout.prompts=512"),
     ("policy_update.micro_prompts", 7, "policy_update.prompts=256"),
     ("policy_update.learning_rate", 0.0, "over 0"),
-    ("policy_update.clip_low", 1.0, "[0, 1)"),
+    ("policy_update.clip_low", 1.5, "[0, 1]"),
     ("policy_update.clip_dual", 1.0, "over 1"),
     ("policy_update.kl_coef", -1.0, "0 or more"),
     ("policy_update.mean", "batch", "'seq'"),
+    ("policy_update.advantage", "gae", "'rloo'"),
+    ("policy_update.ratio", "batch", "'sequence'"),
+    ("policy_update.kl", "k4", "'off'"),
+    ("policy_update.kl_place", "advantage", "'reward'"),
+    ("policy_update.kl_target", -0.1, "0 or more"),
+    ("policy_update.kl_horizon", 0.0, "over 0"),
+    ("reward.format", "json", "'boxed'"),
+    ("reward.reflection", "none", "'both'"),
+    ("reward.overlong_weight", -1.0, "0 or more"),
+    ("rollout.resample", -1, "0 or more"),
+    ("sft.target", "answer", "'response'"),
+    ("sft.responses", 0, "at least 1"),
     ("checkpoint.keep", 0, "at least 1"),
     ("log.every", 0, "at least 1"),
 ]
@@ -123,6 +161,52 @@ def test_an_error_names_field_value_and_rule(field: str, value: object, rule: st
     message = str(error.value)
     assert message.startswith(f"config.{field}={value!r}: ")
     assert rule in message
+
+
+TOGETHER = [
+    # What is set, and the fields that the message names.
+    ({"policy_update.advantage": "rloo", "rollout.responses": 1}, "rollout.responses=1"),
+    ({"policy_update.advantage": "dr_grpo", "rollout.responses": 1}, "rollout.responses=1"),
+    ({"policy_update.ratio": "sequence"}, "policy_update.mean='token'"),
+    ({"policy_update.ratio": "group", "policy_update.mean": "constant"}, "policy_update.mean"),
+    (
+        {"policy_update.ratio": "sequence", "policy_update.mean": "seq"},
+        "policy_update.clip_low=0.2",
+    ),
+    ({"policy_update.ratio": "group", "policy_update.mean": "seq"}, "policy_update.clip_high=0.3"),
+    ({"policy_update.kl": "k1"}, "policy_update.kl_place='loss'"),
+    ({"policy_update.kl_target": 0.1, "policy_update.kl": "off"}, "policy_update.kl='off'"),
+    ({"policy_update.kl_target": 0.1, "policy_update.kl_coef": 0.0}, "policy_update.kl_coef=0.0"),
+    ({"policy_update.kl_horizon": 10.0, "policy_update.kl_target": 0.1}, "rollout.prompts"),
+    ({"reward.overlong": 4096}, "rollout.max_tokens=2048"),
+    ({"reward.reflection": "coherence", "reflect.enabled": False}, "reflect.enabled=False"),
+    ({"data.templates.set": "direct"}, "reflect.enabled=True"),
+    ({"data.templates.set": "think", "reflect.enabled": False}, "reward.format='set'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "named"), TOGETHER)
+def test_what_does_not_go_together_is_refused_naming_both(fields: dict, named: str) -> None:
+    config = default()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    first = next(iter(fields))
+    assert str(error.value).startswith(f"config.{first}={fields[first]!r}: ")
+    assert named in str(error.value)
+
+
+def test_published_algorithms_are_valid() -> None:
+    for fields in (
+        {"advantage": "dr_grpo", "mean": "constant", "kl": "off", "clip_dual": math.inf},
+        {"ratio": "sequence", "mean": "seq", "clip_low": 3e-4, "clip_high": 4e-4, "kl": "off"},
+        {"ratio": "group", "mean": "seq", "clip_low": 1.0, "clip_high": math.inf},
+        {"advantage": "rloo", "kl": "k1", "kl_place": "reward", "mean": "seq"},
+        {"advantage": "remax", "kl_target": 0.02},
+    ):
+        config = default()
+        config.policy_update.update(fields)
+        validate(config)
 
 
 def test_the_sample_deviation_needs_two_responses() -> None:

@@ -57,6 +57,7 @@ def samples() -> Samples:
     return Samples(*map(jnp.asarray, (tokens, logprobs, lengths, lengths < T)))
 
 
+LOSS = learner.LossOptions(0.2, 0.3, 3.0, 0.01, "token")
 OPTIONS = learner.ScoreOptions(temperature=0.9, dtype=jnp.float32, remat="none", chunk=8)
 
 
@@ -150,11 +151,20 @@ def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
 
 
 @pytest.mark.parametrize(
-    ("mean", "cut", "remat", "pack"),
-    [("token", 2, "none", True), ("seq", 4, "layers", False), ("token", 1, "activations", True)],
+    ("loss", "cut", "remat", "pack"),
+    [
+        (LOSS, 2, "none", True),
+        (LOSS._replace(mean="seq", ratio="sequence", kl="k2"), 4, "layers", False),
+        (
+            LOSS._replace(mean="seq", ratio="group", mask_truncated=True, kl="abs"),
+            2,
+            "activations",
+            True,
+        ),
+    ],
 )
 def test_update_depends_on_neither_cut_nor_rows_nor_memory(
-    setting, batch, samples, mean, cut, remat, pack
+    setting, batch, samples, loss, cut, remat, pack
 ):
     rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,)) if pack else None
     advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
@@ -172,7 +182,7 @@ def test_update_depends_on_neither_cut_nor_rows_nor_memory(
             setting.banned,
             config=setting.config,
             optimizer=optimizer,
-            loss=learner.LossOptions(0.2, 0.3, 3.0, 0.01, mean),
+            loss=loss,
             options=OPTIONS._replace(remat=remat if case == "other" else "none"),
             count=count,
         )
@@ -186,6 +196,49 @@ def test_update_depends_on_neither_cut_nor_rows_nor_memory(
     assert found["other"][1] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     for a, b in zip(jax.tree.leaves(found["other"][0]), jax.tree.leaves(moved), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-3, np.abs(b).max()) + 1e-6)
+
+
+def test_weights_of_the_loss_options(samples):
+    """Cut-off responses weigh nothing, and the others as if these were not there."""
+    ended = np.asarray(samples.ended)
+    assert 0 < ended.sum() < ended.size
+    for mean in ("token", "seq"):
+        weights = LOSS._replace(mean=mean, mask_truncated=True).weights(samples)
+        assert not np.any(weights[~ended])
+        assert np.sum(weights) == pytest.approx(1.0)
+    constant = LOSS._replace(mean="constant", limit=9).weights(samples)
+    np.testing.assert_allclose(np.max(constant), 1 / (B * G * 9))
+
+
+def test_metrics_are_means_whatever_the_loss_divides_by(setting, batch, samples):
+    """Of the constant mean too, whose weights do not sum to 1."""
+    found = []
+    for loss in (LOSS, LOSS._replace(mean="constant", limit=60)):
+        params = jax.tree.map(jnp.array, setting.params)
+        optimizer = optax.sgd(1.0)
+        _, metrics = learner.update(
+            TrainState.create(params, optimizer),
+            batch,
+            samples,
+            None,
+            jnp.ones((B, G)),
+            samples.logprobs - 0.3,
+            setting.banned,
+            # The weight of the KL may be an array, as where it adapts.
+            jnp.float32(0.01),
+            config=setting.config,
+            optimizer=optimizer,
+            loss=loss,
+            options=OPTIONS,
+            count=1,
+        )
+        found.append(metrics)
+    for name in ("kl", "moved", "entropy", "clip_fraction_low"):
+        assert found[1][name] == pytest.approx(float(found[0][name]), rel=1e-5)
+    tokens = int(np.sum(samples.lengths))
+    scale = tokens / (B * G * 60)
+    assert found[1]["loss"] == pytest.approx(float(found[0]["loss"]) * scale, rel=1e-4)
+    assert found[1]["grad_norm"] == pytest.approx(float(found[0]["grad_norm"]) * scale, rel=1e-4)
 
 
 def test_trim_keeps_every_token(samples):
@@ -204,3 +257,54 @@ def test_the_gap_to_the_sampler_is_the_mean_over_tokens(samples):
     # What stands after the end does not count.
     moved = jnp.where(samples.mask, samples.logprobs + 0.25, 9.0)
     assert learner.sampler_gap(moved, samples) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(("mean", "count", "pack"), [("token", 1, False), ("seq", 4, True)])
+def test_imitation_is_the_mean_of_what_scoring_finds(setting, batch, samples, mean, count, pack):
+    """Of the response tokens alone; a response that is not there counts for nothing."""
+    lengths = np.asarray(samples.lengths).copy()
+    lengths[1, 2] = 0
+    given = samples._replace(lengths=jnp.asarray(lengths))
+    rows = packing.plan(lengths, T, (2 * T,)) if pack else None
+    options = OPTIONS._replace(temperature=1.0)
+    logprobs = learner.response_logprobs(
+        setting.params,
+        batch,
+        given,
+        None,
+        setting.banned,
+        config=setting.config,
+        options=options,
+        count=1,
+    )
+    mask = np.arange(T) < lengths[..., None]
+    each = [logprobs[i, g][mask[i, g]] for i, g in np.ndindex(B, G) if lengths[i, g]]
+    wanted = np.mean(np.concatenate(each)) if mean == "token" else np.mean([x.mean() for x in each])
+    optimizer = optax.sgd(0.1)
+    state, metrics = learner.imitate(
+        TrainState.create(jax.tree.map(jnp.array, setting.params), optimizer),
+        batch,
+        given,
+        rows,
+        setting.banned,
+        config=setting.config,
+        optimizer=optimizer,
+        loss=LOSS._replace(mean=mean, entropy=False),
+        options=options,
+        count=count,
+    )
+    assert metrics["loss"] == pytest.approx(-float(wanted), rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(np.exp(-float(wanted)), rel=1e-5)
+    _, after = learner.imitate(
+        state,
+        batch,
+        given,
+        rows,
+        setting.banned,
+        config=setting.config,
+        optimizer=optimizer,
+        loss=LOSS._replace(mean=mean, entropy=False),
+        options=options,
+        count=count,
+    )
+    assert after["loss"] < metrics["loss"]

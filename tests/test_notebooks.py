@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-import tiny_policy
+import tiny_run
 from cloud import ROOT
 
 NOTEBOOKS = ("colab", "tpu_vm")
@@ -59,8 +59,8 @@ def settings(tmp_path_factory) -> dict:
     The shapes are those of `test_train`, whose compiled programs can be taken from the cache.
     """
     folder = tmp_path_factory.mktemp("notebooks")
-    tiny_policy.write(folder / "policy")
-    tiny_policy.write_rows(folder / "rows.parquet", 4, 0)
+    tiny_run.write_policy(folder / "policy")
+    tiny_run.write_rows(folder / "rows.parquet", 4, 0)
     fields = {
         "policy.path": str(folder / "policy"),
         "steps": 3,

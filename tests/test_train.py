@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_policy
+import tiny_run
 from ml_collections import ConfigDict
+from tiny_run import make_folder, read_metrics, write_rows
 
-from configs import cpu_demo
 from emor3_jax import evaluate, prepare
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
@@ -26,11 +26,7 @@ from emor3_jax.train import train
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A random policy of 30 thousand parameters and two parquet files."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_policy.write(folder / "policy")
-    tiny_policy.write_rows(folder / "train.parquet", 14, 0, bad=True)
-    tiny_policy.write_rows(folder / "test.parquet", 6, 1)
-    return folder
+    return make_folder(tmp_path_factory.mktemp("run"))
 
 
 def share_of_length(group: Group) -> jax.Array:
@@ -45,28 +41,12 @@ def letters(response: str, label: str) -> float:
 
 
 def make_config(folder: Path) -> ConfigDict:
-    config = cpu_demo.get_config()
-    config.policy.path = str(folder / "policy")
-    config.data.train = dataset(kind="parquet", path=str(folder / "train.parquet"))
-    config.evaluate.sets = ConfigDict()
-    config.evaluate.sets.test = dataset(kind="parquet", path=str(folder / "test.parquet"))
-    config.evaluate.prompts, config.evaluate.every, config.evaluate.during = 4, 2, 4
-    config.steps = 3
-    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 4, 3, 8
-    config.policy_update.prompts, config.policy_update.micro_prompts = 2, 1
-    config.policy_update.response_lengths = (8,)
-    config.reflect.text_lengths = (8,)
-    config.checkpoint.every = 2
+    """A run of three steps with a reward term of each kind."""
+    config = tiny_run.make_config(folder)
     config.reward.terms.brief = reward_term(weight=-0.2, pattern=r"^.{0,4}$")
     config.reward.terms.length = reward_term(weight=0.01, function=f"{__name__}:share_of_length")
     config.reward.terms.letters = reward_term(weight=0.0, text=f"{__name__}:letters")
-    config.reward.table_cache = str(folder / "tables")
-    config.log.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     return config
-
-
-def read_metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +212,48 @@ def test_a_stopped_run_goes_on_exactly(folder, whole):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_another_algorithm_goes_on_exactly(folder):
+    """ReMax, KL in the reward with a weight that adapts, over-long penalty, constant mean."""
+    config = make_config(folder)
+    config.data.templates.set, config.reflect.enabled = "tiny_direct", False
+    config.reward.format, config.evaluate.reflect = "boxed", True
+    config.reward.overlong, config.rollout.resample = 6, 1
+    learning = config.policy_update
+    learning.advantage, learning.mean, learning.mask_truncated = "remax", "constant", True
+    learning.kl, learning.kl_place, learning.kl_coef = "k1", "reward", 0.1
+    learning.kl_target, learning.kl_horizon, learning.clip_dual = 1e-3, 12.0, float("inf")
+    for name, steps in (("whole", (3,)), ("parts", (2, 3))):
+        for count in steps:
+            config.steps = count
+            train(config, folder / f"remax_{name}")
+    rows, wanted = read_metrics(folder / "remax_parts"), read_metrics(folder / "remax_whole")
+    first, *_, last = wanted[1:]
+    assert first["policy/kl"] == pytest.approx(0, abs=1e-5)
+    # 12 responses of a horizon of 12, far under the target.
+    assert first["policy/kl_coef"] == pytest.approx(0.1)
+    assert wanted[2]["policy/kl_coef"] == pytest.approx(0.08)
+    assert first["resample/rounds"] in (1, 2)
+    assert "reward/coherence" in first and "eval/test/decoupling" in wanted[0]
+    for name, value in last.items():
+        if not name.startswith(("time/", "throughput/", "memory/", "compile/")):
+            assert rows[-1][name] == value, name
+    ours, theirs = (load(folder / f"remax_{n}" / "policy").params for n in ("parts", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_dynamic_sampling_survives_rewards_that_are_all_equal(folder):
+    config = make_config(folder)
+    # What a random policy writes has no box: without other terms every reward is 0.
+    config.reward.terms = ConfigDict()
+    config.reflect.enabled, config.rollout.resample, config.steps = False, 2, 2
+    assert train(config, folder / "starved")
+    for row in read_metrics(folder / "starved")[1:]:
+        assert row["resample/rounds"] == 3
+        assert row["resample/left"] == 4 and row["resample/dropped"] == 8
+        assert row["group/zero_std_fraction"] == 1
+        assert np.isfinite(row["policy/loss"]) and row["policy/skipped"] == 0
+
+
 def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
     config = make_config(folder)
     workdir = folder / "signalled"
@@ -297,7 +319,7 @@ def test_a_config_that_cannot_run_stops_before_any_compile(folder, field, value,
 
 
 def test_no_usable_row_stops_before_any_compile(folder):
-    tiny_policy.write_rows(folder / "none.parquet", 3, 2)
+    write_rows(folder / "none.parquet", 3, 2)
     config = make_config(folder)
     config.data.train = dataset(
         kind="parquet", path=str(folder / "none.parquet"), labels="joy,envy"

@@ -31,7 +31,7 @@ from emor3_jax.account import (
     count,
     total,
 )
-from emor3_jax.config import EMBEDDED, ConfigError, validate
+from emor3_jax.config import EMBEDDED, ConfigError, uses_reference, validate
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
 from emor3_jax.embedded.emoscenes.words import QUESTION
@@ -233,7 +233,7 @@ def report(config: ConfigDict, prompt_tokens: int | None, response_tokens: int |
     policy, texts = find_policy(config)
     shapes = make_shapes(config, policy, texts, prompt_tokens, response_tokens)
     options = {
-        "reference": config.policy_update.kl_coef != 0,
+        "reference": uses_reference(config),
         "remat": config.policy_update.remat == "layers",
     }
     costs = {layout: count(policy, shapes, layout, **options) for layout in LAYOUTS}

@@ -162,6 +162,44 @@ def take_part(batch: Batch, part: int, parts: int, merge: int) -> Batch:
     return take_rows(batch, np.arange(part * size, (part + 1) * size), merge)
 
 
+def pick_rows(first: Batch, second: Batch, order: np.ndarray, merge: int) -> Batch:
+    """Returns some prompts of two batches of host arrays, padded to the larger shape of the two.
+
+    Args:
+      first, second: B prompts each, every one with as many images.
+      order: int[R], which prompts, those of `second` counted from B on.
+      merge: patches that the merger joins (spatial_merge_size squared).
+    """
+    tokens = max(x.prompt.tokens.shape[1] for x in (first, second))
+    windows = max(x.images.mask.shape[1] for x in (first, second))
+
+    def widen(x: np.ndarray, size: int, value: int = 0) -> np.ndarray:
+        padding = [(0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+        return np.pad(np.asarray(x), padding, constant_values=value)
+
+    def by_prompt(batch: Batch) -> tuple[Batch, int]:
+        """Returns a batch whose slots are counted within each image, images by prompt."""
+        rows, (images, wide, length) = len(batch.last_token), batch.images.mask.shape
+        each, slots = images // rows, wide * length // merge
+        old = widen(batch.prompt.image_slots, tokens, -1)
+        image, slot = np.divmod(old - np.arange(rows)[:, None] * each * slots, slots)
+        moved = image * (windows * length // merge) + slot
+        prompt = Prompt(*(widen(x, tokens) for x in batch.prompt))
+        prompt = prompt._replace(image_slots=np.where(old >= 0, moved, -1))
+        wider = [widen(x, windows) for x in batch.images]
+        images = Images(*(x.reshape(rows, each, *x.shape[1:]) for x in wider))
+        return batch._replace(prompt=prompt, images=images), each * windows * length // merge
+
+    (one, slots), (two, _) = by_prompt(first), by_prompt(second)
+    picked = jax.tree.map(lambda a, b: np.concatenate([a, b])[order], one, two)
+    own = picked.prompt.image_slots
+    image_slots = np.where(own >= 0, own + np.arange(len(order))[:, None] * slots, -1)
+    return picked._replace(
+        prompt=picked.prompt._replace(image_slots=image_slots.astype(np.int32)),
+        images=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), picked.images),
+    )
+
+
 @partial(jax.jit, static_argnames="merge")
 def _take_rows(batch: Batch, rows: jax.Array, merge: int) -> Batch:
     def take(x: jax.Array) -> jax.Array:

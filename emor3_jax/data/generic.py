@@ -128,7 +128,8 @@ def open_json_lines(path: str, question: str = "") -> FilesSource:
     """Opens a file of JSON lines.
 
     A line is an object with `image`, a picture's file relative to the list's folder; `answer` or
-    `label`; and, if wanted, `question` or `problem`, `id`, and `distribution`, {label: share}.
+    `label`; and, if wanted, `question` or `problem`, `id`, `distribution`, {label: share}, and
+    `response`, a text or a list of them to learn from.
 
     Args:
       path: the file.
@@ -160,7 +161,10 @@ def open_json_lines(path: str, question: str = "") -> FilesSource:
         seen.add(row_id)
         asked = row.get("problem", row.get("question", question or QUESTION))
         shares = None if shares is None else [{"label": k, "share": v} for k, v in shares.items()]
-        texts.append(read_texts(row_id, asked, row.get("answer", row.get("label")), shares))
+        answer, said = row.get("answer", row.get("label")), row.get("response")
+        if not isinstance(said, str | list | None):
+            raise DataError(f"{where}: 'response' is neither a text nor a list of texts")
+        texts.append(read_texts(row_id, asked, answer, shares, said))
         files.append(file.parent / row["image"])
     return FilesSource(file.name, files, texts)
 

@@ -30,12 +30,16 @@ BUILT_IN = {
 SET_STYLES = {
     "think": BUILT_IN["qwen"] / "think.txt",
     "direct": BUILT_IN["qwen"] / "direct.txt",
+    "tiny_direct": BUILT_IN["tiny"] / "direct.txt",
 }
 """Other ways to ask for the emotion, for a `set` template: think freely first, or answer at once.
 
-Neither has steps, so format and reflection have nothing to read: a run with one of them needs
-`reflect.enabled=false` and `reward.lambda_format=0` (docs/data.md).
+None has steps, so SET's format and reflection have nothing to read: a run with one of them needs
+`reflect.enabled=false` and `reward.format="boxed"` (docs/data.md).
 """
+
+PLAIN_STYLES = frozenset(SET_STYLES)
+"""Names of `set` templates that ask for no steps."""
 
 IMAGE_TOKEN = "<|image_pad|>"
 IMAGE_END = "<|vision_end|>"

@@ -35,6 +35,7 @@ class Texts(NamedTuple):
       image_moved: whether the picture stood elsewhere than at the front of the question.
       images_named: how many pictures the question names; 0 and 1 both mean the row's picture.
       distribution: the share of raters that chose each label, as the data gives it; None if not.
+      responses: whole responses to learn from, their box included; () where there is none.
     """
 
     question: str | None
@@ -43,6 +44,7 @@ class Texts(NamedTuple):
     image_moved: bool = False
     images_named: int = 1
     distribution: tuple[tuple[str | None, float | None], ...] | None = None
+    responses: tuple[str, ...] = ()
 
 
 class Row(NamedTuple):
@@ -205,15 +207,16 @@ class RowGroups:
             return table
 
 
-_TEXT_COLUMNS = ("problem", "answer", "distribution")
+_TEXT_COLUMNS = ("problem", "answer", "distribution", "response")
 
 
 class ParquetSource:
     """Parquet files in the schema that the release trains on.
 
     Columns: `images` (list of {bytes, path}), `problem` (may contain `<image>`), `answer`, and, if
-    there is one, `distribution` (list of {label, share}); others are ignored. A picture without
-    bytes is read from its path, relative to its file's folder.
+    there is one, `distribution` (list of {label, share}) and `response` (a text, or a list of them,
+    to learn from); others are ignored. A picture without bytes is read from its path, relative to
+    its file's folder.
     """
 
     def __init__(self, path: str | Path, cache_bytes: int = 2**30) -> None:
@@ -259,19 +262,23 @@ class ParquetSource:
     def _texts(self, row: dict[str, Any], index: int) -> Texts:
         file = self._rows.file_of(index)
         row_id = f"{self._names[file]}:{index - self._rows.file_starts[file]}"
-        return read_texts(row_id, row["problem"], row["answer"], row.get("distribution"))
+        shares, said = row.get("distribution"), row.get("response")
+        return read_texts(row_id, row["problem"], row["answer"], shares, said)
 
 
 class EmoScenesSource:
     """One split of EmoScenes, asking the same question of every picture."""
 
-    def __init__(self, split: str, data_dir: str | Path, question: str) -> None:
+    def __init__(
+        self, split: str, data_dir: str | Path, question: str, responses: bool = False
+    ) -> None:
         """Opens a split that `emor3_jax.embedded.emoscenes.builder.prepare` has drawn.
 
         Args:
           split: train, validation, test, pretrain, shifted_pretrain or shifted_test.
           data_dir: where it was drawn.
           question: what is asked of each picture.
+          responses: also write what there is to learn of each scene.
 
         Raises:
           DataError: if there is no such data set or split.
@@ -279,7 +286,7 @@ class EmoScenesSource:
         from emor3_jax.embedded.emoscenes import builder
 
         self.name = f"emoscenes/{split}"
-        self._question = question
+        self._question, self._responses = question, responses
         try:
             self._records = builder.load(split, data_dir)
         except (FileNotFoundError, ValueError) as error:
@@ -305,7 +312,12 @@ class EmoScenesSource:
         return self._index[row_id]
 
     def _texts(self, record: dict) -> Texts:
-        return Texts(self._question, record["label"].decode(), record["image_id"].decode())
+        row_id, said = record["image_id"].decode(), ()
+        if self._responses:
+            from emor3_jax.embedded.emoscenes.responses import right_responses
+
+            said = right_responses(record["scene"].decode(), row_id)
+        return Texts(self._question, record["label"].decode(), row_id, responses=said)
 
 
 def _expand(path: str) -> list[Path]:
@@ -361,7 +373,11 @@ def image_bytes(image: dict | None, folder: Path) -> bytes | None:
 
 
 def read_texts(
-    row_id: str, problem: str | None, answer: str | None, shares: list[dict] | None = None
+    row_id: str,
+    problem: str | None,
+    answer: str | None,
+    shares: list[dict] | None = None,
+    said: str | list[str] | None = None,
 ) -> Texts:
     """Returns the texts of a row.
 
@@ -370,10 +386,13 @@ def read_texts(
       problem: the question, in which `IMAGE_MARK` may stand for the picture.
       answer: the label.
       shares: list of {label, share}.
+      said: a response to learn from, or several.
     """
+    responses = (said,) if isinstance(said, str) else tuple(x for x in said or () if x)
     found = None if shares is None else tuple((x["label"], x["share"]) for x in shares if x)
     if problem is None:
-        return Texts(None, answer, row_id, distribution=found)
+        return Texts(None, answer, row_id, distribution=found, responses=responses)
     named = problem.count(IMAGE_MARK)
     moved = named > 0 and not problem.lstrip().startswith(IMAGE_MARK)
-    return Texts(problem.replace(IMAGE_MARK, "").strip(), answer, row_id, moved, named, found)
+    question = problem.replace(IMAGE_MARK, "").strip()
+    return Texts(question, answer, row_id, moved, named, found, responses)

@@ -15,6 +15,7 @@ from emor3_jax.data.sources import Row, Source, Texts, sizes_of
 class Relabelled:
     """A source whose answers and shares are called by another label set.
 
+    Responses to learn from box a label by its old name and are left out, unless that name stays.
     A label without counterpart keeps its name, so that its rows are counted as `unknown_answer`
     and not lost unseen; its shares count for nothing.
     """
@@ -53,6 +54,8 @@ class Relabelled:
         answer = texts.answer
         if answer is not None:
             answer = self._mapping.get(normalize(answer), answer)
+            if normalize(answer) != normalize(texts.answer):
+                texts = texts._replace(responses=())
         shares = texts.distribution
         if shares is not None:
             joined: dict[str, float] = {}

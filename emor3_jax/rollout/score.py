@@ -41,6 +41,7 @@ def score_responses(
     chunk: int = 1024,
     entropy: bool = False,
     packing: Packing | None = None,
+    features: jax.Array | None = None,
 ) -> Score:
     """Scores `[prompt | r1 … rG]`: one vision pass and one prompt pass, shared by the G responses.
 
@@ -59,9 +60,11 @@ def score_responses(
       chunk: tokens whose logits exist at once.
       entropy: also return the entropy.
       packing: how responses share rows; None gives each a row.
+      features: float[B, S, D], what the tower made of the images; None asks it.
     """
     b, g, t = responses.shape
-    features = model.encode_images(config, params, images, dtype=dtype, remat=remat)
+    if features is None:
+        features = model.encode_images(config, params, images, dtype=dtype, remat=remat)
     _, prefix = model.forward_prompt(config, params, prompt, features, dtype=dtype, remat=remat)
     opening = jnp.broadcast_to(last_token[:, None, None], (b, g, 1))
     tokens = jnp.concatenate([opening, responses[..., :-1]], axis=-1)

@@ -1,7 +1,8 @@
+import jax
 import numpy as np
 import pytest
 
-from emor3_jax.data.batch import Example, collate
+from emor3_jax.data.batch import Example, collate, pick_rows
 from emor3_jax.models.qwen2_5_vl.layout import window_layout
 from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
 
@@ -94,3 +95,22 @@ def test_number_of_rows_is_checked(config):
         collate([], batch_size=2, **BUCKETS)
     with pytest.raises(ValueError, match="3 rows do not make a batch of 2"):
         collate([example(config, 4, 4)] * 3, batch_size=2, **BUCKETS)
+
+
+def test_picked_rows_are_those_of_one_batch(config):
+    """Rows of two batches of other shapes, in any order, are as if collated together."""
+    few = [example(config, 4, 4, name="a"), example(config, 2, 6, name="b", answer=2)]
+    wide = [example(config, 4, 12, name="c", answer=0), example(config, 4, 4, after=5, name="d")]
+    first, second = (collate(rows, batch_size=2, **BUCKETS)[0] for rows in (few, wide))
+    assert first.prompt.tokens.shape != second.prompt.tokens.shape
+    assert first.images.mask.shape != second.images.mask.shape
+    merge = config.vision.merge_unit
+    for order in ([0, 2], [3, 1], [2, 3], [1, 0], [1, 1, 2]):
+        found = pick_rows(first, second, np.asarray(order), merge)
+        rows = [(few + wide)[i] for i in order]
+        sizes = {"prompt_lengths": (16,), "image_windows": (4,)}
+        wanted, _ = collate(rows, batch_size=len(rows), **sizes)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        assert [x.dtype for x in jax.tree.leaves(found)] == [
+            x.dtype for x in jax.tree.leaves(wanted)
+        ]

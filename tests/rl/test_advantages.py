@@ -46,3 +46,67 @@ def test_what_is_refused():
     assert advantages.grpo(jnp.ones((2, 1))).tolist() == [[0.0], [0.0]]
     with pytest.raises(AssertionError):
         advantages.grpo(jnp.zeros(3))
+
+
+REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        # Group means 1/2 and 1/2.
+        ("dr_grpo", [[0.5, -0.5, -0.5, 0.5], [-0.5, -0.5, -0.5, 1.5]]),
+        # The mean of the other three: 1/3 or 2/3, and 2/3 or 0.
+        ("rloo", [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [-2 / 3, -2 / 3, -2 / 3, 2.0]]),
+        # Over the batch: mean 1/2, squares 6 / 8 - 1 / 4 = 1/2.
+        ("reinforce_pp", np.asarray([[0.5, -0.5, -0.5, 0.5], [-0.5, -0.5, -0.5, 1.5]]) * 2**0.5),
+        # Here the group means are the batch's.
+        (
+            "reinforce_pp_baseline",
+            np.asarray([[0.5, -0.5, -0.5, 0.5], [-0.5, -0.5, -0.5, 1.5]]) * 2**0.5,
+        ),
+    ],
+)
+def test_other_estimators_by_hand(name, wanted):
+    found = advantages.estimate(name, jnp.float32(REWARDS), std="sample")
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_baseline_tells_groups_apart():
+    rewards = jnp.float32([[1.0, 0.0], [3.0, 2.0]])
+    # Mean 1.5, variance 1.25 of all; centred in their groups all are 1/2 away.
+    found = advantages.reinforce_pp(rewards)
+    np.testing.assert_allclose(found, np.asarray([[-0.5, -1.5], [1.5, 0.5]]) / 1.25**0.5, rtol=1e-5)
+    found = advantages.reinforce_pp_baseline(rewards)
+    np.testing.assert_allclose(found, [[1, -1], [1, -1]], rtol=1e-5)
+
+
+def test_remax_compares_with_the_greedy_response():
+    found = advantages.estimate("remax", jnp.float32(REWARDS), greedy=jnp.float32([[1.0], [0.5]]))
+    np.testing.assert_allclose(found, [[0, -1, -1, 0], [-0.5, -0.5, -0.5, 1.5]])
+    # One response is enough, since the baseline is no other one of the group.
+    assert advantages.remax(jnp.float32([[1.0]]), jnp.float32([[0.25]])).tolist() == [[0.75]]
+    with pytest.raises(AssertionError):
+        advantages.remax(jnp.float32(REWARDS), jnp.float32([1.0, 0.5]))
+
+
+@pytest.mark.parametrize("name", sorted(advantages.ESTIMATORS))
+def test_every_estimator_gives_nothing_where_nothing_differs(name):
+    rewards = jnp.full((3, 7), 0.1, jnp.float32)
+    found = advantages.estimate(name, rewards, greedy=rewards[:, :1])
+    assert found.shape == (3, 7) and not np.any(found)
+
+
+def test_the_least_number_of_responses_is_what_the_config_is_told():
+    for estimator in advantages.ESTIMATORS.values():
+        rewards = jnp.float32([[0.0] * estimator.responses, [1.0] * estimator.responses])
+        rewards = rewards.at[0, 0].set(0.5)
+        greedy = (jnp.zeros((2, 1)),) if estimator.greedy else ()
+        assert estimator.responses == 1 or np.any(estimator.function(rewards, *greedy))
+    with pytest.raises(ValueError, match="at least 2 responses"):
+        advantages.rloo(jnp.zeros((2, 1)))
+
+
+def test_all_equal():
+    rewards = jnp.float32([[0.1, 0.1], [0.1, 0.2], [0.0, 0.0]])
+    assert advantages.all_equal(rewards).tolist() == [True, False, True]

@@ -1,11 +1,13 @@
 """The clipped loss and the KL estimate, by hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.rl import losses
+from emor3_jax.rl import kl, losses
 
 MASK = jnp.asarray([[[1, 1, 1, 0], [1, 0, 0, 0]]], bool)
 
@@ -68,14 +70,14 @@ def test_kl_by_hand():
     # d = ref - logp = log 2: 2 - log 2 - 1; d = -log 2: 1/2 + log 2 - 1.
     logprobs = jnp.float32([-2.0, -2.0, -1.0, 0.0, -90.0, 0.0])
     reference = logprobs + jnp.float32([np.log(2), -np.log(2), 0.0, 30.0, 3.0, -50.0])
-    got = losses.low_variance_kl(logprobs, reference)
+    got = kl.k3(logprobs, reference)
     # The difference is held to ±20, the estimate to 10.
     wanted = [1 - np.log(2), np.log(2) - 0.5, 0.0, 10.0, 10.0, 10.0]
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 def test_kl_pulls_towards_the_reference():
-    slope = jax.grad(lambda x: losses.low_variance_kl(x, jnp.float32(-1.0)))
+    slope = jax.grad(lambda x: kl.k3(x, jnp.float32(-1.0)))
     assert slope(jnp.float32(-1.0)) == 0
     # d/dlogp of exp(d) - d - 1 is 1 - exp(d).
     assert slope(jnp.float32(-2.0)) == pytest.approx(1 - np.e, rel=1e-5)
@@ -109,6 +111,10 @@ def test_weights_by_hand():
         weights = losses.token_weights(empty, mean)
         np.testing.assert_allclose(weights[:1], losses.token_weights(MASK, mean))
         assert not np.any(losses.token_weights(jnp.zeros((1, 2, 3), bool), mean))
+    # By a constant, 6 tokens at most in each of 2 responses, or in the 4 of the second batch.
+    constant = losses.token_weights(MASK, "constant", limit=6)
+    np.testing.assert_allclose(constant, np.asarray(MASK) / 12)
+    np.testing.assert_allclose(losses.token_weights(empty, "constant")[:1], MASK / 16)
     with pytest.raises(ValueError, match="mean='batch'"):
         losses.token_weights(MASK, "batch")
 
@@ -126,15 +132,87 @@ def test_padding_counts_for_nothing():
     np.testing.assert_allclose(slope, -weights, atol=1e-7)
 
 
-@pytest.mark.parametrize("mean", ["token", "seq"])
-def test_parts_of_a_batch_add_up(mean):
+def test_ratio_of_a_response_by_hand():
+    """Tokens twice and half as likely, then one four times as likely alone."""
+    moved = jnp.log(jnp.float32([[[2.0, 0.5, 4.0, 9.0], [4.0, 9.0, 9.0, 9.0]]]))
+    old = jnp.where(MASK, jnp.log(0.25), 0.0)
+    found = losses.log_ratio(old + moved, old, MASK, "sequence")
+    np.testing.assert_allclose(jnp.exp(found), [[[4 ** (1 / 3)], [4.0]]], rtol=1e-5)
+    assert losses.log_ratio(old + moved, old, MASK).shape == MASK.shape
+    with pytest.raises(ValueError, match="ratio='batch'"):
+        losses.log_ratio(old, old, MASK, "batch")
+
+
+def test_ratio_to_the_group_by_hand():
+    # Geometric means of the old probabilities: sqrt(1/2 1/8) = 1/4, and 1/2.
+    mask = jnp.asarray([[[1, 1], [1, 0]]], bool)
+    old = jnp.log(jnp.float32([[[0.5, 0.125], [0.5, 7.0]]]))
+    expected = (1 / 16 + 1 / 4) / (1 / 4 + 1 / 2)
+    found = losses.log_ratio(old, old, mask, "group")
+    np.testing.assert_allclose(jnp.exp(found), [[[0.25 / expected], [0.5 / expected]]], rtol=1e-5)
+    # Its gradient is the ratio, over the length.
+    slope = jax.grad(lambda x: jnp.exp(losses.log_ratio(x, old, mask, "group"))[0, 0, 0])(old)
+    np.testing.assert_allclose(slope, [[[0.3, 0.3], [0, 0]]], rtol=1e-5)
+    # A response that does not count is no part of the expectation, nor is an empty group.
+    alone = losses.log_ratio(old, old, mask.at[0, 0].set(False), "group")
+    assert jnp.exp(alone[0, 1, 0]) == pytest.approx(1.0)
+    nothing = jax.grad(lambda x: losses.log_ratio(x, old, mask & False, "group").sum())(old)
+    np.testing.assert_array_equal(nothing, jnp.zeros_like(old))
+
+
+def test_a_response_is_clipped_as_a_whole():
+    """GSPO: the mean of log 1.5 and log 0.9 is over 1.1, so neither token has a gradient."""
+    mask = jnp.asarray([[[1, 1]]], bool)
+    moved = jnp.log(jnp.float32([[[1.5, 0.9]]]))
+    options = {"ratio": "sequence", "clip_low": 0.1, "clip_high": 0.1}
+
+    def loss(x, advantage):
+        weights = losses.token_weights(mask, "seq")
+        return losses.policy_loss(
+            x, jnp.zeros_like(x), jnp.full((1, 1), advantage), weights, **options
+        )
+
+    assert loss(moved, 2.0)[0] == pytest.approx(-2.2, rel=1e-5)
+    assert loss(moved, 2.0)[1]["clip_fraction_high"] == 1
+    assert not np.any(jax.grad(loss, has_aux=True)(moved, 2.0)[0])
+    # A bad response is not clipped above: the ratio itself, and its gradient over the length.
+    ratio = (1.5 * 0.9) ** 0.5
+    assert loss(moved, -2.0)[0] == pytest.approx(2 * ratio, rel=1e-5)
+    np.testing.assert_allclose(jax.grad(loss, has_aux=True)(moved, -2.0)[0], ratio, rtol=1e-5)
+
+
+def test_infinite_bounds_clip_nothing():
+    none = {"clip_low": 1.0, "clip_high": math.inf, "clip_dual": math.inf}
+    for ratio in (0.01, 50.0):
+        for advantage in (-2.0, 0.0, 2.0):
+            loss, metrics = single(ratio, advantage, **none)
+            assert loss == pytest.approx(-advantage * ratio, rel=1e-5)
+            assert all(metrics[f"clip_fraction_{n}"] == 0 for n in ("low", "high", "dual"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("k2", np.log(2) ** 2 / 2), ("abs", np.log(2))])
+def test_kl_of_the_loss_is_a_choice(name, value):
+    x = jnp.zeros((1, 1, 1))
+    loss, metrics = losses.policy_loss(
+        x, x, jnp.ones((1, 1)), x + 1, ref_logprobs=x - np.log(2), kl=name, kl_coef=0.5
+    )
+    assert metrics["kl"] == pytest.approx(value, rel=1e-5)
+    assert loss == pytest.approx(-1 + 0.5 * value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "ratio"),
+    [("token", "token"), ("seq", "sequence"), ("seq", "group"), ("constant",) * 2],
+)
+def test_parts_of_a_batch_add_up(mean, ratio):
+    options = {"ratio": "token" if ratio == "constant" else ratio}
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     lengths = rng.integers(1, 6, (6, 4, 1))
     weights = losses.token_weights(jnp.arange(6) < lengths, mean)
     new, old, ref = draw(6, 4, 6) * 0.3, draw(6, 4, 6) * 0.3, draw(6, 4, 6) * 0.3
     advantage = draw(6, 4)
-    whole, metrics = losses.policy_loss(new, old, advantage, weights, ref_logprobs=ref)
+    whole, metrics = losses.policy_loss(new, old, advantage, weights, ref_logprobs=ref, **options)
     for cut in (1, 2, 3):
         parts = [
             losses.policy_loss(
@@ -143,6 +221,7 @@ def test_parts_of_a_batch_add_up(mean):
                 advantage[i : i + cut],
                 weights[i : i + cut],
                 ref_logprobs=ref[i : i + cut],
+                **options,
             )
             for i in range(0, 6, cut)
         ]

@@ -101,7 +101,12 @@ class Dense(nn.Module):
         """Maps float[..., D] to float[..., features]."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        out = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        out = matmul(rows, kernel)
+        if self.has_variable("params", "lora_a"):
+            # Adapters that lie beside the kernel (`models.lora`).
+            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            out += matmul(matmul(rows, a).astype(self.dtype), b)
         if self.use_bias:
             out += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         out = checkpoint_name(out.astype(self.dtype), _PRODUCT)

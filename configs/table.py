@@ -1,0 +1,122 @@
+"""The rows of the paper's table, each a config of its own, on EmoScenes at one budget.
+
+python -m emor3_jax.train --config=configs/table.py:grpo --workdir=runs/table/grpo
+python -m emor3_jax.evaluate --config=configs/table.py:base --workdir=runs/table/base
+
+A row is named behind the colon; `ROWS` says what each changes. Rows build on cpu_demo, and are
+evaluated alike: on both test sets, with both reflections wherever the prompt asks for steps.
+
+| row | program | what it is |
+|---|---|---|
+| base | evaluate | the base policy before training, asked for SET |
+| sft | sft | labels alone: the boxed label to the picture's question, no SET |
+| cold_start | sft | Cold-Start-Emo: a few steps of it on 64 pictures, asked for SET |
+| grpo | train | GRPO: the picture's question with a plain box, no SET, no reflection |
+| dapo | train | the same with DAPO's clip, dynamic sampling and over-long penalty, no KL |
+| grpo_set | train | GRPO on SET |
+| grpo_set_coherence, grpo_set_consistency | train | and one of the two reflections |
+| emo_r3 | train | EMO-R3: SET and both reflections |
+
+"With Cold-Start-Emo" is a row that starts from another policy:
+
+python -m emor3_jax.sft --config=configs/table.py:cold_start --workdir=runs/table/cold_start
+python -m emor3_jax.train --config=configs/table.py:emo_r3 --workdir=runs/table/emo_r3_cold \\
+    --config.policy.path=runs/table/cold_start/policy
+"""
+
+import math
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs import cpu_demo
+
+
+def _plain(config: ConfigDict) -> None:
+    """Asks for the box alone, and rewards it."""
+    config.data.templates.set = "tiny_direct"
+    config.reward.format = "boxed"
+    config.reflect.enabled = False
+    # There are no steps to reflect on.
+    config.evaluate.reflect = False
+
+
+def _sft(config: ConfigDict) -> None:
+    _plain(config)
+    _labels(config)
+
+
+def _cold_start(config: ConfigDict) -> None:
+    _labels(config)
+    # A light touch: more would unlearn the steps, which the labels do not show.
+    config.data.train.subset = 64
+    config.steps = 4
+    config.policy_update.learning_rate = 5e-5
+
+
+def _labels(config: ConfigDict) -> None:
+    config.sft.target = "label"
+    config.policy_update.response_lengths = (8, 64)
+    config.policy_update.entropy = False
+
+
+def _grpo(config: ConfigDict) -> None:
+    _plain(config)
+
+
+def _dapo(config: ConfigDict) -> None:
+    _plain(config)
+    learning = config.policy_update
+    learning.clip_low, learning.clip_high, learning.clip_dual = 0.2, 0.28, math.inf
+    learning.kl = "off"
+    learning.mean = "token"
+    config.rollout.resample = 3
+    # A fifth of the longest response, as in the paper.
+    config.reward.overlong = config.rollout.max_tokens // 5
+
+
+def _grpo_set(config: ConfigDict) -> None:
+    config.reflect.enabled = False
+
+
+def _coherence(config: ConfigDict) -> None:
+    config.reward.reflection = "coherence"
+
+
+def _consistency(config: ConfigDict) -> None:
+    config.reward.reflection = "consistency"
+
+
+def _nothing(config: ConfigDict) -> None:
+    del config
+
+
+ROWS: dict[str, Callable[[ConfigDict], None]] = {
+    "base": _nothing,
+    "sft": _sft,
+    "cold_start": _cold_start,
+    "grpo": _grpo,
+    "dapo": _dapo,
+    "grpo_set": _grpo_set,
+    "grpo_set_coherence": _coherence,
+    "grpo_set_consistency": _consistency,
+    "emo_r3": _nothing,
+}
+"""Name of a row → what it changes of EMO-R3."""
+
+
+def get_config(row: str = "emo_r3") -> ConfigDict:
+    """Returns the config of a row.
+
+    Args:
+      row: one of `ROWS`.
+
+    Raises:
+      ValueError: if there is no such row.
+    """
+    if row not in ROWS:
+        raise ValueError(f"row {row!r}: must be one of {', '.join(ROWS)}")
+    config = cpu_demo.get_config()
+    config.evaluate.reflect = True
+    ROWS[row](config)
+    return config

@@ -1,0 +1,209 @@
+"""Advantages and losses beside TRL 1.16.0, and beside the release's own formulas, on random inputs.
+
+TRL's losses are methods of its trainers; they are called here on a stand-in that holds what they
+read. Where TRL is not installed these are left out: `pip install trl==1.16.0 accelerate datasets`.
+Its advantages, and those of the release (which builds on EasyR1), are lines within longer methods:
+they are written out again in torch.
+"""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from emor3_jax.rl import advantages, kl, losses
+from emor3_jax.rl.shaping import overlong
+
+B, G, T = 5, 4, 9
+
+
+@pytest.fixture(scope="module")
+def draw():
+    """Log-probabilities of three policies, lengths and rewards, as numpy."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, T + 1, (B, G))
+    mask = np.arange(T) < lengths[..., None]
+    old = np.where(mask, rng.normal(-2, 1, (B, G, T)), 0)
+    new = np.where(mask, old + rng.normal(0, 0.4, (B, G, T)), 0)
+    reference = np.where(mask, old + rng.normal(0, 0.4, (B, G, T)), 0)
+    rewards = rng.choice([0.0, 0.1, 0.5, 0.9, 1.0], (B, G))
+    rewards[0] = 0.3
+    arrays = (new, old, reference, rewards, rng.normal(size=(B, G)))
+    return mask, *(x.astype(np.float32) for x in arrays)
+
+
+def of_trl(x: np.ndarray) -> torch.Tensor:
+    """One row for each response, as TRL lays them out."""
+    return torch.tensor(x.reshape(B * G, *x.shape[2:]))
+
+
+class _Trainer:
+    """What a trainer's `_compute_loss` reads of its trainer."""
+
+    def __init__(self, logprobs: torch.Tensor, **options) -> None:
+        self._logprobs = logprobs
+        self.aux_loss_enabled = self.use_vllm = self._entropy_bonus_enabled = False
+        self.top_entropy_quantile, self.off_policy_mask_threshold = 1.0, None
+        self.args = SimpleNamespace(delta=None, use_bias_correction_kl=False)
+        self.beta, self.max_completion_length = 0.0, T
+        self.model = SimpleNamespace(training=True)
+        self.current_gradient_accumulation_steps = 1
+        self.args.steps_per_generation = 1
+        same = lambda x, **_: x  # noqa: E731
+        self.accelerator = SimpleNamespace(
+            num_processes=1, gather=same, gather_for_metrics=same, reduce=same
+        )
+        self._metrics = {"train": defaultdict(list)}
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def _get_per_token_logps_and_entropies(self, *_, **__):
+        return self._logprobs, torch.zeros_like(self._logprobs), None
+
+
+def trl_loss(trainer_class, draw, inputs: dict, delta: float | None = None, **options):
+    """TRL's loss and its gradient by the log-probabilities."""
+    mask, new, *_ = draw
+    logprobs = of_trl(new).requires_grad_()
+    trainer = _Trainer(logprobs, **options)
+    trainer.args.delta = delta
+    blank = torch.zeros(B * G, 1, dtype=torch.long)
+    ids = torch.zeros(B * G, T, dtype=torch.long)
+    whole = {"prompt_ids": blank, "prompt_mask": blank, "completion_ids": ids} | inputs
+    whole["completion_mask"] = of_trl(mask).float()
+    whole["num_items_in_batch"] = whole["completion_mask"].sum()
+    loss = trainer_class._compute_loss(trainer, None, whole)
+    loss.backward()
+    return loss.detach().numpy(), logprobs.grad.numpy().reshape(B, G, T)
+
+
+def our_loss(draw, advantage, mean, **options):
+    """Our loss and its gradient by the log-probabilities."""
+    import jax
+
+    mask, new, old, reference, *_ = draw
+    weights = losses.token_weights(jnp.asarray(mask), mean)
+    return jax.value_and_grad(
+        lambda x: losses.policy_loss(
+            x, jnp.asarray(old), jnp.asarray(advantage), weights, ref_logprobs=reference, **options
+        )[0]
+    )(jnp.asarray(new))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "mean", "level", "ratio"),
+    [
+        ("grpo", "seq", "token", "token"),
+        ("bnpo", "token", "token", "token"),
+        ("dapo", "token", "token", "token"),
+        ("dr_grpo", "constant", "token", "token"),
+        ("grpo", "seq", "sequence", "sequence"),
+    ],
+)
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_grpo_losses(draw, compare, loss_type, mean, level, ratio, beta):
+    trl = pytest.importorskip("trl")
+    _, _, old, reference, _, advantage = draw
+    inputs = {
+        "advantages": of_trl(advantage),
+        "old_per_token_logps": of_trl(old),
+        "ref_per_token_logps": of_trl(reference),
+    }
+    clips = {"epsilon_low": 0.2, "epsilon_high": 0.28}
+    wanted = trl_loss(
+        trl.GRPOTrainer,
+        draw,
+        inputs,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=beta,
+        **clips,
+    )
+    found = our_loss(
+        draw,
+        advantage,
+        mean,
+        ratio=ratio,
+        clip_low=0.2,
+        clip_high=0.28,
+        clip_dual=float("inf"),
+        kl_coef=beta,
+    )
+    case = f"TRL loss {loss_type}, ratio of a {level}, beta {beta}"
+    compare(case, found[0], wanted[0], 1e-6)
+    compare(f"{case}: gradient", found[1], wanted[1], 1e-6)
+
+
+def test_two_sided_clip(draw, compare):
+    """TRL's `delta` bounds the ratio of bad responses as the dual clip does."""
+    trl = pytest.importorskip("trl")
+    mask, new, old, *_, advantage = draw
+    far = mask, np.where(mask, old + 3 * (new - old), 0).astype(np.float32), *draw[2:]
+    inputs = {"advantages": of_trl(advantage), "old_per_token_logps": of_trl(old)}
+    options = {"epsilon_low": 0.2, "epsilon_high": 0.3, "loss_type": "bnpo"}
+    wanted = trl_loss(
+        trl.GRPOTrainer, far, inputs, delta=2.0, importance_sampling_level="token", **options
+    )
+    found = our_loss(far, advantage, "token", clip_dual=2.0, kl_coef=0.0)
+    for name, a, b in zip(("loss", "gradient"), found, wanted, strict=True):
+        compare(f"TRL two-sided clip: {name}", a, b, 1e-6)
+
+
+def test_overlong_penalty(compare):
+    rewards = pytest.importorskip("trl.rewards")
+    lengths = np.arange(1, 41)
+    ids = [[0] * int(n) for n in lengths]
+    wanted = rewards.get_soft_overlong_punishment(40, 12)(completion_ids=ids)
+    compare("TRL over-long penalty", overlong(lengths, limit=40, buffer=12), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_grpo_advantages(draw, compare, scale):
+    """The sample deviation, as TRL 1.16.0 with its epsilon 1e-4 and the release with 1e-6."""
+    rewards = torch.tensor(draw[4])
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    for name, epsilon in (("TRL", 1e-4), ("the release", 1e-6)):
+        if scale == "none":
+            wanted, found = centred, advantages.dr_grpo(jnp.asarray(draw[4]))
+        else:
+            wanted = centred / (rewards.std(dim=1, keepdim=True) + epsilon)
+            found = advantages.grpo(jnp.asarray(draw[4]), std="sample", epsilon=epsilon)
+        # Where all are equal, a rounding error of the mean is all that these have.
+        useful = draw[4].max(axis=1) > draw[4].min(axis=1)
+        compare(
+            f"{name}'s advantage, scaled by {scale}", found[useful], wanted.numpy()[useful], 2e-6
+        )
+
+
+def test_rloo_advantages(draw, compare):
+    """As TRL 1.16.0, the KL of a response in its reward; and as the release's `rloo`."""
+    mask, _, old, reference, rewards, _ = draw
+    each, _ = kl.penalty("k1", jnp.asarray(old), jnp.asarray(reference), jnp.asarray(mask))
+    found = advantages.rloo(jnp.asarray(rewards) - 0.05 * each)
+    per_token = torch.tensor(old) - torch.tensor(reference)
+    grouped = torch.tensor(rewards) - 0.05 * (per_token * torch.tensor(mask)).sum(-1)
+    baselines = (grouped.sum(dim=1, keepdim=True) - grouped) / (G - 1)
+    compare("RLOO advantage, KL in the reward", found, (grouped - baselines).numpy(), 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("k1", "kl"), ("k2", "mse"), ("k3", "low_var_kl"), ("abs", "abs")]
+)
+def test_kl_estimates_of_the_release(draw, compare, ours, theirs):
+    rng = np.random.default_rng(1)
+    # Differences beyond the clamps too.
+    new, reference = (rng.normal(0, 12, 400).astype(np.float32) for _ in range(2))
+    policy, other = torch.tensor(new), torch.tensor(reference)
+    wanted = {
+        "kl": policy - other,
+        "abs": (policy - other).abs(),
+        "mse": 0.5 * (policy - other).square(),
+    }
+    difference = (other - policy).clamp(-20.0, 20.0)
+    wanted["low_var_kl"] = (difference.exp() - difference - 1).clamp(-10.0, 10.0)
+    found = kl.ESTIMATES[ours](jnp.asarray(new), jnp.asarray(reference))
+    scale = float(wanted[theirs].abs().max())
+    compare(f"KL {ours}, the release's {theirs}", found, wanted[theirs].numpy(), 1e-6, scale)
