@@ -8,17 +8,13 @@ and `fsdp` together. `jax.jit` with these shardings is what pjit became.
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-if TYPE_CHECKING:
-    # Models import this module.
-    from emor3_jax.models.qwen2_5_vl.config import Config
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -234,7 +230,7 @@ def shard_rows(axis: int, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def check_policy(mesh: Mesh, config: "Config") -> None:
+def check_policy(mesh: Mesh, config: Any) -> None:
     """Raises MeshError, naming the dimension and the sizes that do, if a policy cannot be cut so.
 
     `tensor` cuts the heads, hidden units and vocabulary, `fsdp` the widths. Heads of keys and
@@ -242,7 +238,7 @@ def check_policy(mesh: Mesh, config: "Config") -> None:
 
     Args:
       mesh: the mesh.
-      config: of the policy.
+      config: a `Config` of the policy.
     """
     vision = config.vision
     cut_by_tensor = {
