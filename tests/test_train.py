@@ -56,8 +56,11 @@ def _write_rows(path: Path, count: int, seed: int, bad: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random policy of 30 thousand parameters and two parquet files."""
-    folder = tmp_path_factory.mktemp("run")
+    return make_folder(tmp_path_factory.mktemp("run"))
+
+
+def make_folder(folder: Path) -> Path:
+    """Writes a random policy of 30 thousand parameters and two parquet files."""
     tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
     config = ConfigDict(
         {
