@@ -68,6 +68,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         check_batch(mesh, f"{section}.prompts", config[section].prompts)
     for field in ("slots", "refill"):
         check_batch(mesh, f"rollout.{field}", config.rollout[field])
+    check_batch(mesh, "policy_update.micro_prompts", config.policy_update.micro_prompts)
     if hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
     say(f"loading the policy {config.policy.path}")

@@ -1,5 +1,9 @@
 """The shapes of the tiny policy that most tests build on; weights are each test's own matter."""
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
@@ -35,3 +39,13 @@ def make_config(**changes: Any) -> Config:
         "image_token_id": 70,
     }
     return Config(**(fields | changes))
+
+
+def load_job() -> ModuleType:
+    """Returns tests/test_train.py, whose job other tests run in processes of their own."""
+    path = Path(__file__).with_name("test_train.py")
+    spec = importlib.util.spec_from_file_location("test_train", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from emor3_jax.models import load
 from emor3_jax.parallel import hosts
@@ -53,10 +54,7 @@ def run(folder: Path, workdir: Path, processes: int, *args: object, last_args=()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hosts")
-    from host_run import load_job
-
-    return load_job().make_folder(folder)
+    return tiny.load_job().make_folder(tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture(scope="module")
