@@ -47,13 +47,16 @@ def run(
       workdir: that folder where the command line names none; None requires that it does.
       may_stop: the program returns nothing where a signal stopped it; the exit status is `STOPPED`.
     """
-
-    def run_in_folder(config: ConfigDict) -> None:
-        if not program(config, local_folder(folder.value)) and may_stop:
-            sys.exit(STOPPED)
-
     folder = flags.DEFINE_string("workdir", workdir, "Folder of the run.", required=workdir is None)
-    run_without_workdir(run_in_folder)
+    run_without_workdir(
+        lambda config: end(program(config, local_folder(folder.value)), may_stop=may_stop)
+    )
+
+
+def end(result: object, *, may_stop: bool) -> None:
+    """Exits with the status `STOPPED` if nothing is the result of a program that may stop."""
+    if may_stop and not result:
+        sys.exit(STOPPED)
 
 
 def local_folder(path: str) -> Path:

@@ -82,6 +82,7 @@ class Run:
             check_batch(mesh, f"{section}.prompts", config[section].prompts)
         for field in ("slots", "refill"):
             check_batch(mesh, f"rollout.{field}", config.rollout[field])
+        check_batch(mesh, "policy_update.micro_prompts", config.policy_update.micro_prompts)
         if config.rollout.resample and jax.process_count() > 1:
             rule = "exchanges prompts between batches, which a single host can do; set it to 0"
             raise ConfigError("rollout.resample", config.rollout.resample, rule)

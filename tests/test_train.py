@@ -16,7 +16,6 @@ from tiny_run import make_folder, read_metrics, write_rows
 from emor3_jax import evaluate, prepare
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.labels import label_set
 from emor3_jax.export import export
 from emor3_jax.models import load
 from emor3_jax.rewards import Group
@@ -34,18 +33,12 @@ def share_of_length(group: Group) -> jax.Array:
     return group.lengths / jnp.max(group.lengths, axis=1, keepdims=True)
 
 
-def letters(response: str, label: str) -> float:
-    """A reward term in Python."""
-    assert label in label_set("mikels8")
-    return float(sum(c.isalpha() for c in response))
-
-
 def make_config(folder: Path) -> ConfigDict:
     """A run of three steps with a reward term of each kind."""
     config = tiny_run.make_config(folder)
     config.reward.terms.brief = reward_term(weight=-0.2, pattern=r"^.{0,4}$")
     config.reward.terms.length = reward_term(weight=0.01, function=f"{__name__}:share_of_length")
-    config.reward.terms.letters = reward_term(weight=0.0, text=f"{__name__}:letters")
+    config.reward.terms.letters = reward_term(weight=0.0, text="tiny_run:letters")
     return config
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import cpu_demo
 from emor3_jax.config import dataset
+from emor3_jax.data.labels import label_set
 from emor3_jax.embedded import tasks
 from emor3_jax.embedded.base_policy import model_config
 from emor3_jax.embedded.emoscenes import draw, scene
@@ -91,3 +92,9 @@ def make_config(folder: Path) -> ConfigDict:
 def read_metrics(workdir: Path) -> list[dict]:
     """The lines of a run's metrics."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def letters(response: str, label: str) -> float:
+    """A reward term in Python."""
+    assert label in label_set("mikels8")
+    return float(sum(c.isalpha() for c in response))

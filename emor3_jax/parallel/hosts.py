@@ -38,6 +38,9 @@ many processes there are, and which of them this one is, from 0."""
 _CLUSTERS = ("slurm", "gketpu", "gcetpu")
 """JAX's names of the clusters that are joined without being told; others only by hand."""
 
+_FAKE, _CPU_THREADS = "xla_force_host_platform_device_count", 32
+"""The flag that makes several devices of a CPU, and the threads that its client then gets."""
+
 _PATIENCE_MS = 6 * 3600 * 1000
 """How long a process waits for the others: the first one may be drawing data or training the base
 policy meanwhile. One that has died is noticed by JAX itself, within two minutes."""
@@ -55,6 +58,10 @@ def start() -> None:
     """
     if distributed.global_state.client is not None:
         return
+    if _FAKE in os.environ.get("XLA_FLAGS", "") or COUNT in os.environ:
+        # XLA's CPU client has a thread for each core or device, and in it both a collective waits
+        # and a program that finds the queue full: with few threads they wait for each other.
+        os.environ.setdefault("NPROC", str(max(_CPU_THREADS, os.cpu_count() or 1)))
     given = _by_hand(os.environ)
     if given is None:
         name = _recognise()

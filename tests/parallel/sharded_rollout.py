@@ -14,7 +14,7 @@ def main() -> None:
     rule = SamplingRule(10, 0.0, 1.0, (7, 20, 31, 42, 58))
     plan = Plan(slots=8, refill=8, block=4, halvings=1)
     wanted = one.roll_out_in(plan, rule, 0, 4)
-    for sizes in ((8, 1, 1), (1, 4, 2)):
+    for sizes in ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)):
         mesh = make_mesh(*sizes)
         with jax.set_mesh(mesh):
             params = jax.device_put(one.params, param_shardings(one.params, mesh))

@@ -66,7 +66,7 @@ def test_a_batch_that_does_not_divide_names_the_field_and_sizes_that_do():
 
 
 @pytest.mark.parametrize(
-    ("program", "cases", "most"), [("sharded_score.py", 4, 1e-4), ("sharded_rollout.py", 2, 0.0)]
+    ("program", "cases", "most"), [("sharded_score.py", 4, 1e-4), ("sharded_rollout.py", 4, 0.0)]
 )
 def test_eight_devices_give_what_one_does(program, cases, most):
     """Loss and gradients; the tokens of a greedy rollout with prompts in turns."""
