@@ -70,6 +70,11 @@ class Checkpoints:
         )
         return restored["state"], restored["progress"]
 
+    def progress(self, step: int) -> dict[str, Any]:
+        """Returns the progress of a checkpoint alone."""
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["progress"]
+
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
