@@ -1,8 +1,8 @@
 """Advantages and losses beside TRL 1.16.0, and beside the release's own formulas, on random inputs.
 
 TRL's losses are methods of its trainers; they are called here on a stand-in that holds what they
-read; where TRL is not installed these are left out. Its advantages, and those of the release (which builds on EasyR1), are lines within longer methods:
-they are written out again in torch.
+read; where TRL is not installed these are left out. Its advantages, and those of the release, are
+lines within longer methods: they are written out again in torch.
 """
 
 from collections import defaultdict
