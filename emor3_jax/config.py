@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.models import is_hub_id
+from emor3_jax.models.lora import TOWER
 from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
 from emor3_jax.rewards.patterns import PatternError
 from emor3_jax.rewards.terms import Term, TermError, make_term
@@ -106,6 +107,11 @@ def default() -> ConfigDict:
     # "xla", "splash" (TPU), "cudnn" (NVIDIA GPU), or "auto": the one of the platform.
     config.policy.attention = "auto"
     config.policy.freeze_vision_tower = False
+    # Train adapters of this rank alone (models/lora.py), in these modules: those of the decoder by
+    # name, those of the vision tower as "visual/qkv". 0 trains the weights themselves.
+    config.policy.lora_rank = 0
+    config.policy.lora_alpha = 32.0
+    config.policy.lora_modules = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     config.data = ConfigDict()
     config.data.train = dataset()
@@ -198,6 +204,12 @@ def default() -> ConfigDict:
     config.policy_update.warmup_steps = 0
     # "constant", or "linear": falls to 0 at the last of `steps`.
     config.policy_update.schedule = "constant"
+    # Factors of the learning rate for groups of parameters.
+    config.policy_update.rates = ConfigDict()
+    config.policy_update.rates.tower = 1.0
+    config.policy_update.rates.merger = 1.0
+    config.policy_update.rates.embedding = 1.0
+    config.policy_update.rates.decoder = 1.0
     config.policy_update.weight_decay = 1e-2
     config.policy_update.max_grad_norm = 1.0
     # "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline" or "remax", which answers
@@ -236,6 +248,19 @@ def default() -> ConfigDict:
     config.policy_update.logprob_chunk = 1024
     # Padded response lengths of scoring and update; a batch takes the smallest that fits.
     config.policy_update.response_lengths = (256, 512, 1024, 2048)
+
+    # The policy that the KL is measured from.
+    config.reference = ConfigDict()
+    # "frozen"; "refresh", the policy itself every so many steps; "average", of which each step
+    # keeps the share `decay`; or "none", for a policy update without KL.
+    config.reference.kind = "frozen"
+    config.reference.every = 50
+    config.reference.decay = 0.99
+    # How its matrices are kept: "float32" or "bfloat16", which changes nothing where policy.dtype
+    # is "bfloat16".
+    config.reference.dtype = "float32"
+    # Bytes on the host for the features of its pictures, kept over epochs; 0 keeps none.
+    config.reference.image_cache = 0
 
     # Supervised fine-tuning (`emor3_jax.sft`); everything else of it is in the other sections.
     config.sft = ConfigDict()
@@ -426,6 +451,7 @@ def validate(config: ConfigDict) -> None:
     need(update.clip_high >= 0, "policy_update.clip_high", "must be 0 or more")
     need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1; inf is none")
     _check_algorithm(config, need)
+    _check_reference(config, need)
     remats = ("none", "activations", "layers")
     need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
     sources = ("sampler", "recompute")
@@ -536,6 +562,64 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     need(config.sft.target in targets, "sft.target", f"must be one of {targets}")
     need(config.sft.responses >= 1, "sft.responses", "must be at least 1")
     need(config.rollout.resample >= 0, "rollout.resample", "must be 0 or more")
+
+
+def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """Checks what is trained, by which rates, and from where the KL is measured."""
+    policy, reference = config.policy, config.reference
+    for name, rate in config.policy_update.rates.items():
+        rule = "must be over 0; policy.freeze_vision_tower freezes the tower"
+        need(rate > 0, f"policy_update.rates.{name}", rule)
+    need(policy.lora_rank >= 0, "policy.lora_rank", "must be 0 (none) or more")
+    need(policy.lora_alpha > 0, "policy.lora_alpha", "must be over 0")
+    need(
+        not policy.lora_rank or bool(policy.lora_modules),
+        "policy.lora_rank",
+        "needs modules to adapt, but policy.lora_modules=()",
+    )
+    tower = [name for name in policy.lora_modules if name.startswith(TOWER)]
+    need(
+        not (policy.lora_rank and policy.freeze_vision_tower and tower),
+        "policy.lora_modules",
+        f"names {tower[:1]} of the vision tower, but policy.freeze_vision_tower=True",
+    )
+    kinds = ("frozen", "refresh", "average", "none")
+    need(reference.kind in kinds, "reference.kind", f"must be one of {kinds}")
+    need(
+        reference.kind != "none" or not uses_reference(config),
+        "reference.kind",
+        f"leaves nothing to measure policy_update.kl={config.policy_update.kl!r} from; set that to "
+        "'off', or the kind to 'frozen'",
+    )
+    follows = reference.kind in ("refresh", "average")
+    need(
+        not follows or not policy.lora_rank,
+        "reference.kind",
+        f"would need weights of its own, but with policy.lora_rank={policy.lora_rank} the "
+        "reference is the base without adapters; set the kind to 'frozen'",
+    )
+    need(reference.every >= 1, "reference.every", "must be at least 1")
+    need(0 <= reference.decay < 1, "reference.decay", "must lie in [0, 1)")
+    dtypes = ("float32", "bfloat16")
+    need(reference.dtype in dtypes, "reference.dtype", f"must be one of {dtypes}")
+    need(
+        reference.kind != "average" or reference.dtype == "float32",
+        "reference.dtype",
+        "would round away the small steps of reference.kind='average'; keep it in float32",
+    )
+    need(
+        not policy.lora_rank or reference.dtype == "float32",
+        "reference.dtype",
+        f"would be a second copy of the base that policy.lora_rank={policy.lora_rank} shares; set "
+        "it to 'float32'",
+    )
+    need(reference.image_cache >= 0, "reference.image_cache", "must be 0 or more")
+    need(
+        not reference.image_cache or not follows or policy.freeze_vision_tower,
+        "reference.image_cache",
+        f"needs a tower that does not change, but reference.kind={reference.kind!r} follows a "
+        "policy with policy.freeze_vision_tower=False; set it to 0, or freeze the tower",
+    )
 
 
 def uses_reference(config: ConfigDict) -> bool:

@@ -32,6 +32,7 @@ from emor3_jax import cli, prepare
 from emor3_jax.config import ConfigError, validate
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import NOTHING_TO_JUDGE, Actor, Judgement
+from emor3_jax.export import read_params
 from emor3_jax.io import report
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
@@ -44,7 +45,6 @@ from emor3_jax.io.evaluation import (
     wilson,
 )
 from emor3_jax.models import Policy
-from emor3_jax.models.qwen2_5_vl.weights import param_shapes
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rollout.engine import ALL_AT_ONCE, Plan
@@ -260,7 +260,7 @@ def load(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> Policy:
     step = known[-1] if step is None else step
     say(f"loading the policy of step {step} of {folder}")
     base = prepare.read_policy(config, say)
-    params = checkpoints.restore_params(step, param_shapes(base.config), mesh)
+    params = read_params(config, prepare.find_policy(config, say), checkpoints, step, mesh)
     checkpoints.close()
     attention = prepare.attention_backend(config, mesh.devices.flat[0].platform)
     return Policy(dataclasses.replace(base.config, attention=attention), params, base.processor)

@@ -35,9 +35,11 @@ from emor3_jax.embedded.emoscenes import builder, words
 from emor3_jax.episode import Actor, Judgement, Replies, Scores, stop_ids
 from emor3_jax.learner import LossOptions, ScoreOptions
 from emor3_jax.models import Policy, find, load, read_config
+from emor3_jax.models.lora import Lora, LoraError, init_adapters
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import check_policy, param_shardings, places
+from emor3_jax.reference import FeatureCache
 from emor3_jax.rl.kl import adapt
 from emor3_jax.rl.shaping import overlong
 from emor3_jax.rl.update import make_optimizer
@@ -492,11 +494,17 @@ def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossO
     def in_vision_tower(path: tuple) -> bool:
         return getattr(path[0], "key", None) == "visual"
 
+    factors = c.rates.to_dict()
+
+    def rate_of(path: tuple) -> float:
+        return factors[_group(path)]
+
     optimizer = make_optimizer(
         rate,
         weight_decay=c.weight_decay,
         max_grad_norm=c.max_grad_norm,
         frozen=in_vision_tower if config.policy.freeze_vision_tower else None,
+        rate_of=None if set(factors.values()) == {1.0} else rate_of,
     )
     return optimizer, LossOptions(
         c.clip_low,
@@ -511,6 +519,51 @@ def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossO
         config.rollout.max_tokens if c.mean == "constant" else None,
         c.mask_truncated,
     )
+
+
+def _group(path: tuple) -> str:
+    """Returns which of `policy_update.rates` a parameter belongs to."""
+    keys = [getattr(part, "key", None) for part in path]
+    if keys[0] == "visual":
+        return "merger" if keys[1] == "merger" else "tower"
+    return "embedding" if "embed_tokens" in keys or keys[0] == "lm_head" else "decoder"
+
+
+def make_lora(config: ConfigDict, params: dict) -> Lora | None:
+    """Returns the base of adapters, or None where the weights themselves are trained."""
+    rank = config.policy.lora_rank
+    return Lora(params, jnp.float32(config.policy.lora_alpha / rank)) if rank else None
+
+
+def trained_params(config: ConfigDict, params: dict) -> dict:
+    """Returns what training changes: adapters of the config's modules, or the parameters.
+
+    Args:
+      config: of the run.
+      params: of the policy, or their shapes; returned as they are without adapters.
+
+    Raises:
+      ConfigError: if a module does not exist.
+    """
+    if not config.policy.lora_rank:
+        return params
+    modules, key = config.policy.lora_modules, jax.random.key(config.seed)
+    try:
+        return init_adapters(params, modules, config.policy.lora_rank, key)
+    except LoraError as error:
+        raise ConfigError("policy.lora_modules", modules, str(error)) from error
+
+
+def make_cache(config: ConfigDict) -> FeatureCache | None:
+    """Returns where the features of the reference's pictures are kept; None if nowhere.
+
+    Raises:
+      ConfigError: with several hosts, which do not hold each other's rows.
+    """
+    limit = config.reference.image_cache
+    if limit and jax.process_count() > 1:
+        raise ConfigError("reference.image_cache", limit, "works on one host alone; set it to 0")
+    return FeatureCache(limit) if limit and uses_reference(config) else None
 
 
 def make_shaping(config: ConfigDict) -> Callable[[Scores, Samples], jax.Array]:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +33,7 @@ from emor3_jax.models import Policy, save
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.prepare import CompileCounter, Data
+from emor3_jax.reference import Reference
 
 
 @dataclasses.dataclass
@@ -100,19 +102,44 @@ class Run:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         return cls(config, workdir, say, compiles, mesh, policy, data, actors, checkpoints)
 
-    def resume(self, state: Any) -> Any:
+    def resume(self, state: Any, reference: Reference | None = None) -> Any:
         """Returns the state to begin with: this one, or that of the newest checkpoint.
 
         Args:
           state: pytree of arrays, as before the first step.
+          reference: gets back its parameters too, if they follow the policy.
         """
         if (latest := self.checkpoints.latest()) is not None:
             self.say(f"going on from the checkpoint of step {latest}")
-            state, self.progress = self.checkpoints.restore(latest, state, self.mesh)
+            held = _held(state, reference)
+            held, self.progress = self.checkpoints.restore(latest, held, self.mesh)
+            state = held
+            if reference is not None and reference.follows:
+                state, reference.params = held["state"], held["reference"]
             self.data.train.set_state(self.progress["data"])
             self.step = latest
         self.writer = MetricWriter(self.workdir, first_step=self.step + bool(self.progress))
         return state
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        progress: dict[str, Any],
+        reference: Reference | None = None,
+    ) -> None:
+        """Writes a checkpoint.
+
+        Args:
+          step: steps done.
+          state: pytree of arrays.
+          progress: JSON to hold beside the evaluations so far: the data's position, and more.
+          reference: its parameters belong to the checkpoint if they follow the policy.
+        """
+        progress = self.progress | progress
+        if reference is not None and reference.follows:
+            progress["reference"] = True
+        self.checkpoints.save(step, _held(state, reference), progress)
 
     def look(
         self, params: dict, names: tuple[str, ...], step: int, limit: int = 0
@@ -155,13 +182,18 @@ class Run:
         self.writer.write(0, evaluation_metrics(before))
         self.say(evaluation_line(before))
 
-    def look_during(self, params: dict, step: int) -> dict[str, float]:
-        """Evaluates on rows of the first set where a step is due; returns the metrics."""
+    def look_during(self, params: Callable[[], dict], step: int) -> dict[str, float]:
+        """Evaluates on rows of the first set where a step is due; returns the metrics.
+
+        Args:
+          params: returns the policy's.
+          step: steps done.
+        """
         config = self.config
         names = tuple(config.evaluate.sets)[:1]
         if step % config.evaluate.every or step >= config.steps or not names:
             return {}
-        now = self.look(params, names, step, config.evaluate.during)
+        now = self.look(params(), names, step, config.evaluate.during)
         self.say(evaluation_line(now))
         return evaluation_metrics(now)
 
@@ -234,6 +266,13 @@ class Pace:
         """Returns the time that is left after a step, for people to read."""
         spent = time.perf_counter() - self._started
         return duration(spent / (step - self._first) * (self._last - step))
+
+
+def _held(state: Any, reference: Reference | None) -> Any:
+    """Returns what a checkpoint holds: the state, with a reference that follows the policy both."""
+    if reference is None or not reference.follows:
+        return state
+    return {"state": state, "reference": reference.params}
 
 
 def evaluation_metrics(results: dict[str, Evaluation]) -> dict[str, float]:

@@ -66,13 +66,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     say(lessons.describe())
 
     optimizer, loss = prepare.make_update(config)
-    state = run.resume(TrainState.create(policy.params, optimizer))
+    lora = prepare.make_lora(config, policy.params)
+    state = TrainState.create(prepare.trained_params(config, policy.params), optimizer)
+    state = run.resume(state)
     step = run.step
+
+    def weights() -> dict:
+        """Returns the parameters of the policy as it is now."""
+        return lora.merge(state.params) if lora else state.params
+
     scoring = prepare.score_options(config)._replace(temperature=1.0)
     parts = config.rollout.prompts // config.policy_update.prompts
     micro = config.policy_update.prompts // config.policy_update.micro_prompts
 
-    run.look_before(state.params)
+    run.look_before(weights())
     say(f"training to step {config.steps}; the first step compiles")
     stop, clock, pace = StopSignal(), PhaseClock(), Pace(step, config.steps)
     pending: _Step | None = None
@@ -105,6 +112,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
                 take_part(batch, part, parts, policy.config.vision.merge_unit),
                 *take_rows((given, rows), part, parts),
                 banned,
+                lora,
                 config=policy.config,
                 optimizer=optimizer,
                 loss=loss,
@@ -125,17 +133,17 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         # Agreed upon once a step, so that what ends the loop also saves, on all hosts.
         last = hosts.agree(stop.asked) or step == config.steps
 
-        evaluations = run.look_during(state.params, step)
+        evaluations = run.look_during(weights, step)
         if evaluations or last or step % config.checkpoint.every == 0:
             log(pending, evaluations)
             pending = None
             if last or step % config.checkpoint.every == 0:
-                run.checkpoints.save(step, state, run.progress | {"data": position})
+                run.save(step, state, {"data": position})
             clock.restart()
 
     clock.close()
     stop.restore()
-    return run.finish(state.params, step) if step == config.steps else run.stopped(step)
+    return run.finish(weights(), step) if step == config.steps else run.stopped(step)
 
 
 class Lessons:

@@ -34,6 +34,7 @@ from emor3_jax.io.metrics import Lap, PhaseClock, memory
 from emor3_jax.learner import response_logprobs, sampler_gap, trim, update
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_whole
+from emor3_jax.reference import Reference
 from emor3_jax.rl import advantages
 from emor3_jax.rl.kl import penalty
 from emor3_jax.rl.update import TrainState, take_rows
@@ -59,11 +60,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     actor = prepare.make_actor(config, policy, data.labels["train"], training=True)
 
     optimizer, loss = prepare.make_update(config)
-    reference = policy.params
-    # The state is given up to each update, so it starts as a copy of what the reference keeps.
-    state = TrainState.create(jax.tree.map(jnp.copy, reference), optimizer)
-    state = run.resume(state)
+    lora = prepare.make_lora(config, policy.params)
+    reference, cache = Reference(config, policy.params), prepare.make_cache(config)
+    trained = prepare.trained_params(config, policy.params)
+    if reference.params is trained:
+        # The state is given up to each update, so it starts as a copy of what the reference keeps.
+        trained = jax.tree.map(jnp.copy, trained)
+    state = TrainState.create(trained, optimizer)
+    state = run.resume(state, reference)
     step = run.step
+
+    def weights() -> dict:
+        """Returns the parameters of the policy as it is now."""
+        return lora.merge(state.params) if lora else state.params
+
     rule, plan = prepare.rollout_rule(config, policy), prepare.rollout_plan(config)
     scoring, std = prepare.score_options(config), prepare.group_std(config)
     learning = config.policy_update
@@ -75,7 +85,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     parts = config.rollout.prompts // config.policy_update.prompts
     micro = config.policy_update.prompts // config.policy_update.micro_prompts
 
-    run.look_before(state.params)
+    run.look_before(weights())
     say(f"training to step {config.steps}; the first step compiles")
     stop, clock, pace, first = StopSignal(), PhaseClock(), Pace(step, config.steps), step
     play = partial(
@@ -95,6 +105,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     def log(done: _Step, extra: dict[str, float] | None = None) -> None:
         """Logs a step; waits for what of it the device is still computing."""
         values = done.metrics() | memory() | data.counters() | (extra or {})
+        values |= cache.counters() if cache else {}
         flops = meter(done.batch, done.lengths, done.replies)
         values |= account.throughput(flops, values["time/step_s"], *devices)
         values["compile/count"] = float(run.compiles.count)
@@ -110,10 +121,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     while not last:
         if step + 1 in traced[:1]:
             jax.profiler.start_trace(str(workdir / "profile"))
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        played, extra = play(state.params, *upcoming, key), {}
+        key, params = jax.random.fold_in(jax.random.key(config.seed), step), weights()
+        played, extra = play(params, *upcoming, key), {}
         if config.rollout.resample:
-            again = partial(play, state.params)
+            again = partial(play, params)
             played, extra = rounds.fill(
                 played,
                 again,
@@ -142,10 +153,17 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         )
         ref_logprobs = gap = None
         if uses_reference(config):
-            ref_logprobs = logprobs(reference)
+            features = None
+            if cache:
+                size = config.policy_update.micro_prompts
+                features = cache.of(
+                    reference.params, batch, played.ids, size, policy.config, scoring.dtype
+                )
+                features = shard_whole(features, mesh)
+            ref_logprobs = logprobs(reference.params, features=features)
             clock.mark("reference", ref_logprobs)
         if config.policy_update.old_logprobs == "recompute":
-            old = logprobs(state.params)
+            old = logprobs(params)
             gap, scored = sampler_gap(old, scored), scored._replace(logprobs=old)
             clock.mark("old", old)
         if ref_logprobs is not None and learning.kl_place == "reward":
@@ -163,6 +181,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
                 *take_rows((scored, rows, advantage, ref_logprobs), part, parts),
                 actor.banned,
                 kl_coef,
+                lora,
                 config=policy.config,
                 optimizer=optimizer,
                 loss=loss,
@@ -171,11 +190,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             )
             learned.append(metrics)
         clock.mark("update", learned)
+        # Merged weights must not outlive the step that they are of.
+        del params
         if adapt_kl:
             extra["policy/kl_coef"] = kl_coef
             now = extra.get("policy/kl", sum(metrics["kl"] for metrics in learned) / parts)
             kl_coef = adapt_kl(kl_coef, now)
         step += 1
+        reference.follow(step, state.params)
 
         # The device is busy now: meanwhile the host logs the step before and reads on.
         if pending is not None:
@@ -202,18 +224,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             jax.profiler.stop_trace()
             say(f"profile of steps {traced[0]} to {step}: {workdir / 'profile'}")
 
-        evaluations = run.look_during(state.params, step)
+        evaluations = run.look_during(weights, step)
         if evaluations or last or step % config.checkpoint.every == 0:
             log(pending, evaluations)
             pending = None
             if last or step % config.checkpoint.every == 0:
                 now = {"data": position} | ({"kl_coef": float(kl_coef)} if adapt_kl else {})
-                run.checkpoints.save(step, state, run.progress | now)
+                run.save(step, state, now, reference)
             clock.restart()
 
     clock.close()
     stop.restore()
-    return run.finish(state.params, step) if step == config.steps else run.stopped(step)
+    return run.finish(weights(), step) if step == config.steps else run.stopped(step)
 
 
 class _Step(NamedTuple):

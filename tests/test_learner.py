@@ -11,8 +11,10 @@ import optax
 import pytest
 
 from emor3_jax import learner
-from emor3_jax.data.batch import Batch, take_part
+from emor3_jax.data.batch import Batch, take_part, take_rows
+from emor3_jax.models.lora import Lora, init_adapters
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.reference import FeatureCache, keep
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout import packing
 from emor3_jax.rollout.generate import Samples
@@ -58,6 +60,8 @@ def samples() -> Samples:
 
 
 LOSS = learner.LossOptions(0.2, 0.3, 3.0, 0.01, "token")
+# One object, so that equal programs are compiled once.
+SGD = optax.sgd(1.0)
 OPTIONS = learner.ScoreOptions(temperature=0.9, dtype=jnp.float32, remat="none", chunk=8)
 
 
@@ -168,12 +172,11 @@ def test_update_depends_on_neither_cut_nor_rows_nor_memory(
 ):
     rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,)) if pack else None
     advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
-    optimizer = optax.sgd(1.0)
     found = {}
     for case, count in (("plain", 1), ("other", cut)):
         params = jax.tree.map(jnp.array, setting.params)
         state, metrics = learner.update(
-            TrainState.create(params, optimizer),
+            TrainState.create(params, SGD),
             batch,
             samples,
             rows if case == "other" else None,
@@ -181,7 +184,7 @@ def test_update_depends_on_neither_cut_nor_rows_nor_memory(
             samples.logprobs - 0.3,
             setting.banned,
             config=setting.config,
-            optimizer=optimizer,
+            optimizer=SGD,
             loss=loss,
             options=OPTIONS._replace(remat=remat if case == "other" else "none"),
             count=count,
@@ -213,21 +216,20 @@ def test_weights_of_the_loss_options(samples):
 def test_metrics_are_means_whatever_the_loss_divides_by(setting, batch, samples):
     """Of the constant mean too, whose weights do not sum to 1."""
     found = []
-    for loss in (LOSS, LOSS._replace(mean="constant", limit=60)):
+    # The weight of the KL may be an array, as where it adapts.
+    for loss, kl_coef in ((LOSS, None), (LOSS._replace(mean="constant", limit=60), 0.01)):
         params = jax.tree.map(jnp.array, setting.params)
-        optimizer = optax.sgd(1.0)
         _, metrics = learner.update(
-            TrainState.create(params, optimizer),
+            TrainState.create(params, SGD),
             batch,
             samples,
             None,
             jnp.ones((B, G)),
             samples.logprobs - 0.3,
             setting.banned,
-            # The weight of the KL may be an array, as where it adapts.
-            jnp.float32(0.01),
+            kl_coef,
             config=setting.config,
-            optimizer=optimizer,
+            optimizer=SGD,
             loss=loss,
             options=OPTIONS,
             count=1,
@@ -308,3 +310,83 @@ def test_imitation_is_the_mean_of_what_scoring_finds(setting, batch, samples, me
         count=count,
     )
     assert after["loss"] < metrics["loss"]
+
+
+@pytest.mark.parametrize("limit", [10**6, 0, 300])
+def test_cached_features_change_no_bit(setting, batch, samples, limit):
+    """Over two epochs in other orders; within the bound, and with next to nothing kept."""
+    cache = FeatureCache(limit)
+    ids = [f"row {i}" for i in range(B)]
+    options = OPTIONS._replace(temperature=1.0)
+    call = {"config": setting.config, "options": options, "count": 2}
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1], [1, 1, 0, 3]):
+        rows = take_rows(batch, np.asarray(order), setting.config.vision.merge_unit)
+        given = jax.tree.map(lambda x, order=order: x[np.asarray(order)], samples)
+        args = (setting.params, rows, given, None, setting.banned)
+        seen = cache.of(
+            setting.params, rows, [ids[i] for i in order], 2, setting.config, jnp.float32
+        )
+        np.testing.assert_array_equal(
+            learner.response_logprobs(*args, jnp.asarray(seen), **call),
+            learner.response_logprobs(*args, **call),
+        )
+    assert cache.hits + cache.misses == 3 * B
+    each = 4 * setting.config.hidden_size * 4
+    kept = min(limit // each, B)
+    assert cache.bytes == kept * each
+    # Every later look at a picture that was kept is a hit.
+    assert cache.counters()["reference/cache_hits"] == {4: 8, 0: 0}.get(kept, cache.hits)
+    # Another padding is another picture to the layout.
+    assert (ids[0], 1) in cache._kept or not kept
+
+
+def test_a_reference_in_bfloat16_computes_the_same_where_the_arithmetic_is(setting, batch, samples):
+    options = OPTIONS._replace(dtype=jnp.bfloat16)
+    found = [
+        learner.response_logprobs(
+            params,
+            batch,
+            samples,
+            None,
+            setting.banned,
+            config=setting.config,
+            options=options,
+            count=1,
+        )
+        for params in (setting.params, keep(setting.params, jnp.bfloat16))
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_only_adapters_learn(setting, batch, samples):
+    """The state holds nothing else, and the loss is that of merged kernels."""
+    lora = Lora(setting.params, jnp.float32(2.0))
+    adapters = init_adapters(setting.params, ("q_proj", "up_proj"), 2, jax.random.key(0))
+    noise = np.random.default_rng(5)
+    adapters = jax.tree.map(lambda x: jnp.float32(noise.normal(0, 0.2, x.shape)), adapters)
+    merged = lora.merge(jax.tree.map(jnp.copy, adapters))
+    found = []
+    for params, base in ((adapters, lora), (merged, None)):
+        state, metrics = learner.update(
+            TrainState.create(jax.tree.map(jnp.array, params), SGD),
+            batch,
+            samples,
+            None,
+            jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32),
+            samples.logprobs - 0.3,
+            setting.banned,
+            None,
+            base,
+            config=setting.config,
+            optimizer=SGD,
+            loss=LOSS,
+            options=OPTIONS,
+            count=1,
+        )
+        found.append((state, metrics))
+    state = found[0][0]
+    assert jax.tree.structure(state.params) == jax.tree.structure(adapters)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, adapters)
+    assert min(jax.tree.leaves(moved)) > 0
+    for name in ("loss", "kl", "entropy"):
+        assert found[0][1][name] == pytest.approx(float(found[1][1][name]), rel=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -234,6 +235,52 @@ def test_another_algorithm_goes_on_exactly(folder):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("lora", {"policy.lora_rank": 2, "policy_update.rates.decoder": 2.0}),
+        ("average", {"reference.kind": "average", "reference.decay": 0.5}),
+    ],
+)
+def test_adapters_and_a_moving_reference_go_on_exactly(folder, whole, name, fields):
+    for part, steps in (("whole", (3,)), ("parts", (2, 3))):
+        for count in steps:
+            config = make_config(folder)
+            config.update_from_flattened_dict({**fields, "steps": count})
+            train(config, folder / f"{name}_{part}")
+            shutil.rmtree(folder / f"{name}_{part}" / "policy")
+    rows, wanted = (read_metrics(folder / f"{name}_{part}") for part in ("parts", "whole"))
+    for metric in ("reward/overall", "policy/loss", "policy/kl", "policy/grad_norm"):
+        assert rows[-1][metric] == wanted[-1][metric], metric
+    # The checkpoint knows what it holds; what is exported has its adapters merged.
+    params = [load(export(config, folder / f"{name}_{part}")).params for part in ("parts", "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    base = load(folder / "policy").params
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params[0], base)
+    projections = moved["model"]["layers"]["self_attn"]
+    if name == "lora":
+        assert sum(x > 0 for x in jax.tree.leaves(moved)) == 4
+        assert min(projections[x]["kernel"] for x in config.policy.lora_modules) > 0
+        # A step of the adapters alone is small, and so is what is kept of it.
+        assert wanted[1]["policy/sampler_gap"] < 1e-4
+    else:
+        # It comes after the policy, which cannot go as far from it as from a frozen one.
+        assert 0 < wanted[-1]["policy/kl"] < read_metrics(whole)[-1]["policy/kl"]
+
+
+def test_the_pictures_features_are_kept_over_epochs_without_a_trace(folder, whole):
+    config = make_config(folder)
+    config.reference.image_cache = 10**6
+    train(config, folder / "cached")
+    rows, wanted = read_metrics(folder / "cached"), read_metrics(whole)
+    # 10 usable rows in 3 steps of 4.
+    assert rows[-1]["reference/cache_hits"] == 2
+    assert rows[-1]["reference/cache_misses"] == 10
+    assert 0 < rows[-1]["reference/cache_bytes"] <= 10**6
+    for metric in ("policy/loss", "policy/kl", "policy/grad_norm", "reward/overall"):
+        assert rows[-1][metric] == wanted[-1][metric], metric
+
+
 def test_dynamic_sampling_survives_rewards_that_are_all_equal(folder):
     config = make_config(folder)
     # What a random policy writes has no box: without other terms every reward is 0.
@@ -298,6 +345,7 @@ def test_exporting_a_run_without_checkpoint_is_refused(folder):
         ("policy.path", "/no/policy", ConfigError, "config.policy.path"),
         ("policy_update.prompts", 3, ConfigError, "must divide rollout.prompts=4"),
         ("rollout.top_p", 0.0, ConfigError, "(0, 1]"),
+        ("policy.lora_rank", 99, ConfigError, "under the rank 99"),
     ],
 )
 def test_a_config_that_cannot_run_stops_before_any_compile(folder, field, value, error, said):

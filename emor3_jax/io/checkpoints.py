@@ -74,26 +74,35 @@ class Checkpoints:
         )
         return restored["state"], restored["progress"]
 
+    def progress(self, step: int) -> dict[str, Any]:
+        """Returns the progress of a checkpoint alone."""
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["progress"]
+
     def restore_params(self, step: int, params: Any, mesh: jax.sharding.Mesh) -> Any:
-        """Returns the parameters of a checkpoint alone, whatever optimizer the run had.
+        """Returns what was trained alone, whatever optimizer and reference the run had.
 
         Args:
           step: one of `steps`.
-          params: pytree of their shapes.
+          params: pytree of its shapes.
           mesh: the arrays come back cut by this mesh's rules.
         """
+        wanted = {"params": params}
+        # A reference that follows the policy lies beside the state.
+        beside = self.progress(step).get("reference")
+        wanted = {"state": wanted} if beside else wanted
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            {"params": params},
-            {"params": param_shardings(params, mesh)},
+            wanted,
+            param_shardings(wanted, mesh),
         )
         part = ocp.args.PyTreeRestore(
             item=target,
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
             partial_restore=True,
         )
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=part))
-        return restored["state"]["params"]
+        found = self._manager.restore(step, args=ocp.args.Composite(state=part))["state"]
+        return (found["state"] if beside else found)["params"]
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -35,6 +35,7 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.999,
     frozen: Callable[[tuple[Any, ...]], bool] | None = None,
+    rate_of: Callable[[tuple[Any, ...]], float] | None = None,
 ) -> optax.GradientTransformation:
     """Returns AdamW behind a clip of the global gradient norm.
 
@@ -44,10 +45,12 @@ def make_optimizer(
       max_grad_norm: the gradient is scaled down to at most this norm.
       b1, b2: Adam's decay rates.
       frozen: names parameters that stay as they are, by their path of keys.
+      rate_of: the factor of the learning rate of parameters, by their path; None is 1 for all.
     """
     adamw = optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay),
+        *([] if rate_of is None else [_scale_by_path(rate_of)]),
     )
     if frozen is None:
         return adamw
@@ -58,6 +61,14 @@ def make_optimizer(
         )
 
     return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, label)
+
+
+def _scale_by_path(rate_of: Callable[[tuple[Any, ...]], float]) -> optax.GradientTransformation:
+    def scale(updates: Params, params: Params | None = None) -> Params:
+        del params
+        return jax.tree_util.tree_map_with_path(lambda path, x: rate_of(path) * x, updates)
+
+    return optax.stateless(scale)
 
 
 def apply_gradients(

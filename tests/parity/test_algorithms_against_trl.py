@@ -1,14 +1,14 @@
 """Advantages and losses beside TRL 1.16.0, and beside the release's own formulas, on random inputs.
 
 TRL's losses are methods of its trainers; they are called here on a stand-in that holds what they
-read. Where TRL is not installed these are left out: `pip install trl==1.16.0 accelerate datasets`.
-Its advantages, and those of the release (which builds on EasyR1), are lines within longer methods:
-they are written out again in torch.
+read; where TRL is not installed these are left out. Its advantages, and those of the release, are
+lines within longer methods: they are written out again in torch.
 """
 
 from collections import defaultdict
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,8 +82,6 @@ def trl_loss(trainer_class, draw, inputs: dict, delta: float | None = None, **op
 
 def our_loss(draw, advantage, mean, **options):
     """Our loss and its gradient by the log-probabilities."""
-    import jax
-
     mask, new, old, reference, *_ = draw
     weights = losses.token_weights(jnp.asarray(mask), mean)
     return jax.value_and_grad(

@@ -86,3 +86,14 @@ def test_frozen_parameters_stay(params):
         state, _ = apply_gradients(state, ones(params), optimizer)
     np.testing.assert_array_equal(state.params["visual"]["w"], params["visual"]["w"])
     assert np.all(state.params["model"]["w"] < params["model"]["w"])
+
+
+def test_rates_of_groups_by_hand(params):
+    """The first step is the rate times the sign of the gradient, decay scaled alike."""
+    optimizer = make_optimizer(
+        0.1, weight_decay=0.01, rate_of=lambda path: 0.5 if path[0].key == "visual" else 2.0
+    )
+    state, _ = apply_gradients(TrainState.create(params, optimizer), ones(params), optimizer)
+    moved = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, params)
+    np.testing.assert_allclose(moved["visual"]["w"], [-0.05 - 0.0005, -0.05 + 0.001], rtol=1e-4)
+    np.testing.assert_allclose(moved["model"]["w"], [[-0.2 - 0.006], [-0.2 - 0.001]], rtol=1e-4)

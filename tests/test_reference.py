@@ -1,0 +1,66 @@
+"""The reference: how it follows the policy, how it is kept, and the features of its pictures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emor3_jax.config import default
+from emor3_jax.reference import Reference, keep
+
+
+def make(**fields) -> Reference:
+    config = default()
+    config.reference.update(fields)
+    return Reference(config, params(1.0))
+
+
+def params(value: float) -> dict:
+    return {"a": {"kernel": jnp.full((2, 2), value)}, "b": {"scale": jnp.full(2, value)}}
+
+
+def value(reference: Reference) -> float:
+    (found,) = {float(x) for leaf in jax.tree.leaves(reference.params) for x in leaf.ravel()}
+    return found
+
+
+def test_a_frozen_reference_is_what_it_was_given():
+    config, given = default(), params(1.0)
+    reference = Reference(config, given)
+    reference.follow(1, params(2.0))
+    assert reference.params is given and not reference.follows
+
+
+def test_a_reference_is_refreshed_every_few_steps():
+    reference = make(kind="refresh", every=3)
+    seen = []
+    for step in range(1, 8):
+        now = params(float(step))
+        reference.follow(step, now)
+        # The next update gives the policy's memory up.
+        jax.tree.map(lambda x: x.delete(), now)
+        seen.append(value(reference))
+    assert seen == [1, 1, 3, 3, 3, 6, 6]
+    assert reference.follows
+
+
+def test_an_average_by_hand():
+    reference = make(kind="average", decay=0.75)
+    for step, wanted in ((1, 0.75 + 0.25 * 5), (2, 0.75 * 2 + 0.25 * 5)):
+        reference.follow(step, params(5.0))
+        assert value(reference) == pytest.approx(wanted)
+
+
+def test_no_reference_keeps_nothing():
+    reference = make(kind="none")
+    reference.follow(1, params(2.0))
+    assert reference.params == {} and not reference.follows
+
+
+def test_matrices_alone_are_kept_in_bfloat16_and_share_no_memory():
+    given = params(1.0 + 2**-10)
+    found = keep(given, jnp.bfloat16)
+    assert found["a"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found["a"]["kernel"], np.ones((2, 2)))
+    jax.tree.map(lambda x: x.delete(), given)
+    np.testing.assert_array_equal(found["b"]["scale"], np.full(2, 1.0 + 2**-10, np.float32))
