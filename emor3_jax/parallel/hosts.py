@@ -72,6 +72,8 @@ def start() -> None:
         join = here | {"cluster_detection_method": "deactivate"} if count > 1 else None
     if join is None:
         return
+    # It would take SIGTERM for itself, also in programs that do not ask it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**join)
     except jax.errors.JaxRuntimeError as error:
