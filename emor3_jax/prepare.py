@@ -522,15 +522,22 @@ def trained_params(config: ConfigDict, params: dict) -> dict:
 
 
 def make_cache(config: ConfigDict) -> FeatureCache | None:
-    """Returns where the features of the reference's pictures are kept; None if nowhere.
+    """Returns where the features of the reference's pictures are kept; None if nowhere."""
+    limit = config.reference.image_cache
+    return FeatureCache(limit) if limit and uses_reference(config) else None
+
+
+def check_hosts(config: ConfigDict) -> None:
+    """Checks that nothing is asked for that works on one host alone.
 
     Raises:
       ConfigError: with several hosts, which do not hold each other's rows.
     """
-    limit = config.reference.image_cache
-    if limit and jax.process_count() > 1:
-        raise ConfigError("reference.image_cache", limit, "works on one host alone; set it to 0")
-    return FeatureCache(limit) if limit and uses_reference(config) else None
+    if jax.process_count() == 1:
+        return
+    for section, key in (("rollout", "resample"), ("reference", "image_cache")):
+        if value := config[section][key]:
+            raise ConfigError(f"{section}.{key}", value, "works on one host alone; set it to 0")
 
 
 def make_shaping(config: ConfigDict) -> Callable[[Scores, Samples], jax.Array]:
