@@ -38,7 +38,6 @@ from emor3_jax.models import Policy, find, load, read_config
 from emor3_jax.models.lora import Lora, LoraError, init_adapters
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.parallel.mesh import param_shardings
-from emor3_jax.reference import FeatureCache
 from emor3_jax.rl.kl import adapt
 from emor3_jax.rl.shaping import overlong
 from emor3_jax.rl.update import make_optimizer
@@ -519,12 +518,6 @@ def trained_params(config: ConfigDict, params: dict) -> dict:
         return init_adapters(params, modules, config.policy.lora_rank, key)
     except LoraError as error:
         raise ConfigError("policy.lora_modules", modules, str(error)) from error
-
-
-def make_cache(config: ConfigDict) -> FeatureCache | None:
-    """Returns where the features of the reference's pictures are kept; None if nowhere."""
-    limit = config.reference.image_cache
-    return FeatureCache(limit) if limit and uses_reference(config) else None
 
 
 def check_hosts(config: ConfigDict) -> None:

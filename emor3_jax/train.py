@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
 
     optimizer, loss = prepare.make_update(config)
     lora = prepare.make_lora(config, policy.params)
-    reference, cache = Reference(config, policy.params), prepare.make_cache(config)
+    reference = Reference(config, policy.params)
     trained = prepare.trained_params(config, policy.params)
     if reference.params is trained:
         # The state is given up to each update, so it starts as a copy of what the reference keeps.
@@ -101,8 +101,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
 
     def log(done: _Step, extra: dict[str, float] | None = None) -> None:
         """Logs a step; waits for what of it the device is still computing."""
-        values = done.metrics() | memory() | data.counters() | (extra or {})
-        values |= cache.counters() if cache else {}
+        values = done.metrics() | memory() | data.counters() | reference.counters() | (extra or {})
         flops = meter(done.played.host, done.lengths, done.played.replies)
         values |= account.throughput(flops, values["time/step_s"], *devices)
         values["compile/count"] = float(run.compiles.count)
@@ -148,13 +147,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         )
         ref_logprobs = gap = None
         if uses_reference(config):
-            seen = None
-            if cache:
-                size = config.policy_update.micro_prompts
-                seen = cache.of(
-                    reference.params, batch, played.ids, size, policy.config, scoring.dtype
-                )
-                seen = shard_batch(seen, mesh)
+            seen = shard_batch(reference.see(batch, played.ids, policy.config), mesh)
             ref_logprobs = logprobs(reference.params, features=seen)
             clock.mark("reference", ref_logprobs)
         if config.policy_update.old_logprobs == "recompute":
