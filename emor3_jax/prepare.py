@@ -39,7 +39,6 @@ from emor3_jax.models.lora import Lora, LoraError, init_adapters
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import check_policy, param_shardings, places
-from emor3_jax.reference import FeatureCache
 from emor3_jax.rl.kl import adapt
 from emor3_jax.rl.shaping import overlong
 from emor3_jax.rl.update import make_optimizer
@@ -554,16 +553,17 @@ def trained_params(config: ConfigDict, params: dict) -> dict:
         raise ConfigError("policy.lora_modules", modules, str(error)) from error
 
 
-def make_cache(config: ConfigDict) -> FeatureCache | None:
-    """Returns where the features of the reference's pictures are kept; None if nowhere.
+def check_hosts(config: ConfigDict) -> None:
+    """Checks that nothing is asked for that works on one host alone.
 
     Raises:
       ConfigError: with several hosts, which do not hold each other's rows.
     """
-    limit = config.reference.image_cache
-    if limit and jax.process_count() > 1:
-        raise ConfigError("reference.image_cache", limit, "works on one host alone; set it to 0")
-    return FeatureCache(limit) if limit and uses_reference(config) else None
+    if jax.process_count() == 1:
+        return
+    for section, key in (("rollout", "resample"), ("reference", "image_cache")):
+        if value := config[section][key]:
+            raise ConfigError(f"{section}.{key}", value, "works on one host alone; set it to 0")
 
 
 def make_shaping(config: ConfigDict) -> Callable[[Scores, Samples], jax.Array]:

@@ -50,6 +50,26 @@ class Reference:
         self.params: Params = {}
         if c.kind != "none":
             self.params = params if self._dtype == jnp.float32 else keep(params, self._dtype)
+        self._cache = FeatureCache(c.image_cache) if c.image_cache else None
+        self._micro, self._type = config.policy_update.micro_prompts, jnp.dtype(config.policy.dtype)
+
+    def see(self, batch: Batch, ids: Sequence[str], shapes: Config) -> np.ndarray | None:
+        """Returns the features of a batch's pictures, float[B, S, D] on the host.
+
+        None if none are kept; the pass over the responses then looks at the pictures itself.
+
+        Args:
+          batch: B prompts with a picture each, on the devices.
+          ids: of their rows.
+          shapes: of the policy.
+        """
+        if self._cache is None:
+            return None
+        return self._cache.of(self.params, batch, ids, self._micro, shapes, self._type)
+
+    def counters(self) -> dict[str, float]:
+        """Returns the counts of the kept features; {} if none are kept."""
+        return self._cache.counters() if self._cache else {}
 
     def follow(self, step: int, params: Params) -> None:
         """Lets the reference follow the policy after a step.

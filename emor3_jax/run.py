@@ -77,6 +77,7 @@ class Run:
         validate(config)
         say = Console(program)
         compiles = prepare.start_jax(config.log.compile_cache)
+        prepare.check_hosts(config)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         # For attention kernels, which must be told what part of a batch is a device's.
         jax.set_mesh(mesh)

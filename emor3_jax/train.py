@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
 
     optimizer, loss = prepare.make_update(config)
     lora = prepare.make_lora(config, policy.params)
-    reference, cache = Reference(config, policy.params), prepare.make_cache(config)
+    reference = Reference(config, policy.params)
     trained = prepare.trained_params(config, policy.params)
     if reference.params is trained:
         # The state is given up to each update, so it starts as a copy of what the reference keeps.
@@ -104,8 +104,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
 
     def log(done: _Step, extra: dict[str, float] | None = None) -> None:
         """Logs a step; waits for what of it the device is still computing."""
-        values = done.metrics() | memory() | data.counters() | (extra or {})
-        values |= cache.counters() if cache else {}
+        values = done.metrics() | memory() | data.counters() | reference.counters() | (extra or {})
         flops = meter(done.batch, done.lengths, done.replies)
         values |= account.throughput(flops, values["time/step_s"], *devices)
         values["compile/count"] = float(run.compiles.count)
@@ -153,13 +152,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         )
         ref_logprobs = gap = None
         if uses_reference(config):
-            features = None
-            if cache:
-                size = config.policy_update.micro_prompts
-                features = cache.of(
-                    reference.params, batch, played.ids, size, policy.config, scoring.dtype
-                )
-                features = shard_whole(features, mesh)
+            features = shard_whole(reference.see(batch, played.ids, policy.config), mesh)
             ref_logprobs = logprobs(reference.params, features=features)
             clock.mark("reference", ref_logprobs)
         if config.policy_update.old_logprobs == "recompute":

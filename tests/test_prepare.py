@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -168,3 +169,14 @@ def test_a_subset_is_drawn_by_the_seed_and_its_ids_are_kept(folder, tmp_path):
     config.data.train.ids, config.data.train.subset = "", 12
     other = {t.id for t in opened(config, folder).sources["train"].texts()}
     assert len(other) == 12 and other != set(ids)
+
+
+@pytest.mark.parametrize("field", ["rollout.resample", "reference.image_cache"])
+def test_what_works_on_one_host_is_refused_on_several(monkeypatch, field):
+    config = default()
+    prepare.check_hosts(config)
+    config.update_from_flattened_dict({field: 2})
+    prepare.check_hosts(config)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=rf"config\.{field}=2: works on one host alone"):
+        prepare.check_hosts(config)

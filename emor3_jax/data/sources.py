@@ -346,6 +346,12 @@ def _check_schema(file: Path) -> None:
     fits = fits and pa.types.is_struct(images.value_type)
     if not fits or images.value_type.get_field_index("bytes") < 0:
         raise DataError(f"{file}: column 'images' is {images}, not a list of {{bytes, path}}")
+    if "response" in schema.names:
+        said = schema.field("response").type
+        said = said.value_type if pa.types.is_list(said) or pa.types.is_large_list(said) else said
+        fits = pa.types.is_string(said) or pa.types.is_large_string(said) or pa.types.is_null(said)
+        if not fits:
+            raise DataError(f"{file}: column 'response' is {said}, not a text or a list of texts")
     if "distribution" in schema.names:
         shares = schema.field("distribution").type
         fits = pa.types.is_list(shares) or pa.types.is_large_list(shares)

@@ -46,6 +46,11 @@ def write_parquet(path, rows: list[dict], row_group_size: int = 4) -> None:
         share = pa.struct([("label", pa.string()), ("share", pa.float64())])
         schema = schema.append(pa.field("distribution", pa.list_(share)))
     rows = [{"course_grained": None} | row for row in rows]
+    if said := [row["response"] for row in rows if row.get("response")]:
+        several = isinstance(said[0], list)
+        schema = schema.append(
+            pa.field("response", pa.list_(pa.string()) if several else pa.string())
+        )
     table = pa.Table.from_pylist(rows, schema)
     pq.write_table(table, path, row_group_size=row_group_size)
 

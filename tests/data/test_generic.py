@@ -183,3 +183,13 @@ def test_faulty_folders_of_datasets_are_named(tmp_path, make, change):
         (root / "state.json").write_text(json.dumps(state))
     with pytest.raises(DataError, match=message):
         HuggingFaceSource(str(root), "train")
+
+
+def test_responses_of_json_lines(tmp_path, make):
+    (tmp_path / "a.png").write_bytes(make["png"](0))
+    rows = [{"image": "a.png", "label": "joy", "response": said} for said in ("x", ["x", "y"], [])]
+    rows.append({"image": "a.png", "label": "joy"})
+    found = list(open_json_lines(lines(tmp_path / "a.jsonl", rows)).texts())
+    assert [texts.responses for texts in found] == [("x",), ("x", "y"), (), ()]
+    with pytest.raises(DataError, match=r"line 1 of .*: 'response' is neither a text nor a list"):
+        open_json_lines(lines(tmp_path / "b.jsonl", [rows[0] | {"response": 3}]))

@@ -133,6 +133,25 @@ def test_shares_are_read_with_the_row_and_with_the_texts_alone(tmp_path, make):
     assert [texts.distribution for texts in source.texts()] == found
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_responses_are_read_with_the_row_and_with_the_texts_alone(tmp_path, make, several):
+    said = [["x", "y"], None] if several else ["x", None]
+    rows = [make["row"](i, response=each) for i, each in enumerate(said)]
+    make["parquet"](tmp_path / "a.parquet", rows)
+    source = ParquetSource(tmp_path / "a.parquet")
+    wanted = [("x", "y") if several else ("x",), ()]
+    assert [source[i].texts.responses for i in range(2)] == wanted
+    assert [texts.responses for texts in source.texts()] == wanted
+
+
+def test_responses_that_are_no_texts_are_refused(tmp_path, make):
+    make["parquet"](tmp_path / "a.parquet", [make["row"](0)])
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.append_column("response", pa.array([[3]])), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"'response' is int64, not a text or a list of texts"):
+        ParquetSource(tmp_path / "a.parquet")
+
+
 def test_shares_of_another_shape_are_refused(tmp_path, make):
     make["parquet"](tmp_path / "a.parquet", [make["row"](0)])
     table = pq.read_table(tmp_path / "a.parquet")

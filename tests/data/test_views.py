@@ -43,6 +43,14 @@ def test_faulty_shares_stay_faulty():
     assert found.distribution == (("joy", -1.0),)
 
 
+def test_a_response_boxes_a_label_of_its_own_set():
+    texts = [Texts("which ?", x, x, responses=("\\boxed{" + x + "}",)) for x in ("awe", "fear")]
+    mapping = {"awe": "surprise", "fear": "fear"}
+    first, second = Relabelled(FilesSource("x", ["", ""], texts), mapping).texts()
+    assert first.answer == "surprise" and first.responses == ()
+    assert second.responses == ("\\boxed{fear}",)
+
+
 def test_a_subset_keeps_order_rows_and_ids(source):
     view = Subset(source, np.array([1, 5, 8]))
     assert ids(view) == ["r1", "r5", "r8"] == [view[i].texts.id for i in range(3)]
