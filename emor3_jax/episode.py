@@ -129,6 +129,23 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
     return tuple(i for i in ids if i is not None)
 
 
+def score_options(
+    profile: str,
+    coherence_target: str,
+    lambda_reflect: float,
+    lambda_format: float,
+    terms: tuple[Term, ...] = (),
+) -> dict[str, Any]:
+    """Returns the static arguments of the program that scores; arguments of `Actor`."""
+    return {
+        "profile": profile,
+        "answer_is_target": coherence_target == "answer",
+        "lambda_reflect": lambda_reflect,
+        "lambda_format": lambda_format,
+        "terms": terms,
+    }
+
+
 class Actor:
     """Answers, judges and scores for one label set; holds no parameters."""
 
@@ -190,13 +207,9 @@ class Actor:
             make_candidates(tokenizer, [[word.lower(), word.capitalize()] for word in words])
             for words in (self.labels, ("yes", "no"))
         )
-        self.score_options = {
-            "profile": profile,
-            "answer_is_target": coherence_target == "answer",
-            "lambda_reflect": lambda_reflect,
-            "lambda_format": lambda_format,
-            "terms": self.terms,
-        }
+        self.score_options = score_options(
+            profile, coherence_target, lambda_reflect, lambda_format, self.terms
+        )
 
     def run(
         self,

@@ -6,6 +6,7 @@ and `fsdp` together. `jax.jit` with these shardings is what pjit became.
 """
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -78,7 +79,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 """Parameter path → mesh axes of its last dimensions. First match wins; the rest is replicated."""
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
     """Returns a NamedSharding for each leaf of a tree of parameters or of optimizer state.
 
     Optimizer state holds the parameters' paths within its own, so it is cut like its parameters.
@@ -86,13 +87,40 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     Args:
       params: arrays or anything with a shape.
       mesh: the mesh.
+      gathered: lay out for decoding: nothing is cut over `fsdp`, so that no token gathers weights.
     """
+    specs = _specs(params, mesh, gathered)
+    return jax.tree.map(partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, P))
 
-    def sharding(path, leaf):
+
+def keep_layout(params: Any, *, gathered: bool = False) -> Any:
+    """Returns parameters of a jitted program, laid out as `param_shardings` does.
+
+    Without a mesh (`jax.set_mesh`) there is nothing to do.
+
+    Args:
+      params: arrays of a jitted program.
+      gathered: see `param_shardings`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+    specs = _specs(params, mesh, gathered)
+    return jax.tree.map(jax.lax.with_sharding_constraint, params, specs)
+
+
+def _specs(params: Any, mesh: Mesh, gathered: bool) -> Any:
+    def spec(path: tuple, leaf: Any) -> P:
         keys = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-        return NamedSharding(mesh, spec_of(keys, leaf.shape, mesh))
+        found = spec_of(keys, leaf.shape, mesh)
+        return P(*(None if axis == "fsdp" else axis for axis in found)) if gathered else found
 
-    return jax.tree_util.tree_map_with_path(sharding, params)
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def head_axis(mesh: Mesh, heads: int) -> str | None:
+    """Returns the mesh axis that cuts heads, "tensor" where it divides them."""
+    return "tensor" if heads % mesh.shape["tensor"] == 0 else None
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -19,6 +19,7 @@ from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.layers import Dtype, Remat, two_rows
 from emor3_jax.models.qwen2_5_vl.text import Decoder
 from emor3_jax.models.qwen2_5_vl.vision import VisionTower
+from emor3_jax.parallel.mesh import keep_layout
 
 Params = dict[str, Any]
 
@@ -58,21 +59,42 @@ def init_params(config: Config, key: jax.Array) -> Params:
 
 
 def cast_for_decoding(params: Params, dtype: Dtype) -> Params:
-    """Returns the parameters as decoding reads them: matrices in the type of the arithmetic.
+    """Returns the parameters as decoding reads them, once a step so that no token pays for it.
 
-    They would be rounded so at each use; once a step, no token pays for it. Norms and biases, which
-    are added in float32, stay as they are.
+    Matrices are in the type of the arithmetic, as `cast_matrices` says, and on every device whole,
+    but for what is cut over `tensor` (`parallel.mesh.RULES`).
 
     Args:
       params: float32 master parameters.
-      dtype: compute type; the parameters' own gives them back as they are.
+      dtype: compute type; on a single device, the parameters' own gives them back as they are.
     """
     kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    return params if kinds == {jnp.dtype(dtype)} else _cast_for_decoding(params, jnp.dtype(dtype))
+    if kinds == {jnp.dtype(dtype)} and jax.sharding.get_abstract_mesh().size <= 1:
+        return params
+    return lay_out_for_decoding(params, jnp.dtype(dtype))
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _cast_for_decoding(params: Params, dtype: Dtype) -> Params:
+def cast_matrices(params: Params, dtype: Dtype) -> Params:
+    """Returns the parameters with their matrices in the type of the arithmetic, laid out as before.
+
+    They would be rounded so at each use. Norms and biases, which are added in float32, stay as they
+    are.
+
+    Args:
+      params: float32 master parameters.
+      dtype: compute type.
+    """
+    return keep_layout(_cast(params, dtype))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def lay_out_for_decoding(params: Params, dtype: Dtype) -> Params:
+    """`cast_for_decoding`, always."""
+    return keep_layout(_cast(params, dtype), gathered=True)
+
+
+def _cast(params: Params, dtype: Dtype) -> Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, params
     )
