@@ -11,13 +11,14 @@ report.html and policy/ (the trained policy as a Hugging Face folder). A run tha
 moment goes on from its last checkpoint when it is started again with the same workdir.
 """
 
+import dataclasses
 import json
 import signal
 import time
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax import account, cli, prepare
 from emor3_jax.config import validate
-from emor3_jax.data.batch import Batch, take_part
+from emor3_jax.data.batch import Batch, part_of, take_part
 from emor3_jax.episode import Actor, Judgement, Replies, Scores
 from emor3_jax.evaluate import evaluate, read_sample
 from emor3_jax.io import report
@@ -36,6 +37,7 @@ from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
 from emor3_jax.io.metrics import Lap, MetricWriter, PhaseClock, memory
 from emor3_jax.learner import response_logprobs, sampler_gap, trim, update
 from emor3_jax.models import Policy, save
+from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
@@ -76,9 +78,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     actor = actors["train"]
 
     optimizer, loss = prepare.make_update(config)
-    reference = policy.params
-    # The state is given up to each update, so it starts as a copy of what the reference keeps.
-    state = TrainState.create(jax.tree.map(jnp.copy, reference), optimizer)
+    # Rounded as each use of it would be; the state, which each update gives up, takes the rest.
+    reference = model.cast_matrices(policy.params, jnp.dtype(config.policy.dtype))
+    state = TrainState.create(policy.params, optimizer)
+    policy = dataclasses.replace(policy, params={})
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     step, progress = 0, {}
     if (latest := checkpoints.latest()) is not None:
@@ -103,7 +106,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
                 config.seed,
                 rule=prepare.evaluation_rule(config, policy),
                 plan=prepare.evaluation_plan(config),
-                put=lambda batch: shard_batch(batch, mesh),
+                put=lambda batch: prepare.place_batch(batch, mesh, config),
                 keep=report.SAMPLES,
                 graded=config.evaluate.sets[name].graded,
             )
@@ -143,7 +146,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         if step + 1 in traced[:1]:
             jax.profiler.start_trace(str(workdir / "profile"))
         host_batch, ids = upcoming
-        batch = shard_batch(host_batch, mesh)
+        batch = prepare.place_batch(host_batch, mesh, config)
 
         samples, replies = actor.run(
             state.params,
@@ -185,7 +188,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             state, metrics = update(
                 state,
                 take_part(batch, part, parts, policy.config.vision.merge_unit),
-                *_part((scored, rows, advantage, ref_logprobs), part, parts),
+                *part_of((scored, rows, advantage, ref_logprobs), part, parts),
                 actor.banned,
                 config=policy.config,
                 optimizer=optimizer,
@@ -320,11 +323,6 @@ class _Step(NamedTuple):
         host = jax.device_get((self.samples, self.replies, self.scores))
         shown = range(min(report.SAMPLES, len(self.ids)))
         return [read_sample(actor, self.ids[i], self.batch.answers[i], i, 0, *host) for i in shown]
-
-
-def _part(tree: Any, part: int, parts: int) -> Any:
-    """Returns one of `parts` equal parts of the rows of each array."""
-    return jax.tree.map(lambda x: x[part * len(x) // parts : (part + 1) * len(x) // parts], tree)
 
 
 def _progress_line(step: int, steps: int, values: dict[str, float], pace: float) -> str:

@@ -104,7 +104,7 @@ def test_several_images_go_with_their_prompt(batch, per_prompt, cut):
                 rows = np.arange(i, B, count)
             else:
                 part = take_part(host, i, count, 4)
-                rows = np.arange(B // count) + i * (B // count)
+                rows = np.arange(i, B, count)
             np.testing.assert_array_equal(part.last_token, batch.last_token[rows])
             of_slot = part.images.patches.reshape(-1, 4, 2)[:, 0, 0]
             assert (part.prompt.image_slots[:, 0] == -1).all()
@@ -115,7 +115,7 @@ def test_several_images_go_with_their_prompt(batch, per_prompt, cut):
 def test_a_part_scores_as_its_rows_do_in_the_whole(setting, batch, samples):
     wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
     for part in range(2):
-        rows = slice(2 * part, 2 * part + 2)
+        rows = slice(part, None, 2)
         own = jax.tree.map(lambda x, rows=rows: x[rows], samples)
         found = learner.response_logprobs(
             setting.params,

@@ -122,15 +122,11 @@ class Recorder:
                 raise
             seconds = time.perf_counter() - started - lowering
             beside = sum(resident.values()) - sum(self._resident({}, args).values())
-            self._keep(
-                Report(name, calls, resident, None, beside + used, {}, lowering, seconds)
-            )
+            self._keep(Report(name, calls, resident, None, beside + used, {}, lowering, seconds))
             return guessed
         seconds = time.perf_counter() - started - lowering
         stats = compiled.memory_analysis()
-        made = (
-            stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-        )
+        made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         found = hlo.collectives(compiled.as_text(), self.mesh.size)
         self._keep(
             Report(

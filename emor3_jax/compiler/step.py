@@ -12,7 +12,7 @@ Assumptions, numbered:
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,21 +44,20 @@ _STOP = (151645, 151643)
 """Ids that end a response; their values are nothing to the compiler."""
 
 
-class Texts(NamedTuple):
-    """Tokens of the two questions around the judged text: (head, tail) each."""
-
-    coherence: tuple[int, int]
-    consistency: tuple[int, int]
+Around = tuple[int, int]
+"""Tokens of a question before and behind the judged text."""
 
 
-def compile_step(record: Recorder, config: ConfigDict, policy: Config, texts: Texts) -> None:
+def compile_step(
+    record: Recorder, config: ConfigDict, policy: Config, texts: tuple[Around, Around]
+) -> None:
     """Compiles every program of a step.
 
     Args:
       record: compiles them, and keeps the reports.
       config: of the run.
       policy: its shapes, with the attention of the platform.
-      texts: of the questions.
+      texts: around the judged text, of the coherence and the consistency question.
     """
     dtype = jnp.dtype(config.policy.dtype)
     merge = policy.vision.merge_unit
@@ -91,7 +90,7 @@ def compile_step(record: Recorder, config: ConfigDict, policy: Config, texts: Te
         state.params,
         dtype,
         alive={**always, "parameters": kept},
-        rows=lambda x: _as_params(record.mesh, x, gathered=True),
+        rows=partial(_as_params, record.mesh, gathered=True),
     )
     always = {**always, "parameters": [*kept, decoding]}
     samples, replies = _compile_rollout(
@@ -127,7 +126,10 @@ def compile_step(record: Recorder, config: ConfigDict, policy: Config, texts: Te
 
     # At the longest responses, of which no two share a row.
     scoring = prepare.score_options(config)
-    parts, micro = b // update_options.prompts, update_options.prompts // update_options.micro_prompts
+    parts, micro = (
+        b // update_options.prompts,
+        update_options.prompts // update_options.micro_prompts,
+    )
     size = {"config": policy, "options": scoring}
     ref_logprobs = None
     for name, params in (("reference", reference), ("old", state.params)):
@@ -153,12 +155,13 @@ def compile_step(record: Recorder, config: ConfigDict, policy: Config, texts: Te
     if parts > 1:
         part = record(
             "take part",
-            batches._take_rows,
+            batches._take_part,
             batch,
-            np.arange(update_options.prompts, dtype=np.int32),
+            np.int32(0),
             alive=always,
             rows=record.by_rows,
             calls=parts,
+            parts=parts,
             merge=merge,
         )
     of_part = [samples, advantage, ref_logprobs]
@@ -191,7 +194,7 @@ def _compile_rollout(
     record: Recorder,
     config: ConfigDict,
     policy: Config,
-    texts: Texts,
+    texts: tuple[Around, Around],
     batch: Batch,
     tables: Tables,
     banned: Any,
@@ -218,17 +221,20 @@ def _compile_rollout(
         return {**always, "data": [always["data"], *trees]}
 
     # What is in flight, at its largest: shapes first, since prompts come in beside it.
-    slots = _full_slots(record, policy, b=size, g=g, t=t, p=batch.prompt.tokens.shape[1], dtype=dtype)
+    slots = _full_slots(
+        record, policy, b=size, g=g, t=t, p=batch.prompt.tokens.shape[1], dtype=dtype
+    )
     part = batch
     if refill < b:
         part = record(
-            "take rows",
-            batches._take_rows,
+            "take wave",
+            batches._take_part,
             batch,
-            picked,
+            np.int32(0),
             alive={**always, "cache": slots},
             rows=record.by_rows,
             calls=waves,
+            parts=waves,
             merge=merge,
         )
     in_flight = slots if refill < size else None
@@ -272,7 +278,13 @@ def _compile_rollout(
     sizes = engine._ring_sizes(block, t)
     if len(sizes) > 1:
         small = _full_slots(
-            record, policy, b=size, g=g, t=t, p=batch.prompt.tokens.shape[1], dtype=dtype,
+            record,
+            policy,
+            b=size,
+            g=g,
+            t=t,
+            p=batch.prompt.tokens.shape[1],
+            dtype=dtype,
             places=sizes[-2],
         )
         record(
@@ -323,14 +335,12 @@ def _compile_rollout(
         )
     replies = _compile_reflections(
         record, config, policy, texts, part, tables, banned, key, params,
-        prefix, samples, {**with_data(part, samples), "cache": [slots, prefix]}, waves,
+        prefix, samples, {**with_data(samples), "cache": [slots, prefix]}, waves,
     )  # fmt: skip
     if refill == b:
         return samples, replies
     whole = record.by_rows(
-        jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), (samples, replies)
-        )
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), (samples, replies))
     )
     return whole
 
@@ -350,9 +360,7 @@ def _compile_reflections(
     sizes = (*config.reflect.text_lengths, config.rollout.max_tokens)
     longest = episode.bucket(config.rollout.max_tokens, sizes)
     text = jax.ShapeDtypeStruct((*samples.lengths.shape, longest), jnp.int32)
-    coherence, consistency = (
-        (record.by_rows(text), span.lengths) for span in spans
-    )
+    coherence, consistency = ((record.by_rows(text), span.lengths) for span in spans)
     rows = record.by_rows(jax.ShapeDtypeStruct(samples.lengths.shape[:1], jnp.int32))
     options = {"banned": banned, "dtype": jnp.dtype(config.policy.dtype)}
     parts = [tuple(np.zeros(n, np.int32) for n in each) for each in texts]
@@ -413,7 +421,7 @@ def abstract_batch(record: Recorder, config: ConfigDict, policy: Config) -> Batc
         last_token=array(),
         next_position=array(),
         images=Images(
-            array(w, v.window_patches, v.patch_dim, dtype=jnp.float32),
+            array(w, v.window_patches, v.patch_dim, dtype=jnp.dtype(config.policy.dtype)),
             array(w, v.window_patches, 2),
             array(w, v.window_patches, dtype=bool),
         ),
@@ -473,9 +481,7 @@ def _full_slots(
         jax.ShapeDtypeStruct((b, p), bool),
     )
     row = jax.ShapeDtypeStruct((b,), jnp.int32)
-    new = engine._begin.eval_shape(
-        engine.Opening(row, row, row, prefix), responses=g, length=t
-    )
+    new = engine._begin.eval_shape(engine.Opening(row, row, row, prefix), responses=g, length=t)
     slots = engine._widen.eval_shape(new, b, places or t)
     laid = engine._map_rows(
         lambda axis, x: _rows_and_heads(record, x, axis, heads), slots._replace(cursor=None)
@@ -485,7 +491,12 @@ def _full_slots(
 
 def _prefix_rows(record: Recorder, prefix: model.KV) -> model.KV:
     heads = prefix.v.shape[2]
-    return model.KV(*(_rows_and_heads(record, x, axis, heads) for x, axis in zip(prefix, (1, 1, 0), strict=True)))
+    return model.KV(
+        *(
+            _rows_and_heads(record, x, axis, heads)
+            for x, axis in zip(prefix, (1, 1, 0), strict=True)
+        )
+    )
 
 
 def _rows_and_heads(record: Recorder, x: Any, axis: int, heads: int) -> Any:

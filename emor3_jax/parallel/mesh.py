@@ -5,55 +5,102 @@ layer by layer), `tensor` (heads, hidden units and vocabulary cut up). Batches a
 and `fsdp` together. `jax.jit` with these shardings is what pjit became.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+if TYPE_CHECKING:
+    # Models import this module.
+    from emor3_jax.models.qwen2_5_vl.config import Config
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+CHECK = "python -m emor3_jax.compile --config=FILE --topology=NAME"
+"""The command that compiles a config for devices that are not here."""
 
 
 class MeshError(ValueError):
-    """The mesh of the config does not fit the devices or the arrays."""
+    """The mesh of the config does not fit the devices, the policy or a batch."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Returns a mesh over all devices; one axis may be -1, "the rest".
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Returns a mesh over devices; one axis may be -1, "the rest".
+
+    Where the devices are several TPU slices, `data` runs over the slow network between them, `fsdp`
+    and `tensor` stay within a slice.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes.
+      devices: of all processes, or of a topology that is not here; by default `jax.devices()`.
 
     Raises:
-      MeshError: if the axes do not multiply to the number of devices.
+      MeshError: if the axes do not multiply to the number of devices, or `data` to that of slices.
     """
+    devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    known = math.prod(size for size in sizes.values() if size != -1)
     unfit = any(size < 1 and size != -1 for size in sizes.values())
-    if unfit or len(free) > 1 or devices % known or (not free and known != devices):
-        wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    if unfit or len(free) > 1 or len(devices) % known or (not free and known != len(devices)):
         raise MeshError(
-            f"{wanted}: the axes must multiply to the number of devices, and this machine has "
-            f"{devices} ({jax.devices()[0].device_kind}); set one axis to -1 for 'the rest'"
+            f"{wanted}: the axes must multiply to the number of devices, and there "
+            f"{_describe(devices)}; set one axis to -1 for 'the rest', the others to divisors of "
+            f"{len(devices)}. A config for devices that are not here is checked by: {CHECK}"
         )
     if free:
-        sizes[free[0]] = devices // known
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        sizes[free[0]] = len(devices) // known
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise MeshError(
+            f"{wanted}: there are {slices} slices, and mesh.data={sizes['data']} must be a "
+            f"multiple of that, since fsdp and tensor stay within a slice: let fsdp times tensor "
+            f"divide the {len(devices) // slices} devices of one"
+        )
+    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    if slices > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        placed = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _describe(devices: Sequence[jax.Device]) -> str:
+    """Returns what was found, as in "are 8 devices (tpu, TPU v4) in 2 processes"."""
+    kinds = sorted({f"{device.platform}, {device.device_kind}" for device in devices})
+    processes = len({device.process_index for device in devices})
+    number = "is 1 device" if len(devices) == 1 else f"are {len(devices)} devices"
+    return f"{number} ({'; '.join(kinds)}) in {processes} process{'es' * (processes > 1)}"
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Returns the PartitionSpec of one parameter by the first rule that matches its path.
 
-    An axis that does not divide the dimension is left out there: a tiny policy on a large mesh is
-    replicated rather than refused.
+    A vector (a bias) that an axis does not divide stays whole, since it costs nothing; a matrix
+    that would stay whole on every device is refused.
 
     Args:
       path: keys joined by "/".
       shape: the parameter's shape.
       mesh: for the axis sizes.
+
+    Raises:
+      MeshError: naming the parameter, the dimension and the sizes of the axis that divide it.
     """
     for pattern, axes in RULES:
         if re.search(pattern, path):
@@ -61,11 +108,26 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
             spec = (None,) * (len(shape) - len(axes)) + tuple(axes)
             return P(
                 *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(spec, shape, strict=True)
+                    _cut_or_whole(path, shape, place, axis, mesh, vector=len(axes) == 1)
+                    for place, axis in enumerate(spec)
                 )
             )
     return P()
+
+
+def _cut_or_whole(
+    path: str, shape: tuple[int, ...], place: int, axis: str | None, mesh: Mesh, vector: bool
+) -> str | None:
+    """Returns the axis that cuts one dimension of a parameter, None if it stays whole."""
+    size = shape[place]
+    if axis is None or (vector and size % mesh.shape[axis]):
+        return None
+    if size % mesh.shape[axis]:
+        raise MeshError(
+            f"mesh.{axis}={mesh.shape[axis]}: does not divide dimension {place} of {path}, whose "
+            f"shape is {shape}; {_listed(_divisors(size))} would"
+        )
+    return axis
 
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -93,27 +155,48 @@ def param_shardings(params: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
     return jax.tree.map(partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def keep_layout(params: Any, *, gathered: bool = False) -> Any:
+def keep_layout(params: Any) -> Any:
     """Returns parameters of a jitted program, laid out as `param_shardings` does.
 
     Without a mesh (`jax.set_mesh`) there is nothing to do.
 
     Args:
       params: arrays of a jitted program.
-      gathered: see `param_shardings`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return params
-    specs = _specs(params, mesh, gathered)
-    return jax.tree.map(jax.lax.with_sharding_constraint, params, specs)
+    return jax.tree.map(jax.lax.with_sharding_constraint, params, _specs(params, mesh, False))
+
+
+def path_of(keys: tuple) -> str:
+    """Returns the path of a leaf as rules read it: keys joined by "/"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in keys)
+
+
+def gather(x: jax.Array, path: str) -> jax.Array:
+    """Returns one parameter of a jitted program, whole but for what is cut over `tensor`.
+
+    For what a loop reads that is not over layers: else each turn would gather it anew.
+
+    Args:
+      x: the parameter.
+      path: of the parameter, see `path_of`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _without_fsdp(spec_of(path, x.shape, mesh)))
+
+
+def _without_fsdp(spec: P) -> P:
+    return P(*(None if axis == "fsdp" else axis for axis in spec))
 
 
 def _specs(params: Any, mesh: Mesh, gathered: bool) -> Any:
     def spec(path: tuple, leaf: Any) -> P:
-        keys = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-        found = spec_of(keys, leaf.shape, mesh)
-        return P(*(None if axis == "fsdp" else axis for axis in found)) if gathered else found
+        found = spec_of(path_of(path), leaf.shape, mesh)
+        return _without_fsdp(found) if gathered else found
 
     return jax.tree_util.tree_map_with_path(spec, params)
 
@@ -123,9 +206,64 @@ def head_axis(mesh: Mesh, heads: int) -> str | None:
     return "tensor" if heads % mesh.shape["tensor"] == 0 else None
 
 
+def places(mesh: Mesh, rows: int) -> np.ndarray:
+    """Returns which rows of a batch this process reads: int64[n], rising, those its devices hold.
+
+    Processes whose devices hold the same rows, since `tensor` runs across them, read the same.
+
+    Args:
+      mesh: the mesh.
+      rows: of the whole batch, a multiple of data * fsdp.
+    """
+    parts, count = _own_parts(mesh)
+    size = rows // count
+    return np.concatenate([np.arange(part * size, (part + 1) * size) for part in parts])
+
+
+def _own_parts(mesh: Mesh) -> tuple[list[int], int]:
+    """Returns which parts of a batch this process holds, and how many parts there are."""
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((count,))
+    return sorted({index[0].indices(count)[0] for index in held.values()}), count
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a pytree of host arrays on the devices, their first axis cut over `data` and `fsdp`."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch)
+    """Makes global arrays, their first axis cut over `data` and `fsdp`, of each process's rows.
+
+    Args:
+      batch: pytree of host arrays that hold this process's `places`; with one process, all rows.
+      mesh: the mesh.
+    """
+    if jax.process_count() == 1:
+        return shard_whole(batch, mesh)
+    parts, count = _own_parts(mesh)
+
+    def assemble(x: np.ndarray) -> jax.Array:
+        size = len(x) // len(parts)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            at = parts.index((index[0].start or 0) // size) * size
+            return x[at : at + size]
+
+        shape = (size * count, *x.shape[1:])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH), part)
+
+    return jax.tree.map(assemble, batch)
+
+
+def shard_whole(tree: Any, mesh: Mesh) -> Any:
+    """Does the same with host arrays that every process holds whole.
+
+    Args:
+      tree: pytree of host arrays, alike on all processes.
+      mesh: the mesh.
+    """
+    sharding = NamedSharding(mesh, BATCH)
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
 
 
 def shard_rows(axis: int, x: jax.Array) -> jax.Array:
@@ -143,6 +281,60 @@ def shard_rows(axis: int, x: jax.Array) -> jax.Array:
     spec = [P.UNCONSTRAINED] * x.ndim
     spec[axis] = BATCH[0]
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def check_policy(mesh: Mesh, config: "Config") -> None:
+    """Raises MeshError, naming the dimension and the sizes that do, if a policy cannot be cut so.
+
+    `tensor` cuts the heads, hidden units and vocabulary, `fsdp` the widths. Heads of keys and
+    values may be fewer than `tensor`, if they divide it: then several devices share one.
+
+    Args:
+      mesh: the mesh.
+      config: of the policy.
+    """
+    vision = config.vision
+    cut_by_tensor = {
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "vision_config.num_heads": vision.num_heads,
+        "vision_config.intermediate_size": vision.intermediate_size,
+    }
+    cut_by_fsdp = {
+        "hidden_size": config.hidden_size,
+        "vision_config.hidden_size": vision.hidden_size,
+    }
+
+    def shared(tensor: int) -> bool:
+        return config.num_kv_heads % tensor == 0 or tensor % config.num_kv_heads == 0
+
+    def fits(axis: str, size: int) -> bool:
+        cut = cut_by_tensor if axis == "tensor" else cut_by_fsdp
+        return all(n % size == 0 for n in cut.values()) and (axis == "fsdp" or shared(size))
+
+    for axis, cut in (("tensor", cut_by_tensor), ("fsdp", cut_by_fsdp)):
+        size = mesh.shape[axis]
+        if fits(axis, size):
+            continue
+        unfit = [f"{name}={n}" for name, n in cut.items() if n % size]
+        if axis == "tensor" and not shared(size):
+            unfit.append(f"num_key_value_heads={config.num_kv_heads} (nor is divided by it)")
+        good = [x for x in _divisors(math.gcd(*cut.values())) if fits(axis, x)]
+        raise MeshError(
+            f"mesh.{axis}={size}: does not divide the policy's {', '.join(unfit)}; "
+            f"{_listed(good)} would"
+        )
+
+
+def _divisors(size: int) -> list[int]:
+    return [x for x in range(1, size + 1) if size % x == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    """Returns numbers as in "1, 2 or 4"."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def check_batch(mesh: Mesh, field: str, size: int) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+
 class TopologyError(ValueError):
     """A topology that is not known, or a machine without the TPU's compiler."""
 
@@ -117,9 +118,7 @@ def need_compiler() -> None:
 
 def names() -> list[str]:
     """Returns the names of all single slices."""
-    return [
-        f"{kind}-{chips * chip.units}" for kind, chip in CHIPS.items() for chips in chip.shapes
-    ]
+    return [f"{kind}-{chips * chip.units}" for kind, chip in CHIPS.items() for chips in chip.shapes]
 
 
 def parse(name: str) -> Topology:

@@ -6,8 +6,8 @@ put between a head and a tail that were tokenised once; nothing is decoded.
 
 Deviations, numbered:
  1. The image is not looked at again: the consistency question continues from the rollout's keys and
-    values of the shared prefix (system turn and image). The constant head of the coherence questions is
-    read once for the whole batch.
+    values of the shared prefix (system turn and image). The constant head of the coherence
+    questions is read once for the whole batch.
  2. The release re-tokenises the decoded text; here the policy reads the tokens that it wrote.
  3. Where a response has no such span, the question is still computed (shapes are static) and its
     reply is ignored.

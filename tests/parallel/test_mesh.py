@@ -1,6 +1,8 @@
 """The rules on a whole train state, and what a batch's size must be."""
 
+import dataclasses
 import re
+
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.published import published
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.rl.update import TrainState, make_optimizer
 
@@ -66,8 +69,60 @@ def test_matrices_that_write_the_residual_stream_are_cut_along_their_input(state
         assert found[f"{block}{outer}['kernel']"] == P(None, "tensor", "fsdp")
 
 
-def test_an_axis_that_fits_nowhere_leaves_the_policy_whole(state):
-    assert all(not any(spec) for spec in specs(state, abstract_mesh(1, 7, 11)).values())
+@pytest.mark.parametrize(
+    ("sizes", "said", "advice"),
+    [
+        # 16 heads, 2 of them keys', towers of 3420 hidden units.
+        ((1, 1, 8), "mesh.tensor=8: .* vision_config.intermediate_size=3420", "1, 2 or 4 would"),
+        ((1, 1, 3), "num_attention_heads=16.*num_key_value_heads=2 ", "1, 2 or 4 would"),
+        ((1, 48, 1), "mesh.fsdp=48: .* hidden_size=2048, vision_config.hidden_size=1280", "128 or"),
+    ],
+)
+def test_a_policy_that_cannot_be_cut_is_told_which_sizes_do(sizes, said, advice):
+    config = published("3B")
+    with pytest.raises(meshes.MeshError, match=f"{said}.*; .*{advice}"):
+        meshes.check_policy(abstract_mesh(*sizes), config)
+    # More devices than heads of keys share one.
+    meshes.check_policy(abstract_mesh(3, 256, 4), config)
+    meshes.check_policy(abstract_mesh(1, 4, 2), tiny.make_config())
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as its place in a mesh needs."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "a chip"
+
+
+@pytest.mark.parametrize("sizes", [(-1, 2, 2), (2, 4, 1), (4, 1, -1)])
+def test_data_runs_over_slices_and_the_rest_stays_within(sizes):
+    # As a runtime may list them: slices in turns.
+    chips = [Chip(i, i % 2) for i in range(8)]
+    mesh = meshes.make_mesh(*sizes, devices=chips)
+    assert mesh.size == 8 and {chip.id for chip in mesh.devices.flat} == set(range(8))
+    for replica in mesh.devices:
+        assert len({chip.slice_index for chip in replica.flat}) == 1
+    slices = [replica.flat[0].slice_index for replica in mesh.devices]
+    assert slices == sorted(slices)
+
+
+def test_a_slice_is_not_cut_through_by_fsdp():
+    chips = [Chip(i, i // 4) for i in range(8)]
+    with pytest.raises(meshes.MeshError, match=r"2 slices, and mesh.data=1 .* divide the 4 dev"):
+        meshes.make_mesh(1, -1, 1, devices=chips)
+
+
+def test_devices_that_are_not_there_are_named_with_the_way_to_check_without_them():
+    chips = [Chip(i, 0, i // 4) for i in range(8)]
+    with pytest.raises(meshes.MeshError) as caught:
+        meshes.make_mesh(1, 16, 1, devices=chips)
+    said = str(caught.value)
+    assert "mesh.fsdp=16" in said and "8 devices (gpu, a chip) in 2 processes" in said
+    assert "python -m emor3_jax.compile --config=" in said and "--topology=" in said
 
 
 def test_a_batch_is_cut_along_its_first_axis_alone():

@@ -31,8 +31,8 @@ class FakeMesh(NamedTuple):
         ("model/layers/mlp/down_proj/kernel", (4, 96, 64), P(None, "tensor", "fsdp")),
         ("model/layers/input_layernorm/scale", (4, 64), P()),
         ("visual/blocks/attn/proj/kernel", (3, 32, 32), P(None, "tensor", "fsdp")),
-        # 6 does not divide by 4: that dimension stays whole.
-        ("model/layers/self_attn/k_proj/kernel", (4, 64, 6), P(None, "fsdp", None)),
+        # 6 does not divide by 4: a bias stays whole.
+        ("model/layers/self_attn/k_proj/bias", (4, 6), P(None, None)),
         # Optimizer state is cut like its parameter.
         ("1/0/mu/model/embed_tokens/embedding", (800, 64), P("tensor", "fsdp")),
     ],
@@ -41,8 +41,15 @@ def test_rules(path, shape, spec):
     assert meshes.spec_of(path, shape, FakeMesh()) == spec
 
 
+def test_a_matrix_that_would_stay_whole_is_refused():
+    with pytest.raises(meshes.MeshError, match=r"tensor=4: .* dimension 2 of .*k_proj.*1, 2, 3 or"):
+        meshes.spec_of("model/layers/self_attn/k_proj/kernel", (4, 64, 6), FakeMesh())
+
+
 def test_a_mesh_that_does_not_fit_the_devices_names_fields_and_devices():
-    with pytest.raises(meshes.MeshError, match=r"mesh.tensor=7.*has \d+"):
+    with pytest.raises(
+        meshes.MeshError, match=r"mesh.tensor=7.*there (is 1 device|are \d+ devices) \(cpu, cpu\)"
+    ):
         meshes.make_mesh(1, 1, 7)
     with pytest.raises(meshes.MeshError, match="set one axis to -1"):
         meshes.make_mesh(-1, -1, 1)

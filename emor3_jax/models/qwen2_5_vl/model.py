@@ -19,7 +19,7 @@ from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.layers import Dtype, Remat, two_rows
 from emor3_jax.models.qwen2_5_vl.text import Decoder
 from emor3_jax.models.qwen2_5_vl.vision import VisionTower
-from emor3_jax.parallel.mesh import keep_layout
+from emor3_jax.parallel.mesh import gather, keep_layout, path_of
 
 Params = dict[str, Any]
 
@@ -79,19 +79,29 @@ def cast_matrices(params: Params, dtype: Dtype) -> Params:
     """Returns the parameters with their matrices in the type of the arithmetic, laid out as before.
 
     They would be rounded so at each use. Norms and biases, which are added in float32, stay as they
-    are.
+    are. Nothing shares memory with what was given.
 
     Args:
       params: float32 master parameters.
       dtype: compute type.
     """
-    return keep_layout(_cast(params, dtype))
+    return jax.tree.map(jnp.copy, keep_layout(_cast(params, dtype)))
 
 
 @partial(jax.jit, static_argnames="dtype")
 def lay_out_for_decoding(params: Params, dtype: Dtype) -> Params:
     """`cast_for_decoding`, always."""
-    return keep_layout(_cast(params, dtype), gathered=True)
+    before: jax.Array | None = None
+
+    def lay_out(path: tuple, leaf: jax.Array) -> jax.Array:
+        nonlocal before
+        # One after the other: gathered all at once, they would take the memory of a second copy.
+        if before is not None:
+            leaf, _ = jax.lax.optimization_barrier((leaf, before))
+        before = gather(leaf, path_of(path))
+        return before
+
+    return jax.tree_util.tree_map_with_path(lay_out, keep_layout(_cast(params, dtype)))
 
 
 def _cast(params: Params, dtype: Dtype) -> Params:
@@ -293,11 +303,19 @@ def forward_candidates(
 
 def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32[..., V] of final hidden states float[..., D]."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    return _logits(config, _head(config, params), hidden)
+
+
+def _head(config: Config, params: Params) -> jax.Array:
+    """Returns the matrix that logits are computed with, on every device whole but for `tensor`."""
     if config.tie_word_embeddings:
-        head, equation = params["model"]["embed_tokens"]["embedding"], "nd,vd->nv"
-    else:
-        head, equation = params["lm_head"]["kernel"], "nd,dv->nv"
+        return gather(params["model"]["embed_tokens"]["embedding"], "embed_tokens")
+    return gather(params["lm_head"]["kernel"], "lm_head")
+
+
+def _logits(config: Config, head: jax.Array, hidden: jax.Array) -> jax.Array:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    equation = "nd,vd->nv" if config.tie_word_embeddings else "nd,dv->nv"
     head = head.astype(hidden.dtype)
     scores = jnp.einsum(equation, two_rows(rows), head, preferred_element_type=jnp.float32)
     return scores[: len(rows)].reshape(*hidden.shape[:-1], -1)
@@ -333,6 +351,7 @@ def token_logprobs(
     """
     *lead, s, _ = hidden.shape
     rows = math.prod(lead)
+    head = _head(config, params)
     size = min(s, max(1, chunk // rows))
     chunks = -(-s // size)
 
@@ -343,7 +362,7 @@ def token_logprobs(
 
     def score(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
         states, wanted = piece
-        scores = logits(config, params, states) / temperature
+        scores = _logits(config, head, states) / temperature
         if banned is not None:
             scores = jnp.where(banned, _BANNED, scores)
         total = jax.nn.logsumexp(scores, axis=-1)
