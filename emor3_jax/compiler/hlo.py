@@ -7,7 +7,7 @@ constant. Where a loop may end earlier (decoding stops when all responses have),
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -109,6 +109,34 @@ def moved_bytes(found: list[Collective]) -> dict[str, int]:
     """Returns kind → bytes that each device receives, kinds that do not occur left out."""
     totals = {kind: sum(c.moved for c in found if c.kind == kind) for kind in KINDS}
     return {kind: total for kind, total in totals.items() if total}
+
+
+def weight_gathers(
+    found: Iterable[Collective], shapes: Iterable[tuple[int, ...]], *, stacked: bool = False
+) -> list[Collective]:
+    """Returns the all-gathers of weights among collectives, told by their shapes.
+
+    Args:
+      found: of a program.
+      shapes: of the weights, as one device has them where nothing is cut over `fsdp`; the first
+        dimension may be that of the layers.
+      stacked: only those of a weight as it is, layers in front; else of a single layer too.
+    """
+
+    def bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(size for size in shape if size > 1)
+
+    shapes = list(shapes)
+    wanted = {bare(shape) for shape in shapes}
+    if not stacked:
+        wanted |= {bare(shape[1:]) for shape in shapes}
+    # A vector could be anything, and costs nothing.
+    wanted = {shape for shape in wanted if len(shape) > 1}
+    return [
+        c
+        for c in found
+        if c.kind == "all-gather" and any(bare(shape) in wanted for _, shape in c.shapes)
+    ]
 
 
 def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:

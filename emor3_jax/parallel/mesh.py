@@ -7,7 +7,7 @@ and `fsdp` together. `jax.jit` with these shardings is what pjit became.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,39 @@ def gather(x: jax.Array, path: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, _without_fsdp(spec_of(path, x.shape, mesh)))
+
+
+def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: jax.Array) -> Any:
+    """Returns `function(weight, *rows)` of a jitted program, each device for its own rows.
+
+    The weight is gathered once and its gradient summed up once, whatever loops the function has;
+    left to the compiler, each turn of a loop would sum the whole gradient over devices.
+
+    Args:
+      function: works row by row; what it returns has the same first axis as `rows`.
+      weight: a parameter.
+      path: of the parameter, see `path_of`.
+      *rows: [B, …] each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or len(rows[0]) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return function(gather(weight, path), *rows)
+    spec = spec_of(path, weight.shape, mesh)
+    cut = [place for place, axis in enumerate(spec) if axis == "fsdp"]
+
+    def own(weight: jax.Array, *rows: jax.Array) -> Any:
+        for place in cut:
+            weight = jax.lax.all_gather(weight, "fsdp", axis=place, tiled=True)
+        missing = "data" if cut else BATCH[0]
+        return function(jax.lax.pcast(weight, missing, to="varying"), *rows)
+
+    of_weight = P(*(axis if axis == "fsdp" else None for axis in spec))
+    return jax.shard_map(
+        own,
+        in_specs=(of_weight, *[BATCH] * len(rows)),
+        out_specs=BATCH,
+        axis_names=set(BATCH[0]),
+    )(weight, *rows)
 
 
 def _without_fsdp(spec: P) -> P:

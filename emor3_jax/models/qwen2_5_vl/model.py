@@ -19,7 +19,7 @@ from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.layers import Dtype, Remat, two_rows
 from emor3_jax.models.qwen2_5_vl.text import Decoder
 from emor3_jax.models.qwen2_5_vl.vision import VisionTower
-from emor3_jax.parallel.mesh import gather, keep_layout, path_of
+from emor3_jax.parallel.mesh import by_rows, gather, keep_layout, path_of
 
 Params = dict[str, Any]
 
@@ -303,14 +303,14 @@ def forward_candidates(
 
 def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32[..., V] of final hidden states float[..., D]."""
-    return _logits(config, _head(config, params), hidden)
+    return _logits(config, _head(config, params)[0], hidden)
 
 
-def _head(config: Config, params: Params) -> jax.Array:
-    """Returns the matrix that logits are computed with, on every device whole but for `tensor`."""
+def _head(config: Config, params: Params) -> tuple[jax.Array, str]:
+    """Returns the matrix that logits are computed with, and its path."""
     if config.tie_word_embeddings:
-        return gather(params["model"]["embed_tokens"]["embedding"], "embed_tokens")
-    return gather(params["lm_head"]["kernel"], "lm_head")
+        return params["model"]["embed_tokens"]["embedding"], "model/embed_tokens/embedding"
+    return params["lm_head"]["kernel"], "lm_head/kernel"
 
 
 def _logits(config: Config, head: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -349,10 +349,28 @@ def token_logprobs(
     Returns:
       float32[..., S], and the entropy in the same shape, or None.
     """
+    size = max(1, chunk // math.prod(hidden.shape[:-2]))
+
+    def own(head: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
+        return _chunked_logprobs(config, head, hidden, targets, banned, temperature, size, entropy)
+
+    return by_rows(own, *_head(config, params), hidden, targets)
+
+
+def _chunked_logprobs(
+    config: Config,
+    head: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    banned: jax.Array | None,
+    temperature: float,
+    size: int,
+    entropy: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`token_logprobs` of some rows, `size` columns at a time."""
     *lead, s, _ = hidden.shape
     rows = math.prod(lead)
-    head = _head(config, params)
-    size = min(s, max(1, chunk // rows))
+    size = min(s, size)
     chunks = -(-s // size)
 
     def cut(x: jax.Array) -> jax.Array:
