@@ -375,7 +375,9 @@ class Actor:
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def _prefill(params, batch, *, config, dtype):
     features = model.encode_images(config, params, batch.images, dtype=dtype)
-    return model.forward_prompt(config, params, batch.prompt, features, dtype=dtype)[1]
+    return model.forward_prompt(
+        config, params, batch.prompt, features, dtype=dtype, images_by_prompt=True
+    )[1]
 
 
 def _in_order(found: list, rows: np.ndarray) -> Any:

@@ -83,11 +83,15 @@ def collectives(text: str, devices: int) -> list[Collective]:
     found: list[Collective] = []
 
     def visit(name: str, times: int, depth: int) -> None:
-        for line in bodies.get(name, ()):
+        lines = bodies.get(name, [])
+        for line in lines:
             operation = _operation(line)
             kind = operation.removesuffix("-start")
             if kind in KINDS:
                 shapes = _shapes(line, operation)
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    # So the TPU's compiler writes one: each device keeps a slice of the sum.
+                    kind, shapes = "reduce-scatter", _shapes(lines[-1], _operation(lines[-1]))
                 source = _NAME.search(line)
                 group = _group_size(line, devices) if kind != "collective-permute" else 2
                 said = source[1] if source else ""

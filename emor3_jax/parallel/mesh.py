@@ -189,6 +189,21 @@ def gather(x: jax.Array, path: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _without_fsdp(spec_of(path, x.shape, mesh)))
 
 
+def keep_rows(x: jax.Array) -> jax.Array:
+    """Returns activations of a jitted program, their first axis cut as a batch, the others whole.
+
+    The compiler spreads the layout of a cut weight to what is computed with it; left alone, it cuts
+    activations by features over `fsdp`, and then every layer sums them over devices.
+
+    Args:
+      x: [B, …]; left as it is where B does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
 def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: jax.Array) -> Any:
     """Returns `function(weight, *rows)` of a jitted program, each device for its own rows.
 

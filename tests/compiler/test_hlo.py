@@ -47,12 +47,21 @@ HloModule jit_step, is_scheduled=true
   ROOT %scattered = bf16[4]{0} reduce-scatter(%s), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
 }
 
+%all-reduce-scatter.1.clone (t: f32[12]) -> f32[4] {
+  %t = f32[12]{0} parameter(0)
+  %padded = f32[16]{0} pad(%t, %t), padding=0_4
+  %summed = f32[16]{0} all-reduce(%padded), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %slice = f32[4]{0} dynamic-slice(%summed, %zero), dynamic_slice_sizes={4}
+}
+
 ENTRY %main (a: (s32[], f32[8,4]), b: bf16[16], c: f32[10]) -> f32[10] {
   %a = (s32[], f32[8,4]) parameter(0)
   %b = bf16[16]{0} parameter(1)
   %c = f32[10]{0} parameter(2)
   %loop.2 = (s32[], f32[8,4]) while(%a), condition=%outer_cond, body=%outer_body
   %f = bf16[4]{0} fusion(%b), kind=kCustom, calls=%fused
+  %g = f32[4]{0} fusion(%c), kind=kCustom, calls=%all-reduce-scatter.1.clone
   %start = (f32[10]{0}, f32[40]{0}, u32[]) all-gather-start(%c), replica_groups=[2,4]<=[8], dimensions={0}
   %done = f32[40]{0} all-gather-done(%start)
   %sent = pred[10]{0} collective-permute(%c), source_target_pairs={{0,1},{1,0}}
@@ -62,7 +71,8 @@ ENTRY %main (a: (s32[], f32[8,4]), b: bf16[16], c: f32[10]) -> f32[10] {
 
 
 def test_collectives_are_found_wherever_they_are_called() -> None:
-    found = {c.kind + "-" * c.depth: c for c in hlo.collectives(TEXT, devices=8)}
+    everything = hlo.collectives(TEXT, devices=8)
+    found = {c.kind + "-" * c.depth: c for c in everything}
     assert found.keys() == {
         "all-gather--",
         "reduce-scatter",
@@ -76,18 +86,18 @@ def test_collectives_are_found_wherever_they_are_called() -> None:
     # A loop of 5 around a loop of 3; groups along the axis of size 4.
     assert (inner.times, inner.group, inner.size) == (15, 4, 128)
     assert inner.moved == 15 * 128 * 3 // 4
-    assert found["reduce-scatter"].group == 4
-    # 8 bytes stay of 32: three parts come from others.
-    assert found["reduce-scatter"].moved == 24
+    # What stays, 8 bytes, comes from three others; so do 16 bytes of a sum that is then sliced.
+    scattered = [c for c in everything if c.kind == "reduce-scatter"]
+    assert [(c.group, c.moved) for c in scattered] == [(4, 24), (4, 48)]
     assert found["all-gather"].shapes == (("f32", (40,)),)
     assert found["all-gather"].moved == 120
     assert found["collective-permute"].moved == 10
     # Without groups all 8 take part.
     assert found["all-reduce"].moved == 2 * 40 * 7 // 8
-    assert hlo.moved_bytes(list(found.values())) == {
+    assert hlo.moved_bytes(everything) == {
         "all-gather": 1440 + 120,
         "all-reduce": 70,
-        "reduce-scatter": 24,
+        "reduce-scatter": 24 + 48,
         "collective-permute": 10,
     }
 

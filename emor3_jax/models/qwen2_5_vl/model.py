@@ -141,6 +141,7 @@ def forward_prompt(
     *,
     dtype: Dtype = jnp.float32,
     remat: Remat = "none",
+    images_by_prompt: bool = False,
 ) -> tuple[jax.Array, KV]:
     """Runs the decoder over prompts, each token attending to those before it.
 
@@ -150,6 +151,7 @@ def forward_prompt(
       image_features: from `encode_images`; None if no prompt has an image.
       dtype: compute type.
       remat: what the backward pass recomputes, see `layers.rematerialised`.
+      images_by_prompt: whether prompts have equally many images each, in their order.
 
     Returns:
       float[B, P, D] after the final norm (meaningless at padding), and the keys and values, which
@@ -162,6 +164,7 @@ def forward_prompt(
         jnp.asarray(prompt.mask)[:, None],
         image_features=image_features,
         image_slots=prompt.image_slots[:, None],
+        images_by_prompt=images_by_prompt,
     )
     return hidden[:, 0], KV(k[:, :, 0], v[:, :, 0], jnp.asarray(prompt.mask))
 
