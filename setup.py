@@ -33,7 +33,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "gpu": ["jax[cuda13]>=0.10.2,<0.11"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.17", "scipy"],
+        # The TPU's compiler, which needs no TPU; this version gave the numbers of the docs.
+        "compile": ["libtpu==0.0.52"],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.17", "scipy", "libtpu==0.0.52"],
         "parity": ["torch==2.13.0", "mathruler", "pylatexenc"],
         "bench": ["matplotlib"],
         # What the benchmarks run beside; these versions worked together.

@@ -5,13 +5,18 @@ python -m emor3_jax.train --config=configs/tpu_v5e.py --workdir=DIR \\
     --config.evaluate.sets.validation.path=VALIDATION.parquet
 
 `--config=configs/tpu_v5e.py:7b,chips=32` takes the 7B on 32 chips.
+
+@@REPORT@@
 """
 
 from ml_collections import ConfigDict
 
 from configs.qwen2_5_vl_3b import Layout, on_slice
 
-LAYOUTS = {"3b": Layout(chips=16), "7b": Layout(chips=64, tensor=2)}
+LAYOUTS = {
+    "3b": Layout(chips=16, tensor=2),
+    "7b": Layout(chips=64, tensor=4),
+}
 
 
 def get_config(options: str = "3b") -> ConfigDict:

@@ -150,7 +150,6 @@ def costs_of(config: ConfigDict, policy: Config, texts: Texts) -> dict[str, acco
 def main(config: ConfigDict) -> None:
     """Compiles, prints, and ends with status 1 if the step does not fit."""
     given = flags.FLAGS
-    jax.config.update("jax_compilation_cache_dir", None)
     if given.search:
         for line in search(config, given.topology, compile_config):
             print(line, flush=True)

@@ -183,11 +183,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             old = logprobs(state.params)
             gap, scored = sampler_gap(old, scored), scored._replace(logprobs=old)
             clock.mark("old", old)
-        learned = []
+        learned, merge = [], policy.config.vision.merge_unit
+        cut = [take_part(batch, part, parts, merge) for part in range(parts)]
+        # From here on only the parts: with the whole, pictures would lie in memory twice.
+        del batch, logprobs
         for part in range(parts):
             state, metrics = update(
                 state,
-                take_part(batch, part, parts, policy.config.vision.merge_unit),
+                cut[part],
                 *part_of((scored, rows, advantage, ref_logprobs), part, parts),
                 actor.banned,
                 config=policy.config,

@@ -115,7 +115,7 @@ class Recorder:
         lowered = function.lower(*args, **options)
         lowering = time.perf_counter() - started
         try:
-            compiled = lowered.compile()
+            compiled = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:
             used = _used(str(error))
             if used is None:
@@ -170,6 +170,16 @@ class Recorder:
                     seen.add(id(leaf))
                     totals[kind] += device_bytes(leaf)
         return totals
+
+
+def _compile(lowered: Any) -> Any:
+    """Compiles; the cache of programs cannot read those of devices that are not here."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
 
 
 def device_bytes(x: Any) -> int:

@@ -151,37 +151,34 @@ def compile_step(
             **size,
         )
         ref_logprobs = logprobs if name == "reference" else ref_logprobs
-    part = batch
+    cut = [batch]
     if parts > 1:
         part = record(
             "take part",
             batches._take_part,
             batch,
             np.int32(0),
-            alive=always,
+            # The last one is cut while the others are there.
+            alive={**always, "data": [always["data"], *_others(batch, parts - 1, parts)]},
             rows=record.by_rows,
             calls=parts,
             parts=parts,
             merge=merge,
         )
+        cut = [part, *_others(batch, parts - 1, parts)]
     of_part = [samples, advantage, ref_logprobs]
     if parts > 1:
-        of_part = record.by_rows(
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct((update_options.prompts, *x.shape[1:]), x.dtype),
-                of_part,
-            )
-        )
+        of_part = record.by_rows(_first_rows(of_part, update_options.prompts))
     record(
         "update",
         learner.update,
         state,
-        part,
+        cut[0],
         of_part[0],
         None,
         *of_part[1:],
         banned,
-        alive={**always, "data": [always["data"], part, of_part]},
+        alive={**always, "data": [cut, tables, samples, replies, of_part]},
         calls=parts,
         optimizer=optimizer,
         loss=loss,
@@ -396,6 +393,22 @@ def _compile_reflections(
         ),
     )  # fmt: skip
     return episode.Replies(*said, *found[0], *found[1])
+
+
+def _first_rows(tree: Any, rows: int) -> Any:
+    """Returns the shapes of some rows of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), tree)
+
+
+def _others(batch: Batch, count: int, parts: int) -> list[Batch]:
+    """Returns `count` parts of a batch beside the one that is worked on."""
+
+    def part(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            (x.shape[0] // parts, *x.shape[1:]), x.dtype, sharding=x.sharding
+        )
+
+    return [jax.tree.map(part, batch) for _ in range(count)]
 
 
 def abstract_state(mesh: Mesh, policy: Config, optimizer: Any) -> TrainState:

@@ -93,8 +93,9 @@ class Topology(NamedTuple):
           TopologyError: if the TPU's compiler is not installed.
         """
         need_compiler()
-        # Else it asks the network of Google Cloud where it runs.
+        # Else it asks the network of Google Cloud where it runs, and lets one process in at a time.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         from jax.experimental import topologies
 
         chip = self.chip

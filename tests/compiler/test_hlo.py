@@ -4,6 +4,8 @@ import pytest
 
 from emor3_jax.compiler import hlo
 
+# ruff: noqa: E501 - lines as XLA writes them.
+
 TEXT = """\
 HloModule jit_step, is_scheduled=true
 
