@@ -8,14 +8,13 @@ python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=runs/emoset \\
     --config.evaluate.sets.validation.path=emoset_validation.parquet
 
 The release scales pictures to 262,144 to 4,194,304 pixels, and cuts prompts at 2048 tokens,
-which a picture of 1.5 million pixels fills by itself. The files that start from this one stop at
-401,408 pixels (512 image tokens).
+which a picture of 1.5 million pixels fills by itself. The files for one machine
+stop at 401,408 pixels (512 image tokens).
 
-State of things: at this size nothing has been compiled yet, so whether it fits in memory is not
-known. Counted by hand, for all chips together: policy, reference, AdamW's two moments and gradients
-take 5 x 4 bytes x 3.75 billion = 75 GB; each token in flight takes 36,864 bytes of bfloat16 cache
-(36 layers, keys and values, 2 heads of 128), so that 64 prompts in flight, with 8 responses of 2048
-tokens each, take 43 GB at most. Files for one machine take fewer prompts a step.
+`on_slice` makes the configs of TPU slices, which `python -m emor3_jax.compile` has compiled
+(docs/results/compile.md). `single_host` makes smaller runs, of which nothing has been compiled: counted
+by hand, policy, reference, AdamW's two moments and gradients take 18 bytes for each of 3.75 billion
+parameters over all devices, and each token in flight 36,864 bytes of bfloat16 cache.
 """
 
 from typing import NamedTuple

@@ -151,7 +151,8 @@ def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
         if current is None and (match := _COMPUTATION.match(line)):
             current = bodies.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
+            # Kernels have text of several lines, which may begin so too.
             current = None
         elif current is not None and _INSTRUCTION.match(line):
             current.append(line)

@@ -24,6 +24,9 @@ HloModule jit_step, is_scheduled=true
 
 %inner_body (q: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %q = (s32[], f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %kernel = f32[2,4]{1,0} custom-call(%q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="kernel"}
   %part = f32[2,4]{1,0:T(8,128)} get-tuple-element(%q), index=1
   %gathered = f32[8,4]{1,0:T(8,128)S(1)} all-gather(%part), channel_id=1, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, metadata={op_name="jit(step)/while/body/layers/gather"}
   ROOT %next = (s32[], f32[8,4]{1,0}) tuple(%q, %gathered)
