@@ -8,12 +8,12 @@ python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=runs/emoset \\
     --config.evaluate.sets.validation.path=emoset_validation.parquet
 
 The release scales pictures to 262,144 to 4,194,304 pixels, and cuts prompts at 2048 tokens,
-which a picture of 1.5 million pixels fills by itself. The files for one machine
-stop at 401,408 pixels (512 image tokens).
+which a picture of 1.5 million pixels fills by itself. The files for one machine stop at 401,408
+pixels (512 image tokens).
 
-`on_slice` makes the configs of TPU slices, which `python -m emor3_jax.compile` has compiled
-(docs/results/compile.md). `single_host` makes smaller runs, of which nothing has been compiled: counted
-by hand, policy, reference, AdamW's two moments and gradients take 18 bytes for each of 3.75 billion
+`on_slice` makes the configs of TPU slices, for `python -m emor3_jax.compile`; what fits where is in
+docs/results/compile.md. `single_host` makes smaller runs, of which nothing has been compiled. By
+hand: policy, reference, AdamW's two moments and gradients take 18 bytes for each of 3.75 billion
 parameters over all devices, and each token in flight 36,864 bytes of bfloat16 cache.
 """
 
@@ -125,5 +125,6 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     config.rollout.slots = min(layout.slots * parts, config.rollout.prompts)
     config.rollout.refill = min(layout.refill * parts, config.rollout.slots)
     config.policy_update.micro_prompts = min(layout.micro * parts, config.policy_update.prompts)
-    config.evaluate.prompts = max(config.rollout.refill, 64)
+    # All of an evaluation's batch is prefilled and judged at once.
+    config.evaluate.prompts = config.rollout.refill
     return config

@@ -6,7 +6,8 @@ python -m emor3_jax.train --config=configs/tpu_v5e.py --workdir=DIR \\
 
 `--config=configs/tpu_v5e.py:7b,chips=32` takes the 7B on 32 chips.
 
-@@REPORT@@
+Laid out by hand after the 3B on v4; what has been compiled is in docs/results/compile.md, and
+`python -m emor3_jax.compile --config=configs/tpu_v5e.py --topology=v5e-16` compiles the rest.
 """
 
 from ml_collections import ConfigDict
