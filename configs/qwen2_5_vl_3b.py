@@ -8,15 +8,16 @@ python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=runs/emoset \\
     --config.evaluate.sets.validation.path=emoset_validation.parquet
 
 The release scales pictures to 262,144 to 4,194,304 pixels, and cuts prompts at 2048 tokens,
-which a picture of 1.5 million pixels fills by itself. The files that start from this one stop at
-401,408 pixels (512 image tokens).
+which a picture of 1.5 million pixels fills by itself. The files for one machine stop at 401,408
+pixels (512 image tokens).
 
-State of things: at this size nothing has been compiled yet, so whether it fits in memory is not
-known. Counted by hand, for all chips together: policy, reference, AdamW's two moments and gradients
-take 5 x 4 bytes x 3.75 billion = 75 GB; each token in flight takes 36,864 bytes of bfloat16 cache
-(36 layers, keys and values, 2 heads of 128), so that 64 prompts in flight, with 8 responses of 2048
-tokens each, take 43 GB at most. Files for one machine take fewer prompts a step.
+`on_slice` makes the configs of TPU slices, for `python -m emor3_jax.compile`; what fits where is in
+docs/results/compile.md. `single_host` makes smaller runs, of which nothing has been compiled. By
+hand: policy, reference, AdamW's two moments and gradients take 18 bytes for each of 3.75 billion
+parameters over all devices, and each token in flight 36,864 bytes of bfloat16 cache.
 """
+
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -62,4 +63,68 @@ def single_host(prompts: int, max_tokens: int) -> ConfigDict:
         s for s in (256, 512, 1024, 2048) if s <= max_tokens
     )
     config.evaluate.prompts = prompts
+    return config
+
+
+class Layout(NamedTuple):
+    """How a policy lies on slices of a kind.
+
+    Attributes:
+      chips: of the smallest slice that the compiler says it fits, the default.
+      tensor: mesh.tensor; the rest of a slice is mesh.fsdp.
+      slots, refill, micro: prompts in flight, let in at once, and of a micro-batch, for each part
+        that the mesh cuts a batch into.
+      devices: XLA's devices of a chip.
+    """
+
+    chips: int
+    tensor: int = 1
+    slots: int = 4
+    refill: int = 2
+    micro: int = 1
+    devices: int = 1
+
+
+def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
+    """Returns the release's run on TPU slices: 512 prompts a step, 2048 + 2048 tokens, G = 8.
+
+    Pictures are scaled to 262,144 to 4,194,304 pixels as in the release; one whose prompt is over
+    2048 tokens (about 1.5 million pixels), or that has over 144 windows, is dropped and counted.
+
+    Args:
+      options: "3b" or "7b", "chips=16", "slices=2" (chips are those of all slices), joined by
+        commas.
+      layouts: size of the policy → how it lies.
+
+    Raises:
+      ValueError: if an option is unknown, or the prompts do not divide over so many chips.
+    """
+    size, numbers = "3b", {"slices": 1}
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if option in layouts:
+            size = option
+        elif key in ("chips", "slices") and value.isdigit() and int(value):
+            numbers[key] = int(value)
+        else:
+            known = ", ".join([*layouts, "chips=16", "slices=2"])
+            raise ValueError(f"--config=…:{option}: must be of {known}, joined by commas")
+    layout = layouts[size]
+    devices = numbers.get("chips", layout.chips) * layout.devices
+    parts = devices // layout.tensor
+    config = get_config()
+    if parts < 1 or config.policy_update.prompts % parts:
+        raise ValueError(
+            f"chips={devices // layout.devices}: {parts} parts must divide the "
+            f"{config.policy_update.prompts} prompts of an update; take a power of two"
+        )
+    config.policy.path = f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct"
+    config.data.image_windows = (64, 96, 144)
+    config.mesh.data, config.mesh.fsdp = numbers["slices"], -1
+    config.mesh.tensor = layout.tensor
+    config.rollout.slots = min(layout.slots * parts, config.rollout.prompts)
+    config.rollout.refill = min(layout.refill * parts, config.rollout.slots)
+    config.policy_update.micro_prompts = min(layout.micro * parts, config.policy_update.prompts)
+    # All of an evaluation's batch is prefilled and judged at once.
+    config.evaluate.prompts = config.rollout.refill
     return config

@@ -1,21 +1,26 @@
-"""EMO-R3 on Qwen2.5-VL-3B, one TPU v4-8 (4 chips of 32 GB).
+"""EMO-R3 on Qwen2.5-VL-3B or 7B at the release's settings, on TPU v4 slices (32 GB a chip).
 
 python -m emor3_jax.train --config=configs/tpu_v4.py --workdir=DIR \\
-    --config.policy.path=FOLDER --config.data.train.path=TRAIN.parquet \\
+    --config.data.train.path=TRAIN.parquet \\
     --config.evaluate.sets.validation.path=VALIDATION.parquet
 
-Not compiled for this hardware yet, so whether it fits in memory is not known;
-configs/qwen2_5_vl_3b.py has the counts by hand. Of the release's settings, prompts a step (512),
-response length (2048) and picture size differ.
+`--config=configs/tpu_v4.py:7b,chips=32` takes the 7B on 32 chips.
+
+What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-24): the 3B fits a
+v4-8 (4 chips). The update needs the most, 29.67 of 30.75 GiB a device, the rollout up to 28.63. The
+7B is laid out for 16 chips (v4-32) by hand; it has not been compiled.
 """
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import single_host
+from configs.qwen2_5_vl_3b import Layout, on_slice
+
+LAYOUTS = {
+    "3b": Layout(chips=4),
+    "7b": Layout(chips=16, tensor=2),
+}
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
-    config = single_host(prompts=32, max_tokens=1024)
-    config.mesh.fsdp = 4
-    return config
+def get_config(options: str = "3b") -> ConfigDict:
+    """Returns the config; options as of `on_slice`."""
+    return on_slice(options, LAYOUTS)

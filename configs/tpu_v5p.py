@@ -1,21 +1,25 @@
-"""EMO-R3 on Qwen2.5-VL-3B, one TPU v5p-8 (4 chips of 95 GB).
+"""EMO-R3 on Qwen2.5-VL-3B or 7B at the release's settings, on TPU v5p slices (95 GB a chip).
 
 python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=DIR \\
-    --config.policy.path=FOLDER --config.data.train.path=TRAIN.parquet \\
+    --config.data.train.path=TRAIN.parquet \\
     --config.evaluate.sets.validation.path=VALIDATION.parquet
 
-Not compiled for this hardware yet, so whether it fits in memory is not known;
-configs/qwen2_5_vl_3b.py has the counts by hand. Of the release's settings, prompts a step (512) and
-picture size differ.
+`--config=configs/tpu_v5p.py:7b,chips=32` takes the 7B on 32 chips.
+
+Laid out by hand after the 3B on v4; what has been compiled is in docs/results/compile.md, and
+`python -m emor3_jax.compile --config=configs/tpu_v5p.py --topology=v5p-8` compiles the rest.
 """
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import single_host
+from configs.qwen2_5_vl_3b import Layout, on_slice
+
+LAYOUTS = {
+    "3b": Layout(chips=4, slots=16, refill=4, micro=2),
+    "7b": Layout(chips=4, slots=8, refill=4),
+}
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
-    config = single_host(prompts=64, max_tokens=2048)
-    config.mesh.fsdp = 4
-    return config
+def get_config(options: str = "3b") -> ConfigDict:
+    """Returns the config; options as of `on_slice`."""
+    return on_slice(options, LAYOUTS)

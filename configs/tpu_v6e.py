@@ -1,21 +1,25 @@
-"""EMO-R3 on Qwen2.5-VL-3B, one TPU v6e-8 (8 chips of 32 GB).
+"""EMO-R3 on Qwen2.5-VL-3B or 7B at the release's settings, on TPU v6e slices (32 GB a chip).
 
 python -m emor3_jax.train --config=configs/tpu_v6e.py --workdir=DIR \\
-    --config.policy.path=FOLDER --config.data.train.path=TRAIN.parquet \\
+    --config.data.train.path=TRAIN.parquet \\
     --config.evaluate.sets.validation.path=VALIDATION.parquet
 
-Not compiled for this hardware yet, so whether it fits in memory is not known;
-configs/qwen2_5_vl_3b.py has the counts by hand. Of the release's settings, prompts a step (512),
-response length (2048) and picture size differ.
+`--config=configs/tpu_v6e.py:7b,chips=32` takes the 7B on 32 chips.
+
+Laid out by hand after the 3B on v4; what has been compiled is in docs/results/compile.md, and
+`python -m emor3_jax.compile --config=configs/tpu_v6e.py --topology=v6e-8` compiles the rest.
 """
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import single_host
+from configs.qwen2_5_vl_3b import Layout, on_slice
+
+LAYOUTS = {
+    "3b": Layout(chips=8),
+    "7b": Layout(chips=16, tensor=2),
+}
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
-    config = single_host(prompts=64, max_tokens=1024)
-    config.mesh.fsdp = 8
-    return config
+def get_config(options: str = "3b") -> ConfigDict:
+    """Returns the config; options as of `on_slice`."""
+    return on_slice(options, LAYOUTS)

@@ -14,6 +14,7 @@ from emor3_jax.models.qwen2_5_vl.config import ConfigError as PolicyError
 from emor3_jax.models.qwen2_5_vl.processor import ProcessorError
 from emor3_jax.models.qwen2_5_vl.weights import WeightsError
 from emor3_jax.parallel.mesh import MeshError
+from emor3_jax.parallel.topology import TopologyError
 from emor3_jax.rewards import LabelError, TokenizerError
 
 USER_ERRORS = (
@@ -26,6 +27,7 @@ USER_ERRORS = (
     ProcessorError,
     ShapeError,
     TokenizerError,
+    TopologyError,
     WeightsError,
 )
 """Mistakes of a config or of data: their message is all that a user needs."""

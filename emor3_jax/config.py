@@ -256,9 +256,9 @@ def default() -> ConfigDict:
     config.reference.kind = "frozen"
     config.reference.every = 50
     config.reference.decay = 0.99
-    # How its matrices are kept: "float32" or "bfloat16", which changes nothing where policy.dtype
-    # is "bfloat16".
-    config.reference.dtype = "float32"
+    # How its matrices are kept: "float32", "bfloat16", or "" for policy.dtype, which changes
+    # nothing; what is averaged, or the base of adapters, then stays in float32.
+    config.reference.dtype = ""
     # Bytes on the host for the features of its pictures, kept over epochs; 0 keeps none.
     config.reference.image_cache = 0
 
@@ -600,15 +600,15 @@ def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None])
     )
     need(reference.every >= 1, "reference.every", "must be at least 1")
     need(0 <= reference.decay < 1, "reference.decay", "must lie in [0, 1)")
-    dtypes = ("float32", "bfloat16")
+    dtypes = ("", "float32", "bfloat16")
     need(reference.dtype in dtypes, "reference.dtype", f"must be one of {dtypes}")
     need(
-        reference.kind != "average" or reference.dtype == "float32",
+        reference.kind != "average" or reference.dtype != "bfloat16",
         "reference.dtype",
         "would round away the small steps of reference.kind='average'; keep it in float32",
     )
     need(
-        not policy.lora_rank or reference.dtype == "float32",
+        not policy.lora_rank or reference.dtype != "bfloat16",
         "reference.dtype",
         f"would be a second copy of the base that policy.lora_rank={policy.lora_rank} shares; set "
         "it to 'float32'",

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax import rewards
-from emor3_jax.data.batch import Batch, take_rows
+from emor3_jax.data.batch import Batch, take_part
 from emor3_jax.data.prompts import PromptTemplates, reflection_parts
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
@@ -133,6 +133,28 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
     return tuple(i for i in ids if i is not None)
 
 
+def score_options(
+    profile: str,
+    coherence_target: str,
+    lambda_reflect: float,
+    lambda_format: float,
+    terms: tuple[Term, ...] = (),
+    *,
+    boxed: bool = False,
+    reflection: str = "both",
+) -> dict[str, Any]:
+    """Returns the static arguments of the program that scores; arguments of `Actor`."""
+    return {
+        "profile": profile,
+        "answer_is_target": coherence_target == "answer",
+        "lambda_reflect": lambda_reflect,
+        "lambda_format": lambda_format,
+        "terms": terms,
+        "boxed": boxed,
+        "reflection": reflection,
+    }
+
+
 class Actor:
     """Answers, judges and scores for one label set; holds no parameters."""
 
@@ -200,15 +222,15 @@ class Actor:
             make_candidates(tokenizer, [[word.lower(), word.capitalize()] for word in words])
             for words in (self.labels, ("yes", "no"))
         )
-        self.score_options = {
-            "profile": profile,
-            "answer_is_target": coherence_target == "answer",
-            "lambda_reflect": lambda_reflect,
-            "lambda_format": lambda_format,
-            "terms": self.terms,
-            "boxed": format == "boxed",
-            "reflection": reflection,
-        }
+        self.score_options = score_options(
+            profile,
+            coherence_target,
+            lambda_reflect,
+            lambda_format,
+            self.terms,
+            boxed=format == "boxed",
+            reflection=reflection,
+        )
 
     def run(
         self,
@@ -242,9 +264,8 @@ class Actor:
         found, rows = [], []
         for each in self._roll_out(params, batch, of_rollout, responses, rule, plan, parts):
             mark("rollout", each.samples)
-            part = take_rows(batch, each.row, self._merge)
             replies = self.reflect(
-                params, part, each.prefix, each.samples, of_reflection, row=each.row
+                params, batch, each.prefix, each.samples, of_reflection, row=each.row
             )
             mark("reflect", replies)
             found.append((each.samples, replies))
@@ -264,8 +285,10 @@ class Actor:
 
         def openings() -> Iterator[Opening]:
             size = min(plan.refill or plan.slots or prompts, prompts)
-            for rows in np.arange(prompts, dtype=np.int32).reshape(-1, size):
-                part = take_rows(batch, rows, self._merge)
+            waves = prompts // size
+            for wave in range(waves):
+                rows = np.arange(wave, prompts, waves, dtype=np.int32)
+                part = take_part(batch, wave, waves, self._merge)
                 prefix = _prefill(params, part, config=self.config, dtype=self.dtype)
                 yield Opening(rows, part.last_token, part.next_position, prefix)
 
@@ -297,11 +320,11 @@ class Actor:
 
         Args:
           params: of the policy.
-          batch: the prompts.
-          prefix: their keys and values.
-          samples: their responses.
+          batch: the prompts of the step.
+          prefix: keys and values of all of them, or of some.
+          samples: responses to the same prompts.
           key: PRNG key.
-          row: int32[B], which prompts of the step these are, by default all in order.
+          row: int32[R], which prompts of the step these are, by default all in order.
         """
         if self.rule is None:
             return None
@@ -314,12 +337,14 @@ class Actor:
             for span, size in zip((coherence, consistency), longest, strict=True)
         )
         of_text = self.config, params, *self.coherence_parts, coherence_text, coherence.lengths
+        shared = batch.shared_length, batch.shared_position
+        if row is not None:
+            shared = _take_rows(shared, row)
         of_image = (
             self.config,
             params,
             prefix,
-            batch.shared_length,
-            batch.shared_position,
+            *shared,
             *self.consistency_parts,
             consistency_text,
             consistency.lengths,
@@ -371,7 +396,9 @@ class Actor:
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def _prefill(params, batch, *, config, dtype):
     features = model.encode_images(config, params, batch.images, dtype=dtype)
-    return model.forward_prompt(config, params, batch.prompt, features, dtype=dtype)[1]
+    return model.forward_prompt(
+        config, params, batch.prompt, features, dtype=dtype, images_by_prompt=True
+    )[1]
 
 
 def _in_order(found: list, rows: np.ndarray) -> Any:
@@ -384,6 +411,11 @@ def _in_order(found: list, rows: np.ndarray) -> Any:
 @jax.jit
 def _join(found: list, order: jax.Array) -> Any:
     return jax.tree.map(lambda *x: shard_rows(0, jnp.concatenate(x)[order]), *found)
+
+
+@jax.jit
+def _take_rows(tree: Any, rows: jax.Array) -> Any:
+    return jax.tree.map(lambda x: shard_rows(0, jnp.take(x, rows, axis=0)), tree)
 
 
 @jax.jit

@@ -46,7 +46,7 @@ from emor3_jax.io.evaluation import (
 )
 from emor3_jax.models import Policy
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
+from emor3_jax.parallel.mesh import check_batch, make_mesh
 from emor3_jax.rollout.engine import ALL_AT_ONCE, Plan
 from emor3_jax.rollout.generate import SamplingRule
 
@@ -287,7 +287,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
                 config.seed,
                 rule=prepare.evaluation_rule(config, policy),
                 plan=prepare.evaluation_plan(config),
-                put=lambda batch: shard_batch(batch, mesh),
+                put=lambda batch: prepare.place_batch(batch, mesh, config),
                 keep=report.SAMPLES,
                 graded=config.evaluate.sets[name].graded,
                 votes=config.evaluate.votes,

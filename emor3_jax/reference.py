@@ -45,11 +45,17 @@ class Reference:
         """
         c = config.reference
         self._every, self._decay = c.every, c.decay
-        self._kind, self._dtype = c.kind, jnp.dtype(c.dtype)
+        self._kind = c.kind
+        # Rounded as each use of it would be; but an average would not move any more, and adapters
+        # share their base.
+        whole = c.kind == "average" or config.policy.lora_rank
+        own = "float32" if whole else config.policy.dtype
+        self._dtype = jnp.dtype(c.dtype or own)
         self.follows = c.kind in ("refresh", "average")
         self.params: Params = {}
         if c.kind != "none":
-            self.params = params if self._dtype == jnp.float32 else keep(params, self._dtype)
+            same = self._dtype == jnp.float32
+            self.params = params if same else model.cast_matrices(params, self._dtype)
         self._cache = FeatureCache(c.image_cache) if c.image_cache else None
         self._micro, self._type = config.policy_update.micro_prompts, jnp.dtype(config.policy.dtype)
 
@@ -79,27 +85,9 @@ class Reference:
           params: of the policy, which the next update may give up.
         """
         if self._kind == "refresh" and step % self._every == 0:
-            self.params = keep(params, self._dtype)
+            self.params = model.cast_matrices(params, self._dtype)
         elif self._kind == "average":
             self.params = _average(self.params, params, self._decay)
-
-
-def keep(params: Params, dtype: jnp.dtype) -> Params:
-    """Returns a copy of parameters, matrices in another type; shares no memory with them.
-
-    Where the arithmetic has that type too, the copy computes the same as the original, whose
-    matrices would be rounded so at each use.
-
-    Args:
-      params: float32 parameters.
-      dtype: of the copy's matrices.
-    """
-
-    def copy(path: tuple, x: jax.Array) -> jax.Array:
-        matrix = path[-1].key in ("kernel", "embedding") and dtype != x.dtype
-        return x.astype(dtype) if matrix else jnp.copy(x)
-
-    return jax.tree_util.tree_map_with_path(copy, params)
 
 
 @partial(jax.jit, donate_argnums=0)

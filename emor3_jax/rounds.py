@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from emor3_jax.data.batch import Batch, pick_rows
 from emor3_jax.episode import Actor, Judgement, Replies, Scores
-from emor3_jax.parallel.mesh import shard_batch, shard_rows
+from emor3_jax.parallel.mesh import shard_rows
 from emor3_jax.rl.advantages import all_equal
 from emor3_jax.rollout.engine import Plan
 from emor3_jax.rollout.generate import Samples, SamplingRule
@@ -60,7 +59,8 @@ def play(
     ids: Sequence[str],
     key: jax.Array,
     *,
-    mesh: Mesh,
+    put: Callable[[Batch], Batch],
+    parts: int,
     responses: int,
     rule: SamplingRule,
     plan: Plan,
@@ -76,7 +76,8 @@ def play(
       host: B prompts as host arrays.
       ids: of their rows.
       key: PRNG key.
-      mesh: where the prompts are put.
+      put: places prompts on the devices.
+      parts: how many parts the devices cut the prompts into.
       responses: G.
       rule: how responses are sampled.
       plan: how much is in flight at once.
@@ -84,8 +85,7 @@ def play(
       greedy: also answer each prompt once greedily, and reward that in the same way.
       mark: told of each phase and the arrays that it ends with.
     """
-    batch = shard_batch(host, mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = put(host)
 
     def answer(count: int, rule: SamplingRule) -> tuple:
         samples, replies = actor.run(
@@ -108,7 +108,7 @@ def fill(
     *,
     tries: int,
     merge: int,
-    mesh: Mesh,
+    put: Callable[[Batch], Batch],
 ) -> tuple[Round, dict[str, float]]:
     """Replaces prompts whose groups are all equal by prompts of further rounds.
 
@@ -119,7 +119,7 @@ def fill(
       key: PRNG key of the first round.
       tries: at most so many rounds more.
       merge: patches that the merger joins (spatial_merge_size squared).
-      mesh: where the prompts are put.
+      put: places prompts on the devices.
 
     Returns:
       A round of as many prompts, and `resample/rounds` (all of the step), `resample/dropped`
@@ -145,7 +145,7 @@ def fill(
             played = _merge(played, extra, order, merge)
             useless[places[:used]] = False
     if played is not first:
-        played = played._replace(batch=shard_batch(played.host, mesh))
+        played = played._replace(batch=put(played.host))
     return played, {
         "resample/rounds": float(rounds),
         "resample/dropped": float(dropped),

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError, validate
+from emor3_jax.data.batch import Batch
 from emor3_jax.episode import Actor
 from emor3_jax.evaluate import evaluate
 from emor3_jax.io import report
@@ -31,7 +32,7 @@ from emor3_jax.io.evaluation import Evaluation, from_json, prediction_file, to_j
 from emor3_jax.io.metrics import MetricWriter
 from emor3_jax.models import Policy, save
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
+from emor3_jax.parallel.mesh import check_batch, make_mesh
 from emor3_jax.prepare import CompileCounter, Data
 from emor3_jax.reference import Reference
 
@@ -103,6 +104,10 @@ class Run:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         return cls(config, workdir, say, compiles, mesh, policy, data, actors, checkpoints)
 
+    def put(self, batch: Batch) -> Batch:
+        """Places a batch of host arrays on the devices."""
+        return prepare.place_batch(batch, self.mesh, self.config)
+
     def resume(self, state: Any, reference: Reference | None = None) -> Any:
         """Returns the state to begin with: this one, or that of the newest checkpoint.
 
@@ -164,7 +169,7 @@ class Run:
                     self.config.seed,
                     rule=prepare.evaluation_rule(self.config, self.policy),
                     plan=prepare.evaluation_plan(self.config),
-                    put=lambda batch: shard_batch(batch, self.mesh),
+                    put=self.put,
                     keep=report.SAMPLES,
                     graded=self.config.evaluate.sets[name].graded,
                     votes=self.config.evaluate.votes,

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax import cli, prepare
 from emor3_jax.config import ConfigError
-from emor3_jax.data.batch import take_part
+from emor3_jax.data.batch import part_of, take_part
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.sources import Texts
 from emor3_jax.episode import banned_ids
@@ -37,8 +37,8 @@ from emor3_jax.io.evaluation import Evaluation
 from emor3_jax.io.metrics import Lap, PhaseClock, memory
 from emor3_jax.learner import imitate, trim
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import shard_batch, shard_whole
-from emor3_jax.rl.update import TrainState, take_rows
+from emor3_jax.parallel.mesh import shard_whole
+from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.generate import Samples
 from emor3_jax.run import Pace, Run, StopSignal
 
@@ -99,7 +99,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     upcoming = None if last else next(data.train)
     while not last:
         host_batch, ids = upcoming
-        batch = shard_batch(host_batch, mesh)
+        batch = run.put(host_batch)
         given = lessons.samples(ids, hosts.fetch(batch.answers))
         lengths = given.lengths
         given = trim(given, int(lengths.max()), config.policy_update.response_lengths)
@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             state, metrics = imitate(
                 state,
                 take_part(batch, part, parts, policy.config.vision.merge_unit),
-                *take_rows((given, rows), part, parts),
+                *part_of((given, rows), part, parts),
                 banned,
                 lora,
                 config=policy.config,

@@ -13,6 +13,7 @@ moment goes on from its last checkpoint when it is started again with the same w
 On many hosts all run this program and take the same steps (docs/distributed.md).
 """
 
+import dataclasses
 import time
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax import account, cli, prepare, rounds
 from emor3_jax.config import uses_reference
-from emor3_jax.data.batch import Batch, take_part
+from emor3_jax.data.batch import Batch, part_of, take_part
 from emor3_jax.episode import Actor, Judgement, Replies, Scores
 from emor3_jax.evaluate import read_sample
 from emor3_jax.io import report
@@ -37,7 +38,7 @@ from emor3_jax.parallel.mesh import shard_whole
 from emor3_jax.reference import Reference
 from emor3_jax.rl import advantages
 from emor3_jax.rl.kl import penalty
-from emor3_jax.rl.update import TrainState, take_rows
+from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.generate import Samples
 from emor3_jax.run import Pace, Run, StopSignal
 
@@ -67,6 +68,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         # The state is given up to each update, so it starts as a copy of what the reference keeps.
         trained = jax.tree.map(jnp.copy, trained)
     state = TrainState.create(trained, optimizer)
+    # Nothing but state and reference holds parameters from here on.
+    run.policy = policy = dataclasses.replace(policy, params={})
+    del trained
     state = run.resume(state, reference)
     step = run.step
 
@@ -91,7 +95,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
     play = partial(
         rounds.play,
         actor,
-        mesh=mesh,
+        put=run.put,
+        parts=mesh.shape["data"] * mesh.shape["fsdp"],
         responses=config.rollout.responses,
         rule=rule,
         plan=plan,
@@ -131,7 +136,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
                 key,
                 tries=config.rollout.resample,
                 merge=policy.config.vision.merge_unit,
-                mesh=mesh,
+                put=run.put,
             )
         batch, samples, rewards = played.batch, played.samples, played.rewards
 
@@ -166,12 +171,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
             rewards = rewards - (learning.kl_coef if kl_coef is None else kl_coef) * each
             ref_logprobs = None
         advantage = advantages.estimate(learning.advantage, rewards, std=std, greedy=played.greedy)
-        learned = []
+        learned, merge = [], policy.config.vision.merge_unit
+        cut = [take_part(batch, part, parts, merge) for part in range(parts)]
+        # From here on only the parts: with the whole, pictures would lie in memory twice.
+        del batch, logprobs
+        played = played._replace(batch=None)
         for part in range(parts):
             state, metrics = update(
                 state,
-                take_part(batch, part, parts, policy.config.vision.merge_unit),
-                *take_rows((scored, rows, advantage, ref_logprobs), part, parts),
+                cut[part],
+                *part_of((scored, rows, advantage, ref_logprobs), part, parts),
                 actor.banned,
                 kl_coef,
                 lora,

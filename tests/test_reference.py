@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from emor3_jax.config import default
-from emor3_jax.reference import Reference, keep
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.reference import Reference
 
 
 def make(**fields) -> Reference:
@@ -59,7 +60,7 @@ def test_no_reference_keeps_nothing():
 
 def test_matrices_alone_are_kept_in_bfloat16_and_share_no_memory():
     given = params(1.0 + 2**-10)
-    found = keep(given, jnp.bfloat16)
+    found = model.cast_matrices(given, jnp.bfloat16)
     assert found["a"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(found["a"]["kernel"], np.ones((2, 2)))
     jax.tree.map(lambda x: x.delete(), given)

@@ -1,6 +1,7 @@
 """Dynamic sampling: all-equal groups give way to useful ones of further rounds, within bounds."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import Scores
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
-from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.rollout.generate import Samples
 from emor3_jax.rounds import Round, fill
 
@@ -64,7 +65,9 @@ def run(mesh, rounds: Sequence[Sequence[Sequence[float]]], tries: int):
 
     first = played(prompts(0), [f"row {i}" for i in range(B)], rounds[0])
     key = jax.random.key(0)
-    found, counts = fill(first, again, stream(), key, tries=tries, merge=MERGE, mesh=mesh)
+    found, counts = fill(
+        first, again, stream(), key, tries=tries, merge=MERGE, put=partial(shard_batch, mesh=mesh)
+    )
     # Neither the first round's key nor one of those that it is split into.
     own = [jax.random.key_data(k).tolist() for k in (key, *jax.random.split(key, 4))]
     assert len({*map(tuple, keys), *map(tuple, own)}) == len(keys) + len(own)

@@ -4,9 +4,9 @@ A batch of `B` rows takes `P` prompt tokens and `W` windows, each the smallest o
 holds every row, so a run meets at most len(P list) * len(W list) shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,23 +143,34 @@ def collate(
     return batch, tuple("" if x is None else x.id for x in given)
 
 
-def take_rows(batch: Batch, rows: np.ndarray, merge: int) -> Batch:
-    """Returns some prompts of a batch with their images, on the device.
+def take_part(batch: Batch, part: int, parts: int, merge: int) -> Batch:
+    """Returns one of `parts` equal parts of a batch: the rows `part`, `parts + part`, …
+
+    So each device takes from its own rows, and a batch that is cut over devices stays in place.
 
     Args:
       batch: each prompt has the same number of images, in the prompts' order.
+      part: which, counted from 0.
+      parts: must divide B.
+      merge: patches that the merger joins (spatial_merge_size squared).
+    """
+    return batch if parts == 1 else _take_part(batch, np.int32(part), parts=parts, merge=merge)
+
+
+def take_rows(batch: Batch, rows: np.ndarray, merge: int) -> Batch:
+    """Returns any prompts of a batch, wherever they lie.
+
+    Args:
+      batch: as in `take_part`.
       rows: int[R], which.
       merge: patches that the merger joins (spatial_merge_size squared).
     """
-    if np.array_equal(rows, np.arange(len(batch.last_token))):
-        return batch
     return _take_rows(batch, np.asarray(rows, np.int32), merge)
 
 
-def take_part(batch: Batch, part: int, parts: int, merge: int) -> Batch:
-    """Returns one of `parts` equal parts of a batch, see `take_rows`."""
-    size = len(batch.last_token) // parts
-    return take_rows(batch, np.arange(part * size, (part + 1) * size), merge)
+def part_of(tree: Any, part: int, parts: int) -> Any:
+    """Returns the rows of `take_part` of other arrays, [B, …] each."""
+    return tree if parts == 1 else _part_of(tree, np.int32(part), parts=parts)
 
 
 def pick_rows(first: Batch, second: Batch, order: np.ndarray, merge: int) -> Batch:
@@ -200,22 +211,44 @@ def pick_rows(first: Batch, second: Batch, order: np.ndarray, merge: int) -> Bat
     )
 
 
+@partial(jax.jit, static_argnames="parts")
+def _part_of(tree: Any, part: jax.Array, *, parts: int) -> Any:
+    return jax.tree.map(lambda x: shard_rows(0, _every(x, part, parts)), tree)
+
+
+@partial(jax.jit, static_argnames=("parts", "merge"))
+def _take_part(batch: Batch, part: jax.Array, *, parts: int, merge: int) -> Batch:
+    row = jnp.arange(len(batch.last_token) // parts)
+    pick = partial(_part_of, part=part, parts=parts)
+    return _pick(batch, row * parts + part, merge, pick)
+
+
 @partial(jax.jit, static_argnames="merge")
 def _take_rows(batch: Batch, rows: jax.Array, merge: int) -> Batch:
-    def take(x: jax.Array) -> jax.Array:
-        return shard_rows(0, jnp.take(x, rows, axis=0))
+    def take(tree: Any) -> Any:
+        return jax.tree.map(lambda x: shard_rows(0, jnp.take(x, rows, axis=0)), tree)
 
+    return _pick(batch, rows, merge, take)
+
+
+def _pick(batch: Batch, rows: jax.Array, merge: int, pick: Callable[[Any], Any]) -> Batch:
+    """Returns the prompts `rows` of a batch, whose arrays `pick` takes them from."""
     images, windows, length = batch.images.mask.shape
     each = images // len(batch.last_token)
     slots = each * windows * length // merge
-    picked = jax.tree.map(take, batch._replace(images=None))
+    picked = pick(batch._replace(images=None))
     moved = picked.prompt.image_slots + ((jnp.arange(len(rows)) - rows) * slots)[:, None]
     image_slots = jnp.where(picked.prompt.image_slots >= 0, moved, -1)
     by_prompt = jax.tree.map(lambda x: x.reshape(-1, each, *x.shape[1:]), batch.images)
     return picked._replace(
         prompt=picked.prompt._replace(image_slots=image_slots),
-        images=jax.tree.map(lambda x: take(x).reshape(-1, *x.shape[2:]), by_prompt),
+        images=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pick(by_prompt)),
     )
+
+
+def _every(x: jax.Array, part: jax.Array, parts: int) -> jax.Array:
+    """Returns rows `part`, `parts + part`, … of an array."""
+    return jnp.take(jnp.asarray(x).reshape(len(x) // parts, parts, *x.shape[1:]), part, axis=1)
 
 
 def _merge_unit(row: Example) -> int:

@@ -7,7 +7,8 @@ and `fsdp` together. `jax.jit` with these shardings is what pjit became.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -136,7 +137,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 """Parameter path → mesh axes of its last dimensions. First match wins; the rest is replicated."""
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
     """Returns a NamedSharding for each leaf of a tree of parameters or of optimizer state.
 
     Optimizer state holds the parameters' paths within its own, so it is cut like its parameters.
@@ -144,13 +145,109 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     Args:
       params: arrays or anything with a shape.
       mesh: the mesh.
+      gathered: lay out for decoding: nothing is cut over `fsdp`, so that no token gathers weights.
     """
+    specs = _specs(params, mesh, gathered)
+    return jax.tree.map(partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, P))
 
-    def sharding(path, leaf):
-        keys = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-        return NamedSharding(mesh, spec_of(keys, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(sharding, params)
+def keep_layout(params: Any) -> Any:
+    """Returns parameters of a jitted program, laid out as `param_shardings` does.
+
+    Without a mesh (`jax.set_mesh`) there is nothing to do.
+
+    Args:
+      params: arrays of a jitted program.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+    return jax.tree.map(jax.lax.with_sharding_constraint, params, _specs(params, mesh, False))
+
+
+def path_of(keys: tuple) -> str:
+    """Returns the path of a leaf as rules read it: keys joined by "/"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in keys)
+
+
+def gather(x: jax.Array, path: str) -> jax.Array:
+    """Returns one parameter of a jitted program, whole but for what is cut over `tensor`.
+
+    For what a loop reads that is not over layers: else each turn would gather it anew.
+
+    Args:
+      x: the parameter.
+      path: of the parameter, see `path_of`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _without_fsdp(spec_of(path, x.shape, mesh)))
+
+
+def keep_rows(x: jax.Array) -> jax.Array:
+    """Returns activations of a jitted program, their first axis cut as a batch, the others whole.
+
+    The compiler spreads the layout of a cut weight to what is computed with it; left alone, it cuts
+    activations by features over `fsdp`, and then every layer sums them over devices.
+
+    Args:
+      x: [B, …]; left as it is where B does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: jax.Array) -> Any:
+    """Returns `function(weight, *rows)` of a jitted program, each device for its own rows.
+
+    The weight is gathered once and its gradient summed up once, whatever loops the function has;
+    left to the compiler, each turn of a loop would sum the whole gradient over devices.
+
+    Args:
+      function: works row by row; what it returns has the same first axis as `rows`.
+      weight: a parameter.
+      path: of the parameter, see `path_of`.
+      *rows: [B, …] each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or len(rows[0]) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return function(gather(weight, path), *rows)
+    spec = spec_of(path, weight.shape, mesh)
+    cut = [place for place, axis in enumerate(spec) if axis == "fsdp"]
+
+    def own(weight: jax.Array, *rows: jax.Array) -> Any:
+        for place in cut:
+            weight = jax.lax.all_gather(weight, "fsdp", axis=place, tiled=True)
+        missing = "data" if cut else BATCH[0]
+        return function(jax.lax.pcast(weight, missing, to="varying"), *rows)
+
+    of_weight = P(*(axis if axis == "fsdp" else None for axis in spec))
+    return jax.shard_map(
+        own,
+        in_specs=(of_weight, *[BATCH] * len(rows)),
+        out_specs=BATCH,
+        axis_names=set(BATCH[0]),
+    )(weight, *rows)
+
+
+def _without_fsdp(spec: P) -> P:
+    return P(*(None if axis == "fsdp" else axis for axis in spec))
+
+
+def _specs(params: Any, mesh: Mesh, gathered: bool) -> Any:
+    def spec(path: tuple, leaf: Any) -> P:
+        found = spec_of(path_of(path), leaf.shape, mesh)
+        return _without_fsdp(found) if gathered else found
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def head_axis(mesh: Mesh, heads: int) -> str | None:
+    """Returns the mesh axis that cuts heads, "tensor" where it divides them."""
+    return "tensor" if heads % mesh.shape["tensor"] == 0 else None
 
 
 def places(mesh: Mesh, rows: int) -> np.ndarray:

@@ -87,11 +87,6 @@ def apply_gradients(
     return state, {"grad_norm": grad_norm, "skipped": 1.0 - finite.astype(jnp.float32)}
 
 
-def take_rows(tree: Any, part: int, parts: int) -> Any:
-    """Returns one of `parts` equal parts of the rows of each array of a tree."""
-    return jax.tree.map(lambda x: x[part * len(x) // parts : (part + 1) * len(x) // parts], tree)
-
-
 def accumulate(
     loss_fn: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]],
     params: Params,

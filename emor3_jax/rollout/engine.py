@@ -355,11 +355,15 @@ def _resize(cache: Cache, cursor: jax.Array, places: int) -> tuple[Cache, jax.Ar
     """Returns a ring of `places` with the newest places of another, the oldest first."""
     now = cache.mask.shape[-1]
     keep = min(now, places)
-    order = (cursor - keep + jnp.arange(keep)) % max(now, 1)
+    place = jnp.arange(places)
+    # Read in one pass: an order that is padded apart takes the memory of a second ring.
+    order = jnp.where(place < keep, (cursor - keep + place) % max(now, 1), now)
 
     def move(axis: int, x: jax.Array) -> jax.Array:
-        pad = [(0, (places - keep) * (i == axis % x.ndim)) for i in range(x.ndim)]
-        return jnp.pad(jnp.take(x, order, axis) if keep else x, pad)
+        if not keep:
+            axis %= x.ndim
+            return jnp.zeros((*x.shape[:axis], places, *x.shape[axis + 1 :]), x.dtype)
+        return jnp.take(x, order, axis, mode="fill", fill_value=0)
 
     return _map_arrays(move, Cache(-1, -2, -1), cache), jnp.int32(keep % places)
 

@@ -6,8 +6,8 @@ put between a head and a tail that were tokenised once; nothing is decoded.
 
 Deviations, numbered:
  1. The image is not looked at again: the consistency question continues from the rollout's keys and
-    values of the shared prefix (system turn and image). All coherence questions of a batch share
-    the keys and values of their constant head.
+    values of the shared prefix (system turn and image). The constant head of the coherence
+    questions is read once for the whole batch.
  2. The release re-tokenises the decoded text; here the policy reads the tokens that it wrote.
  3. Where a response has no such span, the question is still computed (shapes are static) and its
     reply is ignored.
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Prompt
+from emor3_jax.parallel.mesh import shard_rows
 from emor3_jax.rollout import sampling
 from emor3_jax.rollout.generate import Samples, SamplingRule, generate
 from emor3_jax.rollout.likelihood import Candidates, probabilities
@@ -176,16 +177,7 @@ def ask_coherence(
     """
     question = _coherence_question(config, params, head, tail, text, text_lengths, dtype)
     noise = _noise(key, row, text.shape[1])
-    replies = generate(
-        config,
-        params,
-        *question,
-        lambda t: noise(t).reshape(1, -1),
-        rule,
-        banned=banned,
-        dtype=dtype,
-    )
-    return jax.tree.map(lambda x: x.reshape(*text.shape[:2], *x.shape[2:]), replies)
+    return generate(config, params, *question, noise, rule, banned=banned, dtype=dtype)
 
 
 def judge_coherence(
@@ -209,10 +201,9 @@ def judge_coherence(
       config, params, head, tail, text, text_lengths, banned, dtype: as in `ask_coherence`.
     """
     question = _coherence_question(config, params, head, tail, text, text_lengths, dtype)
-    found = probabilities(
+    return probabilities(
         config, params, *question, candidates, meanings=meanings, banned=banned, dtype=dtype
     )
-    return found.reshape(*text.shape[:2], meanings)
 
 
 def _noise(key: jax.Array, row: jax.Array, responses: int) -> Callable[[jax.Array], jax.Array]:
@@ -222,8 +213,8 @@ def _noise(key: jax.Array, row: jax.Array, responses: int) -> Callable[[jax.Arra
 def _coherence_question(
     config, params, head, tail, text, text_lengths, dtype
 ) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
-    """One prefix for all: the batch is a single group of B * G continuations."""
-    b, g, _ = text.shape
+    """The head is read once; a copy of its keys for each prompt keeps groups on their devices."""
+    b, _, _ = text.shape
     h = head.shape[0]
     prompt = Prompt(
         tokens=head[None],
@@ -232,10 +223,9 @@ def _coherence_question(
         image_slots=jnp.full((1, h), -1),
     )
     _, prefix = model.forward_prompt(config, params, prompt, None, dtype=dtype)
+    copies = KV(*(
+        shard_rows(axis, jnp.repeat(x, b, axis))
+        for axis, x in zip((1, 1, 0), prefix, strict=True)
+    ))  # fmt: skip
     tokens, lengths = join(jnp.zeros((0,), jnp.int32), text, text_lengths, tail)
-    return (
-        prefix,
-        tokens.reshape(1, b * g, -1),
-        lengths.reshape(1, b * g),
-        jnp.full((1, b * g), h),
-    )
+    return copies, tokens, lengths, jnp.full(lengths.shape, h)

@@ -48,7 +48,7 @@ def score_responses(
     Args:
       config, params: the policy.
       prompt: the prompts without their last token.
-      images: their images.
+      images: their images, equally many for each, in the prompts' order.
       last_token: int32[B], the prompts' last token.
       next_position: int32[B], its rope position.
       responses: int32[B, G, T].
@@ -65,7 +65,9 @@ def score_responses(
     b, g, t = responses.shape
     if features is None:
         features = model.encode_images(config, params, images, dtype=dtype, remat=remat)
-    _, prefix = model.forward_prompt(config, params, prompt, features, dtype=dtype, remat=remat)
+    _, prefix = model.forward_prompt(
+        config, params, prompt, features, dtype=dtype, remat=remat, images_by_prompt=True
+    )
     opening = jnp.broadcast_to(last_token[:, None, None], (b, g, 1))
     tokens = jnp.concatenate([opening, responses[..., :-1]], axis=-1)
     place = jnp.broadcast_to(jnp.arange(t), (b, g, t))

@@ -19,6 +19,7 @@ from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.layers import Dtype, Remat, two_rows
 from emor3_jax.models.qwen2_5_vl.text import Decoder
 from emor3_jax.models.qwen2_5_vl.vision import VisionTower
+from emor3_jax.parallel.mesh import by_rows, gather, keep_layout, path_of
 
 Params = dict[str, Any]
 
@@ -58,21 +59,52 @@ def init_params(config: Config, key: jax.Array) -> Params:
 
 
 def cast_for_decoding(params: Params, dtype: Dtype) -> Params:
-    """Returns the parameters as decoding reads them: matrices in the type of the arithmetic.
+    """Returns the parameters as decoding reads them, once a step so that no token pays for it.
 
-    They would be rounded so at each use; once a step, no token pays for it. Norms and biases, which
-    are added in float32, stay as they are.
+    Matrices are in the type of the arithmetic, as `cast_matrices` says, and on every device whole,
+    but for what is cut over `tensor` (`parallel.mesh.RULES`).
 
     Args:
       params: float32 master parameters.
-      dtype: compute type; the parameters' own gives them back as they are.
+      dtype: compute type; on a single device, the parameters' own gives them back as they are.
     """
     kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    return params if kinds == {jnp.dtype(dtype)} else _cast_for_decoding(params, jnp.dtype(dtype))
+    if kinds == {jnp.dtype(dtype)} and jax.sharding.get_abstract_mesh().size <= 1:
+        return params
+    return lay_out_for_decoding(params, jnp.dtype(dtype))
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _cast_for_decoding(params: Params, dtype: Dtype) -> Params:
+def cast_matrices(params: Params, dtype: Dtype) -> Params:
+    """Returns the parameters with their matrices in the type of the arithmetic, laid out as before.
+
+    They would be rounded so at each use. Norms and biases, which are added in float32, stay as they
+    are. Nothing shares memory with what was given.
+
+    Args:
+      params: float32 master parameters.
+      dtype: compute type.
+    """
+    return jax.tree.map(jnp.copy, keep_layout(_cast(params, dtype)))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def lay_out_for_decoding(params: Params, dtype: Dtype) -> Params:
+    """`cast_for_decoding`, always."""
+    before: jax.Array | None = None
+
+    def lay_out(path: tuple, leaf: jax.Array) -> jax.Array:
+        nonlocal before
+        # One after the other: gathered all at once, they would take the memory of a second copy.
+        if before is not None:
+            leaf, _ = jax.lax.optimization_barrier((leaf, before))
+        before = gather(leaf, path_of(path))
+        return before
+
+    return jax.tree_util.tree_map_with_path(lay_out, keep_layout(_cast(params, dtype)))
+
+
+def _cast(params: Params, dtype: Dtype) -> Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, params
     )
@@ -125,6 +157,7 @@ def forward_prompt(
     *,
     dtype: Dtype = jnp.float32,
     remat: Remat = "none",
+    images_by_prompt: bool = False,
 ) -> tuple[jax.Array, KV]:
     """Runs the decoder over prompts, each token attending to those before it.
 
@@ -134,6 +167,7 @@ def forward_prompt(
       image_features: from `encode_images`; None if no prompt has an image.
       dtype: compute type.
       remat: what the backward pass recomputes, see `layers.rematerialised`.
+      images_by_prompt: whether prompts have equally many images each, in their order.
 
     Returns:
       float[B, P, D] after the final norm (meaningless at padding), and the keys and values, which
@@ -146,6 +180,7 @@ def forward_prompt(
         jnp.asarray(prompt.mask)[:, None],
         image_features=image_features,
         image_slots=prompt.image_slots[:, None],
+        images_by_prompt=images_by_prompt,
     )
     return hidden[:, 0], KV(k[:, :, 0], v[:, :, 0], jnp.asarray(prompt.mask))
 
@@ -297,11 +332,19 @@ def forward_candidates(
 
 def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32[..., V] of final hidden states float[..., D]."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    return _logits(config, _head(config, params)[0], hidden)
+
+
+def _head(config: Config, params: Params) -> tuple[jax.Array, str]:
+    """Returns the matrix that logits are computed with, and its path."""
     if config.tie_word_embeddings:
-        head, equation = params["model"]["embed_tokens"]["embedding"], "nd,vd->nv"
-    else:
-        head, equation = params["lm_head"]["kernel"], "nd,dv->nv"
+        return params["model"]["embed_tokens"]["embedding"], "model/embed_tokens/embedding"
+    return params["lm_head"]["kernel"], "lm_head/kernel"
+
+
+def _logits(config: Config, head: jax.Array, hidden: jax.Array) -> jax.Array:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    equation = "nd,vd->nv" if config.tie_word_embeddings else "nd,dv->nv"
     head = head.astype(hidden.dtype)
     scores = jnp.einsum(equation, two_rows(rows), head, preferred_element_type=jnp.float32)
     return scores[: len(rows)].reshape(*hidden.shape[:-1], -1)
@@ -335,9 +378,28 @@ def token_logprobs(
     Returns:
       float32[..., S], and the entropy in the same shape, or None.
     """
+    size = max(1, chunk // math.prod(hidden.shape[:-2]))
+
+    def own(head: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
+        return _chunked_logprobs(config, head, hidden, targets, banned, temperature, size, entropy)
+
+    return by_rows(own, *_head(config, params), hidden, targets)
+
+
+def _chunked_logprobs(
+    config: Config,
+    head: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    banned: jax.Array | None,
+    temperature: float,
+    size: int,
+    entropy: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`token_logprobs` of some rows, `size` columns at a time."""
     *lead, s, _ = hidden.shape
     rows = math.prod(lead)
-    size = min(s, max(1, chunk // rows))
+    size = min(s, size)
     chunks = -(-s // size)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -347,7 +409,7 @@ def token_logprobs(
 
     def score(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
         states, wanted = piece
-        scores = logits(config, params, states) / temperature
+        scores = _logits(config, head, states) / temperature
         if banned is not None:
             scores = jnp.where(banned, _BANNED, scores)
         total = jax.nn.logsumexp(scores, axis=-1)

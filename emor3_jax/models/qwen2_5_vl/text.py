@@ -22,6 +22,7 @@ from emor3_jax.models.qwen2_5_vl.attention import Own, Shared, attend, slots_las
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
 from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, Remat, RMSNorm, rematerialised
+from emor3_jax.parallel.mesh import keep_rows
 
 
 class Attention(nn.Module):
@@ -106,6 +107,7 @@ class DecoderLayer(nn.Module):
           float[B, G, S, D], and the new keys and values if they are kept.
         """
         eps = self.config.rms_norm_eps
+        x = keep_rows(x)
         earlier: list[Shared | Own] = []
         if prefix is not None:
             earlier.append(Shared(*prefix, shared["prefix"]))
@@ -118,7 +120,7 @@ class DecoderLayer(nn.Module):
         x = x + out
         normed = RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x)
         x = x + Mlp(self.config.intermediate_size, False, self.dtype, name="mlp")(normed)
-        return x, keys if self.keep_keys else None
+        return keep_rows(x), keys if self.keep_keys else None
 
 
 class Decoder(nn.Module):
@@ -147,6 +149,7 @@ class Decoder(nn.Module):
         *,
         image_features: jax.Array | None = None,
         image_slots: jax.Array | None = None,
+        images_by_prompt: bool = False,
         prefix: KV | None = None,
         cache: Cache | None = None,
         segments: jax.Array | None = None,
@@ -159,6 +162,7 @@ class Decoder(nn.Module):
           own_mask: bool[B, G, S], which of the tokens may be seen by those after them.
           image_features: float[..., D], merged slots of the batch.
           image_slots: int32[B, G, S], which feature replaces the token's embedding; -1 for none.
+          images_by_prompt: whether prompts have equally many images each, in their order.
           prefix: keys and values of the prompts.
           cache: keys and values of the continuations so far.
           segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
@@ -171,8 +175,14 @@ class Decoder(nn.Module):
         embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens")
         x = embed(tokens)
         if image_features is not None:
-            flat = image_features.reshape(-1, c.hidden_size).astype(self.dtype)
-            x = jnp.where(image_slots[..., None] >= 0, flat[jnp.maximum(image_slots, 0)], x)
+            parts = len(x) if images_by_prompt else 1
+            features = image_features.reshape(parts, -1, c.hidden_size).astype(self.dtype)
+            # Where each prompt takes from its own images, its device needs no others.
+            first = jnp.arange(parts)[:, None] * features.shape[1]
+            slots = jnp.maximum(image_slots.reshape(parts, -1) - first, 0)
+            picked = jax.vmap(lambda own, at: own[at])(features, slots).reshape(x.shape)
+            x = jnp.where(image_slots[..., None] >= 0, picked, x)
+        x = keep_rows(x)
         shared = {"table": rope.text_table(positions, c), "own": own_mask}
         if prefix is not None:
             shared["prefix"] = prefix.mask

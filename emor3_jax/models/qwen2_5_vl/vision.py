@@ -14,6 +14,7 @@ from emor3_jax.models.qwen2_5_vl.attention import Own, attend, slots_last
 from emor3_jax.models.qwen2_5_vl.config import VisionConfig
 from emor3_jax.models.qwen2_5_vl.inputs import Images
 from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, Remat, RMSNorm, rematerialised
+from emor3_jax.parallel.mesh import keep_rows
 
 _EPS = 1e-6
 
@@ -89,12 +90,13 @@ class VisionBlock(nn.Module):
         self, x: jax.Array, full: jax.Array, table: tuple[jax.Array, jax.Array], mask: jax.Array
     ) -> tuple[jax.Array, None]:
         """Applies the layer; arguments as of `VisionAttention`."""
+        x = keep_rows(x)
         normed = RMSNorm(_EPS, self.dtype, name="norm1")(x)
         attention = VisionAttention(self.config, self.dtype, self.attention, name="attn")
         x = x + attention(normed, full, table, mask)
         normed = RMSNorm(_EPS, self.dtype, name="norm2")(x)
         x = x + Mlp(self.config.intermediate_size, True, self.dtype, name="mlp")(normed)
-        return x, None
+        return keep_rows(x), None
 
 
 class Merger(nn.Module):
@@ -149,9 +151,9 @@ class VisionTower(nn.Module):
             length=c.depth,
         )
         x, _ = stack(c, self.dtype, self.attention, name="blocks")(
-            embed(jnp.asarray(images.patches)),
+            keep_rows(embed(jnp.asarray(images.patches))),
             jnp.asarray(full),
             rope.vision_table(images.coords, c),
             images.mask,
         )
-        return Merger(c, self.dtype, name="merger")(x)
+        return keep_rows(Merger(c, self.dtype, name="merger")(x))

@@ -1,0 +1,164 @@
+"""What fits where: the programs of a step, compiled for many TPU slices; writes a page of tables.
+
+    make compile-matrix
+    python -m benchmarks.compile_matrix [--sizes=3b] [--only=decode,update] [v4-8 …]
+
+A program that was compiled before is not compiled again: each result is a line of
+`runs/compile_matrix.jsonl` as soon as it is there, and the page says what has not been run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from emor3_jax.parallel import topology
+
+RESULTS = Path("runs/compile_matrix.jsonl")
+PAGE = Path("docs/results/compile.md")
+NOTES = Path("benchmarks/compile_notes.md")
+
+SLICES = (
+    *("v4-8", "v4-16", "v4-32", "v4-64", "v4-128"),
+    *("v5e-16", "v5e-64", "v5e-256", "2xv5e-16"),
+    *("v5p-8", "v5p-32", "v6e-8", "v6e-64", "tpu7x-8"),
+)
+SIZES = ("3b", "7b")
+PROGRAMS = (
+    *("hand-over", "decode", "grow cache", "update"),
+    *("prefill", "coherence", "consistency", "reference"),
+)
+"""Those that take memory, the most telling first; `emor3_jax.compile` has the others too."""
+
+CONFIGS = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "v7x"}
+
+Results = dict[tuple[str, str], dict[str, dict[str, Any]]]
+"""(size, slice) → program → what `emor3_jax.compile --json` says of it, with its cell's fields."""
+
+
+def load() -> Results:
+    """Reads what has been compiled."""
+    found: Results = {}
+    for line in RESULTS.read_text().splitlines() if RESULTS.exists() else ():
+        row = json.loads(line)
+        found.setdefault((row["size"], row["topology"]), {})[row["name"]] = row
+    return found
+
+
+def compile_cell(size: str, name: str, programs: list[str]) -> None:
+    """Compiles programs of a cell, and adds a line for each to the results."""
+    slices = topology.parse(name)
+    kind = next(kind for kind, chip in topology.CHIPS.items() if chip == slices.chip)
+    options = f"{size},chips={slices.chips * slices.slices},slices={slices.slices}"
+    config = f"configs/tpu_{CONFIGS[kind]}.py:{options}"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [sys.executable, "-m", "emor3_jax.compile", f"--config={config}"]
+        command += [f"--topology={name}", f"--only={','.join(programs)}", f"--json={out}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not out.exists():
+            print(f"{size} {name}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            return
+        cell = json.loads(out.read_text())
+    programs_found = cell.pop("programs")
+    with RESULTS.open("a") as file:
+        for row in programs_found:
+            file.write(json.dumps({"size": size, **cell, **row}) + "\n")
+
+
+def page(found: Results) -> str:
+    """Returns the page of tables."""
+    lines = [NOTES.read_text().strip().replace("DATE", str(date.today())), "", *_fit_table(found)]
+    return "\n".join([*lines, "", *_traffic_table(found)]) + "\n"
+
+
+def _fit_table(found: Results) -> list[str]:
+    lines = [
+        "## HBM of a device",
+        "",
+        "GiB while each program runs, with all that lies there meanwhile; **bold** is over what",
+        "the device has. An empty cell has not been run.",
+        "",
+        f"| policy | slice | mesh | slots | micro | GiB | {' | '.join(PROGRAMS)} | verdict |",
+        f"|---|---|---|---:|---:|---:|{'---:|' * len(PROGRAMS)}---|",
+    ]
+    for size in SIZES:
+        for name in SLICES:
+            cell = found.get((size, name), {})
+            if not cell:
+                empty = " | ".join([""] * (len(PROGRAMS) + 4))
+                lines.append(f"| {size.upper()} | {name} | {empty} | not run |")
+                continue
+            any_ = next(iter(cell.values()))
+            mesh, tensor = any_["mesh"], any_["mesh"]["tensor"]
+            fsdp = any_["devices"] // (tensor * mesh["data"])
+            shown = f"{mesh['data']}×{fsdp}×{tensor}"
+            sizes = [_needed(cell[p]) if p in cell else "" for p in PROGRAMS]
+            missing = [p for p in PROGRAMS if p not in cell]
+            verdict = "fits" if all(row["fits"] for row in cell.values()) else "does not fit"
+            verdict += ", as far as run" if missing and verdict == "fits" else ""
+            lines.append(
+                f"| {size.upper()} | {name} | {shown} | {any_['rollout']['slots']} "
+                f"| {any_['micro_prompts']} | {any_['usable'] / 2**30:.2f} "
+                f"| {' | '.join(sizes)} | {verdict} |"
+            )
+    return lines
+
+
+def _needed(row: dict[str, Any]) -> str:
+    size = f"{row['needed'] / 2**30:.1f}"
+    return size if row["fits"] else f"**{size}**"
+
+
+def _traffic_table(found: Results) -> list[str]:
+    kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+    lines = [
+        "## What collectives move",
+        "",
+        "GiB that each device receives in all updates of a step, and in a hand-over of weights;",
+        "TFLOP of a device in the updates of a step.",
+        "",
+        f"| policy | slice | devices | {' | '.join(kinds)} | hand-over | TFLOP |",
+        f"|---|---|---:|{'---:|' * len(kinds)}---:|---:|",
+    ]
+    for size in SIZES:
+        for name in SLICES:
+            cell = found.get((size, name), {})
+            if "update" not in cell or "hand-over" not in cell:
+                continue
+            row = cell["update"]
+            moved = [row["calls"] * row["moved"].get(kind, 0) / 2**30 for kind in kinds]
+            handed = sum(cell["hand-over"]["moved"].values()) / 2**30
+            lines.append(
+                f"| {size.upper()} | {name} | {row['devices']} "
+                f"| {' | '.join(f'{x:,.1f}' for x in moved)} | {handed:.1f} "
+                f"| {row['flops_a_step'] / 1e12:,.0f} |"
+            )
+    return lines
+
+
+def main() -> None:
+    """Compiles what is asked for and not there yet, and writes the page after each cell."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("slices", nargs="*", default=SLICES)
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--only", default=",".join(PROGRAMS))
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    given = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    for size in given.sizes.split(","):
+        for name in () if given.page else given.slices:
+            there = load().get((size, name), {})
+            if missing := [p for p in given.only.split(",") if p not in there]:
+                print(f"{size} {name}: {', '.join(missing)}", flush=True)
+                compile_cell(size, name, missing)
+                PAGE.write_text(page(load()))
+    PAGE.write_text(page(load()))
+
+
+if __name__ == "__main__":
+    main()

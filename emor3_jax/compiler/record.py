@@ -1,0 +1,205 @@
+"""Compiles programs one after the other and keeps what the compiler says of each.
+
+HBM of a device while a program runs is what lies there already (its arguments, and what it does not
+read but the step still needs) plus what it makes: results that reuse no argument's memory, and
+temporaries. The first is counted from shapes and layouts, the second is the compiler's own figure.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from emor3_jax.compiler import hlo
+from emor3_jax.parallel.mesh import BATCH
+
+Alive = Mapping[str, Any]
+"""What lies in memory while a program runs: one of `KINDS` → a tree of abstract arrays."""
+
+_ARRAYS = (jax.ShapeDtypeStruct, jax.Array, np.ndarray)
+
+KINDS = ("parameters", "optimizer", "cache", "data")
+
+
+class Report(NamedTuple):
+    """What the compiler says of one program; bytes are those of one device.
+
+    Attributes:
+      name: of the program.
+      calls: how often a step runs it at most.
+      resident: kind → bytes that lie there already; `KINDS` in order.
+      made: bytes of temporaries and results; None if the program does not compile for memory.
+      needed: bytes in all; at least so many where `made` is None.
+      moved: kind of collective → bytes received in one call.
+      lowering, compiling: seconds.
+      compiled: whether it was compiled at all.
+      collectives: all of them.
+    """
+
+    name: str
+    calls: int
+    resident: dict[str, int]
+    made: int | None
+    needed: int
+    moved: dict[str, int]
+    lowering: float
+    compiling: float
+    compiled: bool = True
+    collectives: tuple[hlo.Collective, ...] = ()
+
+    def fits(self, usable: int) -> bool:
+        """Returns whether it runs in so many bytes."""
+        return self.made is not None and self.needed <= usable
+
+
+class Recorder:
+    """Compiles programs for a mesh, in the order of a step.
+
+    Attributes:
+      reports: of each program so far.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        wanted: Callable[[str], bool] = lambda name: True,
+        say: Callable[[Report], None] = lambda report: None,
+    ) -> None:
+        """Begins.
+
+        Args:
+          mesh: of the devices to compile for.
+          wanted: whether to compile a program; others only give the shapes of their results.
+          say: told of each report.
+        """
+        self.mesh, self.reports = mesh, []
+        self._wanted, self._say = wanted, say
+
+    def __call__(
+        self,
+        name: str,
+        function: Any,
+        *args: Any,
+        alive: Alive,
+        rows: Callable[[Any], Any] | None = None,
+        calls: int = 1,
+        **options: Any,
+    ) -> Any:
+        """Compiles `function(*args, **options)`.
+
+        Args:
+          name: of the program.
+          function: jitted.
+          *args: abstract arrays with their layouts, or trees of them.
+          alive: what is in memory meanwhile, arguments among it.
+          rows: from the shapes of the results to their layouts where the program is not compiled
+            or does not fit; None lays them out whole.
+          calls: how often a step runs it at most.
+          **options: further arguments, static ones among them.
+
+        Returns:
+          The results as abstract arrays, laid out as the compiled program lays them out.
+        """
+        shapes = function.eval_shape(*args, **options)
+        guessed = (rows or self.whole)(shapes)
+        if not self._wanted(name):
+            return guessed
+        resident = self._resident(alive, args)
+        started = time.perf_counter()
+        lowered = function.lower(*args, **options)
+        lowering = time.perf_counter() - started
+        try:
+            compiled = _compile(lowered)
+        except jax.errors.JaxRuntimeError as error:
+            used = _used(str(error))
+            if used is None:
+                raise
+            seconds = time.perf_counter() - started - lowering
+            beside = sum(resident.values()) - sum(self._resident({}, args).values())
+            self._keep(Report(name, calls, resident, None, beside + used, {}, lowering, seconds))
+            return guessed
+        seconds = time.perf_counter() - started - lowering
+        stats = compiled.memory_analysis()
+        made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        found = hlo.collectives(compiled.as_text(), self.mesh.size)
+        self._keep(
+            Report(
+                name,
+                calls,
+                resident,
+                made,
+                sum(resident.values()) + made,
+                hlo.moved_bytes(found),
+                lowering,
+                seconds,
+                collectives=tuple(found),
+            )
+        )
+        return jax.tree.map(_laid_out, shapes, compiled.output_shardings)
+
+    def whole(self, tree: Any) -> Any:
+        """Returns abstract arrays that every device holds whole."""
+        whole = NamedSharding(self.mesh, P())
+        return jax.tree.map(lambda x: _laid_out(x, whole), tree)
+
+    def by_rows(self, tree: Any, axis: int = 0) -> Any:
+        """Returns abstract arrays whose axis of the prompts is cut over `data` and `fsdp`."""
+
+        def lay(x: Any) -> Any:
+            return _laid_out(x, NamedSharding(self.mesh, P(*[None] * axis, BATCH[0])))
+
+        return jax.tree.map(lay, tree)
+
+    def _keep(self, report: Report) -> None:
+        self.reports.append(report)
+        self._say(report)
+
+    def _resident(self, alive: Alive, args: Any) -> dict[str, int]:
+        """Returns kind → bytes of a device; an argument that `alive` does not name is data."""
+        totals, seen = dict.fromkeys(KINDS, 0), set()
+        for kind, tree in (*alive.items(), ("data", args)):
+            for leaf in jax.tree.leaves(tree):
+                # Each array is one object, whoever holds it.
+                if id(leaf) not in seen and isinstance(leaf, _ARRAYS):
+                    seen.add(id(leaf))
+                    totals[kind] += device_bytes(leaf)
+        return totals
+
+
+def _compile(lowered: Any) -> Any:
+    """Compiles; the cache of programs cannot read those of devices that are not here."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+
+
+def device_bytes(x: Any) -> int:
+    """Returns the bytes that one device holds of an abstract or concrete array."""
+    sharding = getattr(x, "sharding", None)
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return 8 * math.prod(shape)
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def _laid_out(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _used(message: str) -> int | None:
+    """Returns the bytes that a program would need, from the compiler's refusal; None if other."""
+    match = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message) or re.search(
+        r"Used ([\d.]+)([KMGT]?) of", message
+    )
+    if match is None:
+        return None
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))

@@ -1,0 +1,69 @@
+"""The largest micro-batch and the most slots that fit, found by compiling."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from emor3_jax.compiler.verdict import LEARNING
+
+_CACHED = ("grow cache", "decode", "take out", "fill slots")
+"""Programs whose own memory grows with the slots; they compile in seconds."""
+
+_BESIDE = ("prefill", "coherence", "consistency")
+"""Programs that run beside the cache and depend on `rollout.refill` alone; compiled once."""
+
+
+def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]) -> Iterator[str]:
+    """Finds `policy_update.micro_prompts` and `rollout.slots`; `rollout.refill` stays.
+
+    From what the config says, doubled while it fits or halved until it does.
+
+    Args:
+      config: of the run; changed to what was found.
+      topology: name of the slices.
+      compile_config: of the program.
+
+    Yields:
+      Lines that tell what was tried, and at last what fits.
+    """
+    update, rollout = config.policy_update, config.rollout
+    rollout.slots = min(rollout.slots or rollout.prompts, rollout.prompts)
+    rollout.refill = min(rollout.refill or rollout.slots, rollout.slots)
+    found: dict[str, int | None] = {}
+
+    first = compile_config(config, topology, _BESIDE)
+    usable = first.topology.chip.usable
+    beside = {r.name: r.needed - r.resident["cache"] for r in first.reports}
+
+    def slots_fit(slots: int) -> bool:
+        rollout.slots = slots
+        tried = compile_config(config, topology, _CACHED)
+        cache = max(r.resident["cache"] for r in tried.reports if r.name != "grow cache")
+        needed = [r.needed if r.made is not None else usable + 1 for r in tried.reports]
+        return max(*needed, *(x + cache for x in beside.values())) <= usable
+
+    def micro_fits(micro: int) -> bool:
+        update.micro_prompts = micro
+        return compile_config(config, topology, LEARNING).fits
+
+    for field, section, fits, most, least in (
+        ("rollout.slots", rollout, slots_fit, rollout.prompts, rollout.refill),
+        ("policy_update.micro_prompts", update, micro_fits, update.prompts, first.parts),
+    ):
+        key = field.split(".")[1]
+        value, best, tried = section[key], None, set()
+        while least <= value <= most and value not in tried:
+            tried.add(value)
+            good = fits(value)
+            yield f"{field}={value}: {'fits' if good else 'does not fit'}"
+            best = max(best or 0, value) if good else best
+            if good and 2 * value in tried:
+                break
+            value = 2 * value if good else value // 2
+        found[field] = section[key] = best or least
+        if best is None:
+            yield f"{field}: nothing fits, down to {least}"
+    if None not in found.values():
+        flags = " ".join(f"--config.{field}={value}" for field, value in found.items())
+        yield f"largest that fits: {flags}"

@@ -1,0 +1,108 @@
+"""No program moves more than its layout needs: the collectives of compiled programs are read.
+
+On 8 fake CPU devices, and compiled for TPU. Each check is shown to fail on a program with a fault.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from emor3_jax.compiler.record import Report
+from emor3_jax.parallel import mesh as meshes
+from emor3_jax.parallel import topology
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What `tiny_step` finds on 8 devices, without and with faults."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "tiny_step.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+MESHES = ("1x8x1", "2x2x2")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_decoding_gathers_no_weights(found: dict[str, Any], mesh: str) -> None:
+    assert found[mesh]["decode"]["gathered"] == []
+    # They are gathered before, once a step.
+    assert found[mesh]["hand-over"]["gathered"]
+    assert found["weights_as_trained"]["decode"]["gathered"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "program"), [("1x8x1", "update"), ("1x8x1", "reference"), ("2x2x2", "reference")]
+)
+def test_layers_are_gathered_one_by_one(found: dict[str, Any], mesh: str, program: str) -> None:
+    assert found[mesh][program]["stacked"] == []
+    # Single layers are, in their loop: what is checked is there to be seen.
+    assert found[mesh][program]["gathered"]
+    assert found["whole_stacks"]["reference"]["stacked"]
+
+
+def test_what_lies_outside_the_layers_is_gathered_once(found: dict[str, Any]) -> None:
+    for program in ("update", "reference"):
+        assert found["1x8x1"][program]["repeated"] == []
+
+
+def test_activations_stay_with_their_prompts(found: dict[str, Any]) -> None:
+    """Without `tensor`, nothing of a forward pass is summed over devices."""
+    assert found["1x8x1"]["reference"]["activations"] == 0
+    assert found["features_cut"]["reference"]["activations"] > 0
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def for_tpu() -> tuple[dict[str, Report], Any]:
+    """The same programs for the four chips of a v4-8, and what is found in them."""
+    spec = importlib.util.spec_from_file_location("tiny_step", HERE / "tiny_step.py")
+    tiny_step = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tiny_step
+    spec.loader.exec_module(tiny_step)
+    mesh = meshes.make_mesh(1, 4, 1, topology.parse("v4-8").devices())
+    reports = tiny_step.compile_tiny(mesh, *tiny_step.LAYERS)
+    jax.clear_caches()
+    with tiny_step.head_in_the_loop():
+        reports["fault"] = tiny_step.compile_tiny(mesh, "reference")["reference"]
+    jax.clear_caches()
+    return reports, {name: tiny_step.findings(report, mesh) for name, report in reports.items()}
+
+
+@needs_compiler
+def test_programs_for_tpu_move_no_more_either(for_tpu: tuple[dict[str, Report], Any]) -> None:
+    reports, found = for_tpu
+    assert found["decode"]["gathered"] == []
+    assert found["reference"]["activations"] == 0
+    for program in ("reference", "update"):
+        assert found[program]["stacked"] == found[program]["repeated"] == []
+    assert found["fault"]["repeated"]
+    # Gradients of layers are scattered, not summed whole.
+    moved = reports["update"].moved
+    assert moved["reduce-scatter"] > moved["all-reduce"]
+    assert all(report.made is not None for report in reports.values())

@@ -1,0 +1,66 @@
+"""What lies in memory while a program runs, counted by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emor3_jax.compiler.record import Recorder, device_bytes
+from emor3_jax.parallel import mesh as meshes
+
+
+@pytest.fixture
+def record() -> Recorder:
+    return Recorder(meshes.make_mesh(1, -1, 1))
+
+
+def array(record: Recorder, *shape: int, dtype: type = jnp.float32) -> jax.ShapeDtypeStruct:
+    return record.whole(jax.ShapeDtypeStruct(shape, dtype))
+
+
+def test_each_array_counts_once_wherever_it_stands(record: Recorder) -> None:
+    weights, cache, other = array(record, 10, 3), array(record, 5), array(record, 7)
+    out = record(
+        "double",
+        jax.jit(lambda params, x, n: (params["w"] @ x[:3] + n, x)),
+        {"w": weights},
+        cache,
+        np.int32(2),
+        alive={"parameters": [weights, weights], "optimizer": [other], "cache": cache},
+        calls=4,
+    )
+    (report,) = record.reports
+    assert report.resident == {"parameters": 120, "optimizer": 28, "cache": 20, "data": 0}
+    assert (report.name, report.calls) == ("double", 4)
+    # The results, 10 and 5 numbers, and what the compiler takes besides.
+    assert report.made >= 60
+    assert report.needed == 168 + report.made
+    assert report.fits(report.needed) and not report.fits(report.needed - 1)
+    assert [x.shape for x in out] == [(10,), (5,)]
+    assert all(x.sharding is not None for x in out)
+
+
+def test_what_no_kind_names_is_data_and_what_is_given_up_is_not_made(record: Recorder) -> None:
+    x = array(record, 1000)
+    record("add", jax.jit(lambda x: x + 1, donate_argnums=0), x, alive={})
+    (report,) = record.reports
+    assert report.resident["data"] == 4000
+    assert report.made < 4000
+
+
+def test_a_program_that_is_not_wanted_only_gives_shapes(record: Recorder) -> None:
+    wanted = Recorder(record.mesh, lambda name: name == "other")
+    rows = partial(wanted.by_rows, axis=1)
+    out = wanted("this", jax.jit(lambda x: x[:, :8]), array(record, 3, 16), alive={}, rows=rows)
+    assert wanted.reports == []
+    assert out.shape == (3, 8)
+    assert out.sharding.spec == jax.sharding.PartitionSpec(None, ("data", "fsdp"))
+
+
+def test_bytes_of_a_device() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 4, 1), meshes.AXES)
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None))
+    assert device_bytes(jax.ShapeDtypeStruct((16, 3), jnp.bfloat16, sharding=cut)) == 2 * 3 * 2
+    assert device_bytes(jax.ShapeDtypeStruct((16, 3), jnp.float32)) == 16 * 3 * 4

@@ -1,0 +1,89 @@
+"""The table, the verdict, what it advises, and the search, on reports made by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+from emor3_jax.account import Cost
+from emor3_jax.compiler.record import Report
+from emor3_jax.compiler.search import search
+from emor3_jax.compiler.verdict import table, verdict
+from emor3_jax.config import default
+
+GIB = 2**30
+
+
+def report(name: str, needed: float, made: float | None = 1.0, cache: float = 0.0) -> Report:
+    rest = needed - (made or 0) - cache
+    resident = {"parameters": rest, "optimizer": 0, "cache": cache, "data": 0}
+    resident = {kind: int(size * GIB) for kind, size in resident.items()}
+    size = None if made is None else int(made * GIB)
+    return Report(name, 3, resident, size, int(needed * GIB), {"all-gather": GIB // 2}, 1.0, 2.0)
+
+
+def test_the_table_has_sizes_arithmetic_and_what_does_not_fit() -> None:
+    costs = {"decode": Cost(linear=6e12, attention=2e12)}
+    costs |= {phase: Cost() for phase in ("vision", "prefill", "update")}
+    reports = [report("decode", 5.0), report("update", 9.0, made=None)]
+    lines = table(reports, costs, devices=4, usable=6 * GIB).splitlines()
+    assert lines[2] == (
+        "| decode | 3 | 4.00 | 0.00 | 0.00 | 0.00 | 1.00 | 5.00 | 2.0 | 0.5 |  |  |  |  | 3 s |"
+    )
+    assert lines[3].startswith("| update | 3 | 9.00 | 0.00 | 0.00 | 0.00 | ? | 9.00 **no** |")
+
+
+def test_a_step_that_fits_names_the_largest_program() -> None:
+    said = verdict(
+        [report("decode", 5.0), report("update", 5.5)], default(), tiny.make_config(), 4, 6 * GIB
+    )
+    assert said == "fits: at most 5.50 of 6.00 GiB a device are needed (update)"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "advice", "not_advised"),
+    [
+        ("update", {"micro_prompts": 8}, "policy_update.micro_prompts=8", "rollout.slots"),
+        ("update", {"remat": "none"}, "policy_update.remat='none'", "rollout.refill"),
+        ("decode", {}, "rollout.slots=512", "micro_prompts"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_to_change(
+    name: str, change: dict, advice: str, not_advised: str
+) -> None:
+    config = default()
+    config.policy_update.update(change)
+    said = verdict([report(name, 7.0)], config, tiny.make_config(), 4, 6 * GIB)
+    assert said.startswith(f"does not fit: {name} needs 7.00 of 6.00 GiB a device\n")
+    assert f"change {advice}" in said and "change mesh.tensor=1: 2" in said
+    assert not_advised not in said and "a larger slice" in said
+
+
+@pytest.mark.parametrize("start", [8, 64, 256])
+def test_the_search_finds_the_largest_that_fit(start: int) -> None:
+    """Of 20 GiB the rollout takes 10 and 0.1 a slot, the update 5 and 1 a prompt."""
+    config = default()
+    config.rollout.slots, config.rollout.refill = start, 8
+    config.policy_update.micro_prompts = min(start, 128)
+
+    def compile_config(config, topology, only):
+        cache = 0.1 * config.rollout.slots
+        needed = {
+            "decode": 4 + cache,
+            "coherence": 10 + cache,
+            "update": 5 + config.policy_update.micro_prompts,
+        }
+        reports = [report(n, x, cache=cache) for n, x in needed.items() if n in only]
+        chip = SimpleNamespace(usable=20 * GIB)
+        return SimpleNamespace(
+            reports=reports,
+            topology=SimpleNamespace(chip=chip),
+            parts=4,
+            fits=all(r.fits(chip.usable) for r in reports),
+        )
+
+    # 10 + 6.4 fits beside the reflections, 10 + 12.8 does not.
+    *_, last = search(config, "v4-8", compile_config)
+    assert last == (
+        "largest that fits: --config.rollout.slots=64 --config.policy_update.micro_prompts=8"
+    )

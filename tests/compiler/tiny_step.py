@@ -1,0 +1,166 @@
+"""A step of a tiny policy, compiled for any mesh; as a program, for 8 devices of this machine.
+
+The program prints JSON: for sound programs and for some with a fault put in, what `findings` says.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import tiny
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from emor3_jax.compiler import hlo
+from emor3_jax.compiler.record import Recorder, Report
+from emor3_jax.compiler.step import abstract_state, compile_step
+from emor3_jax.config import default
+from emor3_jax.models.qwen2_5_vl import model, text, vision
+from emor3_jax.parallel import mesh as meshes
+from emor3_jax.prepare import make_update
+
+# Widths unlike each other and unlike any length, so that a shape tells what it is.
+POLICY = tiny.make_config(
+    vision=dataclasses.replace(
+        tiny.VISION, depth=3, hidden_size=56, intermediate_size=72, out_hidden_size=96
+    ),
+    vocab_size=400,
+    hidden_size=96,
+    intermediate_size=208,
+    num_layers=3,
+    head_dim=24,
+    mrope_section=(3, 4, 5),
+    tie_word_embeddings=False,
+)
+QUESTIONS = ((6, 9), (4, 7))
+LAYERS = ("hand-over", "decode", "reference", "update")
+
+
+def make_config() -> ConfigDict:
+    """A step of 16 prompts, which come in two waves and are learned from in two parts."""
+    config = default()
+    config.data.prompt_lengths, config.data.image_windows = (40,), (2,)
+    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 16, 4, 32
+    config.rollout.slots, config.rollout.refill, config.rollout.block = 16, 8, 16
+    config.reflect.text_lengths = (16,)
+    config.policy_update.prompts, config.policy_update.micro_prompts = 8, 8
+    # Logits of two of the 32 columns at once.
+    config.policy_update.logprob_chunk = 64
+    return config
+
+
+def compile_tiny(mesh: Mesh, *only: str) -> dict[str, Report]:
+    """Compiles the programs of a step, all unless some are named."""
+    record = Recorder(mesh, lambda name: not only or name in only)
+    with jax.set_mesh(mesh):
+        compile_step(record, make_config(), POLICY, QUESTIONS)
+    return {report.name: report for report in record.reports}
+
+
+def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
+    """What a layout must not have.
+
+    Returns:
+      "gathered": where weights are gathered; "stacked": where those of all layers at once are;
+      "repeated": where a weight outside the layers is, more than once in forward and backward;
+      "activations": bytes of the all-reduces of more than vectors.
+    """
+    params = abstract_state(mesh, POLICY, make_update(make_config())[0]).params
+    leaves = jax.tree.leaves(params)
+    cut = jax.tree.leaves(meshes.param_shardings(params, mesh, gathered=True))
+    shapes = [x.shape for x in leaves]
+    shapes += [s.shard_shape(x.shape) for x, s in zip(leaves, cut, strict=True)]
+    layers = {POLICY.num_layers, POLICY.vision.depth}
+    scanned = [s for s in shapes if len(s) == 3 and s[0] in layers]
+    others = [s for s in shapes if len(s) == 2 and s[0] not in layers]
+    found = report.collectives
+    sums = [c for c in found if c.kind == "all-reduce"]
+    return {
+        "gathered": [c.source for c in hlo.weight_gathers(found, shapes)],
+        "stacked": [c.source for c in hlo.weight_gathers(found, scanned, stacked=True)],
+        "repeated": [
+            c.source for c in hlo.weight_gathers(found, others, stacked=True) if c.times > 1
+        ],
+        "activations": sum(
+            hlo.bytes_of(*shape) for c in sums for shape in c.shapes if len(shape[1]) > 1
+        ),
+    }
+
+
+@contextlib.contextmanager
+def weights_as_trained() -> Iterator[None]:
+    """Decoding reads weights that are cut over `fsdp`."""
+    with mock.patch.object(model, "gather", lambda x, path: x):
+        yield
+
+
+@contextlib.contextmanager
+def whole_stacks() -> Iterator[None]:
+    """The tower's layers are gathered all at once."""
+    encode = model.encode_images
+
+    def faulty(config: Any, params: Any, *args: Any, **options: Any) -> jax.Array:
+        whole = jax.lax.with_sharding_constraint(params["visual"], P())
+        return encode(config, {**params, "visual": whole}, *args, **options)
+
+    with mock.patch.object(model, "encode_images", faulty):
+        yield
+
+
+@contextlib.contextmanager
+def head_in_the_loop() -> Iterator[None]:
+    """Every chunk of logits gathers the head anew; shown for TPU, as the CPU's compiler sees it."""
+
+    def faulty(function: Callable, weight: jax.Array, path: str, *rows: jax.Array) -> Any:
+        return function(weight, *rows)
+
+    with mock.patch.object(model, "by_rows", faulty):
+        yield
+
+
+@contextlib.contextmanager
+def features_cut() -> Iterator[None]:
+    """Activations are cut as the compiler likes."""
+    with (
+        mock.patch.object(text, "keep_rows", lambda x: x),
+        mock.patch.object(vision, "keep_rows", lambda x: x),
+    ):
+        yield
+
+
+FAULTS = {
+    weights_as_trained: ("hand-over", "decode"),
+    whole_stacks: ("reference",),
+    features_cut: ("reference",),
+}
+"""What is done wrong → the programs that show it."""
+
+
+def main() -> None:
+    """Prints what is found."""
+
+    def find(sizes: tuple[int, int, int], *programs: str) -> dict[str, Any]:
+        # Programs that were traced without a fault, or with another, do not count.
+        jax.clear_caches()
+        mesh = meshes.make_mesh(*sizes)
+        return {
+            name: findings(report, mesh) for name, report in compile_tiny(mesh, *programs).items()
+        }
+
+    found = {
+        "1x8x1": find((1, 8, 1), *LAYERS),
+        "2x2x2": find((2, 2, 2), "hand-over", "decode", "reference"),
+    }
+    for fault, programs in FAULTS.items():
+        with fault():
+            found[fault.__name__] = find((1, 8, 1), *programs)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

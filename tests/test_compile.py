@@ -1,0 +1,97 @@
+"""The program that compiles a config for TPU slices: what it refuses and what it prints."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import emor3_jax
+from configs import tpu_v4
+from configs.qwen2_5_vl_3b import Layout, on_slice
+
+ROOT = Path(emor3_jax.__file__).parents[1]
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def _compile(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "emor3_jax.compile", *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_an_unknown_slice_is_refused_with_the_known_ones() -> None:
+    done = _compile("--config=configs/tpu_v4.py", "--topology=v4-7")
+    assert done.returncode == 2
+    assert "error: topology='v4-7': must be one of v4-8, v4-16" in done.stderr
+
+
+@needs_compiler
+def test_a_mesh_that_the_slice_does_not_have_is_refused() -> None:
+    done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", "--config.mesh.fsdp=3")
+    assert done.returncode == 2
+    assert "error: mesh.data=1, mesh.fsdp=3" in done.stderr
+
+
+@needs_compiler
+def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = _compile(
+        "--config=configs/tpu_v4.py",
+        "--topology=v4-8",
+        "--only=hand-over,decode",
+        f"--json={out}",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "v4-8: 4 devices, each with 30.75 GiB for programs (32 GB a chip)" in done.stdout
+    assert "\nfits: at most " in done.stdout
+    found = json.loads(out.read_text())
+    programs = {program["name"]: program for program in found["programs"]}
+    assert list(programs) == ["hand-over", "decode"]
+    decode = programs["decode"]
+    # 16 slots of 2048 + 8 * 2048 tokens of 36,864 bytes, on 4 devices, and their tokens and masks.
+    keys = 16 * 9 * 2048 * 36_864 // 4
+    assert keys < decode["resident"]["cache"] < 1.01 * keys
+    # AdamW's two moments of 3,754,622,976 parameters in float32; norms and biases are not cut.
+    moments = 8 * 3_754_622_976 // 4
+    assert moments < decode["resident"]["optimizer"] < 1.01 * moments
+    # No token moves a weight: only whether all have ended, once a token.
+    assert set(decode["moved"]) == {"all-reduce"} and decode["moved"]["all-reduce"] < 10_000
+    # All but a quarter of the bfloat16 weights comes from the other three devices.
+    assert programs["hand-over"]["moved"]["all-gather"] == pytest.approx(
+        0.75 * 2 * 3_754_622_976, rel=0.01
+    )
+
+
+LAYOUTS = {"3b": Layout(chips=4, tensor=2, slots=3, refill=2, micro=1)}
+
+
+def test_a_config_follows_the_chips() -> None:
+    config = on_slice("3b,chips=16", LAYOUTS)
+    # 16 chips, two of which share a part of the batch.
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, -1, 2)
+    assert (config.rollout.slots, config.rollout.refill) == (24, 16)
+    assert (config.policy_update.micro_prompts, config.evaluate.prompts) == (8, 16)
+    assert config.policy.path == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert (config.rollout.prompts, config.rollout.responses) == (512, 8)
+    assert on_slice("chips=16,slices=2", LAYOUTS).mesh.data == 2
+    assert tpu_v4.get_config("7b,chips=32").policy.path == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("13b", "13b: must be of 3b, chips=16, slices=2"),
+        ("chips=0", "chips=0: must be of"),
+        ("chips=12", "chips=12: 6 parts must divide the 256 prompts"),
+    ],
+)
+def test_an_unknown_option_of_a_config_is_refused(options: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        on_slice(options, LAYOUTS)
