@@ -26,7 +26,7 @@ from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.search import search
 from emor3_jax.compiler.step import compile_step
 from emor3_jax.compiler.verdict import step_flops, table, verdict
-from emor3_jax.config import validate
+from emor3_jax.config import uses_reference, validate
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import check_batch, check_policy, make_mesh
@@ -141,7 +141,7 @@ def costs_of(config: ConfigDict, policy: Config, texts: Texts) -> dict[str, acco
     return account.count(
         policy,
         make_shapes(config, policy, texts, None, None),
-        reference=update.kl_coef != 0,
+        reference=uses_reference(config),
         old=update.old_logprobs == "recompute",
         remat=update.remat == "layers",
     )

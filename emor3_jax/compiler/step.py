@@ -9,6 +9,8 @@ Assumptions, numbered:
     are as large as those of a vocabulary of 151,936 ids, 23 MB.
  2. Terms of one's own among the rewards are left out.
  3. Evaluation is left out: it takes the same programs for `evaluate.prompts` at once.
+ 4. All parameters are trained: with adapters (`policy.lora_rank`) a step needs less. ReMax's greedy
+    responses and the further rounds of `rollout.resample` take the same programs again.
 """
 
 from functools import partial
@@ -23,6 +25,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax import episode, learner, prepare
 from emor3_jax.compiler.record import Recorder
+from emor3_jax.config import uses_reference
 from emor3_jax.data import batch as batches
 from emor3_jax.data.batch import Batch
 from emor3_jax.data.labels import label_set
@@ -73,7 +76,7 @@ def compile_step(
 
     # The reference, once a run; it replaces the float32 parameters that were loaded.
     reference = state.params
-    if loss.kl_coef:
+    if uses_reference(config):
         reference = record(
             "reference weights",
             model.cast_matrices,
@@ -82,7 +85,7 @@ def compile_step(
             alive={"parameters": state.params},
             rows=partial(_as_params, record.mesh),
         )
-    kept = [state.params, reference if loss.kl_coef else []]
+    kept = [state.params, reference if uses_reference(config) else []]
 
     decoding = record(
         "hand-over",
@@ -133,7 +136,7 @@ def compile_step(
     size = {"config": policy, "options": scoring}
     ref_logprobs = None
     for name, params in (("reference", reference), ("old", state.params)):
-        if name == "reference" and loss.kl_coef == 0:
+        if name == "reference" and not uses_reference(config):
             continue
         if name == "old" and update_options.old_logprobs != "recompute":
             continue
