@@ -650,8 +650,14 @@ def make_meter(
         means = hosts.exchange([getattr(shapes, name) for name in names])
         shapes = shapes._replace(**dict(zip(names, np.mean(means, axis=0), strict=True)))
         recompute = config.policy_update.old_logprobs == "recompute"
-        reference = uses_reference(config)
-        return account.step_flops(policy.config, shapes, reference=reference, old=recompute)
+        return account.step_flops(
+            policy.config,
+            shapes,
+            reference=uses_reference(config),
+            # As in all epochs but the first.
+            kept=config.reference.image_cache > 0,
+            old=recompute,
+        )
 
     return flops
 

@@ -172,6 +172,8 @@ def test_phases_that_are_switched_off_cost_nothing() -> None:
         costs = count(TINY, plain, layout, reference=False)
         assert costs["coherence"] == costs["consistency"] == costs["reference"] == Cost()
     assert count(TINY, STEP, old=True)["old"] == count(TINY, STEP)["reference"]
+    kept = count(TINY, STEP, kept=True)["reference"]
+    assert kept + count(TINY, STEP)["vision"] == count(TINY, STEP)["reference"]
     assert account.step_flops(TINY, STEP) == total(count(TINY, STEP)).flops
 
 
@@ -473,6 +475,10 @@ def test_the_release_at_its_shape_costs_so_many_times_as_much() -> None:
         met = 8 * (1 - (7 / 8) ** 8)
         passes = [x.vision_passes / grouped.vision_passes for x in others]
         assert passes == pytest.approx([49 / 5, (41 + met) / 5, 42 / 5, 56 / 5])
+        # With the reference's pictures kept from an earlier epoch, 4.
+        kept = total(count(config, s, kept=True)).vision_passes
+        passes = [x.vision_passes / kept for x in others]
+        assert passes == pytest.approx([49 / 4, (41 + met) / 4, 42 / 4, 56 / 4])
         images = [x.images / grouped.images for x in others]
         assert images == pytest.approx([33 / 3, (25 + met) / 3, 26 / 3, 40 / 3])
     assert np.round(ratios[256], 2).tolist() == [

@@ -234,6 +234,7 @@ def report(config: ConfigDict, prompt_tokens: int | None, response_tokens: int |
     shapes = make_shapes(config, policy, texts, prompt_tokens, response_tokens)
     options = {
         "reference": uses_reference(config),
+        "kept": config.reference.image_cache > 0,
         "remat": config.policy_update.remat == "layers",
     }
     costs = {layout: count(policy, shapes, layout, **options) for layout in LAYOUTS}

@@ -153,6 +153,7 @@ def count(
     layout: str = "grouped",
     *,
     reference: bool = True,
+    kept: bool = False,
     old: bool = False,
     remat: bool = True,
 ) -> dict[str, Cost]:
@@ -162,7 +163,9 @@ def count(
       config: of the policy.
       shapes: of the step.
       layout: one of `LAYOUTS`.
-      reference: whether the reference scores the responses (`policy_update.kl_coef` is not 0).
+      reference: whether the reference scores the responses (a KL is asked for).
+      kept: whether this program finds the reference's pictures kept from an earlier epoch
+        (`reference.image_cache`); the release never does.
       old: whether this program computes old log-probabilities instead of taking the sampler's;
         the release always does.
       remat: whether layers are recomputed in the backward pass (`policy_update.remat="layers"`).
@@ -174,7 +177,7 @@ def count(
         raise ShapeError("layout", layout, f"must be one of {', '.join(LAYOUTS)}")
     _check(config, shapes)
     if layout == "grouped":
-        costs = _grouped(config, shapes, remat)
+        costs = _grouped(config, shapes, remat, kept)
         skipped = ("old",) * (not old)
     else:
         costs = _release(config, shapes, layout, remat)
@@ -193,10 +196,11 @@ def step_flops(
     shapes: Shapes,
     *,
     reference: bool = True,
+    kept: bool = False,
     old: bool = False,
 ) -> Number:
     """Returns the FLOPs that the model needs for one step of this program; arguments of `count`."""
-    return total(count(config, shapes, reference=reference, old=old)).flops
+    return total(count(config, shapes, reference=reference, kept=kept, old=old)).flops
 
 
 def _check(config: Config, shapes: Shapes) -> None:
@@ -221,7 +225,7 @@ def _check(config: Config, shapes: Shapes) -> None:
             raise ShapeError(field, question, rule)
 
 
-def _grouped(config: Config, s: Shapes, remat: bool) -> dict[str, Cost]:
+def _grouped(config: Config, s: Shapes, remat: bool, kept: bool) -> dict[str, Cost]:
     """This program: rollout/generate.py, rollout/reflect.py, rollout/score.py."""
     b, rows = s.prompts, s.prompts * s.responses
     p, t = s.prompt_tokens - 1, s.response_tokens
@@ -251,7 +255,7 @@ def _grouped(config: Config, s: Shapes, remat: bool) -> dict[str, Cost]:
         "coherence": coherence,
         "consistency": consistency,
         "old": score,
-        "reference": score,
+        "reference": prefill + decode if kept else score,
         "update": _trained(score, again),
     }
 
