@@ -138,9 +138,9 @@ def shapes_of(
     return Shapes(
         prompts,
         responses,
-        prompt_tokens=float(np.sum(batch.prompt.mask)) / len(batch.last_token) + 1,
+        prompt_tokens=float(np.sum(batch.prompt.mask)) / len(batch.prompt.mask) + 1,
         response_tokens=float(np.mean(lengths)),
-        patches=float(np.sum(batch.images.mask)) / len(batch.last_token),
+        patches=float(np.sum(batch.images.mask)) / len(batch.prompt.mask),
         shared_tokens=float(np.mean(batch.shared_length)),
         coherence=coherence,
         consistency=consistency,
