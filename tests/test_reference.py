@@ -27,9 +27,26 @@ def value(reference: Reference) -> float:
 
 def test_a_frozen_reference_is_what_it_was_given():
     config, given = default(), params(1.0)
+    config.policy.dtype = "float32"
     reference = Reference(config, given)
     reference.follow(1, params(2.0))
     assert reference.params is given and not reference.follows
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, jnp.bfloat16),
+        ({"reference.kind": "average"}, jnp.float32),
+        ({"policy.lora_rank": 2}, jnp.float32),
+        ({"reference.dtype": "float32"}, jnp.float32),
+    ],
+)
+def test_its_matrices_are_kept_as_each_use_would_round_them(fields, kept):
+    config = default()
+    config.update_from_flattened_dict({"policy.dtype": "bfloat16"} | fields)
+    found = Reference(config, params(1.0)).params
+    assert found["a"]["kernel"].dtype == kept and found["b"]["scale"].dtype == jnp.float32
 
 
 def test_a_reference_is_refreshed_every_few_steps():
