@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
-from emor3_jax.config import ConfigError, validate
+from emor3_jax.config import validate
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import Actor
 from emor3_jax.evaluate import evaluate
@@ -87,9 +87,6 @@ class Run:
         for field in ("slots", "refill"):
             check_batch(mesh, f"rollout.{field}", config.rollout[field])
         check_batch(mesh, "policy_update.micro_prompts", config.policy_update.micro_prompts)
-        if config.rollout.resample and jax.process_count() > 1:
-            rule = "exchanges prompts between batches, which a single host can do; set it to 0"
-            raise ConfigError("rollout.resample", config.rollout.resample, rule)
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
         say(f"loading the policy {config.policy.path}")
