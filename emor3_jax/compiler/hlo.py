@@ -2,7 +2,8 @@
 
 The text is XLA's after partitioning, so shapes are those of one device. A collective in the body of
 a loop counts as often as the loop runs, which the compiler notes or its condition tells: a counter
-compared with a constant. Where a loop may end earlier (decoding stops when all responses have), that is the most.
+compared with a constant. Where a loop may end earlier (decoding stops when all responses have),
+that is the most.
 """
 
 import math
