@@ -1,8 +1,9 @@
 """Collectives of a compiled program, read from its text: what, where, how large, how often.
 
 The text is XLA's after partitioning, so shapes are those of one device. A collective in the body of
-a loop counts as often as the loop runs, which its condition tells: a counter compared with a
-constant. Where a loop may end earlier (decoding stops when all responses have), that is the most.
+a loop counts as often as the loop runs, which the compiler notes or its condition tells: a counter
+compared with a constant. Where a loop may end earlier (decoding stops when all responses have),
+that is the most.
 """
 
 import math
@@ -23,6 +24,7 @@ _CALLED = re.compile(
 _SEVERAL = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _LOOP = re.compile(r"\bcondition=%([\w.\-]+), body=%([\w.\-]+)")
 _CONSTANT = re.compile(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -98,7 +100,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 found.append(Collective(kind, shapes, group, times, depth, said))
                 continue
             if loop := _LOOP.search(line):
-                runs = _trip_count(bodies.get(loop[1], []))
+                known = _KNOWN.search(line)
+                runs = int(known[1]) if known else _trip_count(bodies.get(loop[1], []))
                 visit(loop[1], times * (runs + 1), depth + 1)
                 visit(loop[2], times * runs, depth + 1)
                 continue

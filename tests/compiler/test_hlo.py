@@ -16,7 +16,7 @@ HloModule jit_step, is_scheduled=true
 }
 
 %inner_cond (p: (s32[], f32[8,4])) -> pred[] {
-  %three = s32[]{:T(128)} constant(3)
+  %three = s32[]{:T(128)} constant(77)
   %p = (s32[], f32[8,4]{1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   ROOT %less = pred[] compare(%i, %three), direction=LT
@@ -44,7 +44,7 @@ HloModule jit_step, is_scheduled=true
 
 %outer_body (r: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %r = (s32[], f32[8,4]) parameter(0)
-  ROOT %loop.1 = (s32[], f32[8,4]) while(%r), condition=%inner_cond, body=%inner_body
+  ROOT %loop.1 = (s32[], f32[8,4]) while(%r), condition=%inner_cond, body=%inner_body, backend_config={"known_trip_count":{"n":"3"},"x":1}
 }
 
 %fused (s: bf16[16]) -> bf16[4] {

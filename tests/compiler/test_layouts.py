@@ -52,13 +52,11 @@ def test_decoding_gathers_no_weights(found: dict[str, Any], mesh: str) -> None:
     assert found["weights_as_trained"]["decode"]["gathered"]
 
 
-@pytest.mark.parametrize(
-    ("mesh", "program"), [("1x8x1", "update"), ("1x8x1", "reference"), ("2x2x2", "reference")]
-)
-def test_layers_are_gathered_one_by_one(found: dict[str, Any], mesh: str, program: str) -> None:
-    assert found[mesh][program]["stacked"] == []
+@pytest.mark.parametrize("program", ["update", "reference"])
+def test_layers_are_gathered_one_by_one(found: dict[str, Any], program: str) -> None:
+    assert found["1x8x1"][program]["stacked"] == []
     # Single layers are, in their loop: what is checked is there to be seen.
-    assert found[mesh][program]["gathered"]
+    assert found["1x8x1"][program]["gathered"]
     assert found["whole_stacks"]["reference"]["stacked"]
 
 
