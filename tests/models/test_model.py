@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.models.qwen2_5_vl import layout, model
+from emor3_jax.models.qwen2_5_vl import attention, attention_kernels, layout, model
 from emor3_jax.models.qwen2_5_vl.inputs import Prompt
 
 B, G, S = 2, 2, 4
@@ -71,9 +72,15 @@ def test_responses_see_their_prompt_and_themselves_and_never_each_other(config, 
     assert (_influence(params, hidden_of, tokens) == own_part).all()
 
 
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret", "cudnn"])
 def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
-    config, params, image_batch, responses
+    config, params, image_batch, responses, backend, monkeypatch
 ):
+    # The kernels take over from the first query on; cuDNN's formula is computed by XLA.
+    monkeypatch.setattr(attention, "_FEW", 0)
+    own = functools.partial(attention_kernels.cudnn, implementation="xla")
+    monkeypatch.setattr(attention_kernels, "cudnn", own)
+    config = dataclasses.replace(config, attention=backend)
     prompt, images, following = image_batch
     tokens, mask = responses
     probe = jax.random.normal(jax.random.key(4), (B, G, S, config.hidden_size)) * mask[..., None]

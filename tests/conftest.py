@@ -1,0 +1,19 @@
+"""What all tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+MAPPINGS = 20_000
+"""Linux lets a process have 65,530 memory mappings, and XLA crashes where it gets no more."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _let_compiled_programs_go() -> Iterator[None]:
+    """Frees the programs of the tests so far: each maps some pages, and they are thousands."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > MAPPINGS:
+        jax.clear_caches()
