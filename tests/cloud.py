@@ -12,8 +12,8 @@ COMMIT = "0123abc"
 """What git says is checked out."""
 
 _NOTE = """#!/usr/bin/env bash
-printf '%s\\0' "$(basename "$0")" "$@" >> "$CALLS"
-printf '\\n\\0' >> "$CALLS"
+# In one piece: programs of a pipe note theirs at the same time.
+printf '%s\\0' "$(basename "$0")" "$@" $'\\n' >> "$CALLS"
 """
 
 # Takes the next line of a file of answers; the last one stays.

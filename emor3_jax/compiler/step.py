@@ -11,6 +11,7 @@ Assumptions, numbered:
  3. Evaluation is left out: it takes the same programs for `evaluate.prompts` at once.
  4. All parameters are trained: with adapters (`policy.lora_rank`) a step needs less. ReMax's greedy
     responses and the further rounds of `rollout.resample` take the same programs again.
+ 5. Decoding loops over the layers, whatever `rollout.unroll` says.
 """
 
 from functools import partial
@@ -497,7 +498,8 @@ def _full_slots(
         jax.ShapeDtypeStruct((b, p), bool),
     )
     row = jax.ShapeDtypeStruct((b,), jnp.int32)
-    new = engine._begin.eval_shape(engine.Opening(row, row, row, prefix), responses=g, length=t)
+    opening = engine.Opening(row, row, row, prefix)
+    new = engine._begin.eval_shape(opening, responses=g, length=t, unroll=False)
     slots = engine._widen.eval_shape(new, b, places or t)
     laid = engine._map_rows(
         lambda axis, x: _rows_and_heads(record, x, axis, heads), slots._replace(cursor=None)

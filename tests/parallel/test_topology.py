@@ -46,6 +46,7 @@ def test_without_the_compiler_its_package_is_named(monkeypatch: pytest.MonkeyPat
         topology.parse("v4-8").devices()
 
 
+@pytest.mark.loads_tpu_compiler
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_the_compiler_knows_every_kind() -> None:
     for name, kind in (
