@@ -152,7 +152,7 @@ class Recorder:
         """Returns abstract arrays whose axis of the prompts is cut over `data` and `fsdp`."""
 
         def lay(x: Any) -> Any:
-            return _laid_out(x, NamedSharding(self.mesh, P(*[None] * axis, BATCH[0])))
+            return _laid_out(x, NamedSharding(self.mesh, P(*[None] * (axis % x.ndim), BATCH[0])))
 
         return jax.tree.map(lay, tree)
 

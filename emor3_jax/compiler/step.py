@@ -499,7 +499,7 @@ def _full_slots(
     )
     row = jax.ShapeDtypeStruct((b,), jnp.int32)
     opening = engine.Opening(row, row, row, prefix)
-    new = engine._begin.eval_shape(opening, responses=g, length=t, unroll=False)
+    new = engine._begin.eval_shape(opening, responses=g, length=t)
     slots = engine._widen.eval_shape(new, b, places or t)
     laid = engine._map_rows(
         lambda axis, x: _rows_and_heads(record, x, axis, heads), slots._replace(cursor=None)
@@ -520,6 +520,7 @@ def _prefix_rows(record: Recorder, prefix: model.KV) -> model.KV:
 def _rows_and_heads(record: Recorder, x: Any, axis: int, heads: int) -> Any:
     """Cuts prompts over `data` and `fsdp`, and the heads of keys and values over `tensor`."""
     cut = meshes.head_axis(record.mesh, heads)
+    axis %= x.ndim
     spec = [None] * x.ndim
     spec[axis] = meshes.BATCH[0]
     if axis == 1:

@@ -205,7 +205,7 @@ def roll_out(
 
 
 @partial(jax.jit, static_argnames=("responses", "length", "unroll"))
-def _begin(opening: Opening, *, responses: int, length: int, unroll: bool) -> Slots:
+def _begin(opening: Opening, *, responses: int, length: int, unroll: bool = False) -> Slots:
     """Returns the slots of prompts that begin; their cache has no places yet."""
     r, g = len(opening.row), responses
     k = opening.prefix.k
