@@ -128,10 +128,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Evaluation]]
         key, params = jax.random.fold_in(jax.random.key(config.seed), step), weights()
         played, extra = play(params, *upcoming, key), {}
         if config.rollout.resample:
-            again = partial(play, params)
             played, extra = rounds.fill(
                 played,
-                again,
+                partial(play, params),
                 data.train,
                 key,
                 tries=config.rollout.resample,
