@@ -53,10 +53,12 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/shellcheck tpu/*.sh .ci/run
 
-# Without JAX_PLATFORMS, JAX would look for the TPU of the TPU's compiler, which tests install.
+# Two processes, each of which takes whole files in their order; what TPU programs are compiled comes
+# last. Without JAX_PLATFORMS, JAX would look for the TPU of its compiler, which tests install.
+PYTEST = $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 test: export JAX_PLATFORMS = cpu
 test: lint
-	$(RUN) -m pytest tests --ignore=tests/parity
+	$(PYTEST) tests --ignore=tests/parity
 
 $(VENV)/installed-compile: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable '.[compile]'
@@ -68,7 +70,7 @@ compile-matrix: $(VENV)/installed-compile
 	nice -n 10 $(RUN) -m benchmarks.compile_matrix $(SLICES)
 
 parity: $(VENV)/installed-parity
-	$(RUN) -m pytest tests/parity
+	$(PYTEST) tests/parity
 
 bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.grouped

@@ -37,6 +37,7 @@ setup(
         "compile": ["libtpu==0.0.52"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.17",
             "scipy",

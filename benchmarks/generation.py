@@ -8,6 +8,8 @@ compiled.
 
 * 2 x 4: every response has exactly 64 tokens.
 * 8 x 8: up to 64 tokens; a seeded draw of one id in 40 ends a response, so that lengths are ragged.
+  Each side draws its own, and the longer they are the more tokens share a prompt: three times as
+  many runs even that out.
 
 Tokens per second count the tokens of responses, the one that ends them included, not padding. The
 best of transformers (`peer_generate`: float32 and bfloat16, growing and static cache) is compared
@@ -151,7 +153,7 @@ def main() -> None:
         for number in options.cases:
             case = CASES[number]
             small_policy.write_rows(folder / f"{case[2]}.parquet", case[2], 16)
-            run_case(case, folder, options.runs)
+            run_case(case, folder, options.runs * (3 if case[3] else 1))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ decode together, in blocks of tokens. Between blocks the host reads which respon
 
 * takes out `refill` prompts whose groups are done, and lets as many waiting prompts in;
 * gives the cache as many places as the oldest response needs, in doubling sizes;
-* when nothing waits, drops ended responses from the batch, halving its prompts or its responses.
+* when nothing waits, drops ended responses from the batch: its prompts by halves, its responses by
+  quarters and thirds in turn (8, 6, 4, 3, 2, 1 a prompt).
 
 So a few long responses hold neither the batch nor its memory. Shapes come from short lists: at most
-`halvings + 1` choices each of prompts and of responses, and log2(T / block) + 1 of the cache.
+`halvings + 1` choices of prompts and `2 * halvings + 1` of responses, and log2(T / block) + 1 of the
+cache.
 
 The cache is a ring. All responses write their keys to the same place at the same time, and a mask
 says which places belong to whom; what order the places are in is nothing to attention, since keys
@@ -47,7 +49,8 @@ class Plan(NamedTuple):
       slots: prompts in flight, 0 for all of the batch.
       refill: prompts that leave and enter at once, 0 for all; must divide `slots` and the batch.
       block: tokens between two looks of the host, and the smallest cache.
-      halvings: how often the batch may be halved when nothing waits, in prompts and in responses.
+      halvings: how often the batch may be halved when nothing waits, in prompts and in responses;
+        of responses there is a step between two halves.
       unroll: decode with the layers apart, not in a loop over them; faster in bfloat16 on CPU, for
         a longer compile and a copy of the weights.
     """
@@ -166,7 +169,7 @@ def roll_out(
         raise ValueError(f"{plan}: refill must divide the slots and the {prompts} prompts")
     block, waiting, slots = min(plan.block, rule.max_tokens), prompts, None
     sizes = _ring_sizes(block, rule.max_tokens)
-    least = (size >> plan.halvings, responses >> plan.halvings)
+    least, widths = size >> plan.halvings, _widths(responses, plan.halvings)
     params = model.unroll_jitted(params) if plan.unroll else params
     begin = partial(_begin, responses=responses, length=rule.max_tokens, unroll=plan.unroll)
     # Where there is a prompt that has not been taken out yet.
@@ -186,7 +189,7 @@ def roll_out(
         if not going.any() or (waiting and not taken.all()):
             continue
         oldest = int(age[going].max())
-        if not waiting and (picked := _halve(taken, going, ended, least, parts)) is not None:
+        if not waiting and (picked := _shrink(taken, ended, least, widths, parts)) is not None:
             slots, taken, going = _pick(slots, *picked), taken[picked[0]], going[picked[0]]
         slots = _fit(slots, oldest + block, sizes)
         # With prompts waiting, no longer than until enough groups are done to let them in.
@@ -277,28 +280,35 @@ def _gather(slots: Slots, at: jax.Array) -> tuple[KV, Samples]:
     return taken.prefix, taken.samples
 
 
-def _halve(
-    taken: np.ndarray, going: np.ndarray, ended: np.ndarray, least: tuple[int, int], parts: int
+def _widths(responses: int, halvings: int) -> tuple[int, ...]:
+    """Returns how many lanes a prompt may have, rising: G, 3/4 G, G/2, 3/8 G, G/4, …"""
+    halves = [responses]
+    while len(halves) <= halvings and halves[-1] % 2 == 0:
+        halves.append(halves[-1] // 2)
+    between = [3 * half // 2 for half in halves[1:] if half % 2 == 0]
+    return tuple(sorted(halves + between))
+
+
+def _shrink(
+    taken: np.ndarray, ended: np.ndarray, least: int, widths: tuple[int, ...], parts: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns which slots, and which lanes of each, are left when the batch is halved as can be.
+    """Returns which slots, and which lanes of each, are left when the batch shrinks as it can.
 
     Args:
       taken: bool[S], slots that hold a prompt; they stay, also with all responses ended.
-      going: bool[S], those with responses that go on.
-      ended: bool[S, L].
-      least: how many slots and lanes there must be.
+      ended: bool[S, L]; an empty slot has only such lanes.
+      least: how many slots there must be.
+      widths: how many lanes there may be, rising.
       parts: must divide the slots that are left.
 
     Returns:
       int[S'] and int[S', L'], or None if all are needed.
     """
     size, lanes = ended.shape
-    wanted = (taken.sum(), (~ended[going]).sum(axis=1).max())
-    small, narrow = size, lanes
-    while small % (2 * parts) == 0 and small // 2 >= max(least[0], wanted[0]):
+    small, most = size, (~ended).sum(axis=1).max()
+    while small % (2 * parts) == 0 and small // 2 >= max(least, taken.sum()):
         small //= 2
-    while narrow % 2 == 0 and narrow // 2 >= max(least[1], wanted[1]):
-        narrow //= 2
+    narrow = next(width for width in widths if width >= most)
     if (small, narrow) == (size, lanes):
         return None
     groups = np.argsort(~taken, kind="stable")[:small]

@@ -89,20 +89,34 @@ def test_a_ring_keeps_its_newest_places_the_oldest_first():
     assert found.mask.ravel().tolist() == [True, True, False, False, False, False]
 
 
-def test_halving_keeps_what_goes_on_and_what_waits_to_leave():
+def test_shrinking_keeps_what_goes_on_and_what_waits_to_leave():
     ended = np.asarray([[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]], bool)
     taken = np.asarray([False, True, False, True])
-    going = taken & ~ended.all(axis=1)
-    groups, lanes = engine._halve(taken, going, ended, (1, 1), 1)
+    groups, lanes = engine._shrink(taken, ended, 1, (1, 2, 3, 4), 1)
     assert groups.tolist() == [1, 3]
     assert lanes.tolist() == [[1, 0], [0, 3]]
     # Not below the least, nor to what the devices cannot cut.
-    groups, lanes = engine._halve(taken, going, ended, (4, 2), 1)
-    assert groups.tolist() == [1, 3, 0, 2] and lanes.shape == (4, 2)
-    assert engine._halve(taken, going, ended, (1, 4), 4) is None
+    groups, lanes = engine._shrink(taken, ended, 4, (3, 4), 1)
+    assert groups.tolist() == [1, 3, 0, 2] and lanes.shape == (4, 3)
+    assert engine._shrink(taken, ended, 1, (4,), 4) is None
     # A done prompt that has not left stays.
     taken[2] = True
-    assert engine._halve(taken, going, ended, (1, 4), 1) is None
+    assert engine._shrink(taken, ended, 1, (4,), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("responses", "halvings", "widths"),
+    [
+        (8, 3, (1, 2, 3, 4, 6, 8)),
+        (8, 1, (4, 6, 8)),
+        (8, 0, (8,)),
+        (6, 2, (3, 6)),
+        (5, 2, (5,)),
+        (1, 2, (1,)),
+    ],
+)
+def test_lanes_have_a_few_widths(responses, halvings, widths):
+    assert engine._widths(responses, halvings) == widths
 
 
 def test_the_ring_has_a_few_sizes():
