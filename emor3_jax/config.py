@@ -155,8 +155,8 @@ def default() -> ConfigDict:
     config.rollout.refill = 0
     # Tokens that are decoded between two looks at what has ended, and the smallest cache.
     config.rollout.block = 128
-    # How often the batch may be halved once no prompt waits, in prompts and in responses, which also
-    # stop between two halves.
+    # How often the batch may be halved once no prompt waits, in prompts and in responses; those
+    # also stop between two halves.
     config.rollout.halvings = 2
     # Decode without a loop over the layers: faster on CPU in bfloat16 (docs/engine.md).
     config.rollout.unroll = False

@@ -11,8 +11,9 @@ decode together, in blocks of tokens. Between blocks the host reads which respon
 * when nothing waits, drops ended responses from the batch: its prompts by halves, its responses by
   quarters and thirds in turn (8, 6, 4, 3, 2, 1 a prompt).
 
-So a few long responses hold neither the batch nor its memory. Shapes come from short lists: at most
-`halvings + 1` choices of prompts, `2 * halvings + 1` of responses, log2(T / block) + 1 of the cache.
+So a few long responses hold neither the batch nor its memory. Shapes come from short lists: at
+most `halvings + 1` choices of prompts, `2 * halvings + 1` of responses, and log2(T / block) + 1 of
+the cache.
 
 The cache is a ring. All responses write their keys to the same place at the same time, and a mask
 says which places belong to whom; what order the places are in is nothing to attention, since keys
