@@ -123,7 +123,11 @@ def compile_config(
         check_batch(mesh, f"rollout.{field}", config.rollout[field])
     for field in ("prompts", "micro_prompts"):
         check_batch(mesh, f"policy_update.{field}", config.policy_update[field])
-    record = Recorder(mesh, lambda program: not only or program in only, say)
+
+    def wanted(program: str) -> bool:
+        return not only or program in only
+
+    record = Recorder(mesh, wanted, say, slices.chip.usable)
     with jax.set_mesh(mesh):
         compile_step(record, config, policy, questions(texts))
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -34,11 +34,11 @@ class Report(NamedTuple):
       name: of the program.
       calls: how often a step runs it at most.
       resident: kind → bytes that lie there already; `KINDS` in order.
-      made: bytes of temporaries and results; None if the program does not compile for memory.
+      made: bytes of temporaries and results; None if there is no memory for them, by the compiler
+        or because what lies there already takes it all.
       needed: bytes in all; at least so many where `made` is None.
       moved: kind of collective → bytes received in one call.
       lowering, compiling: seconds.
-      compiled: whether it was compiled at all.
       collectives: all of them.
     """
 
@@ -50,7 +50,6 @@ class Report(NamedTuple):
     moved: dict[str, int]
     lowering: float
     compiling: float
-    compiled: bool = True
     collectives: tuple[hlo.Collective, ...] = ()
 
     def fits(self, usable: int) -> bool:
@@ -70,6 +69,7 @@ class Recorder:
         mesh: Mesh,
         wanted: Callable[[str], bool] = lambda name: True,
         say: Callable[[Report], None] = lambda report: None,
+        usable: float = math.inf,
     ) -> None:
         """Begins.
 
@@ -77,9 +77,10 @@ class Recorder:
           mesh: of the devices to compile for.
           wanted: whether to compile a program; others only give the shapes of their results.
           say: told of each report.
+          usable: bytes of a device; where less is left than what lies there, nothing is compiled.
         """
         self.mesh, self.reports = mesh, []
-        self._wanted, self._say = wanted, say
+        self._wanted, self._say, self._usable = wanted, say, usable
 
     def __call__(
         self,
@@ -111,6 +112,9 @@ class Recorder:
         if not self._wanted(name):
             return guessed
         resident = self._resident(alive, args)
+        if sum(resident.values()) > self._usable:
+            self._keep(Report(name, calls, resident, None, sum(resident.values()), {}, 0.0, 0.0))
+            return guessed
         started = time.perf_counter()
         lowered = function.lower(*args, **options)
         lowering = time.perf_counter() - started

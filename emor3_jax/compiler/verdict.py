@@ -81,7 +81,8 @@ def verdict(
             f"({worst.name})"
         )
     lines = [
-        f"does not fit: {report.name} needs {_gib(report.needed)} of {_gib(usable)} GiB a device"
+        f"does not fit: {report.name} needs {'at least ' if report.made is None else ''}"
+        f"{_gib(report.needed)} of {_gib(usable)} GiB a device"
         for report in reports
         if not report.fits(usable)
     ]

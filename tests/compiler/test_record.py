@@ -50,6 +50,18 @@ def test_what_no_kind_names_is_data_and_what_is_given_up_is_not_made(record: Rec
     assert report.made < 4000
 
 
+def test_nothing_is_compiled_where_what_lies_there_is_too_much(record: Recorder) -> None:
+    narrow = Recorder(record.mesh, usable=4003)
+    add = jax.jit(lambda x: x + 1)
+    small, large = array(record, 1000), array(record, 1001)
+    narrow("small", add, small, alive={})
+    out = narrow("large", add, large, alive={"optimizer": large})
+    fits, report = narrow.reports
+    assert fits.made is not None
+    assert (report.made, report.needed, report.compiling) == (None, 4004, 0.0)
+    assert not report.fits(4003) and out.shape == (1001,)
+
+
 def test_a_program_that_is_not_wanted_only_gives_shapes(record: Recorder) -> None:
     wanted = Recorder(record.mesh, lambda name: name == "other")
     rows = partial(wanted.by_rows, axis=1)
