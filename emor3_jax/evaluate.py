@@ -29,7 +29,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax import cli, prepare
-from emor3_jax.config import ConfigError, validate
+from emor3_jax.checks import validate
+from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import NOTHING_TO_JUDGE, Actor, Judgement
 from emor3_jax.export import read_params

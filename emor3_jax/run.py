@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
-from emor3_jax.config import validate
+from emor3_jax.checks import validate
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import Actor
 from emor3_jax.evaluate import evaluate

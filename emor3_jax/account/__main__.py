@@ -31,7 +31,8 @@ from emor3_jax.account import (
     count,
     total,
 )
-from emor3_jax.config import EMBEDDED, ConfigError, uses_reference, validate
+from emor3_jax.checks import validate
+from emor3_jax.config import EMBEDDED, ConfigError, uses_reference
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
 from emor3_jax.embedded.emoscenes.words import QUESTION

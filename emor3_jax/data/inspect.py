@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from emor3_jax import cli, prepare
-from emor3_jax.config import validate
+from emor3_jax.checks import validate
 from emor3_jax.data.encode import REASONS, Encoder, Skip
 from emor3_jax.data.leakage import prints, shared
 from emor3_jax.data.pipeline import TrainBatches

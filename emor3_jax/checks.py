@@ -1,0 +1,305 @@
+"""What may be chosen in a config, and what goes together: checked before any compile."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
+from emor3_jax.data.prompts import PLAIN_STYLES
+from emor3_jax.models import is_hub_id
+from emor3_jax.models.lora import TOWER
+from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
+from emor3_jax.rl.advantages import ESTIMATORS
+from emor3_jax.rl.kl import ESTIMATES
+from emor3_jax.rl.losses import MEANS, RATIOS
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what can be checked without loading anything, before any compile.
+
+    Raises:
+      ConfigError: naming the field, its value, the rule and the way out.
+    """
+
+    def need(ok: bool, field: str, rule: str) -> None:
+        if not ok:
+            value = config
+            for key in field.split("."):
+                value = value[key]
+            raise ConfigError(field, value, rule)
+
+    need(config.steps >= 0, "steps", "must be 0 or more")
+    need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
+    dtypes = ("float32", "bfloat16")
+    need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
+    backends = ("auto", *BACKENDS)
+    need(config.policy.attention in backends, "policy.attention", f"must be one of {backends}")
+    need(
+        config.policy.attention != "cudnn" or config.policy.dtype == "bfloat16",
+        "policy.attention",
+        "cuDNN has no kernel for float32; set policy.dtype=bfloat16, or attention to 'xla'",
+    )
+    if config.policy.path != EMBEDDED:
+        path = Path(config.policy.path)
+        need(
+            (path / "config.json").is_file()
+            or (not path.exists() and is_hub_id(config.policy.path)),
+            "policy.path",
+            "must be a Hugging Face folder with a config.json, an id on the hub ('owner/name'), or "
+            "'embedded'",
+        )
+    for name in ("data.min_pixels", "data.max_pixels"):
+        need(config.data[name.split(".")[1]] >= 0, name, "must be 0 or more")
+    need(config.data.read_ahead >= 1, "data.read_ahead", "must be at least 1")
+    rules = ("drop", "cut")
+    need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
+    trained = {"data.train": config.data.train}
+    trained |= {f"data.mix.{name}": each for name, each in config.data.mix.items()}
+    for field, each in trained.items():
+        need(each.balance in ("", "class"), f"{field}.balance", "must be 'class', or '' for none")
+        need(each.weight > 0, f"{field}.weight", "must be over 0")
+        same = each.graded == config.data.train.graded
+        need(same, f"{field}.graded", "must be that of data.train: rewards are graded or not")
+    for name in config.data.mix:
+        need("/" not in name and name != "train", "data.mix", "names hold no '/', nor are 'train'")
+    size = config.data.scene_size
+    need(112 <= size <= 224, "data.scene_size", "must lie between 112 and 224 pixels")
+    for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):
+        _need_buckets(config, field)
+    _need_buckets(config, "policy_update.response_lengths")
+    for name in ("rollout.prompts", "rollout.responses", "rollout.max_tokens"):
+        need(config.rollout[name.split(".")[1]] >= 1, name, "must be at least 1")
+    need(config.rollout.temperature > 0, "rollout.temperature", "must be over 0 to explore")
+    for section in ("rollout", "reflect", "evaluate"):
+        need(config[section].temperature >= 0, f"{section}.temperature", "must be 0 or more")
+        need(0 < config[section].top_p <= 1, f"{section}.top_p", "must lie in (0, 1]")
+    need(config.reflect.max_tokens >= 1, "reflect.max_tokens", "must be at least 1")
+    rollout = config.rollout
+    need(rollout.block >= 1, "rollout.block", "must be at least 1")
+    need(rollout.halvings >= 0, "rollout.halvings", "must be 0 or more")
+    slots = rollout.slots or rollout.prompts
+    need(
+        0 <= rollout.slots <= rollout.prompts,
+        "rollout.slots",
+        f"must be 0 (all) to rollout.prompts={rollout.prompts}",
+    )
+    refill = rollout.refill or slots
+    need(
+        rollout.refill >= 0 and slots % refill == 0 and rollout.prompts % refill == 0,
+        "rollout.refill",
+        f"must be 0 (all slots) or divide both the {slots} slots and rollout.prompts="
+        f"{rollout.prompts}",
+    )
+    need(
+        config.profile != "release" or config.rollout.responses >= 2,
+        "rollout.responses",
+        "profile='release' divides by the sample standard deviation and needs at least 2",
+    )
+    need(
+        config.reward.coherence_target in ("label", "answer"),
+        "reward.coherence_target",
+        "must be 'label' or 'answer'",
+    )
+    weights = config.reward.lambda_reflect + config.reward.lambda_format
+    need(
+        min(config.reward.lambda_reflect, config.reward.lambda_format) >= 0 and weights <= 1,
+        "reward.lambda_reflect",
+        "the weights must not be negative, nor be over 1 with reward.lambda_format",
+    )
+    reward_terms(config)
+    update = config.policy_update
+    need(
+        update.prompts >= 1 and config.rollout.prompts % update.prompts == 0,
+        "policy_update.prompts",
+        f"must divide rollout.prompts={config.rollout.prompts}",
+    )
+    need(
+        update.micro_prompts >= 1 and update.prompts % update.micro_prompts == 0,
+        "policy_update.micro_prompts",
+        f"must divide policy_update.prompts={update.prompts}",
+    )
+    need(update.learning_rate > 0, "policy_update.learning_rate", "must be over 0")
+    schedules = ("constant", "linear")
+    need(update.schedule in schedules, "policy_update.schedule", f"must be one of {schedules}")
+    need(0 <= update.clip_low <= 1, "policy_update.clip_low", "must lie in [0, 1]")
+    need(update.clip_high >= 0, "policy_update.clip_high", "must be 0 or more")
+    need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1; inf is none")
+    _check_algorithm(config, need)
+    _check_reference(config, need)
+    remats = ("none", "activations", "layers")
+    need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
+    sources = ("sampler", "recompute")
+    need(update.old_logprobs in sources, "policy_update.old_logprobs", f"must be one of {sources}")
+    need(config.log.profile_steps >= 0, "log.profile_steps", "must be 0 or more")
+    for name in ("evaluate.every", "checkpoint.every", "log.every", "log.samples_every"):
+        section, key = name.split(".")
+        need(config[section][key] >= 1, name, "must be at least 1")
+    need(config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
+    need(config.evaluate.prompts >= 1, "evaluate.prompts", "must be at least 1")
+    need(config.evaluate.votes >= 1, "evaluate.votes", "must be at least 1")
+    need(
+        config.evaluate.votes == 1 or config.evaluate.temperature > 0,
+        "evaluate.votes",
+        "at evaluate.temperature=0 all responses to a row are the same; raise it, or ask once",
+    )
+
+
+def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """Checks the choices that make an algorithm, and that they go together."""
+    update, responses = config.policy_update, config.rollout.responses
+    choices = {
+        "policy_update.advantage": (update.advantage, tuple(ESTIMATORS)),
+        "policy_update.ratio": (update.ratio, RATIOS),
+        "policy_update.mean": (update.mean, MEANS),
+        "policy_update.kl": (update.kl, (*ESTIMATES, "off")),
+        "policy_update.kl_place": (update.kl_place, ("loss", "reward")),
+        "reward.format": (config.reward.format, ("set", "boxed")),
+        "reward.reflection": (config.reward.reflection, ("both", "coherence", "consistency")),
+    }
+    for field, (value, known) in choices.items():
+        need(value in known, field, f"must be one of {', '.join(map(repr, known))}")
+
+    least = ESTIMATORS[update.advantage].responses
+    need(
+        responses >= least,
+        "policy_update.advantage",
+        f"compares the responses of a group and needs at least {least}, but rollout.responses="
+        f"{responses}; raise it, or take 'reinforce_pp' or 'remax'",
+    )
+    of_response = update.ratio != "token"
+    need(
+        not of_response or update.mean == "seq",
+        "policy_update.ratio",
+        f"is one ratio for all tokens of a response, which policy_update.mean={update.mean!r} "
+        "would weigh by its length; set the mean to 'seq', or the ratio to 'token'",
+    )
+    need(
+        update.ratio != "sequence" or max(update.clip_low, update.clip_high) <= 0.1,
+        "policy_update.ratio",
+        "is a mean over tokens, close to 1, which the range of single tokens "
+        f"policy_update.clip_low={update.clip_low}, policy_update.clip_high={update.clip_high} "
+        "would never clip; set both to at most 0.1 (the paper's are 3e-4 and 4e-4)",
+    )
+    need(
+        update.ratio != "group" or (update.clip_low == 1 and update.clip_high == math.inf),
+        "policy_update.ratio",
+        "is not 1 where policies are equal, so that policy_update.clip_low="
+        f"{update.clip_low}, policy_update.clip_high={update.clip_high} would clip at once; set "
+        "them to 1 and inf",
+    )
+    need(update.kl_coef >= 0, "policy_update.kl_coef", "must be 0 or more")
+    need(update.kl_target >= 0, "policy_update.kl_target", "must be 0 or more")
+    need(update.kl_horizon > 0, "policy_update.kl_horizon", "must be over 0")
+    need(
+        not update.kl_target or uses_reference(config),
+        "policy_update.kl_target",
+        f"needs a KL, but policy_update.kl={update.kl!r} and policy_update.kl_coef="
+        f"{update.kl_coef}; choose an estimate and a weight to start from, or a target of 0",
+    )
+    # The controller's factor must stay over 0.
+    need(
+        not update.kl_target or config.rollout.prompts * responses <= update.kl_horizon,
+        "policy_update.kl_horizon",
+        f"must be at least the {config.rollout.prompts * responses} responses of a step "
+        "(rollout.prompts * rollout.responses)",
+    )
+    need(
+        update.kl != "k1" or update.kl_place == "reward",
+        "policy_update.kl",
+        "has a gradient that knows nothing of the reference, so that policy_update.kl_place='loss' "
+        "is of no use; set the place to 'reward', or the estimate to 'k2', 'k3' or 'abs'",
+    )
+
+    reward, limit = config.reward, config.rollout.max_tokens
+    rule = f"must be 0 (none) to rollout.max_tokens={limit}"
+    need(0 <= reward.overlong <= limit, "reward.overlong", rule)
+    need(reward.overlong_weight >= 0, "reward.overlong_weight", "must be 0 or more")
+    need(
+        config.reflect.enabled or reward.reflection == "both",
+        "reward.reflection",
+        "chooses among reflections that reflect.enabled=False does not ask; enable them, or set "
+        "this to 'both'",
+    )
+    plain = config.data.templates.set in PLAIN_STYLES
+    need(
+        not plain or not config.reflect.enabled,
+        "data.templates.set",
+        "asks for no steps to reflect on, but reflect.enabled=True; set it to false",
+    )
+    need(
+        not plain or reward.format == "boxed" or not reward.lambda_format,
+        "data.templates.set",
+        "asks for no steps, which reward.format='set' looks for; set it to 'boxed', or "
+        "reward.lambda_format to 0",
+    )
+    targets = ("label", "response")
+    need(config.sft.target in targets, "sft.target", f"must be one of {targets}")
+    need(config.sft.responses >= 1, "sft.responses", "must be at least 1")
+    need(config.rollout.resample >= 0, "rollout.resample", "must be 0 or more")
+
+
+def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """Checks what is trained, by which rates, and from where the KL is measured."""
+    policy, reference = config.policy, config.reference
+    for name, rate in config.policy_update.rates.items():
+        rule = "must be over 0; policy.freeze_vision_tower freezes the tower"
+        need(rate > 0, f"policy_update.rates.{name}", rule)
+    need(policy.lora_rank >= 0, "policy.lora_rank", "must be 0 (none) or more")
+    need(policy.lora_alpha > 0, "policy.lora_alpha", "must be over 0")
+    need(
+        not policy.lora_rank or bool(policy.lora_modules),
+        "policy.lora_rank",
+        "needs modules to adapt, but policy.lora_modules=()",
+    )
+    tower = [name for name in policy.lora_modules if name.startswith(TOWER)]
+    need(
+        not (policy.lora_rank and policy.freeze_vision_tower and tower),
+        "policy.lora_modules",
+        f"names {tower[:1]} of the vision tower, but policy.freeze_vision_tower=True",
+    )
+    kinds = ("frozen", "refresh", "average", "none")
+    need(reference.kind in kinds, "reference.kind", f"must be one of {kinds}")
+    need(
+        reference.kind != "none" or not uses_reference(config),
+        "reference.kind",
+        f"leaves nothing to measure policy_update.kl={config.policy_update.kl!r} from; set that to "
+        "'off', or the kind to 'frozen'",
+    )
+    follows = reference.kind in ("refresh", "average")
+    need(
+        not follows or not policy.lora_rank,
+        "reference.kind",
+        f"would need weights of its own, but with policy.lora_rank={policy.lora_rank} the "
+        "reference is the base without adapters; set the kind to 'frozen'",
+    )
+    need(reference.every >= 1, "reference.every", "must be at least 1")
+    need(0 <= reference.decay < 1, "reference.decay", "must lie in [0, 1)")
+    dtypes = ("", "float32", "bfloat16")
+    need(reference.dtype in dtypes, "reference.dtype", f"must be one of {dtypes}")
+    need(
+        reference.kind != "average" or reference.dtype != "bfloat16",
+        "reference.dtype",
+        "would round away the small steps of reference.kind='average'; keep it in float32",
+    )
+    need(
+        not policy.lora_rank or reference.dtype != "bfloat16",
+        "reference.dtype",
+        f"would be a second copy of the base that policy.lora_rank={policy.lora_rank} shares; set "
+        "it to 'float32'",
+    )
+    need(reference.image_cache >= 0, "reference.image_cache", "must be 0 or more")
+    need(
+        not reference.image_cache or not follows or policy.freeze_vision_tower,
+        "reference.image_cache",
+        f"needs a tower that does not change, but reference.kind={reference.kind!r} follows a "
+        "policy with policy.freeze_vision_tower=False; set it to 0, or freeze the tower",
+    )
+
+
+def _need_buckets(config: ConfigDict, field: str) -> None:
+    section, key = field.split(".")
+    value = config[section][key]
+    if not value or min(value) < 1 or list(value) != sorted(set(value)):
+        raise ConfigError(field, value, "must be rising sizes, at least one, each over 0")
