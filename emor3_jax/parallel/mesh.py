@@ -201,20 +201,22 @@ def keep_rows(x: jax.Array) -> jax.Array:
 
 
 def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: jax.Array) -> Any:
-    """Returns `function(weight, *rows)` of a jitted program, each device for its own rows.
+    """Returns what a function of a weight and of rows gives, each device working on its own rows.
 
-    The weight is gathered once and its gradient summed up once, whatever loops the function has;
-    left to the compiler, each turn of a loop would sum the whole gradient over devices.
+    The weight is gathered over `fsdp` once and its gradient scattered once, whatever loops the
+    function has; left to the compiler, each turn of a loop would sum the whole gradient over
+    devices. What is cut over `tensor` stays so.
 
     Args:
-      function: works row by row; what it returns has the same first axis as `rows`.
+      function: (weight, *rows, axis) → arrays with the first axis of `rows`, worked out row by row.
+        `axis` names the mesh axis that has cut the weight, over which to sum; None if it is whole.
       weight: a parameter.
       path: of the parameter, see `path_of`.
       *rows: [B, …] each.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or len(rows[0]) % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return function(gather(weight, path), *rows)
+        return function(gather(weight, path), *rows, axis=None)
     spec = spec_of(path, weight.shape, mesh)
     cut = [place for place, axis in enumerate(spec) if axis == "fsdp"]
 
@@ -222,15 +224,10 @@ def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: j
         for place in cut:
             weight = jax.lax.all_gather(weight, "fsdp", axis=place, tiled=True)
         missing = "data" if cut else BATCH[0]
-        return function(jax.lax.pcast(weight, missing, to="varying"), *rows)
+        weight = jax.lax.pcast(weight, missing, to="varying")
+        return function(weight, *rows, axis="tensor" if "tensor" in spec else None)
 
-    of_weight = P(*(axis if axis == "fsdp" else None for axis in spec))
-    return jax.shard_map(
-        own,
-        in_specs=(of_weight, *[BATCH] * len(rows)),
-        out_specs=BATCH,
-        axis_names=set(BATCH[0]),
-    )(weight, *rows)
+    return jax.shard_map(own, in_specs=(spec, *[BATCH] * len(rows)), out_specs=BATCH)(weight, *rows)
 
 
 def _without_fsdp(spec: P) -> P:

@@ -1,7 +1,9 @@
 """Where each parameter lies on the hub: names and shapes of its tensors.
 
 A scanned stack of layers is one parameter here and one tensor a layer there; a kernel is [in, out]
-here and [out, in] there. Two naming schemes occur (`visual.*`, `model.layers.*` as on the hub;
+here and [out, in] there. The tower's fused projection goes head by head here, each with its query,
+key and value, so that a device may have some of the heads; there all queries come first, then all
+keys, then all values. Two naming schemes occur (`visual.*`, `model.layers.*` as on the hub;
 `model.visual.*`, `model.language_model.*` as some versions of transformers write).
 """
 
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from emor3_jax.models.qwen2_5_vl.config import Config
 
@@ -22,11 +25,13 @@ class HubTensor(NamedTuple):
       name: on the hub.
       layer: its index in a parameter that is stacked over layers, else None.
       shape: on disk.
+      heads: of a fused projection of queries, keys and values, else 0.
     """
 
     name: str
     layer: int | None
     shape: tuple[int, ...]
+    heads: int = 0
 
 
 def hub_tensors(path: str, shape: tuple[int, ...], config: Config) -> Iterator[HubTensor]:
@@ -42,9 +47,10 @@ def hub_tensors(path: str, shape: tuple[int, ...], config: Config) -> Iterator[H
     for stack, name in _LAYERS.items():
         if base.startswith(stack + "/"):
             inner = base.removeprefix(stack + "/").replace("/", ".")
+            heads = config.vision.num_heads if inner.endswith("qkv") else 0
             for layer in range(shape[0]):
                 on_disk = shape[1:][::-1] if is_kernel(path) else shape[1:]
-                yield HubTensor(f"{name}.{layer}.{inner}.{suffix}", layer, on_disk)
+                yield HubTensor(f"{name}.{layer}.{inner}.{suffix}", layer, on_disk, heads)
             return
     name = base.replace("/", ".").replace("mlp_", "mlp.").replace("patch_embed", "patch_embed.proj")
     on_disk = shape[::-1] if is_kernel(path) else shape
@@ -52,6 +58,16 @@ def hub_tensors(path: str, shape: tuple[int, ...], config: Config) -> Iterator[H
         v = config.vision
         on_disk = (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
     yield HubTensor(f"{name}.{suffix}", None, on_disk)
+
+
+def by_head(x: np.ndarray, heads: int) -> np.ndarray:
+    """Orders the rows of a fused projection head by head, [3 * heads * d, …] as on the hub."""
+    return x.reshape(3, heads, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+
+def by_part(x: np.ndarray, heads: int) -> np.ndarray:
+    """Orders them as the hub does: undoes `by_head`."""
+    return x.reshape(heads, 3, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
 
 def is_kernel(path: str) -> bool:

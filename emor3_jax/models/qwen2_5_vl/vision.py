@@ -49,7 +49,8 @@ class VisionAttention(nn.Module):
         """
         c = self.config
         qkv = Dense(3 * c.hidden_size, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:-1], 3, c.num_heads, c.head_dim), -3, 0)
+        # Head by head: cut over `tensor`, each device has queries, keys and values of its heads.
+        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:-1], c.num_heads, 3, c.head_dim), -2, 0)
         q = rope.rotate(q, *table, scale=c.head_dim**-0.5)
         k = rope.rotate(k, *table)
 

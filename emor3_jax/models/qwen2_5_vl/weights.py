@@ -29,6 +29,8 @@ from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.model import Params, init_params
 from emor3_jax.models.qwen2_5_vl.naming import (
     HubTensor,
+    by_head,
+    by_part,
     hub_name,
     hub_tensors,
     is_kernel,
@@ -150,6 +152,7 @@ def fetch(path: str, leaf: Any, tensor: HubTensor) -> np.ndarray:
         # NumPy turns foreign types element by element; as plain integers it is quick.
         plain = array.view(np.uint16) if array.itemsize == 2 else array
         array = np.ascontiguousarray(plain.T).view(array.dtype)
+    array = by_part(array, tensor.heads) if tensor.heads else array
     return np.ascontiguousarray(array).reshape(tensor.shape)
 
 
@@ -266,6 +269,8 @@ class _Reader:
         with safe_open(entry.file, framework="numpy") as file:
             if len(entry.shape) > 2:
                 part = file.get_tensor(entry.key).reshape(entry.shape[0], -1)[index]
+            elif tensor.heads:
+                part = by_head(file.get_tensor(entry.key), tensor.heads)[index]
             else:
                 part = file.get_slice(entry.key)[index]
         return part.astype(np.float32) if part.dtype == np.float64 else part
