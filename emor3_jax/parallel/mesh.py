@@ -217,7 +217,8 @@ def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: j
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or len(rows[0]) % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return function(gather(weight, path), *rows, axis=None)
-    spec = spec_of(path, weight.shape, mesh)
+    axes = spec_of(path, weight.shape, mesh)
+    spec = P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in axes))
     cut = [place for place, axis in enumerate(spec) if axis == "fsdp"]
 
     def own(weight: jax.Array, *rows: jax.Array) -> Any:

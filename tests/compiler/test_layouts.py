@@ -52,17 +52,25 @@ def test_decoding_gathers_no_weights(found: dict[str, Any], mesh: str) -> None:
     assert found["weights_as_trained"]["decode"]["gathered"]
 
 
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("program", ["update", "reference"])
-def test_layers_are_gathered_one_by_one(found: dict[str, Any], program: str) -> None:
-    assert found["1x8x1"][program]["stacked"] == []
+def test_layers_are_gathered_one_by_one(found: dict[str, Any], mesh: str, program: str) -> None:
+    assert found[mesh][program]["stacked"] == []
     # Single layers are, in their loop: what is checked is there to be seen.
-    assert found["1x8x1"][program]["gathered"]
+    assert found[mesh][program]["gathered"]
     assert found["whole_stacks"]["reference"]["stacked"]
 
 
-def test_what_lies_outside_the_layers_is_gathered_once(found: dict[str, Any]) -> None:
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_lies_outside_the_layers_is_gathered_once(found: dict[str, Any], mesh: str) -> None:
     for program in ("update", "reference"):
-        assert found["1x8x1"][program]["repeated"] == []
+        assert found[mesh][program]["repeated"] == []
+
+
+def test_heads_stay_where_they_are(found: dict[str, Any]) -> None:
+    """With `tensor`, attention needs nothing of another device."""
+    assert found["2x2x2"]["reference"]["heads"] == []
+    assert found["parts_first"]["reference"]["heads"]
 
 
 def test_activations_stay_with_their_prompts(found: dict[str, Any]) -> None:

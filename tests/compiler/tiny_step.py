@@ -68,7 +68,8 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
     Returns:
       "gathered": where weights are gathered; "stacked": where those of all layers at once are;
       "repeated": where a weight outside the layers is, more often than there are micro-batches;
-      "activations": bytes of the all-reduces of more than vectors.
+      "activations": bytes of the all-reduces of more than vectors; "heads": where attention gathers
+      what is no weight.
     """
     params = abstract_state(mesh, POLICY, make_update(make_config())[0]).params
     leaves = jax.tree.leaves(params)
@@ -79,9 +80,10 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
     scanned = [s for s in shapes if len(s) == 3 and s[0] in layers]
     others = [s for s in shapes if len(s) == 2 and s[0] not in layers]
     found = report.collectives
+    weights = hlo.weight_gathers(found, shapes)
     sums = [c for c in found if c.kind == "all-reduce"]
     return {
-        "gathered": [c.source for c in hlo.weight_gathers(found, shapes)],
+        "gathered": [c.source for c in weights],
         "stacked": [c.source for c in hlo.weight_gathers(found, scanned, stacked=True)],
         "repeated": [
             c.source for c in hlo.weight_gathers(found, others, stacked=True) if c.times > 2
@@ -89,6 +91,11 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
         "activations": sum(
             hlo.bytes_of(*shape) for c in sums for shape in c.shapes if len(shape[1]) > 1
         ),
+        "heads": [
+            c.source
+            for c in found
+            if c.kind == "all-gather" and "attn" in c.source and c not in weights
+        ],
     }
 
 
@@ -133,12 +140,24 @@ def features_cut() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def parts_first() -> Iterator[None]:
+    """The tower's fused projection has all queries first, as on the hub."""
+
+    def faulty(qkv: jax.Array, heads: int) -> jax.Array:
+        return jax.numpy.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, heads, -1), -3, 0)
+
+    with mock.patch.object(vision, "_split", faulty):
+        yield
+
+
 FAULTS = {
-    weights_as_trained: ("hand-over", "decode"),
-    whole_stacks: ("reference",),
-    features_cut: ("reference",),
+    weights_as_trained: ((1, 8, 1), "hand-over", "decode"),
+    whole_stacks: ((1, 8, 1), "reference"),
+    features_cut: ((1, 8, 1), "reference"),
+    parts_first: ((2, 2, 2), "reference"),
 }
-"""What is done wrong → the programs that show it."""
+"""What is done wrong → the mesh and the programs that show it."""
 
 
 def main() -> None:
@@ -154,11 +173,11 @@ def main() -> None:
 
     found = {
         "1x8x1": find((1, 8, 1), *LAYERS),
-        "2x2x2": find((2, 2, 2), "hand-over", "decode"),
+        "2x2x2": find((2, 2, 2), *LAYERS),
     }
-    for fault, programs in FAULTS.items():
+    for fault, case in FAULTS.items():
         with fault():
-            found[fault.__name__] = find((1, 8, 1), *programs)
+            found[fault.__name__] = find(*case)
     print(json.dumps(found))
 
 

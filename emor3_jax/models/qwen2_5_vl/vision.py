@@ -19,6 +19,14 @@ from emor3_jax.parallel.mesh import keep_rows
 _EPS = 1e-6
 
 
+def _split(qkv: jax.Array, heads: int) -> jax.Array:
+    """Returns queries, keys and values, float[3, I, W, L, heads, head_dim], of [I, W, L, 3 * C].
+
+    They come head by head: cut over `tensor`, a device has all three of its own heads.
+    """
+    return jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], heads, 3, -1), -2, 0)
+
+
 class VisionAttention(nn.Module):
     """Attention of one layer, inside windows or over the image.
 
@@ -49,8 +57,7 @@ class VisionAttention(nn.Module):
         """
         c = self.config
         qkv = Dense(3 * c.hidden_size, dtype=self.dtype, name="qkv")(x)
-        # Head by head: cut over `tensor`, each device has queries, keys and values of its heads.
-        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:-1], c.num_heads, 3, c.head_dim), -2, 0)
+        q, k, v = _split(qkv, c.num_heads)
         q = rope.rotate(q, *table, scale=c.head_dim**-0.5)
         k = rope.rotate(k, *table)
 
