@@ -1,0 +1,251 @@
+"""From a config to data sets and batches."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from emor3_jax.config import ConfigError
+from emor3_jax.data import generic
+from emor3_jax.data.batch import Batch
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import label_map, label_set
+from emor3_jax.data.pipeline import (
+    EvalBatches,
+    Parts,
+    TrainBatches,
+    eval_batches,
+    train_batches,
+)
+from emor3_jax.data.prompts import PromptTemplates
+from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
+from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, read_ids
+from emor3_jax.embedded.emoscenes import builder, words
+from emor3_jax.models import Policy
+from emor3_jax.parallel import hosts
+from emor3_jax.parallel.mesh import (
+    places,
+    shard_batch,
+    shard_rows,
+)
+
+
+class Data(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+      train: endless batches.
+      evaluate: name → batches, in the config's order.
+      labels: "train" and each name → label set.
+      sources: likewise → rows.
+    """
+
+    train: TrainBatches
+    evaluate: dict[str, EvalBatches]
+    labels: dict[str, tuple[str, ...]]
+    sources: dict[str, Source]
+
+    def counters(self) -> dict[str, float]:
+        """Returns `data/<reason>`: training rows left out so far, for each reason that occurred."""
+        counts = self.train.stats.counts() | {"question_cut": self.train.stats.questions_cut}
+        return {f"data/{reason}": float(count) for reason, count in counts.items() if count}
+
+    def image(self, name: str) -> Callable[[str], bytes | None]:
+        """Returns a function from a row id of a data set to its encoded image."""
+
+        def find(row_id: str) -> bytes | None:
+            source = self.sources[name]
+            return source[source.find(row_id)].images[0]
+
+        return find
+
+
+PARQUET_LABELS = "mikels8"
+"""The labels of data that does not say them: EmoSet's, as the release trains on."""
+
+
+def data_sets(config: ConfigDict) -> dict[str, tuple[str, ConfigDict]]:
+    """Returns name → (field, data set) of all data sets of a config, "train" first.
+
+    Those of `data.mix` are named "train.<name>", those of `evaluate.sets` by their own name.
+    """
+    found = {"train": ("data.train", config.data.train)}
+    found |= {f"train.{name}": (f"data.mix.{name}", each) for name, each in config.data.mix.items()}
+    sets = config.evaluate.sets
+    return found | {name: (f"evaluate.sets.{name}", each) for name, each in sets.items()}
+
+
+def open_source(
+    config: ConfigDict, field: str, dataset: ConfigDict, labels: str = ""
+) -> tuple[Source, str]:
+    """Opens one data set: its rows in the wanted labels, all of them or a subset.
+
+    Args:
+      config: of the run.
+      field: where in the config the data set stands.
+      dataset: its description.
+      labels: the label set to put it in instead of `dataset.labels`.
+
+    Returns:
+      The rows and their label set, as `label_set` takes it.
+
+    Raises:
+      ConfigError: if its kind is unknown, or its path or subset cannot be used.
+      DataError: if it cannot be opened.
+    """
+    try:
+        source, own = _open_kind(config, field, dataset)
+        wanted = labels or dataset.labels or own or PARQUET_LABELS
+        if own and wanted != own:
+            source = Relabelled(source, label_map(own, wanted))
+        if dataset.ids:
+            source = Subset(source, read_ids(dataset.ids, source))
+        if dataset.subset:
+            texts, found = list(source.texts()), label_set(wanted)
+            source = Subset(source, balanced_subset(texts, found, dataset.subset, config.seed))
+    except DataError as error:
+        raise DataError(f"config.{field}: {error}") from error
+    return source, wanted
+
+
+def _open_kind(config: ConfigDict, field: str, dataset: ConfigDict) -> tuple[Source, str]:
+    """Returns the rows as they are and their own label set, "" where the data does not say it."""
+    kind, path, question = dataset.kind, dataset.path, dataset.question
+    if kind == "emoscenes":
+        built = builder.prepare(config.data.folder, config.data.scene_size)
+        source = EmoScenesSource(
+            dataset.split,
+            built.data_dir,
+            question or words.QUESTION,
+            responses=config.sft.target == "response",
+        )
+        return source, "emotion6" if dataset.split.startswith("shifted") else "mikels8"
+    if kind == "parquet":
+        if not path:
+            rule = "name parquet files, a glob, or several joined by commas"
+            raise ConfigError(f"{field}.path", path, rule)
+        return ParquetSource(path), ""
+    if kind == "jsonl":
+        return generic.open_json_lines(path, question), ""
+    if kind == "folders":
+        source = generic.open_folders(path, dataset.split, question)
+        return source, ",".join(source.labels)
+    if kind == "huggingface":
+        source = generic.HuggingFaceSource(path, dataset.split, question)
+        return source, ",".join(source.labels)
+    # tfds takes a second to import.
+    from emor3_jax.data.datasets.catalog import BUILDERS, open_dataset
+
+    if kind not in BUILDERS:
+        known = ("emoscenes", "parquet", *BUILDERS, "folders", "jsonl", "huggingface")
+        raise ConfigError(f"{field}.kind", kind, f"must be one of {', '.join(known)}")
+    source = open_dataset(
+        kind, path, dataset.split, config.data.folder, copy=dataset.copy, question=question
+    )
+    return source, source.labels
+
+
+def load_templates(config: ConfigDict) -> PromptTemplates:
+    """Reads the prompt templates of a config."""
+    return PromptTemplates.load(**config.data.templates.to_dict())
+
+
+def open_data(config: ConfigDict, policy: Policy, mesh: Mesh | None = None) -> Data:
+    """Opens the training data and all evaluation sets.
+
+    Args:
+      config: of the run.
+      policy: its processor and config shape the batches.
+      mesh: says which rows of each batch this host reads; None is all.
+
+    Raises:
+      ConfigError, DataError: naming the field or file, the value and the way out.
+    """
+    template = load_templates(config).set
+    shapes = {
+        "prompt_lengths": tuple(config.data.prompt_lengths),
+        "image_windows": tuple(config.data.image_windows),
+        "workers": config.data.workers,
+        "cut_questions": config.data.long_prompts == "cut",
+        "read_ahead": config.data.read_ahead,
+    }
+    sources, named = {}, {}
+    # What is built is there for the other hosts.
+    with hosts.first_goes_first():
+        for name, (field, dataset) in data_sets(config).items():
+            # What is mixed in answers in the labels of `data.train`.
+            labels = named["train"] if name.startswith("train.") else ""
+            sources[name], named[name] = open_source(config, field, dataset, labels)
+    parts = _mix(config, sources)
+    labels = {name: label_set(named[name]) for name in sources}
+
+    def rows(name: str) -> tuple:
+        return sources[name], policy.config, policy.processor, template, labels[name]
+
+    def own(size: int) -> dict[str, np.ndarray | None]:
+        return {"places": None if mesh is None else places(mesh, size)}
+
+    return Data(
+        train_batches(
+            *rows("train"),
+            **own(config.rollout.prompts),
+            batch_size=config.rollout.prompts,
+            seed=config.seed,
+            graded=config.data.train.graded,
+            parts=parts,
+            sort_by_size=config.data.sort_by_size,
+            **shapes,
+        ),
+        {
+            name: eval_batches(
+                *rows(name),
+                **own(config.evaluate.prompts),
+                batch_size=config.evaluate.prompts,
+                limit=config.evaluate.sets[name].limit,
+                graded=config.evaluate.sets[name].graded,
+                **shapes,
+            )
+            for name in config.evaluate.sets
+        },
+        labels,
+        sources,
+    )
+
+
+def _mix(config: ConfigDict, sources: dict[str, Source]) -> Parts:
+    """Joins the training sets into `sources["train"]`; returns how they take turns."""
+    described = {"train": config.data.train, **config.data.mix}
+    parts = {"train": sources["train"]}
+    parts |= {name: sources.pop(f"train.{name}") for name in config.data.mix}
+    if len(parts) > 1:
+        sources["train"] = Joined(parts)
+    starts = np.cumsum([0, *map(len, parts.values())])
+    weights = [dataset.weight for dataset in described.values()]
+    return Parts(starts, weights, [dataset.balance == "class" for dataset in described.values()])
+
+
+def place_batch(batch: Batch, mesh: Mesh, config: ConfigDict) -> Batch:
+    """Puts a batch on the devices, its pictures in the type of the arithmetic.
+
+    The first product of the vision tower rounds them so; before it, they take half the memory.
+
+    Args:
+      batch: host arrays.
+      mesh: the mesh.
+      config: of the run.
+    """
+    placed, dtype = shard_batch(batch, mesh), jnp.dtype(config.policy.dtype)
+    if placed.images.patches.dtype == dtype:
+        return placed
+    patches = _round(placed.images.patches, dtype)
+    return placed._replace(images=placed.images._replace(patches=patches))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _round(patches: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return shard_rows(0, patches.astype(dtype))

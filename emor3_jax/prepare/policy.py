@@ -1,0 +1,143 @@
+"""From a config to the policy, and to what of it is trained."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from emor3_jax.config import EMBEDDED, ConfigError, base_policy
+from emor3_jax.models import Policy, find, load, read_config
+from emor3_jax.models.lora import Lora, LoraError, init_adapters
+from emor3_jax.models.qwen2_5_vl.processor import Processor
+from emor3_jax.parallel import hosts
+from emor3_jax.parallel.mesh import (
+    check_policy,
+    param_shardings,
+)
+
+
+def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> Policy:
+    """Loads the policy onto the mesh, in float32, with the config's attention and picture sizes.
+
+    Raises:
+      ConfigError: if the picture sizes contradict each other, or the attention has no kernel here.
+      FileNotFoundError, WeightsError: as `find_policy` and `emor3_jax.models.load`.
+      MeshError: if the mesh cannot cut the policy.
+    """
+    folder = find_policy(config, say)
+    check_policy(mesh, read_config(folder))
+    policy = load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
+    attention = attention_backend(config, mesh.devices.flat[0].platform)
+    return Policy(
+        dataclasses.replace(policy.config, attention=attention),
+        policy.params,
+        _sized(config, policy.processor),
+    )
+
+
+def read_policy(config: ConfigDict, say: Callable[[str], None]) -> Policy:
+    """Returns what of the policy reads data, its shapes and processor, without parameters.
+
+    Raises:
+      ConfigError: if the picture sizes contradict each other.
+      FileNotFoundError: as `find_policy`.
+    """
+    folder = find_policy(config, say)
+    return Policy(read_config(folder), {}, _sized(config, Processor.from_folder(folder)))
+
+
+def _sized(config: ConfigDict, processor: Processor) -> Processor:
+    """Returns a processor with the config's picture sizes."""
+    folder = processor.images
+    least = config.data.min_pixels or folder.min_pixels
+    most = config.data.max_pixels or folder.max_pixels
+    if least > most:
+        rule = f"is over data.max_pixels={most} (0 takes what the policy's folder says)"
+        raise ConfigError("data.min_pixels", least, rule)
+    images = dataclasses.replace(folder, min_pixels=least, max_pixels=most)
+    return Processor(processor.tokenizer, images)
+
+
+def attention_backend(config: ConfigDict, platform: str) -> str:
+    """Returns the back end of the attention, with "auto" replaced by the platform's own.
+
+    Args:
+      config: of the run.
+      platform: "cpu", "gpu" or "tpu", of the devices that the program is compiled for.
+
+    Raises:
+      ConfigError: if a kernel is asked for that the platform does not have.
+    """
+    chosen = config.policy.attention
+    if chosen == "auto":
+        cudnn = "cudnn" if config.policy.dtype == "bfloat16" else "xla"
+        return {"tpu": "splash", "gpu": cudnn}.get(platform, "xla")
+    home = {"splash": "tpu", "cudnn": "gpu"}.get(chosen, platform)
+    if home != platform:
+        rule = f"is a kernel of platform {home!r}, this is {platform!r}; use 'auto'"
+        raise ConfigError("policy.attention", chosen, rule)
+    return chosen
+
+
+def find_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
+    """Returns the policy's folder; trains the embedded base policy if that is asked for and absent.
+
+    Args:
+      config: of the run.
+      say: announces stages.
+
+    Raises:
+      FileNotFoundError: if `policy.path` is neither a folder nor a policy on the hub.
+    """
+    path = config.policy.path
+    with hosts.first_goes_first():
+        if path == EMBEDDED:
+            path = config.policy.embedded_folder
+            if not (Path(path) / "config.json").is_file():
+                if not hosts.is_first():
+                    raise FileNotFoundError(
+                        f"{path}: another host has made the base policy; give folders that all "
+                        "hosts share, as policy.embedded_folder, data.folder and the workdir"
+                    )
+                say(f"no base policy in {path} yet: training one, about three minutes on 2 cores")
+                with hosts.on_own_devices():
+                    _train_base_policy(config, Path(path))
+        return find(path)
+
+
+def _train_base_policy(config: ConfigDict, folder: Path) -> None:
+    from emor3_jax.embedded.base_policy import train
+
+    base = base_policy()
+    base.data.folder, base.data.size = config.data.folder, config.data.scene_size
+    base.compile_cache = config.log.compile_cache
+    train(base, folder)
+
+
+def make_lora(config: ConfigDict, params: dict) -> Lora | None:
+    """Returns the base of adapters, or None where the weights themselves are trained."""
+    rank = config.policy.lora_rank
+    return Lora(params, jnp.float32(config.policy.lora_alpha / rank)) if rank else None
+
+
+def trained_params(config: ConfigDict, params: dict) -> dict:
+    """Returns what training changes: adapters of the config's modules, or the parameters.
+
+    Args:
+      config: of the run.
+      params: of the policy, or their shapes; returned as they are without adapters.
+
+    Raises:
+      ConfigError: if a module does not exist.
+    """
+    if not config.policy.lora_rank:
+        return params
+    modules, key = config.policy.lora_modules, jax.random.key(config.seed)
+    try:
+        return init_adapters(params, modules, config.policy.lora_rank, key)
+    except LoraError as error:
+        raise ConfigError("policy.lora_modules", modules, str(error)) from error
