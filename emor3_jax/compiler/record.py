@@ -7,8 +7,10 @@ temporaries. The first is counted from shapes and layouts, the second is the com
 
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +121,7 @@ class Recorder:
         lowered = function.lower(*args, **options)
         lowering = time.perf_counter() - started
         try:
-            compiled = _compile(lowered)
+            compiled, text = _compile(lowered, self.mesh.devices.flat[0].platform)
         except jax.errors.JaxRuntimeError as error:
             used = _used(str(error))
             if used is None:
@@ -131,7 +133,7 @@ class Recorder:
         seconds = time.perf_counter() - started - lowering
         stats = compiled.memory_analysis()
         made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-        found = hlo.collectives(compiled.as_text(), self.mesh.size)
+        found = hlo.collectives(text, self.mesh.size)
         self._keep(
             Report(
                 name,
@@ -176,12 +178,22 @@ class Recorder:
         return totals
 
 
-def _compile(lowered: Any) -> Any:
-    """Compiles; the cache of programs cannot read those of devices that are not here."""
+def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
+    """Compiles; returns the program and its text."""
     kept = jax.config.jax_enable_compilation_cache
+    # The cache of programs cannot read those of devices that are not here.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return lowered.compile()
+        if platform != "tpu":
+            compiled = lowered.compile()
+            return compiled, compiled.as_text()
+        # The TPU's compiler is newer than JAX's reader of programs, which does not know all that
+        # it writes for some chips; what it writes itself is its own text.
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = lowered.compile(compiler_options=options)
+            (text,) = Path(folder).glob("*.after_optimizations.txt")
+            return compiled, text.read_text()
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
 
