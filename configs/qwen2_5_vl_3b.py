@@ -66,12 +66,18 @@ def single_host(prompts: int, max_tokens: int) -> ConfigDict:
     return config
 
 
+FSDP = 16
+"""Parts that a matrix is cut into at most. A part of less than 128 columns, the width of a TPU's
+vector, is gathered by summing whole matrices, which moves more than it saves; the widths of the
+policies are 1280, 2048 and 3584. More chips hold copies (mesh.data)."""
+
+
 class Layout(NamedTuple):
     """How a policy lies on slices of a kind.
 
     Attributes:
       chips: of the smallest slice that the compiler says it fits, the default.
-      tensor: mesh.tensor; the rest of a slice is mesh.fsdp.
+      tensor: mesh.tensor; the rest of a slice is mesh.fsdp, up to `FSDP`, then mesh.data.
       slots, refill, micro: prompts in flight, let in at once, and of a micro-batch, for each part
         that the mesh cuts a batch into.
       devices: XLA's devices of a chip.
@@ -120,7 +126,8 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
         )
     config.policy.path = f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct"
     config.data.image_windows = (64, 96, 144)
-    config.mesh.data, config.mesh.fsdp = numbers["slices"], -1
+    copies = max(parts // numbers["slices"] // FSDP, 1)
+    config.mesh.data, config.mesh.fsdp = numbers["slices"] * copies, -1
     config.mesh.tensor = layout.tensor
     config.rollout.slots = min(layout.slots * parts, config.rollout.prompts)
     config.rollout.refill = min(layout.refill * parts, config.rollout.slots)

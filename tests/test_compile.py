@@ -81,6 +81,9 @@ def test_a_config_follows_the_chips() -> None:
     assert config.policy.path == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert (config.rollout.prompts, config.rollout.responses) == (512, 8)
     assert on_slice("chips=16,slices=2", LAYOUTS).mesh.data == 2
+    # Matrices are cut into 16 parts at most, more chips hold copies: 64 parts of two chips each.
+    assert on_slice("chips=128", LAYOUTS).mesh.data == 4
+    assert on_slice("chips=128,slices=2", LAYOUTS).mesh.data == 4
     assert tpu_v4.get_config("7b,chips=32").policy.path == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
