@@ -15,6 +15,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _BYTES = {"pred": 1, "s4": 1, "u4": 1}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# What runs on a SparseCore says so.
+_END = re.compile(r"^\}(, execution_thread=\"\w+\")?\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|[\s)}])([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
@@ -154,7 +156,7 @@ def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
         if current is None and (match := _COMPUTATION.match(line)):
             current = bodies.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
-        elif line.rstrip() == "}":
+        elif _END.match(line):
             # Kernels have text of several lines, which may begin so too.
             current = None
         elif current is not None and _INSTRUCTION.match(line):
