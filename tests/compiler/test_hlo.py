@@ -60,6 +60,16 @@ HloModule jit_step, is_scheduled=true
   ROOT %slice = f32[4]{0} dynamic-slice(%summed, %zero), dynamic_slice_sizes={4}
 }
 
+%called (u: f32[8]) -> f32[8] {
+  %u = f32[8]{0} parameter(0)
+  ROOT %exchanged = f32[8]{0} all-to-all(%u), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%async (v: f32[8]) -> f32[8] {
+  %v = f32[8]{0} parameter(0)
+  ROOT %offloaded = f32[8]{0} custom-call(%v), custom_call_target="TODO", called_computations={%called}
+}, execution_thread="sparsecore"
+
 ENTRY %main (a: (s32[], f32[8,4]), b: bf16[16], c: f32[10]) -> f32[10] {
   %a = (s32[], f32[8,4]) parameter(0)
   %b = bf16[16]{0} parameter(1)
@@ -69,6 +79,9 @@ ENTRY %main (a: (s32[], f32[8,4]), b: bf16[16], c: f32[10]) -> f32[10] {
   %g = f32[4]{0} fusion(%c), kind=kCustom, calls=%all-reduce-scatter.1.clone
   %start = (f32[10]{0}, f32[40]{0}, u32[]) all-gather-start(%c), replica_groups=[2,4]<=[8], dimensions={0}
   %done = f32[40]{0} all-gather-done(%start)
+  %apart = ((), (), s32[]) async-start(), async_execution_thread="sparsecore", calls=%async
+  %more = ((f32[8]{0}), f32[8]{0}, s32[]) async-update(%apart, %c)
+  %end = f32[8]{0} async-done(%more)
   %sent = pred[10]{0} collective-permute(%c), source_target_pairs={{0,1},{1,0}}
   ROOT %all = f32[10]{0} all-reduce(%c), to_apply=%add
 }
@@ -84,6 +97,7 @@ def test_collectives_are_found_wherever_they_are_called() -> None:
         "all-gather",
         "collective-permute",
         "all-reduce",
+        "all-to-all",
     }
     inner = found["all-gather--"]
     assert inner.shapes == (("f32", (8, 4)),)
@@ -97,12 +111,15 @@ def test_collectives_are_found_wherever_they_are_called() -> None:
     assert found["all-gather"].shapes == (("f32", (40,)),)
     assert found["all-gather"].moved == 120
     assert found["collective-permute"].moved == 10
+    # Once, though three instructions are about it: half of 32 bytes.
+    assert found["all-to-all"].moved == 16
     # Without groups all 8 take part.
     assert found["all-reduce"].moved == 2 * 40 * 7 // 8
     assert hlo.moved_bytes(everything) == {
         "all-gather": 1440 + 120,
         "all-reduce": 70,
         "reduce-scatter": 24 + 48,
+        "all-to-all": 16,
         "collective-permute": 10,
     }
 
