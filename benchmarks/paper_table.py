@@ -124,11 +124,21 @@ def commands(row: str, seed: int, folder: Path, options: Sequence[str]) -> list[
     """
     workdir, common = folder / row / str(seed), [f"--config.seed={seed}", *options]
     if row.endswith("_cold"):
-        common = [each for each in common if not each.startswith("--config.policy.path=")]
-        common.append(f"--config.policy.path={folder / 'cold_start' / str(seed) / 'policy'}")
+        common += _from(folder / "cold_start" / str(seed))
     config = f"--config=configs/table.py:{row.removesuffix('_cold')}"
     program = f"emor3_jax.{PROGRAMS.get(row, 'train')}"
-    return [[program, config, f"--workdir={workdir}", *common]]
+    found = [[program, config, f"--workdir={workdir}", *common]]
+    if row == "cold_start":
+        # It learns from the plain question; what it starts others from is asked for SET.
+        asked = ["emor3_jax.evaluate", "--config=configs/table.py:base"]
+        asked += [f"--workdir={workdir / 'asked_for_set'}", *common, *_from(workdir)]
+        found.append(asked)
+    return found
+
+
+def _from(workdir: Path) -> list[str]:
+    """Returns the option that starts from the policy of a run; the last of its kind counts."""
+    return [f"--config.policy.path={workdir / 'policy'}"]
 
 
 def run(row: str, seed: int, folder: Path, options: Sequence[str]) -> bool:
@@ -162,14 +172,11 @@ def read_cell(workdir: Path) -> Cell:
       evaluation; "step_seconds": of all steps; "drawn", "learned": pictures; "responses": sampled
       in training.
     """
-    trained = workdir / "evaluations.json"
-    if not trained.exists():
-        found = json.loads((workdir / "evaluation.json").read_text())
-        found = {name: each["metrics"] for name, each in found.items()}
+    if not (workdir / "metrics.jsonl").exists():
         budget = {"curve": [], "step_seconds": 0.0, "learned": 0, "drawn": 0, "responses": 0}
-        return {"scores": _read_scores(found, workdir / "predictions"), **budget}
+        return {"scores": _read_evaluation(workdir), **budget}
 
-    _, found = json.loads(trained.read_text())
+    _, found = json.loads((workdir / "evaluations.json").read_text())
     config = json.loads((workdir / "config.json").read_text())
     steps, rollout, seen = config["steps"], config["rollout"], "eval/emoscenes/accuracy"
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
@@ -177,14 +184,23 @@ def read_cell(workdir: Path) -> Cell:
     logged = [line for line in logged if "time/step_s" in line]
     drawn = int(sum(line.get("resample/rounds", 1) for line in logged)) * rollout["prompts"]
     samples = any("time/rollout_s" in line for line in logged)
+    scores = _read_scores(found, workdir / "predictions" / f"{steps:06d}")
+    asked = workdir / "asked_for_set"
     return {
-        "scores": _read_scores(found, workdir / "predictions" / f"{steps:06d}"),
+        "scores": _read_evaluation(asked) if asked.exists() else scores,
         "curve": [*curve, [steps, found["emoscenes"]["accuracy"]]],
         "step_seconds": sum(line["time/step_s"] for line in logged),
         "learned": steps * rollout["prompts"],
         "drawn": drawn,
         "responses": drawn * rollout["responses"] * samples,
     }
+
+
+def _read_evaluation(workdir: Path) -> dict[str, dict[str, float]]:
+    """Returns what the page shows of what `emor3_jax.evaluate` wrote."""
+    found = json.loads((workdir / "evaluation.json").read_text())
+    found = {name: each["metrics"] for name, each in found.items()}
+    return _read_scores(found, workdir / "predictions")
 
 
 def _read_scores(found: dict[str, dict[str, float]], folder: Path) -> dict[str, dict[str, float]]:
@@ -347,7 +363,7 @@ def _each_seed(cells: Cells, seeds: Sequence[int]) -> list[str]:
 
 def main() -> None:
     """Runs the cells that are not there yet, and writes the page after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--folder", type=Path, default=Path("runs/paper_table"))

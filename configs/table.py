@@ -12,7 +12,7 @@ runs all of them.
 |---|---|---|
 | base | evaluate | the base policy before training, asked for SET |
 | sft | sft | labels alone: the boxed label to the picture's question, no SET |
-| cold_start | sft | Cold-Start-Emo: a few steps of it on 64 pictures, asked for SET |
+| cold_start | sft | Cold-Start-Emo: a few steps of it, on 256 pictures |
 | grpo | train | GRPO: the box alone is rewarded, no SET, no reflection |
 | dapo | train | the same with DAPO's clip, dynamic sampling and over-long penalty, no KL |
 | grpo_set | train | GRPO on SET: its format is rewarded too |
@@ -35,23 +35,26 @@ from configs import cpu_demo
 
 
 def _sft(config: ConfigDict) -> None:
+    _labels(config)
+    # A label says more than a reward. The best on the validation pictures of 2e-4 (53 %), 6e-4
+    # (62 %) and 1.5e-3 (59 %).
+    config.policy_update.learning_rate = 6e-4
+
+
+def _cold_start(config: ConfigDict) -> None:
+    _labels(config)
+    # A light touch. Learned as the answer to SET's question, so many labels would unlearn all
+    # steps; a learning rate of 1e-3 does so even with a question of their own.
+    config.data.train.subset = 256
+    config.steps = 8
+
+
+def _labels(config: ConfigDict) -> None:
     # Labels have no steps: the question asks for none, and nothing is there to reflect on.
     config.data.templates.set = "tiny_direct"
     config.reward.format = "boxed"
     config.reflect.enabled = False
     config.evaluate.reflect = False
-    _labels(config)
-
-
-def _cold_start(config: ConfigDict) -> None:
-    _labels(config)
-    # A light touch: more would unlearn the steps, which the labels do not show.
-    config.data.train.subset = 64
-    config.steps = 4
-    config.policy_update.learning_rate = 5e-5
-
-
-def _labels(config: ConfigDict) -> None:
     config.sft.target = "label"
     config.policy_update.response_lengths = (8, 64)
     config.policy_update.entropy = False

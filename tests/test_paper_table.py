@@ -33,9 +33,15 @@ def test_a_row_with_a_cold_start_begins_with_that_of_its_seed() -> None:
     assert cold[2:] == [
         "--workdir=runs/emo_r3_cold/1",
         "--config.seed=1",
-        "--config.data.folder=data",
+        *options,
+        # The last one counts.
         "--config.policy.path=runs/cold_start/1/policy",
     ]
+    learn, evaluate = table.commands("cold_start", 1, Path("runs"), [])
+    assert learn[:2] == ["emor3_jax.sft", "--config=configs/table.py:cold_start"]
+    assert evaluate[:2] == ["emor3_jax.evaluate", "--config=configs/table.py:base"]
+    assert evaluate[2] == "--workdir=runs/cold_start/1/asked_for_set"
+    assert evaluate[-1] == cold[-1]
 
 
 @pytest.mark.parametrize(
