@@ -55,7 +55,7 @@ ORDER = (
 PROGRAMS = {"base": "evaluate", "cold_start": "sft", "sft": "sft"}
 """Row → program; all others are of `train`."""
 
-SETS = {"emoscenes": "in domain", "shifted": "shifted"}
+SETS = {"emoscenes": "in domain", "shifted": "out of domain"}
 
 SCORES = {
     "accuracy": "accuracy",
