@@ -81,6 +81,7 @@ STEPS = (
     ("emo_r3", "sft"),
     ("grpo_cold", "grpo"),
     ("emo_r3_cold", "emo_r3"),
+    ("emo_r3_cold", "grpo_cold"),
 )
 """What is compared, seed by seed: a row with the one before it."""
 
@@ -298,7 +299,7 @@ def _comparison(cells: Cells, seeds: Sequence[int]) -> list[str]:
         return [f"{ROWS[after]} − {ROWS[before]}", *found]
 
     heads = [f"{score}, {name}" for name, score in shown]
-    text = "Change in points: **mean** (each seed). Less decoupling is better."
+    text = "Change in points: **mean** (each seed that both rows have). Less decoupling is better."
     return [text, "", *_table(["rows", *heads], (line(*pair) for pair in STEPS))]
 
 
