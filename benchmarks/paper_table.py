@@ -145,14 +145,15 @@ def _from(workdir: Path) -> list[str]:
 def run(row: str, seed: int, folder: Path, options: Sequence[str]) -> bool:
     """Runs a cell and adds its line; returns whether it came to its end.
 
-    A signal that stops the program, which then has kept a checkpoint, stops this one too.
+    A signal that stops the program stops this one too; started again, it goes on from there.
     """
     workdir = folder / row / str(seed)
     resumed, started = workdir.exists(), time.time()
     for command in commands(row, seed, folder, options):
         status = subprocess.run([sys.executable, "-m", *command], check=False).returncode
-        if status == cli.STOPPED:
-            sys.exit(status)
+        if status == cli.STOPPED or status < 0:
+            # A program that is evaluating ends by the signal itself, which a negative status is.
+            sys.exit(cli.STOPPED)
         if status:
             print(f"{row}, seed {seed}: exit status {status}", flush=True)
             return False

@@ -1,6 +1,7 @@
 """The miniature of the paper's table: which cells run, what is kept of them, and the page."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,10 +193,13 @@ def _main(monkeypatch, folder: Path, statuses: list[int], *arguments: str) -> Pr
     return programs
 
 
-def test_finished_cells_are_not_run_again_and_a_stopped_one_is(monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("status", [cli.STOPPED, -signal.SIGTERM])
+def test_finished_cells_are_not_run_again_and_a_stopped_one_is(
+    monkeypatch, tmp_path, status: int
+) -> None:
     chosen = "--rows", "grpo", "emo_r3", "--seeds", "0", "1"
     with pytest.raises(SystemExit) as stopped:
-        _main(monkeypatch, tmp_path, [0, cli.STOPPED], *chosen)
+        _main(monkeypatch, tmp_path, [0, status], *chosen)
     assert stopped.value.code == cli.STOPPED
     assert set(table.load(tmp_path / "cells")) == {("grpo", 0)}
     assert "| EMO-R3 | 0 | not run |" in (tmp_path / "page.md").read_text()
