@@ -55,7 +55,7 @@ lint: $(VENV)/installed-test
 
 # Two processes, each of which takes whole files in their order; what TPU programs are compiled comes
 # last. Without JAX_PLATFORMS, JAX would look for the TPU of its compiler, which tests install.
-PYTEST = $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST = $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=15
 test: export JAX_PLATFORMS = cpu
 test: lint
 	$(PYTEST) tests --ignore=tests/parity

@@ -25,7 +25,7 @@ NOTES = Path("benchmarks/compile_notes.md")
 SLICES = (
     *("v4-8", "v4-16", "v4-32", "v4-64", "v4-128"),
     *("v5e-16", "v5e-64", "v5e-256", "2xv5e-16"),
-    *("v5p-8", "v5p-32", "v6e-8", "v6e-64", "tpu7x-8"),
+    *("v5p-8", "v5p-32", "v6e-8", "v6e-16", "v6e-64", "tpu7x-8"),
 )
 SIZES = ("3b", "7b")
 PROGRAMS = (

@@ -7,8 +7,9 @@ python -m emor3_jax.train --config=configs/tpu_v4.py --workdir=DIR \\
 `--config=configs/tpu_v4.py:7b,chips=32` takes the 7B on 32 chips.
 
 What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-24): the 3B fits a
-v4-8 (4 chips). The update needs the most, 29.67 of 30.75 GiB a device, the rollout up to 28.63. The
-7B is laid out for 16 chips (v4-32) by hand; it has not been compiled.
+v4-8 (4 chips): of all its programs the update needs the most, 29.67 of 30.75 GiB a device. Of the
+7B, hand-over, decode, growing the cache and update need at most 21.71 GiB on a v4-32 (16 chips);
+it does not fit a v4-16 (the update needs 33.03). More: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict

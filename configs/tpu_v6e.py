@@ -6,8 +6,10 @@ python -m emor3_jax.train --config=configs/tpu_v6e.py --workdir=DIR \\
 
 `--config=configs/tpu_v6e.py:7b,chips=32` takes the 7B on 32 chips.
 
-Laid out by hand after the 3B on v4; what has been compiled is in docs/results/compile.md, and
-`python -m emor3_jax.compile --config=configs/tpu_v6e.py --topology=v6e-8` compiles the rest.
+What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-24): hand-over,
+decode, growing the cache and update of the 3B need at most 24.34 of 31.24 GiB a device on a v6e-8,
+SIXE. Prefill, reflections and reference have not been compiled. More:
+docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict
