@@ -8,7 +8,7 @@ python -m emor3_jax.train --config=configs/tpu_v6e.py --workdir=DIR \\
 
 What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-24): hand-over,
 decode, growing the cache and update of the 3B need at most 24.34 of 31.24 GiB a device on a v6e-8,
-SIXE. Prefill, reflections and reference have not been compiled. More:
+those of the 7B 23.02 on a v6e-16. Prefill, reflections and reference have not been compiled. More:
 docs/results/compile.md.
 """
 
