@@ -8,8 +8,8 @@ python -m emor3_jax.train --config=configs/tpu_v7x.py --workdir=DIR \\
 
 What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-24): hand-over,
 decode, growing the cache and update of the 3B need at most 49.06 of 94.74 GiB a device on a tpu7x-8
-(4 chips of two devices), 57.66 for the 7B. Prefill, reflections and reference have not been compiled. More:
-docs/results/compile.md.
+(4 chips of two devices), 57.66 for the 7B. Prefill, reflections and reference have not been
+compiled. More: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict
