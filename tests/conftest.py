@@ -19,18 +19,6 @@ def _let_compiled_programs_go() -> Iterator[None]:
         jax.clear_caches()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts tests that load the TPU's compiler last: JAX's profiler crashes in a process with it.
-
-    Where several processes share the tests (`-n 2 --dist loadgroup`), each takes whole files, so
-    that what a file's tests share is made once.
-    """
-
-    def loads(item: pytest.Item) -> bool:
-        return item.get_closest_marker("loads_tpu_compiler") is not None
-
-    items.sort(key=loads)
-    for item in items:
-        name = item.nodeid.partition("::")[0] + " for TPU" * loads(item)
-        item.add_marker(pytest.mark.xdist_group(name))
+    """Puts tests that load the TPU's compiler last: JAX's profiler crashes in a process with it."""
+    items.sort(key=lambda item: item.get_closest_marker("loads_tpu_compiler") is not None)
