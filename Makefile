@@ -53,9 +53,10 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/shellcheck tpu/*.sh .ci/run
 
-# Two processes, which take the next test in the list's order, so that those that load the TPU's
-# compiler come last in each. Without JAX_PLATFORMS, JAX would look for the TPU of its compiler, which tests install.
-PYTEST = $(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=15
+# Two processes, which take the next file in the list's order, so that those that load the TPU's
+# compiler come last in each. Without JAX_PLATFORMS, JAX would look for the TPU of that compiler,
+# which tests install.
+PYTEST = $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 test: export JAX_PLATFORMS = cpu
 test: lint
 	$(PYTEST) tests --ignore=tests/parity

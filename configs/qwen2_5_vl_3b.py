@@ -67,9 +67,9 @@ def single_host(prompts: int, max_tokens: int) -> ConfigDict:
 
 
 FSDP = 16
-"""Parts that a matrix is cut into at most. A part of less than 128 columns, the width of a TPU's
-vector, is gathered by summing whole matrices, which moves more than it saves; the widths of the
-policies are 1280, 2048 and 3584. More chips hold copies (mesh.data)."""
+"""Parts that a matrix is cut into at most; more chips hold copies (mesh.data). Where 2048 columns
+were cut into 64 parts, much narrower than a TPU's vector of 128, the compiler did not gather them
+but summed whole matrices, and twice as much was moved."""
 
 
 class Layout(NamedTuple):

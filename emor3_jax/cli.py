@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, config_flags
 from emor3_jax.account.step import ShapeError
 from emor3_jax.config import ConfigError
 from emor3_jax.data.errors import DataError
+from emor3_jax.io.checkpoints import CheckpointError
 from emor3_jax.models.qwen2_5_vl.config import ConfigError as PolicyError
 from emor3_jax.models.qwen2_5_vl.processor import ProcessorError
 from emor3_jax.models.qwen2_5_vl.weights import WeightsError
@@ -18,6 +19,7 @@ from emor3_jax.parallel.topology import TopologyError
 from emor3_jax.rewards import LabelError, TokenizerError
 
 USER_ERRORS = (
+    CheckpointError,
     ConfigError,
     DataError,
     FileNotFoundError,

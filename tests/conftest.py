@@ -20,5 +20,9 @@ def _let_compiled_programs_go() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts tests that load the TPU's compiler last: JAX's profiler crashes in a process with it."""
-    items.sort(key=lambda item: item.get_closest_marker("loads_tpu_compiler") is not None)
+    """Puts files that load the TPU's compiler last: JAX's profiler crashes in a process with it.
+
+    Whole files, since processes that share the tests take them file by file (`--dist loadfile`).
+    """
+    loading = {item.path for item in items if item.get_closest_marker("loads_tpu_compiler")}
+    items.sort(key=lambda item: item.path in loading)

@@ -8,6 +8,14 @@ import orbax.checkpoint as ocp
 
 from emor3_jax.parallel.mesh import param_shardings
 
+LAYOUT = 2
+"""How parameters lie in their arrays; goes up when the same arrays would mean another policy.
+Since 2 the tower's fused projection goes head by head."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that this program would read wrongly."""
+
 
 class Checkpoints:
     """Keeps the newest checkpoints of a run under `workdir/checkpoints/<step>`.
@@ -49,7 +57,8 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+                state=ocp.args.StandardSave(state),
+                progress=ocp.args.JsonSave({**progress, "layout": LAYOUT}),
             ),
         )
         self._manager.wait_until_finished()
@@ -61,23 +70,36 @@ class Checkpoints:
           step: a step that `latest` returned.
           state: pytree of the same structure and shapes, its values unused.
           mesh: the arrays come back cut by this mesh's rules.
+
+        Raises:
+          CheckpointError: if it was written with another layout.
         """
-        shardings = param_shardings(state, mesh)
+        progress, shardings = self.progress(step), param_shardings(state, mesh)
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
         )
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
         )
-        return restored["state"], restored["progress"]
+        return restored["state"], progress
 
     def progress(self, step: int) -> dict[str, Any]:
-        """Returns the progress of a checkpoint alone."""
+        """Returns the progress of a checkpoint alone.
+
+        Raises:
+          CheckpointError: if it was written with another layout.
+        """
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["progress"]
+        progress = self._manager.restore(step, args=args)["progress"]
+        layout = progress.pop("layout", 1)
+        if layout != LAYOUT:
+            raise CheckpointError(
+                f"{self._manager.directory / str(step)}: its parameters are laid out as of version "
+                f"{layout}, and this program reads {LAYOUT}; export the policy with the program "
+                "that wrote it, and start from the exported folder (policy.path)"
+            )
+        return progress
 
     def restore_params(self, step: int, params: Any, mesh: jax.sharding.Mesh) -> Any:
         """Returns what was trained alone, whatever optimizer and reference the run had.
@@ -86,6 +108,9 @@ class Checkpoints:
           step: one of `steps`.
           params: pytree of its shapes.
           mesh: the arrays come back cut by this mesh's rules.
+
+        Raises:
+          CheckpointError: if it was written with another layout.
         """
         wanted = {"params": params}
         # A reference that follows the policy lies beside the state.

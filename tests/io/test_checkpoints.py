@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from emor3_jax.io.checkpoints import Checkpoints
+from emor3_jax.io import checkpoints as module
+from emor3_jax.io.checkpoints import CheckpointError, Checkpoints
 from emor3_jax.parallel.mesh import make_mesh, param_shardings
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
 
@@ -49,6 +50,22 @@ def test_a_restored_state_goes_on_exactly(tmp_path, optimizer):
     assert jax.tree.map(lambda x: x.sharding, restored) == wanted
     ours, theirs = step(restored, optimizer), step(state, optimizer)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_checkpoint_of_another_layout_is_not_read(tmp_path, optimizer, monkeypatch):
+    state, mesh = make_state(optimizer), make_mesh()
+    monkeypatch.setattr(module, "LAYOUT", 1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, state, {})
+    assert checkpoints.restore(2, state, mesh)[1] == {}
+    monkeypatch.undo()
+    for read in (
+        lambda: checkpoints.restore(2, state, mesh),
+        lambda: checkpoints.restore_params(2, state.params, mesh),
+    ):
+        with pytest.raises(CheckpointError, match=r"checkpoints/2: .* version 1, .* reads 2; exp"):
+            read()
+    checkpoints.close()
 
 
 def test_only_the_newest_stay_also_across_runs(tmp_path, optimizer):
