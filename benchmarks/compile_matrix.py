@@ -131,6 +131,8 @@ def _traffic_table(found: Results) -> list[str]:
             if "update" not in cell or "hand-over" not in cell:
                 continue
             row = cell["update"]
+            if not row["moved"]:  # Refused by its size alone, so nothing is known of it.
+                continue
             moved = [row["calls"] * row["moved"].get(kind, 0) / 2**30 for kind in kinds]
             handed = sum(cell["hand-over"]["moved"].values()) / 2**30
             lines.append(
