@@ -120,10 +120,10 @@ def _traffic_table(found: Results) -> list[str]:
         "## What collectives move",
         "",
         "GiB that each device receives in all updates of a step, and in a hand-over of weights;",
-        "TFLOP of a device in the updates of a step.",
+        "TFLOP of a device in the updates of a step. Empty: it does not fit, so nothing was counted.",
         "",
-        f"| policy | slice | devices | {' | '.join(kinds)} | hand-over | TFLOP |",
-        f"|---|---|---:|{'---:|' * len(kinds)}---:|---:|",
+        f"| policy | slice | devices | {' | '.join(kinds)} | all | hand-over | TFLOP |",
+        f"|---|---|---:|{'---:|' * len(kinds)}---:|---:|---:|",
     ]
     for size in SIZES:
         for name in SLICES:
@@ -131,13 +131,15 @@ def _traffic_table(found: Results) -> list[str]:
             if "update" not in cell or "hand-over" not in cell:
                 continue
             row = cell["update"]
-            if not row["moved"]:  # Refused by its size alone, so nothing is known of it.
-                continue
-            moved = [row["calls"] * row["moved"].get(kind, 0) / 2**30 for kind in kinds]
+            # Nothing is known of a program that does not fit: it has no compiled text.
+            moved, total = [""] * len(kinds), ""
+            if row["moved"]:
+                sizes = [row["calls"] * row["moved"].get(kind, 0) / 2**30 for kind in kinds]
+                moved, total = [f"{x:,.1f}" for x in sizes], f"{sum(sizes):,.0f}"
             handed = sum(cell["hand-over"]["moved"].values()) / 2**30
             lines.append(
                 f"| {size.upper()} | {name} | {row['devices']} "
-                f"| {' | '.join(f'{x:,.1f}' for x in moved)} | {handed:.1f} "
+                f"| {' | '.join(moved)} | {total} | {f'{handed:.1f}' if handed else ''} "
                 f"| {row['flops_a_step'] / 1e12:,.0f} |"
             )
     return lines
