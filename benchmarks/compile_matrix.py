@@ -4,7 +4,8 @@
     python -m benchmarks.compile_matrix [--sizes=3b] [--only=decode,update] [v4-8 …]
 
 A program that was compiled before is not compiled again: each result is a line of
-`runs/compile_matrix.jsonl` as soon as it is there, and the page says what has not been run.
+`docs/results/compile.jsonl` as soon as it is there, with its date and commit, and the page says
+what has not been run. Delete lines to have their programs compiled anew.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 from emor3_jax.parallel import topology
 
-RESULTS = Path("runs/compile_matrix.jsonl")
+RESULTS = Path("docs/results/compile.jsonl")
 PAGE = Path("docs/results/compile.md")
 NOTES = Path("benchmarks/compile_notes.md")
 
@@ -65,15 +66,31 @@ def compile_cell(size: str, name: str, programs: list[str]) -> None:
             return
         cell = json.loads(out.read_text())
     programs_found = cell.pop("programs")
+    made = {"date": str(date.today()), "commit": _commit()}
     with RESULTS.open("a") as file:
         for row in programs_found:
-            file.write(json.dumps({"size": size, **cell, **row}) + "\n")
+            file.write(json.dumps({"size": size, **made, **cell, **row}) + "\n")
+
+
+def _commit() -> str:
+    """Returns the last commit that changed what is compiled."""
+    command = ["git", "log", "-1", "--format=%h", "--abbrev=10", "--", "emor3_jax", "configs"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def page(found: Results) -> str:
     """Returns the page of tables."""
-    lines = [NOTES.read_text().strip().replace("DATE", str(date.today())), "", *_fit_table(found)]
-    return "\n".join([*lines, "", *_traffic_table(found)]) + "\n"
+    notes = NOTES.read_text().strip().replace("COMPILED", _compiled(found))
+    return "\n".join([notes, "", *_fit_table(found), "", *_traffic_table(found)]) + "\n"
+
+
+def _compiled(found: Results) -> str:
+    """Returns when, and from which commits, the programs were compiled."""
+    rows = [row for cell in found.values() for row in cell.values()]
+    dates = sorted({row["date"] for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return f"{len(rows)} programs, compiled {span} at {', '.join(commits)}"
 
 
 def _fit_table(found: Results) -> list[str]:
@@ -153,7 +170,6 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PROGRAMS))
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
     for size in given.sizes.split(","):
         for name in () if given.page else given.slices:
             there = load().get((size, name), {})

@@ -8,6 +8,8 @@ from benchmarks.compile_matrix import page
 def _row(name: str, moved: dict[str, int], fits: bool) -> dict[str, Any]:
     return {
         "name": name,
+        "date": "2026-11-25",
+        "commit": "0123456789",
         "devices": 8,
         "mesh": {"data": 1, "fsdp": -1, "tensor": 2},
         "rollout": {"slots": 32},
@@ -19,6 +21,13 @@ def _row(name: str, moved: dict[str, int], fits: bool) -> dict[str, Any]:
         "calls": 2,
         "flops_a_step": 3e12,
     }
+
+
+def test_the_page_says_when_and_from_what_its_programs_were_compiled() -> None:
+    older = _row("update", {}, True) | {"date": "2026-11-24", "commit": "fedcba9876"}
+    text = page({("3b", "v4-16"): {"update": older, "decode": _row("decode", {}, True)}})
+    found = "2 programs, compiled 2026-11-24 to 2026-11-25 at 0123456789, fedcba9876"
+    assert found in " ".join(text.split())
 
 
 def _lines(update: dict[str, Any], handed: dict[str, Any]) -> list[str]:
