@@ -308,17 +308,30 @@ def base_policy() -> ConfigDict:
     config.data.path = ""
     # Images to learn from, drawn by the seed.
     config.data.limit = 8000
-    # Side of an image in pixels, a multiple of 28; its tokens are (side / 28) squared.
+    # Side of an image in pixels, a multiple of a token's side, which is twice `model.patch`.
     config.data.size = 112
+    # How strongly pictures are turned, moved and relit; 0 leaves them as they are.
+    config.data.warp = 0.0
 
     config.model = ConfigDict()
     config.model.vocab_size = 1200
+    # Sides in pixels of a patch, and of a window that most layers attend in.
+    config.model.patch = 14
+    config.model.window = 112
     config.model.vision_width = 128
     config.model.vision_layers = 3
     config.model.width = 192
     config.model.layers = 3
     config.model.heads = 6
     config.model.kv_heads = 2
+
+    # Before the lessons, naming the emotion of a picture from the picture alone; 0 steps for none.
+    config.look = ConfigDict()
+    config.look.steps = 0
+    config.look.batch = 256
+    config.look.learning_rate = 5e-3
+    config.look.warmup_steps = 80
+    config.look.weight_decay = 0.03
 
     config.steps = 380
     config.batch = 32

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
+from tiny_run import SMALL
 
 from configs import cpu_demo
 from emor3_jax import evaluate
@@ -33,8 +34,7 @@ def folder(tmp_path_factory) -> Path:
     """A random policy of 30 thousand parameters, and EmoSet's layout with 300 JPEG files."""
     folder = tmp_path_factory.mktemp("flow")
     tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
-    shape = {"vocab_size": 800, "vision_width": 32, "vision_layers": 1, "width": 32, "layers": 1}
-    shapes = model_config(ConfigDict({"model": shape | {"heads": 2, "kv_heads": 1}}), tokenizer)
+    shapes = model_config(ConfigDict({"model": SMALL}), tokenizer)
     params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
     images = ImageSettings(min_pixels=56**2, max_pixels=112**2)
     save(Policy(shapes, params, Processor(tokenizer, images)), folder / "policy")

@@ -22,6 +22,12 @@ from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
+SMALL = {
+    **{"vocab_size": 800, "patch": 14, "window": 112, "vision_width": 32, "vision_layers": 1},
+    **{"width": 32, "layers": 1, "heads": 2, "kv_heads": 1},
+}
+"""Sizes of a policy of 30 thousand parameters."""
+
 QUESTION = "<image>which emotion ?"
 
 
@@ -54,9 +60,7 @@ def write_rows(
 def write_policy(folder: Path) -> None:
     """Writes a random policy of 30 thousand parameters that reads scenes of 112 pixels a side."""
     tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
-    sizes = {"vocab_size": 800, "vision_width": 32, "vision_layers": 1}
-    sizes |= {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1}
-    shapes = model_config(ConfigDict({"model": sizes}), tokenizer)
+    shapes = model_config(ConfigDict({"model": SMALL}), tokenizer)
     params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
     processor = Processor(tokenizer, ImageSettings(min_pixels=112**2, max_pixels=112**2))
     save(Policy(shapes, params, processor), folder)

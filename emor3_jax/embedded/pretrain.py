@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from emor3_jax.data.prompts import IMAGE_TOKEN, reflection_parts, render_prompt, shared_length
+from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
 from emor3_jax.embedded.tasks import Task
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
 
 
@@ -73,14 +73,11 @@ def make_frame(
       config: of the policy.
     """
     tokens = render_prompt(tokenizer, "{question}", "?", (), len(slots))
-    tokens = np.asarray(tokens[: shared_length(tokenizer, tokens)], np.int32)
-    positions, position = prompt_positions(tokens, [grid], config)
-    image = tokens == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    image_slots = np.full(len(tokens), -1, np.int32)
-    image_slots[image] = slots
+    tokens = tokens[: shared_length(tokenizer, tokens)]
+    prompt, position = make_prompt(tokens, grid, slots, config)
     text = np.asarray(reflection_parts(tokenizer, "{text}", (), with_image=False)[0], np.int32)
     return Frame(
-        Prompt(*(x[None] for x in (tokens, positions, np.ones_like(image), image_slots))),
+        prompt,
         position,
         Prompt(
             text[None],
@@ -89,6 +86,24 @@ def make_frame(
             np.full((1, len(text)), -1, np.int32),
         ),
     )
+
+
+def make_prompt(
+    tokens: Sequence[int], grid: tuple[int, int, int], slots: np.ndarray, config: Config
+) -> tuple[Prompt, int]:
+    """Returns tokens with one image as a prompt, B = 1, and the rope position that follows.
+
+    Args:
+      tokens: with one image token for each of `slots`.
+      grid, slots, config: as of `make_frame`.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    positions, position = prompt_positions(tokens, [grid], config)
+    image = tokens == config.image_token_id
+    image_slots = np.full(len(tokens), -1, np.int32)
+    image_slots[image] = slots
+    prompt = Prompt(*(x[None] for x in (tokens, positions, np.ones_like(image), image_slots)))
+    return prompt, position
 
 
 def make_lesson(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], size: Size) -> Lesson:
@@ -124,6 +139,34 @@ def make_lesson(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], size:
     return Lesson(tokens, lengths, starts, weights)
 
 
+def see(
+    config: Config,
+    params: dict,
+    prompt: Prompt,
+    images: Images,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+) -> tuple[jax.Array, KV]:
+    """Runs tower and decoder over the same prompt with each of the images.
+
+    Args:
+      config, params: the policy.
+      prompt: B = 1, with one image.
+      images: one a row.
+      dtype: compute type of the layers.
+
+    Returns:
+      As `model.forward_prompt`, a row for each image.
+    """
+    rows = images.mask.shape[0]
+    merged = images.mask.shape[1] * images.mask.shape[2] // config.vision.spatial_merge_size**2
+    slots = prompt.image_slots + merged * jnp.arange(rows)[:, None]
+    alike = Prompt(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in prompt))
+    alike = alike._replace(image_slots=jnp.where(prompt.image_slots >= 0, slots, -1))
+    features = model.encode_images(config, params, images, dtype=dtype)
+    return model.forward_prompt(config, params, alike, features, dtype=dtype)
+
+
 def loss(
     config: Config,
     params: dict,
@@ -148,13 +191,7 @@ def loss(
       The loss float32[], and `exact`: for each lesson float32[G], the share of replies whose every
       token is the likeliest one.
     """
-    rows = images.mask.shape[0]
-    merged = images.mask.shape[1] * images.mask.shape[2] // config.vision.spatial_merge_size**2
-    slots = frame.prompt.image_slots + merged * jnp.arange(rows)[:, None]
-    prompt = Prompt(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in frame.prompt))
-    prompt = prompt._replace(image_slots=jnp.where(frame.prompt.image_slots >= 0, slots, -1))
-    features = model.encode_images(config, params, images, dtype=dtype)
-    _, seen = model.forward_prompt(config, params, prompt, features, dtype=dtype)
+    _, seen = see(config, params, frame.prompt, images, dtype=dtype)
     _, told = model.forward_prompt(config, params, frame.text, None, dtype=dtype)
     flat = Lesson(*(x.reshape(1, -1, *x.shape[2:]) for x in about_text[0]))
     parts = [(seen, frame.position, *lesson) for lesson in about_images]

@@ -1,0 +1,159 @@
+"""Teaches a policy to see: it names the emotion of a picture from the picture alone.
+
+For faces it comes before the lessons of `pretrain`: these have a hundred tokens to each picture, so
+few pictures are seen in the time. Here the image stands alone, and the label's first token is all
+that is predicted, at `<|vision_end|>`, so that a step costs hardly more than the tower.
+
+1. The patch embedding starts as a whitening of the pictures' patches (Coates, Ng and Lee, 2011,
+   "An analysis of single-layer networks in unsupervised feature learning"), in half of its columns.
+2. Matrices learn by Muon (Jordan, 2024; with the scale of Liu et al., 2025, arXiv:2502.16982,
+   eq. 4), everything else by Adam.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+from transformers import PreTrainedTokenizerBase
+
+from emor3_jax.embedded.pretrain import see
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.rl.update import TrainState, apply_gradients
+
+# What 1 / sqrt(variance) of a direction is bounded by, and the scale of a whitened patch's entries.
+_NOISE = 1e-2
+_SCALE = 0.5
+
+
+class Looks(NamedTuple):
+    """A batch: images, and what each shows.
+
+    Attributes:
+      images: one a row.
+      wanted: int32[B], the token to name.
+    """
+
+    images: Images
+    wanted: np.ndarray
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, labels: set[str]) -> dict[str, int]:
+    """Returns the first token of each label.
+
+    Args:
+      tokenizer: of the policy.
+      labels: different names.
+
+    Raises:
+      ValueError: if two labels begin with the same token.
+    """
+    tokens = {label: tokenizer(label, add_special_tokens=False).input_ids[0] for label in labels}
+    if len(set(tokens.values())) < len(tokens):
+        raise ValueError(
+            f"some of the labels {sorted(tokens)} begin with the same token: {tokens}; a larger "
+            "vocabulary (model.vocab_size) keeps them apart"
+        )
+    return tokens
+
+
+def whitened(kernel: jax.Array, patches: np.ndarray) -> jax.Array:
+    """Returns a patch embedding whose first half whitens the patches along their main directions.
+
+    Args:
+      kernel: float32[C, D] as initialised; its other half stays.
+      patches: float32[N, C] of some pictures, N well over C.
+    """
+    half = kernel.shape[1] // 2
+    variances, directions = np.linalg.eigh(patches.T @ patches / len(patches))
+    variances, directions = variances[::-1][:half], directions[:, ::-1][:, :half]
+    first = _SCALE * directions / np.sqrt(np.maximum(variances, 0) + _NOISE)
+    return kernel.at[:, : first.shape[1]].set(first)
+
+
+def make_optimizer(
+    learning_rate: float, warmup_steps: int, steps: int, weight_decay: float
+) -> optax.GradientTransformation:
+    """Returns Muon for matrices and Adam for the rest, behind a clip of the gradient norm.
+
+    The rate rises, holds, and over the last 70 % of the steps falls to 0.
+
+    Args:
+      learning_rate: the highest; scaled so that both optimizers' updates are alike in size.
+      warmup_steps: updates until it is reached.
+      steps: all updates.
+      weight_decay: of matrices, times the rate.
+    """
+    falling = steps - int(0.7 * steps)
+    schedule = optax.schedules.join_schedules(
+        (
+            optax.schedules.warmup_constant_schedule(0.0, learning_rate, warmup_steps),
+            optax.schedules.linear_schedule(learning_rate, 0.0, steps - falling),
+        ),
+        (max(falling, warmup_steps),),
+    )
+
+    def shapes(params: dict) -> dict:
+        return jax.tree_util.tree_map_with_path(_matrix, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(
+            schedule,
+            weight_decay=weight_decay,
+            adam_b2=0.98,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=shapes,
+        ),
+    )
+
+
+def _matrix(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
+    """Returns which axes of a parameter make a matrix: the last two of kernels; None for others."""
+    if path[-1].key != "kernel":
+        return None
+    return MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
+
+
+def name(config: Config, params: dict, prompt: Prompt, images: Images) -> jax.Array:
+    """Returns the logits float32[B, V] of what follows the image.
+
+    Args:
+      config, params: the policy.
+      prompt: `<|vision_start|>`, image, `<|vision_end|>`, B = 1.
+      images: one a row.
+    """
+    hidden, _ = see(config, params, prompt, images)
+    return model.logits(config, params, hidden[:, -1])
+
+
+@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames="state")
+def look_step(
+    state: TrainState,
+    prompt: Prompt,
+    looks: Looks,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one optimizer step; returns the new state and `loss`, `right` and `grad_norm`."""
+
+    def loss_fn(params: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = name(config, params, prompt, looks.images)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, looks.wanted)
+        return jnp.mean(loss), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == looks.wanted)}
+
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    state, applied = apply_gradients(state, grads, optimizer)
+    return state, {"loss": loss, **metrics, **applied}
+
+
+@partial(jax.jit, static_argnames="config")
+def named_right(params: dict, prompt: Prompt, looks: Looks, *, config: Config) -> jax.Array:
+    """Returns bool[B], whether the likeliest token is the wanted one."""
+    return jnp.argmax(name(config, params, prompt, looks.images), axis=-1) == looks.wanted
