@@ -20,8 +20,18 @@ def get_config(program: str = "train") -> ConfigDict:
     if program == "base":
         config = base_policy()
         config.data.kind = "faces"
-        config.data.limit = 16000
-        config.steps = 300
+        config.data.limit = 28709
+        config.data.size = 48
+        config.data.warp = 0.8
+        config.model.patch = 8
+        config.model.window = 48
+        config.model.vision_layers = 4
+        config.model.width = 128
+        config.model.heads = 4
+        # 20 epochs.
+        config.look.steps = 2200
+        config.steps = 500
+        config.learning_rate = 1e-3
         return config
     config = cpu_demo.get_config()
     config.steps = 60

@@ -26,7 +26,7 @@ from emor3_jax.embedded.courses import COURSES
 from emor3_jax.embedded.teacher import Lessons, Teacher, stack_lessons, stack_looks
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.io.console import Console, duration
-from emor3_jax.models import Policy, save
+from emor3_jax.models import Policy, load, save
 from emor3_jax.models.qwen2_5_vl import layout, model
 from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
@@ -108,7 +108,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
 
     Args:
       config: see `emor3_jax.config.base_policy`.
-      folder: where the Hugging Face folder is written.
+      folder: where the Hugging Face folder is written; `looked` in it is the policy between the two
+        phases, which a run that was stopped goes on from.
 
     Returns:
       Shares of held-out replies that are exactly right: describe, consistency, coherence; and
@@ -136,7 +137,15 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
 
     scores = {}
     if config.look.steps:
-        params, scores["look"] = learn_to_look(config, teacher, params, say)
+        looked = folder / "looked"
+        if (looked / "config.json").exists():
+            say(f"going on from {looked}; delete it to learn to look anew")
+            params = load(looked).params
+        else:
+            params = learn_to_look(config, teacher, params, say)
+            save(Policy(shapes, params, processor), looked)
+        scores["look"] = looked_right(config, teacher, params)
+        say(f"held-out labels named right: {scores['look']:.3f}")
     params, found = learn_lessons(config, teacher, params, say)
     scores |= found
     say("held-out replies exactly right: " + "  ".join(f"{k} {v:.2f}" for k, v in scores.items()))
@@ -159,19 +168,12 @@ def _check(config: ConfigDict) -> None:
             raise ConfigError(f"{path}steps", phase.steps, rule)
 
 
-def learn_to_look(
-    config: ConfigDict, teacher: Teacher, params: dict, say: Console
-) -> tuple[dict, float]:
-    """Returns parameters that name the emotion of a picture, and how often on held-out ones."""
+def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Console) -> dict:
+    """Returns parameters that name the emotion of a picture."""
     shapes = teacher.shapes
     phase = config.look
     batches = teacher.batches(teacher.look, stack_looks, phase.batch, config.seed)
-    start, end = shapes.vision_start_token_id, shapes.vision_end_token_id
-    patches, grid = teacher.processor.patches(teacher.course.images[0])
-    slots = layout.window_layout(patches, grid, shapes.vision).slot_of_token
-    tokens = [start, *[shapes.image_token_id] * len(slots), end]
-    prompt, _ = pretrain.make_prompt(tokens, grid, slots, shapes)
-
+    prompt = teacher.bare_prompt()
     images = [next(batches).images for _ in range(-(-8192 // phase.batch))]
     seen = np.concatenate([image.patches[image.mask] for image in images])
     embed = params["visual"]["patch_embed"]
@@ -183,12 +185,15 @@ def learn_to_look(
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         return look.look_step(state, prompt, next(batches), config=shapes, optimizer=optimizer)
 
-    state = _fit("looking", phase.steps, step, TrainState.create(params, optimizer), say)
-    right = [
-        look.named_right(state.params, prompt, looks, config=shapes)
-        for looks in teacher.held_out(teacher.look, stack_looks, phase.batch, config.seed)
-    ]
-    return state.params, float(np.mean(np.concatenate(right)))
+    return _fit("looking", phase.steps, step, TrainState.create(params, optimizer), say).params
+
+
+def looked_right(config: ConfigDict, teacher: Teacher, params: dict) -> float:
+    """Returns how often the emotion of a held-out picture is named right."""
+    batches = teacher.held_out(teacher.look, stack_looks, config.look.batch, config.seed)
+    prompt = teacher.bare_prompt()
+    right = [look.named_right(params, prompt, x, config=teacher.shapes) for x in batches]
+    return float(np.mean(np.concatenate(right)))
 
 
 def learn_lessons(

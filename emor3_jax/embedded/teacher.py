@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from PIL import Image
 
+from emor3_jax.data.prompts import IMAGE_TOKEN
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.courses import Course
 from emor3_jax.embedded.look import Looks
 from emor3_jax.embedded.warp import warp
 from emor3_jax.models.qwen2_5_vl import layout, model
 from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.inputs import Prompt
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 
 
@@ -60,6 +62,15 @@ class Teacher(NamedTuple):
     def look(self, row: int, rng: np.random.Generator) -> tuple[layout.WindowLayout, int]:
         """Returns one picture in window layout and the token to name."""
         return self._picture(row, rng), self.names[self.course.labels[row]]
+
+    def bare_prompt(self) -> Prompt:
+        """Returns `<|vision_start|>`, the image and `<|vision_end|>`, B = 1."""
+        tokenizer = self.processor.tokenizer
+        patches, grid = self.processor.patches(self.course.images[0])
+        slots = layout.window_layout(patches, grid, self.shapes.vision).slot_of_token
+        text = "<|vision_start|>" + IMAGE_TOKEN * len(slots) + "<|vision_end|>"
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        return pretrain.make_prompt(tokens, grid, slots, self.shapes)[0]
 
     def _picture(self, row: int, rng: np.random.Generator) -> layout.WindowLayout:
         picture: bytes | Image.Image = self.course.images[row]

@@ -1,0 +1,103 @@
+"""The base policy of faces, in small: both phases, what is saved, and what is refused."""
+
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import fer2013
+from emor3_jax.config import ConfigError
+from emor3_jax.embedded import base_policy, faces
+from emor3_jax.embedded.courses import COURSES
+from emor3_jax.embedded.teacher import Teacher
+from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.models import load
+from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+
+COUNT, HELD_OUT = 1064, 1024
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
+    """A config for grey pictures of 16 pixels, whose brightness tells the label, one unlabelled."""
+    path = tmp_path_factory.mktemp("faces") / "faces.parquet"
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(COUNT + 1):
+        label = faces.LABELS[i % len(faces.LABELS)]
+        grey = 30 * (i % len(faces.LABELS)) + rng.integers(0, 20, (16, 16))
+        out = io.BytesIO()
+        Image.fromarray(grey.astype(np.uint8)).save(out, "PNG")
+        answer = label if i else "boredom"
+        image = {"bytes": out.getvalue(), "path": None}
+        rows.append({"images": [image], "problem": "<image>which emotion ?", "answer": answer})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+    config = fer2013.get_config("base")
+    config.compile_cache = ""
+    config.data.path = str(path)
+    config.data.size = 16
+    config.model.update({"patch": 4, "window": 16})
+    config.model.update({"vision_width": 32, "vision_layers": 1})
+    config.model.update({"width": 32, "layers": 1, "heads": 2, "kv_heads": 1})
+    config.look.update({"steps": 12, "warmup_steps": 2, "batch": 16, "learning_rate": 2e-2})
+    config.update({"steps": 3, "warmup_steps": 1, "batch": 4})
+    return config
+
+
+def test_a_base_policy_of_faces_learns_to_look_then_its_lessons(
+    config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    scores = base_policy.train(config, tmp_path / "policy")
+    assert set(scores) == {"look", "describe", "consistency", "coherence"}
+    # Brightness alone tells the label; by chance it would be 1 in 7.
+    assert scores["look"] > 0.3
+    told = capsys.readouterr().out
+    assert "looking: step 12/12" in told and "lessons: step 3/3" in told
+    assert f"{COUNT} images" in told
+    policy = load(tmp_path / "policy")
+    assert policy.config.vision.patch_size == 4 and policy.config.vision.window_size == 16
+    _, grid = policy.processor.patches(Image.new("L", (48, 48)))
+    assert grid == (1, 4, 4)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params))
+
+
+def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: ConfigDict) -> None:
+    course = COURSES["faces"](config)
+    assert len(course.images) == COUNT and course.held_out == HELD_OUT
+    tokenizer = train_tokenizer(course.corpus[:50], 400)
+    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
+    shapes = base_policy.model_config(config, tokenizer)
+    teacher = Teacher(course, processor, shapes, dict.fromkeys(faces.LABELS, 7), strength=1.0)
+    assert teacher.learned == COUNT - HELD_OUT
+    for row, same in ((0, False), (teacher.learned - 1, False), (teacher.learned, True)):
+        first, second = (teacher.look(row, np.random.default_rng(seed))[0] for seed in (1, 2))
+        assert np.array_equal(first.patches, second.patches) == same
+    taken = list(teacher.held_out(teacher.look, list, batch=300, seed=0))
+    assert [len(rows) for rows in taken] == [300, 300, 300, 124]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    (
+        ({"data.kind": "cats"}, r"data\.kind.*emoscenes, faces"),
+        ({"data.size": 20}, r"data\.size.*20.*multiple of 8"),
+        ({"model.window": 12}, r"model\.window.*12.*multiple of 8"),
+        ({"steps": 1}, r"steps.*over warmup_steps=1"),
+        ({"look.steps": 2}, r"look\.steps.*over look\.warmup_steps=2"),
+    ),
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(
+    config: ConfigDict, tmp_path: Path, changes: dict, named: str
+) -> None:
+    wrong = ConfigDict(config.to_dict())
+    wrong.update_from_flattened_dict(changes)
+    wrong.data.path = "nowhere.parquet"
+    with pytest.raises(ConfigError, match=named):
+        base_policy.train(wrong, tmp_path)
