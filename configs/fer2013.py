@@ -1,6 +1,7 @@
-"""EMO-R3 on real faces: parquet files in the release's schema, the policy in a folder.
+"""EMO-R3 and its rivals on real faces: parquet files in the release's schema, the policy in a folder.
 
-First a base policy, then reinforcement learning from it:
+First a base policy, which learns to look at faces before anything else; then training from it, by
+EMO-R3, or by GRPO (`:grpo`) or SFT on labels (`:sft`) as in `configs/table.py`:
 
 python -m emor3_jax.embedded.base_policy --config=configs/fer2013.py:base --workdir=runs/fer_base \\
     --config.data.path=fer2013_train.parquet
@@ -11,13 +12,17 @@ python -m emor3_jax.train --config=configs/fer2013.py --workdir=runs/fer \\
 
 from ml_collections import ConfigDict
 
-from configs import cpu_demo
+from configs import cpu_demo, table
 from emor3_jax.config import base_policy, dataset
 
 
-def get_config(program: str = "train") -> ConfigDict:
-    """Returns the config of a program: "train" or "base"."""
-    if program == "base":
+def get_config(row: str = "emo_r3") -> ConfigDict:
+    """Returns the config of the base policy ("base"), or of a row of `table.ROWS`.
+
+    Raises:
+      ValueError: if there is no such row.
+    """
+    if row == "base":
         config = base_policy()
         config.data.kind = "faces"
         config.data.limit = 28709
@@ -33,6 +38,8 @@ def get_config(program: str = "train") -> ConfigDict:
         config.steps = 500
         config.learning_rate = 1e-3
         return config
+    if row not in table.ROWS:
+        raise ValueError(f"row {row!r}: must be base or one of {', '.join(table.ROWS)}")
     config = cpu_demo.get_config()
     config.steps = 60
     # Named on the command line: the embedded policy knows drawn scenes, not faces.
@@ -45,4 +52,6 @@ def get_config(program: str = "train") -> ConfigDict:
     config.evaluate.sets.fer2013 = dataset(kind="parquet", labels="fer7")
     config.evaluate.every = 20
     config.evaluate.during = 500
+    config.evaluate.reflect = True
+    table.ROWS[row](config)
     return config

@@ -56,6 +56,19 @@ def test_the_base_policy_of_faces_is_a_config_of_its_own() -> None:
     assert {path for path, _ in _leaves(config)} == {path for path, _ in _leaves(base_policy())}
 
 
+def test_faces_have_the_rows_of_the_table(policy: str) -> None:
+    from configs import fer2013
+
+    for row in ("emo_r3", "grpo", "sft"):
+        config = fer2013.get_config(row)
+        config.policy.path = policy
+        validate(config)
+        assert config.data.train.labels == "fer7"
+        assert config.reflect.enabled == (row == "emo_r3")
+    with pytest.raises(ValueError, match=r"'ppo'.*base or one of .*grpo"):
+        fer2013.get_config("ppo")
+
+
 @pytest.mark.parametrize("row", table.ROWS)
 def test_every_row_of_the_table_is_a_config(row: str) -> None:
     config, whole = table.get_config(row), table.get_config("emo_r3")

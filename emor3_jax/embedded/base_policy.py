@@ -100,7 +100,9 @@ def held_out(
 def _loss(config: Config, sizes: Sizes, params: dict, frame: pretrain.Frame, lessons: Lessons):
     about_images = ((lessons.responses, sizes[0]), (lessons.questions, sizes[1]))
     about_text = (lessons.texts, sizes[2])
-    return pretrain.loss(config, params, frame, lessons.images, about_images, about_text)
+    return pretrain.loss(
+        config, params, frame, lessons.images, about_images, about_text, lessons.names
+    )
 
 
 def train(config: ConfigDict, folder: Path) -> dict[str, float]:

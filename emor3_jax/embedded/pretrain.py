@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
@@ -19,6 +20,9 @@ from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
+
+NAME_WEIGHT = 12.0
+"""Weight of a picture's name, one token beside some hundred of its lessons."""
 
 
 class Lesson(NamedTuple):
@@ -174,6 +178,7 @@ def loss(
     images: Images,
     about_images: Sequence[tuple[Lesson, Size]],
     about_text: tuple[Lesson, Size],
+    names: jax.Array | None = None,
     *,
     dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -185,18 +190,24 @@ def loss(
       images: one image a row.
       about_images: lessons that continue from the image, with their sizes.
       about_text: the lesson that continues from the text prefix, with its size.
+      names: int32[B], a token that the end of each image predicts too, so that a policy which has
+        learned to look (`embedded.look`) does not forget it; None for none.
       dtype: compute type of the layers.
 
     Returns:
       The loss float32[], and `exact`: for each lesson float32[G], the share of replies whose every
       token is the likeliest one.
     """
-    _, seen = see(config, params, frame.prompt, images, dtype=dtype)
+    hidden, seen = see(config, params, frame.prompt, images, dtype=dtype)
     _, told = model.forward_prompt(config, params, frame.text, None, dtype=dtype)
     flat = Lesson(*(x.reshape(1, -1, *x.shape[2:]) for x in about_text[0]))
     parts = [(seen, frame.position, *lesson) for lesson in about_images]
     parts.append((told, frame.text.tokens.shape[1], flat, about_text[1]))
     total, weight, exact = 0.0, 0.0, []
+    if names is not None:
+        scores = model.logits(config, params, hidden[:, -1])
+        wrong = optax.softmax_cross_entropy_with_integer_labels(scores, names)
+        total, weight = NAME_WEIGHT * jnp.sum(wrong), NAME_WEIGHT * len(names)
     for prefix, position, lesson, size in parts:
         b, g, s = lesson.tokens.shape
         hidden, _ = model.forward_continuation(

@@ -13,19 +13,20 @@ from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.courses import Course
 from emor3_jax.embedded.look import Looks
 from emor3_jax.embedded.warp import warp
-from emor3_jax.models.qwen2_5_vl import layout, model
+from emor3_jax.models.qwen2_5_vl import layout
 from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import Prompt
+from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 
 
 class Lessons(NamedTuple):
-    """One batch: images and the three lessons about them."""
+    """One batch: images, the three lessons about them, and the tokens to name them by, if any."""
 
-    images: model.Images
+    images: Images
     responses: pretrain.Lesson
     questions: pretrain.Lesson
     texts: pretrain.Lesson
+    names: np.ndarray | None
 
 
 class Teacher(NamedTuple):
@@ -45,8 +46,10 @@ class Teacher(NamedTuple):
     names: dict[str, int]
     strength: float
 
-    def lesson(self, row: int, rng: np.random.Generator) -> tuple[layout.WindowLayout, tuple]:
-        """Returns one picture in window layout and its lessons."""
+    def lesson(
+        self, row: int, rng: np.random.Generator
+    ) -> tuple[layout.WindowLayout, tuple[pretrain.Lesson, ...], int | None]:
+        """Returns one picture in window layout, its lessons and the token to name, if any."""
         found = self.course.tasks(row, rng)
         kinds = (
             [t for t in found if t.kind == "set"],
@@ -57,7 +60,8 @@ class Teacher(NamedTuple):
             pretrain.make_lesson(self.processor.tokenizer, group, size)
             for group, size in zip(kinds, self.course.sizes, strict=True)
         )
-        return self._picture(row, rng), lessons
+        name = self.names[self.course.labels[row]] if self.names else None
+        return self._picture(row, rng), lessons, name
 
     def look(self, row: int, rng: np.random.Generator) -> tuple[layout.WindowLayout, int]:
         """Returns one picture in window layout and the token to name."""
@@ -99,14 +103,14 @@ class Teacher(NamedTuple):
             yield stack([make(row, rng) for row in rows])
 
 
-def stack_lessons(rows: Sequence[tuple[layout.WindowLayout, tuple]]) -> Lessons:
+def stack_lessons(
+    rows: Sequence[tuple[layout.WindowLayout, tuple[pretrain.Lesson, ...], int | None]],
+) -> Lessons:
     """Returns a batch of `Teacher.lesson`."""
-    images = layout.pad_images([image for image, _ in rows], len(rows[0][0].mask))
-    lessons = (
-        jax.tree.map(lambda *x: np.stack(x), *group)
-        for group in zip(*(r[1] for r in rows), strict=True)
-    )
-    return Lessons(images, *lessons)
+    images, lessons, names = zip(*rows, strict=True)
+    groups = (jax.tree.map(lambda *x: np.stack(x), *group) for group in zip(*lessons, strict=True))
+    stacked = None if None in names else np.asarray(names, np.int32)
+    return Lessons(layout.pad_images(images, len(images[0].mask)), *groups, stacked)
 
 
 def stack_looks(rows: Sequence[tuple[layout.WindowLayout, int]]) -> Looks:

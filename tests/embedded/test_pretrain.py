@@ -1,0 +1,72 @@
+"""The loss of the base policy's lessons: what counts in it, and how much."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from emor3_jax.embedded import pretrain
+from emor3_jax.embedded.pretrain import Frame, Lesson, Size
+from emor3_jax.models.qwen2_5_vl import layout, model
+from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+
+CONFIG = tiny.make_config()
+PARAMS = model.init_params(CONFIG, jax.random.key(0))
+SIZE = Size(6, 3)
+
+
+def _images(count: int) -> tuple[Images, np.ndarray]:
+    rng = np.random.default_rng(0)
+    patches = rng.normal(size=(count, 4, CONFIG.vision.patch_dim)).astype(np.float32)
+    rows = [layout.window_layout(x, (1, 2, 2), CONFIG.vision) for x in patches]
+    return layout.pad_images(rows, 1), rows[0].slot_of_token
+
+
+def _lesson(rows: int, count: int, seed: int, weight: float) -> Lesson:
+    rng = np.random.default_rng(seed)
+    shape = (rows, count)
+    return Lesson(
+        rng.integers(1, 60, (*shape, SIZE.tokens)).astype(np.int32),
+        np.full(shape, 5, np.int32),
+        np.full(shape, 3, np.int32),
+        np.full(shape, weight, np.float32),
+    )
+
+
+def _loss(names: np.ndarray | None) -> tuple[float, list, jax.Array]:
+    images, slots = _images(2)
+    prompt, position = pretrain.make_prompt([5, 9, 70, 10], (1, 2, 2), slots, CONFIG)
+    text = Prompt(
+        np.asarray([[5, 6]], np.int32),
+        np.repeat(np.arange(2, dtype=np.int32)[None, :, None], 3, axis=-1),
+        np.ones((1, 2), bool),
+        np.full((1, 2), -1, np.int32),
+    )
+    frame = Frame(prompt, position, text)
+    about_images = ((_lesson(2, 1, 1, 1.0), SIZE), (_lesson(2, 3, 2, 2.0), SIZE))
+    about_text = (_lesson(2, 1, 3, 4.0), SIZE)
+    value, metrics = pretrain.loss(CONFIG, PARAMS, frame, images, about_images, about_text, names)
+    hidden, _ = pretrain.see(CONFIG, PARAMS, prompt, images)
+    return float(value), metrics["exact"], model.logits(CONFIG, PARAMS, hidden[:, -1])
+
+
+# Replies of two tokens: 2 of weight 1, 6 of weight 2 and 2 of weight 4.
+WEIGHT = 2 * (2 * 1 + 6 * 2 + 2 * 4)
+
+
+def test_a_fresh_policy_knows_nothing_and_every_lesson_is_reported() -> None:
+    value, exact, _ = _loss(None)
+    assert value == pytest.approx(np.log(80), rel=0.05)
+    assert [x.shape for x in exact] == [(1,), (3,), (1,)]
+
+
+def test_names_are_predicted_at_the_end_of_the_image_with_their_weight() -> None:
+    names = np.asarray([33, 44], np.int32)
+    without, exact, logits = _loss(None)
+    value, same, _ = _loss(names)
+    wrong = optax.softmax_cross_entropy_with_integer_labels(logits, names)
+    total = WEIGHT * without + pretrain.NAME_WEIGHT * float(jnp.sum(wrong))
+    assert value == pytest.approx(total / (WEIGHT + 2 * pretrain.NAME_WEIGHT), rel=1e-5)
+    assert all(np.array_equal(a, b) for a, b in zip(exact, same, strict=True))
