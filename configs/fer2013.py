@@ -1,4 +1,4 @@
-"""EMO-R3 and its rivals on real faces: parquet files in the release's schema, the policy in a folder.
+"""EMO-R3 and its rivals on real faces: parquet files in the release's schema, a small policy.
 
 First a base policy, which learns to look at faces before anything else; then training from it, by
 EMO-R3, or by GRPO (`:grpo`) or SFT on labels (`:sft`) as in `configs/table.py`:
