@@ -126,10 +126,20 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     _check(config)
     say("preparing the data and the tokenizer")
     course = COURSES[config.data.kind](config)
-    tokenizer = train_tokenizer(course.corpus, config.model.vocab_size)
+    looked = folder / "looked" if config.look.steps else None
+    before = load(looked) if looked and (looked / "config.json").exists() else None
+    if before:
+        say(f"going on from {looked}; delete it to learn to look anew")
+        tokenizer = before.processor.tokenizer
+    else:
+        tokenizer = train_tokenizer(course.corpus, config.model.vocab_size)
     pixels = config.data.size**2
     settings = ImageSettings(pixels, pixels, patch_size=config.model.patch)
     shapes = model_config(config, tokenizer)
+    if before and before.config != shapes:
+        raise ConfigError(
+            "model", config.model.to_dict(), f"is not the shape of {looked}; delete that folder"
+        )
     names = look.first_tokens(tokenizer, set(course.labels)) if config.look.steps else {}
     processor = Processor(tokenizer, settings)
     teacher = Teacher(course, processor, shapes, names, config.data.warp)
@@ -138,11 +148,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     say(f"{count / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {len(course.images)} images")
 
     scores = {}
-    if config.look.steps:
-        looked = folder / "looked"
-        if (looked / "config.json").exists():
-            say(f"going on from {looked}; delete it to learn to look anew")
-            params = load(looked).params
+    if looked:
+        if before:
+            params = before.params
         else:
             params = learn_to_look(config, teacher, params, say)
             save(Policy(shapes, params, processor), looked)

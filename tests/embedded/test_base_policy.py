@@ -17,7 +17,8 @@ from emor3_jax.embedded import base_policy, faces
 from emor3_jax.embedded.courses import COURSES
 from emor3_jax.embedded.teacher import Teacher
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models import load
+from emor3_jax.models import Policy, load, save
+from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
 COUNT, HELD_OUT = 1064, 1024
@@ -66,6 +67,30 @@ def test_a_base_policy_of_faces_learns_to_look_then_its_lessons(
     _, grid = policy.processor.patches(Image.new("L", (48, 48)))
     assert grid == (1, 4, 4)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params))
+
+
+def test_a_stopped_run_goes_on_from_what_it_has_looked_at(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tokenizer of that policy, whatever the corpus says by now."""
+    tokenizer = train_tokenizer(["which emotion ?", *faces.LABELS], 300)
+    shapes = base_policy.model_config(config, tokenizer)
+    params = model.init_params(shapes, jax.random.key(7))
+    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
+    save(Policy(shapes, params, processor), tmp_path / "looked")
+
+    def no_lessons(config: ConfigDict, teacher: Teacher, params: dict, say: object) -> tuple:
+        assert teacher.processor.tokenizer.get_vocab() == tokenizer.get_vocab()
+        return params, {}
+
+    monkeypatch.setattr(base_policy, "learn_lessons", no_lessons)
+    assert set(base_policy.train(config, tmp_path)) == {"look"}
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path).params, params)
+
+    other = ConfigDict(config.to_dict())
+    other.model.layers = 2
+    with pytest.raises(ConfigError, match=r"(?s)model.*looked; delete that folder"):
+        base_policy.train(other, tmp_path)
 
 
 def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: ConfigDict) -> None:
