@@ -73,9 +73,13 @@ def compile_cell(size: str, name: str, programs: list[str]) -> None:
 
 
 def _commit() -> str:
-    """Returns the last commit that changed what is compiled."""
+    """Returns the last commit that changed the package or a config; "unknown" outside of git."""
     command = ["git", "log", "-1", "--format=%h", "--abbrev=10", "--", "emor3_jax", "configs"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def page(found: Results) -> str:
@@ -87,6 +91,8 @@ def page(found: Results) -> str:
 def _compiled(found: Results) -> str:
     """Returns when, and from which commits, the programs were compiled."""
     rows = [row for cell in found.values() for row in cell.values()]
+    if not rows:
+        return "No program has been compiled"
     dates = sorted({row["date"] for row in rows})
     commits = sorted({row["commit"] for row in rows})
     span = " to ".join(dict.fromkeys((dates[0], dates[-1])))

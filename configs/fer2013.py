@@ -17,7 +17,7 @@ from emor3_jax.config import base_policy, dataset
 
 
 def get_config(row: str = "emo_r3") -> ConfigDict:
-    """Returns the config of the base policy ("base"), or of a row of `table.ROWS`.
+    """Returns the config of a row of `table.ROWS`; for "base", that of the base policy itself.
 
     Raises:
       ValueError: if there is no such row.
@@ -35,11 +35,11 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
         config.model.heads = 4
         # 20 epochs.
         config.look.steps = 2200
-        config.steps = 500
-        config.learning_rate = 1e-3
+        config.steps = 700
+        config.learning_rate = 1.5e-3
         return config
     if row not in table.ROWS:
-        raise ValueError(f"row {row!r}: must be base or one of {', '.join(table.ROWS)}")
+        raise ValueError(f"row {row!r}: must be one of {', '.join(table.ROWS)}")
     config = cpu_demo.get_config()
     config.steps = 60
     # Named on the command line: the embedded policy knows drawn scenes, not faces.

@@ -308,14 +308,14 @@ def base_policy() -> ConfigDict:
     config.data.path = ""
     # Images to learn from, drawn by the seed.
     config.data.limit = 8000
-    # Side of an image in pixels, a multiple of a token's side, which is twice `model.patch`.
+    # Side of an image in pixels, best a multiple of a token's, which is twice `model.patch`.
     config.data.size = 112
     # How strongly pictures are turned, moved and relit; 0 leaves them as they are.
     config.data.warp = 0.0
 
     config.model = ConfigDict()
     config.model.vocab_size = 1200
-    # Sides in pixels of a patch, and of a window that most layers attend in.
+    # Sides in pixels of a patch, and of a window that most layers attend in: whole tokens.
     config.model.patch = 14
     config.model.window = 112
     config.model.vision_width = 128

@@ -30,6 +30,12 @@ def test_the_page_says_when_and_from_what_its_programs_were_compiled() -> None:
     assert found in " ".join(text.split())
 
 
+def test_a_page_of_nothing_says_so() -> None:
+    text = page({})
+    assert "No program has been compiled" in text
+    assert "| 3B | v4-8 |" in text and "not run" in text
+
+
 def _lines(update: dict[str, Any], handed: dict[str, Any]) -> list[str]:
     text = page({("3b", "v4-16"): {"update": update, "hand-over": handed}})
     return [line for line in text.splitlines() if line.startswith("| 3B | v4-16 ")]

@@ -65,7 +65,7 @@ def test_faces_have_the_rows_of_the_table(policy: str) -> None:
         validate(config)
         assert config.data.train.labels == "fer7"
         assert config.reflect.enabled == (row == "emo_r3")
-    with pytest.raises(ValueError, match=r"'ppo'.*base or one of .*grpo"):
+    with pytest.raises(ValueError, match=r"'ppo'.*must be one of .*grpo"):
         fer2013.get_config("ppo")
 
 

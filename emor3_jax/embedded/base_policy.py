@@ -27,10 +27,13 @@ from emor3_jax.embedded.teacher import Lessons, Teacher, stack_lessons, stack_lo
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.io.console import Console, duration
 from emor3_jax.models import Policy, load, save
-from emor3_jax.models.qwen2_5_vl import layout, model
+from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
+
+WHITENED = 8192
+"""Pictures whose patches say how to whiten."""
 
 Sizes = tuple[pretrain.Size, pretrain.Size, pretrain.Size]
 
@@ -168,10 +171,9 @@ def _check(config: ConfigDict) -> None:
     if config.data.kind not in COURSES:
         raise ConfigError("data.kind", config.data.kind, f"must be one of {', '.join(COURSES)}")
     token = 2 * config.model.patch
-    for name, side in (("data.size", config.data.size), ("model.window", config.model.window)):
-        if side % token:
-            rule = f"must be a multiple of {token}, the side of a token (2 * model.patch)"
-            raise ConfigError(name, side, rule)
+    if config.model.window % token:
+        rule = f"must be a multiple of {token}, the side of a token (2 * model.patch)"
+        raise ConfigError("model.window", config.model.window, rule)
     for path, phase in (("", config), ("look.", config.look)):
         if phase.steps <= phase.warmup_steps and (phase.steps or not path):
             rule = f"must be over {path}warmup_steps={phase.warmup_steps}"
@@ -184,11 +186,11 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
     phase = config.look
     batches = teacher.batches(teacher.look, stack_looks, phase.batch, config.seed)
     prompt = teacher.bare_prompt()
-    images = [next(batches).images for _ in range(-(-8192 // phase.batch))]
+    images = [next(batches).images for _ in range(-(-WHITENED // phase.batch))]
     seen = np.concatenate([image.patches[image.mask] for image in images])
-    embed = params["visual"]["patch_embed"]
-    embed["kernel"] = look.whitened(embed["kernel"], seen)
-    optimizer = look.make_optimizer(
+    embed = {"kernel": look.whitened(params["visual"]["patch_embed"]["kernel"], seen)}
+    params = params | {"visual": params["visual"] | {"patch_embed": embed}}
+    optimizer = look.make_muon(
         phase.learning_rate, phase.warmup_steps, phase.steps, phase.weight_decay
     )
 
@@ -211,9 +213,7 @@ def learn_lessons(
 ) -> tuple[dict, dict[str, float]]:
     """Returns parameters that reply as the course's tasks do, and how often exactly so."""
     course, shapes = teacher.course, teacher.shapes
-    patches, grid = teacher.processor.patches(course.images[0])
-    slots = layout.window_layout(patches, grid, shapes.vision).slot_of_token
-    frame = pretrain.make_frame(teacher.processor.tokenizer, grid, slots, shapes)
+    frame = teacher.frame()
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.05 * config.learning_rate
     )

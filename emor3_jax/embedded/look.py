@@ -36,11 +36,11 @@ class Looks(NamedTuple):
 
     Attributes:
       images: one a row.
-      wanted: int32[B], the token to name.
+      names: int32[B], the token of what each shows.
     """
 
     images: Images
-    wanted: np.ndarray
+    names: np.ndarray
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, labels: set[str]) -> dict[str, int]:
@@ -76,7 +76,7 @@ def whitened(kernel: jax.Array, patches: np.ndarray) -> jax.Array:
     return kernel.at[:, : first.shape[1]].set(first)
 
 
-def make_optimizer(
+def make_muon(
     learning_rate: float, warmup_steps: int, steps: int, weight_decay: float
 ) -> optax.GradientTransformation:
     """Returns Muon for matrices and Adam for the rest, behind a clip of the gradient norm.
@@ -120,7 +120,7 @@ def _matrix(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | No
     return MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
 
 
-def name(config: Config, params: dict, prompt: Prompt, images: Images) -> jax.Array:
+def name_logits(config: Config, params: dict, prompt: Prompt, images: Images) -> jax.Array:
     """Returns the logits float32[B, V] of what follows the image.
 
     Args:
@@ -144,9 +144,9 @@ def look_step(
     """Takes one optimizer step; returns the new state and `loss`, `right` and `grad_norm`."""
 
     def loss_fn(params: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = name(config, params, prompt, looks.images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, looks.wanted)
-        return jnp.mean(loss), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == looks.wanted)}
+        logits = name_logits(config, params, prompt, looks.images)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, looks.names)
+        return jnp.mean(loss), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == looks.names)}
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state, applied = apply_gradients(state, grads, optimizer)
@@ -155,5 +155,5 @@ def look_step(
 
 @partial(jax.jit, static_argnames="config")
 def named_right(params: dict, prompt: Prompt, looks: Looks, *, config: Config) -> jax.Array:
-    """Returns bool[B], whether the likeliest token is the wanted one."""
-    return jnp.argmax(name(config, params, prompt, looks.images), axis=-1) == looks.wanted
+    """Returns bool[B], whether the likeliest token is the name."""
+    return jnp.argmax(name_logits(config, params, prompt, looks.images), axis=-1) == looks.names

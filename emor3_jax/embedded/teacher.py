@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from PIL import Image
 
 from emor3_jax.data.prompts import IMAGE_TOKEN
 from emor3_jax.embedded import pretrain
@@ -16,7 +15,7 @@ from emor3_jax.embedded.warp import warp
 from emor3_jax.models.qwen2_5_vl import layout
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
-from emor3_jax.models.qwen2_5_vl.processor import Processor
+from emor3_jax.models.qwen2_5_vl.processor import Processor, decode
 
 
 class Lessons(NamedTuple):
@@ -67,17 +66,24 @@ class Teacher(NamedTuple):
         """Returns one picture in window layout and the token to name."""
         return self._picture(row, rng), self.names[self.course.labels[row]]
 
+    def frame(self) -> pretrain.Frame:
+        """Returns the constant prefixes of lessons."""
+        return pretrain.make_frame(self.processor.tokenizer, *self._grid(), self.shapes)
+
     def bare_prompt(self) -> Prompt:
         """Returns `<|vision_start|>`, the image and `<|vision_end|>`, B = 1."""
-        tokenizer = self.processor.tokenizer
-        patches, grid = self.processor.patches(self.course.images[0])
-        slots = layout.window_layout(patches, grid, self.shapes.vision).slot_of_token
+        grid, slots = self._grid()
         text = "<|vision_start|>" + IMAGE_TOKEN * len(slots) + "<|vision_end|>"
-        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        tokens = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         return pretrain.make_prompt(tokens, grid, slots, self.shapes)[0]
 
+    def _grid(self) -> tuple[tuple[int, int, int], np.ndarray]:
+        """Returns grid and slots of the first picture; all are of one size."""
+        patches, grid = self.processor.patches(self.course.images[0])
+        return grid, layout.window_layout(patches, grid, self.shapes.vision).slot_of_token
+
     def _picture(self, row: int, rng: np.random.Generator) -> layout.WindowLayout:
-        picture: bytes | Image.Image = self.course.images[row]
+        picture = decode(self.course.images[row])
         if self.strength > 0 and row < self.learned:
             picture = warp(picture, self.strength, rng)
         patches, grid = self.processor.patches(picture)

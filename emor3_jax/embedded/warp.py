@@ -1,7 +1,5 @@
 """Pictures as they might have been taken: turned, moved, scaled, mirrored, in other light."""
 
-import io
-
 import numpy as np
 from PIL import Image
 
@@ -15,18 +13,17 @@ _CONTRAST = 0.25
 _BRIGHTNESS = 15.0
 
 
-def warp(encoded: bytes, strength: float, rng: np.random.Generator) -> Image.Image:
+def warp(picture: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """Returns a picture, changed at random; half of them mirrored.
 
     Args:
-      encoded: a PNG, JPEG, ...
+      picture: decoded.
       strength: factor of every change but mirroring; 0 only mirrors.
       rng: NumPy generator.
 
     Returns:
       Grey if the picture is, else RGB; of the same size. What lies outside of it is black.
     """
-    picture = Image.open(io.BytesIO(encoded))
     picture = picture if picture.mode == "L" else picture.convert("RGB")
     if rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -112,7 +112,6 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
     ("changes", "named"),
     (
         ({"data.kind": "cats"}, r"data\.kind.*emoscenes, faces"),
-        ({"data.size": 20}, r"data\.size.*20.*multiple of 8"),
         ({"model.window": 12}, r"model\.window.*12.*multiple of 8"),
         ({"steps": 1}, r"steps.*over warmup_steps=1"),
         ({"look.steps": 2}, r"look\.steps.*over look\.warmup_steps=2"),

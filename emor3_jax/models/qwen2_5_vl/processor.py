@@ -220,7 +220,7 @@ class Processor:
             32 bits.
         """
         settings = self.images
-        picture = _to_rgb(_decode(image) if isinstance(image, bytes) else image)
+        picture = _to_rgb(decode(image) if isinstance(image, bytes) else image)
         down, across = settings.smart_resize(picture.height, picture.width)
         pixels = np.asarray(picture.resize((across, down), Image.BICUBIC))
         patch, merge, frames = (
@@ -238,7 +238,12 @@ class Processor:
         return out.reshape(rows * columns, -1), (1, rows, columns)
 
 
-def _decode(encoded: bytes) -> Image.Image:
+def decode(encoded: bytes) -> Image.Image:
+    """Returns a picture, turned as its EXIF tag says.
+
+    Raises:
+      ImageError: if it cannot be decoded.
+    """
     try:
         picture = Image.open(io.BytesIO(encoded))
         picture.load()
