@@ -12,8 +12,9 @@ COMMIT = "0123abc"
 """What git says is checked out."""
 
 _NOTE = """#!/usr/bin/env bash
-# In one piece: programs of a pipe note theirs at the same time.
-printf '%s\\0' "$(basename "$0")" "$@" $'\\n' >> "$CALLS"
+# In one piece, as programs of a pipe note theirs at the same time: the shell writes up to each end
+# of a line at once, so that none must stand in it.
+printf '%s\\0' "$(basename "$0")" "$@" $'\\x1e' >> "$CALLS"
 """
 
 # Takes the next line of a file of answers; the last one stays.
@@ -91,7 +92,7 @@ class StandIns:
         words, out = self._calls.read_text().split("\0")[:-1], [[]]
         self._calls.unlink()
         for word in words:
-            if word == "\n":
+            if word == "\x1e":
                 out.append([])
             else:
                 out[-1].append(word)

@@ -79,17 +79,25 @@ start() {
   until [[ -s logs/run.pid ]]; do sleep 0.1; done
 }
 
-# Ends what runs here: after its step, or after two minutes without asking.
+# Ends what runs here: after its step, or after two minutes without asking. Its status is waited
+# for too: written later, it would be taken for the status of what is started next.
 end() {
   local pid second
   pid="$(< logs/run.pid)"
   kill -TERM "$pid" 2> /dev/null || true
   for second in $(seq "${PATIENCE:-120}"); do
-    alive || return 0
+    alive || break
     sleep 1
   done
-  echo "ended without a checkpoint after $second seconds" >&2
-  kill -KILL "$pid" 2> /dev/null || true
+  if alive; then
+    echo "ended without a checkpoint after $second seconds" >&2
+    kill -KILL "$pid" 2> /dev/null || true
+  fi
+  # Of a program whose shell was killed as well, no status ever comes.
+  for second in $(seq 100); do
+    if [[ -e logs/run.status ]]; then return; fi
+    sleep 0.1
+  done
 }
 
 state() {

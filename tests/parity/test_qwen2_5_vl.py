@@ -258,14 +258,10 @@ def test_gradients(oracle, policy, name, enter):
     relative = {
         key: np.abs(actual[key] - tensor).max() / np.abs(tensor).max()
         for key, tensor in expected.items()
-        # The bias of keys moves all scores of a query alike: its gradient is 0 but for noise.
-        if not key.endswith("k_proj.bias")
     }
     worst, mean = max(relative.values()), float(np.mean(list(relative.values())))
     case = f"gradients of {len(relative)} tensors, {name}, over the tensor's largest"
-    enter(case, float(worst), mean, 1e-3)
-    for key in set(expected) - set(relative):
-        np.testing.assert_allclose(actual[key], expected[key], atol=1e-6, err_msg=key)
+    enter(case, float(worst), mean, 1e-4)
 
 
 def test_transformers_loads_what_is_saved(oracle, policy, tmp_path):
