@@ -31,10 +31,12 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
         config.model.patch = 8
         config.model.window = 48
         config.model.vision_layers = 4
+        config.model.vision_heads = 8
         config.model.width = 128
         config.model.heads = 4
         # 20 epochs.
         config.look.steps = 2200
+        config.look.mix = 0.2
         config.steps = 700
         config.learning_rate = 1.5e-3
         return config

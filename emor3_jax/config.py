@@ -320,6 +320,7 @@ def base_policy() -> ConfigDict:
     config.model.window = 112
     config.model.vision_width = 128
     config.model.vision_layers = 3
+    config.model.vision_heads = 4
     config.model.width = 192
     config.model.layers = 3
     config.model.heads = 6
@@ -332,6 +333,8 @@ def base_policy() -> ConfigDict:
     config.look.learning_rate = 5e-3
     config.look.warmup_steps = 80
     config.look.weight_decay = 0.03
+    # Pictures are mixed in pairs by shares of Beta(mix, mix); 0 mixes none.
+    config.look.mix = 0.0
 
     config.steps = 380
     config.batch = 32

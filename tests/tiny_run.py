@@ -23,7 +23,14 @@ from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
 SMALL = {
-    **{"vocab_size": 800, "patch": 14, "window": 112, "vision_width": 32, "vision_layers": 1},
+    **{
+        "vocab_size": 800,
+        "patch": 14,
+        "window": 112,
+        "vision_width": 32,
+        "vision_layers": 1,
+        "vision_heads": 1,
+    },
     **{"width": 32, "layers": 1, "heads": 2, "kv_heads": 1},
 }
 """Sizes of a policy of 30 thousand parameters."""

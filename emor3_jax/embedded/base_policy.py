@@ -46,7 +46,7 @@ def model_config(config: ConfigDict, tokenizer: Any) -> Config:
         depth=config.model.vision_layers,
         hidden_size=config.model.vision_width,
         intermediate_size=2 * config.model.vision_width,
-        num_heads=config.model.vision_width // 32,
+        num_heads=config.model.vision_heads,
         patch_size=config.model.patch,
         temporal_patch_size=2,
         spatial_merge_size=2,
@@ -174,6 +174,12 @@ def _check(config: ConfigDict) -> None:
     if config.model.window % token:
         rule = f"must be a multiple of {token}, the side of a token (2 * model.patch)"
         raise ConfigError("model.window", config.model.window, rule)
+    width, heads = config.model.vision_width, config.model.vision_heads
+    if width % (4 * heads) or width < 8 * heads:
+        rule = f"must leave a head of model.vision_width={width} a multiple of 4, 8 or more"
+        raise ConfigError("model.vision_heads", heads, rule)
+    if config.look.mix < 0:
+        raise ConfigError("look.mix", config.look.mix, "must be 0, for none, or more")
     for path, phase in (("", config), ("look.", config.look)):
         if phase.steps <= phase.warmup_steps and (phase.steps or not path):
             rule = f"must be over {path}warmup_steps={phase.warmup_steps}"
@@ -188,14 +194,19 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
     prompt = teacher.bare_prompt()
     images = [next(batches).images for _ in range(-(-WHITENED // phase.batch))]
     seen = np.concatenate([image.patches[image.mask] for image in images])
-    embed = {"kernel": look.whitened(params["visual"]["patch_embed"]["kernel"], seen)}
-    params = params | {"visual": params["visual"] | {"patch_embed": embed}}
+    visual = params["visual"]
+    embed = {"kernel": look.whitened(visual["patch_embed"]["kernel"], seen)}
+    qkv = look.local_heads(visual["blocks"]["attn"]["qkv"], shapes.vision, config.seed)
+    blocks = visual["blocks"] | {"attn": visual["blocks"]["attn"] | {"qkv": qkv}}
+    params = params | {"visual": visual | {"patch_embed": embed, "blocks": blocks}}
     optimizer = look.make_muon(
         phase.learning_rate, phase.warmup_steps, phase.steps, phase.weight_decay
     )
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        return look.look_step(state, prompt, next(batches), config=shapes, optimizer=optimizer)
+        return look.look_step(
+            *(state, prompt, next(batches)), config=shapes, optimizer=optimizer, mix=phase.mix
+        )
 
     return _fit("looking", phase.steps, step, TrainState.create(params, optimizer), say).params
 

@@ -3,8 +3,9 @@
 FER-2013 labels its faces and says nothing else of them, so the descriptions are stock phrases for
 each label ("a face with raised brows and a dropped jaw"). They are right for most faces, not for
 each. As on EmoScenes, the base policy learns to judge from correct pairs of phrase and label, and
-its own SET responses from data that are mediocre on purpose: the label is often replaced by one of
-a few favourites, and the format is often broken.
+its own SET responses from data that are mediocre on purpose: they describe the face rightly, now
+and then as another's, but the feeling and the answer that follow are mostly one of a few
+favourites, and the format is often broken.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,14 @@ import numpy as np
 
 from emor3_jax.data.prompts import PromptTemplates, fill
 from emor3_jax.embedded.emoscenes.words import reasoning, set_response
-from emor3_jax.embedded.tasks import BROKEN_FORMAT, FRESH_ANSWER, JUDGE_WEIGHT, Task, break_format
+from emor3_jax.embedded.tasks import (
+    BROKEN_FORMAT,
+    FRESH_ANSWER,
+    JUDGE_WEIGHT,
+    MISNAMED,
+    Task,
+    break_format,
+)
 
 LABELS = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")
 
@@ -83,7 +91,7 @@ def tasks(label: str, question: str, templates: PromptTemplates, rng) -> list[Ta
       templates: the prompt templates of the run.
       rng: NumPy generator.
     """
-    other = str(rng.choice([name for name in LABELS if name != label]))
+    other = _another(label, rng)
     true, false = (
         fill(templates.consistency, text=f"<step1> {describe(name, rng)} </step1>")
         for name in (label, other)
@@ -102,11 +110,17 @@ def tasks(label: str, question: str, templates: PromptTemplates, rng) -> list[Ta
 
 
 def response(label: str, rng: np.random.Generator) -> str:
-    """Returns a SET response as the base policy would give it."""
-    seen, felt = habit(label, rng), habit(label, rng)
+    """Returns a SET response as the base policy would give it; see the module's docstring."""
+    seen = _another(label, rng) if rng.random() < MISNAMED else label
+    felt = habit(label, rng)
     answer = habit(label, rng) if rng.random() < FRESH_ANSWER else felt
     text = set_response(describe(seen, rng), feeling(felt, rng), _AROUSAL[felt], answer)
     return break_format(text, answer, rng) if rng.random() < BROKEN_FORMAT else text
+
+
+def _another(label: str, rng: np.random.Generator) -> str:
+    """Returns one of the other labels."""
+    return str(rng.choice([name for name in LABELS if name != label]))
 
 
 def corpus(questions: Sequence[str], templates: PromptTemplates, seed: int = 0) -> list[str]:

@@ -6,7 +6,12 @@ that is predicted, at `<|vision_end|>`, so that a step costs hardly more than th
 
 1. The patch embedding starts as a whitening of the pictures' patches (Coates, Ng and Lee, 2011,
    "An analysis of single-layer networks in unsupervised feature learning"), in half of its columns.
-2. Matrices learn by Muon (Jordan, 2024; with the scale of Liu et al., 2025, arXiv:2502.16982,
+2. Each head of the tower starts by attending to one neighbour of every patch, as a convolution of
+   3 x 3 would (Zheng, Li and Lucey, 2024, "Structured initialization for attention in vision
+   transformers", arXiv:2404.01139; theirs solves for the kernels of queries and keys, while rotary
+   positions let their biases alone say it).
+3. Pictures may be mixed in pairs (Zhang et al., 2018, "mixup", arXiv:1710.09412).
+4. Matrices learn by Muon (Jordan, 2024; with the scale of Liu et al., 2025, arXiv:2502.16982,
    eq. 4), everything else by Adam.
 """
 
@@ -21,14 +26,19 @@ from optax.contrib import MuonDimensionNumbers, muon
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.embedded.pretrain import see
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl import model, rope
+from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 from emor3_jax.rl.update import TrainState, apply_gradients
 
 # What 1 / sqrt(variance) of a direction is bounded by, and the scale of a whitened patch's entries.
 _NOISE = 1e-2
 _SCALE = 0.5
+
+# How much an axis's score for the neighbour itself is over the mean of all, for each of the two
+# fastest frequencies; and what is left of the kernels that would add to it by content.
+_NEARNESS = 6.0
+_CONTENT = 0.3
 
 
 class Looks(NamedTuple):
@@ -74,6 +84,36 @@ def whitened(kernel: jax.Array, patches: np.ndarray) -> jax.Array:
     variances, directions = variances[::-1][:half], directions[:, ::-1][:, :half]
     first = _SCALE * directions / np.sqrt(np.maximum(variances, 0) + _NOISE)
     return kernel.at[:, : first.shape[1]].set(first)
+
+
+def local_heads(qkv: dict, config: VisionConfig, seed: int) -> dict:
+    """Returns queries and keys of which each head attends to one neighbour of every patch.
+
+    Which one of the 3 x 3 is drawn for each head, different ones in a layer while there are some.
+
+    Args:
+      qkv: `kernel` float32[layers, C, 3 * C] and `bias` float32[layers, 3 * C], head by head.
+      config: of the tower; its heads have 8 components or more.
+      seed: of the draw.
+    """
+    layers, heads, dim = len(qkv["bias"]), config.num_heads, config.head_dim
+    neighbours = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), axis=-1).reshape(-1, 2)
+    rng = np.random.default_rng(seed)
+    order = rng.permuted(np.tile(np.arange(9), (layers, 1)), axis=1)
+    offsets = neighbours[np.resize(order.T, (heads, layers)).T]
+    cosine, sine = (np.asarray(x) for x in rope.vision_table(jnp.asarray(offsets), config))
+    # Turned by its place, a key has the angle of its place, and a query that of the place sought.
+    fast = np.arange(dim // 2) % (dim // 4) < 2
+    size = np.where(fast, np.sqrt(_NEARNESS * dim**0.5), 0.0)
+    bias = np.array(qkv["bias"]).reshape(layers, heads, 3, dim)
+    bias[:, :, 0] = np.concatenate([size * cosine, size * sine], axis=-1)
+    bias[:, :, 1] = np.concatenate([size, np.zeros(dim // 2)])
+    kernel = np.array(qkv["kernel"]).reshape(layers, -1, heads, 3, dim)
+    kernel[:, :, :, :2] *= _CONTENT
+    return {
+        "kernel": jnp.asarray(kernel.reshape(qkv["kernel"].shape)),
+        "bias": jnp.asarray(bias.reshape(qkv["bias"].shape)),
+    }
 
 
 def make_muon(
@@ -132,7 +172,7 @@ def name_logits(config: Config, params: dict, prompt: Prompt, images: Images) ->
     return model.logits(config, params, hidden[:, -1])
 
 
-@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("config", "optimizer", "mix"), donate_argnames="state")
 def look_step(
     state: TrainState,
     prompt: Prompt,
@@ -140,12 +180,36 @@ def look_step(
     *,
     config: Config,
     optimizer: optax.GradientTransformation,
+    mix: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes one optimizer step; returns the new state and `loss`, `right` and `grad_norm`."""
+    """Takes one optimizer step.
+
+    Args:
+      state: of the policy; its count of updates seeds the mixing.
+      prompt: as of `name_logits`.
+      looks: the batch; the images of one size.
+      config, optimizer: the policy's and its own.
+      mix: each picture is mixed with the one before it in the batch by a share of Beta(mix, mix),
+        the larger part its own; 0 mixes none.
+
+    Returns:
+      The new state, and `loss`, `right` (of the name of the larger share) and `grad_norm`.
+    """
+    shares = jnp.ones(len(looks.names))
+    if mix:
+        drawn = jax.random.beta(jax.random.key(state.updates), mix, mix, shares.shape)
+        shares = jnp.maximum(drawn, 1 - drawn)
+    others = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), looks)
+    patches = shares[:, None, None, None]
+    patches = patches * looks.images.patches + (1 - patches) * others.images.patches
+    images = looks.images._replace(patches=patches)
 
     def loss_fn(params: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = name_logits(config, params, prompt, looks.images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, looks.names)
+        logits = name_logits(config, params, prompt, images)
+        loss = sum(
+            share * optax.softmax_cross_entropy_with_integer_labels(logits, names)
+            for share, names in ((shares, looks.names), (1 - shares, others.names))
+        )
         return jnp.mean(loss), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == looks.names)}
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -45,7 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
     config.data.path = str(path)
     config.data.size = 16
     config.model.update({"patch": 4, "window": 16})
-    config.model.update({"vision_width": 32, "vision_layers": 1})
+    config.model.update({"vision_width": 32, "vision_layers": 1, "vision_heads": 1})
     config.model.update({"width": 32, "layers": 1, "heads": 2, "kv_heads": 1})
     config.look.update({"steps": 12, "warmup_steps": 2, "batch": 16, "learning_rate": 2e-2})
     config.update({"steps": 3, "warmup_steps": 1, "batch": 4})
@@ -113,6 +113,9 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
     (
         ({"data.kind": "cats"}, r"data\.kind.*emoscenes, faces"),
         ({"model.window": 12}, r"model\.window.*12.*multiple of 8"),
+        ({"model.vision_heads": 3}, r"model\.vision_heads.*3.*vision_width=32.*multiple of 4"),
+        ({"model.vision_heads": 8}, r"model\.vision_heads.*8.*8 or more"),
+        ({"look.mix": -0.1}, r"look\.mix.*-0\.1.*0, for none"),
         ({"steps": 1}, r"steps.*over warmup_steps=1"),
         ({"look.steps": 2}, r"look\.steps.*over look\.warmup_steps=2"),
     ),

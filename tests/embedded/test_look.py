@@ -1,5 +1,7 @@
 """Learning to look: the whitened embedding, the optimizer, and that two kinds of picture part."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import tiny
 
 from emor3_jax.embedded import look, pretrain, tasks
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models.qwen2_5_vl import layout, model
+from emor3_jax.models.qwen2_5_vl import layout, model, rope
 from emor3_jax.rl.update import TrainState
 
 
@@ -33,6 +35,40 @@ def test_whitening_is_bounded_where_patches_do_not_vary() -> None:
     np.testing.assert_allclose(
         jnp.linalg.norm(after[:, 0]), 0.5 / np.sqrt(variance + 0.01), rtol=1e-5
     )
+
+
+def test_each_head_starts_by_attending_to_one_neighbour() -> None:
+    config = dataclasses.replace(tiny.VISION, hidden_size=96, num_heads=6)
+    rng = np.random.default_rng(0)
+    before = {
+        "kernel": jnp.asarray(rng.normal(size=(2, 96, 288)), jnp.float32),
+        "bias": jnp.zeros((2, 288)),
+    }
+    after = look.local_heads(before, config, seed=3)
+    for layer in range(2):
+        sought = set()
+        rows, columns = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
+        coords = jnp.asarray(np.stack([rows.ravel(), columns.ravel()], axis=-1))
+        turn = rope.vision_table(coords, config)
+        both = after["bias"][layer].reshape(6, 3, 16)[None]
+        query, key = (
+            rope.rotate(jnp.broadcast_to(both[:, :, i], (36, 6, 16)), *turn) for i in (0, 1)
+        )
+        scores = jnp.einsum("qhd,khd->hqk", query, key) * 16**-0.5
+        for head in np.asarray(jax.nn.softmax(scores)).reshape(6, 6, 6, 6, 6):
+            # Of a patch in the middle; its neighbour has most of the attention.
+            place = np.unravel_index(head[2, 3].argmax(), (6, 6))
+            assert head[2, 3].max() > 0.7
+            sought.add((int(place[0]) - 2, int(place[1]) - 3))
+            # And all patches look the same way, as far as the picture goes.
+            for row, column in ((1, 1), (4, 4), (1, 4)):
+                there = np.unravel_index(head[row, column].argmax(), (6, 6))
+                assert (there[0] - row, there[1] - column) == (place[0] - 2, place[1] - 3)
+        assert len(sought) == 6 and all(abs(x) <= 1 for offset in sought for x in offset)
+    # Values stay; what queries and keys say of the content is smaller.
+    old, new = (np.asarray(x["kernel"]).reshape(2, 96, 6, 3, 16) for x in (before, after))
+    np.testing.assert_array_equal(new[:, :, :, 2], old[:, :, :, 2])
+    np.testing.assert_allclose(new[:, :, :, :2], 0.3 * old[:, :, :, :2], rtol=1e-6)
 
 
 def test_labels_with_one_first_token_are_refused_by_name() -> None:
@@ -60,6 +96,50 @@ def test_matrices_take_orthogonal_updates_and_the_rate_falls_to_nothing() -> Non
             assert float(jnp.mean(jnp.abs(updates["embedding"]))) == pytest.approx(1e-2, rel=0.2)
     assert sizes[0] == 0 and sizes[1] < sizes[2] == pytest.approx(max(sizes), rel=1e-2)
     assert sizes[2] > sizes[6] > sizes[9] > 0 and sizes[10] == 0
+
+
+def test_pictures_are_mixed_in_pairs() -> None:
+    """The loss of a mixed batch, computed anew from the mixture; the same seed, the same shares."""
+    config = tiny.make_config()
+    rng = np.random.default_rng(0)
+    rows = [
+        layout.window_layout(
+            rng.normal(size=(4, config.vision.patch_dim)).astype(np.float32),
+            (1, 2, 2),
+            config.vision,
+        )
+        for _ in range(4)
+    ]
+    looks = look.Looks(layout.pad_images(rows, 1), np.asarray([11, 12, 13, 14], np.int32))
+    tokens = [9, config.image_token_id, 10]
+    prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), rows[0].slot_of_token, config)
+    optimizer = look.make_muon(1e-2, 2, 20, 0.0)
+
+    def start() -> TrainState:
+        return TrainState.create(model.init_params(config, jax.random.key(0)), optimizer)
+
+    def loss(mix: float) -> float:
+        step = look.look_step(start(), prompt, looks, config=config, optimizer=optimizer, mix=mix)
+        return float(step[1]["loss"])
+
+    state = start()
+    drawn = np.asarray(jax.random.beta(jax.random.key(0), 0.5, 0.5, (4,)))
+    shares = np.maximum(drawn, 1 - drawn)
+    assert int(state.updates) == 0 and np.all(shares >= 0.5) and np.any(shares < 0.95)
+    patches = looks.images.patches
+    mixed = np.stack(
+        [s * patches[i] + (1 - s) * patches[i - 1] for i, s in enumerate(shares.tolist())]
+    )
+    logits = look.name_logits(config, state.params, prompt, looks.images._replace(patches=mixed))
+    logps = np.asarray(jax.nn.log_softmax(logits))
+    expected = [
+        s * logps[i, looks.names[i]] + (1 - s) * logps[i, looks.names[i - 1]]
+        for i, s in enumerate(shares.tolist())
+    ]
+    assert loss(0.5) == loss(0.5) == pytest.approx(-np.mean(expected), rel=1e-5)
+    plain = jax.nn.log_softmax(look.name_logits(config, state.params, prompt, looks.images))
+    plain = [float(plain[i, name]) for i, name in enumerate(looks.names)]
+    assert loss(0.0) == pytest.approx(-np.mean(plain), rel=1e-5)
 
 
 def test_a_policy_learns_to_tell_two_kinds_of_picture() -> None:

@@ -1,0 +1,60 @@
+"""What a base policy learns of labelled faces: what its responses see, and what they make of it."""
+
+import re
+
+import numpy as np
+import pytest
+
+from emor3_jax.data.prompts import PromptTemplates
+from emor3_jax.embedded import faces
+
+
+def named(phrases: str) -> set[str]:
+    """Returns the labels whose stock descriptions are like these words."""
+    rng = np.random.default_rng(0)
+    return {
+        label
+        for label in faces.LABELS
+        if phrases in {faces.describe(label, rng) for _ in range(64)}
+    }
+
+
+def test_stock_descriptions_tell_labels_apart() -> None:
+    rng = np.random.default_rng(1)
+    for label in faces.LABELS:
+        assert named(faces.describe(label, rng)) == {label}
+
+
+def test_responses_describe_the_face_rightly_and_answer_out_of_habit() -> None:
+    rng = np.random.default_rng(2)
+    seen, answered, broken = [], [], 0
+    for _ in range(2000):
+        text = faces.response("fear", rng)
+        (description,) = re.findall(r"a face with [a-z ]+ and [a-z ]+?(?= <| \n|\n|$)", text)[:1]
+        (label,) = named(description.strip())
+        seen.append(label)
+        boxed = re.search(r"boxed\{(\w+)\}", text)
+        if boxed:
+            answered.append(boxed[1])
+        broken += not re.search(r"^<step1>.*</step1>\n<step2>.*</step2>\n<step3>.*</step3>\n", text)
+    # 8 % misnamed; the habit: 35 % by the face, else a favourite, of which fear is 10 %.
+    assert np.mean(np.asarray(seen) == "fear") == pytest.approx(0.92, abs=0.02)
+    assert np.mean(np.asarray(answered) == "fear") == pytest.approx(0.35 + 0.65 * 0.1, abs=0.035)
+    assert np.mean(np.asarray(answered) == "happiness") == pytest.approx(0.65 * 0.3, abs=0.03)
+    assert 0.15 < broken / 2000 < 0.35
+
+
+def test_of_two_descriptions_to_judge_one_is_right() -> None:
+    templates = PromptTemplates.load(set="tiny", coherence="tiny", consistency="tiny")
+    rng = np.random.default_rng(3)
+    for label in faces.LABELS:
+        found = faces.tasks(label, "which emotion ?", templates, rng)
+        kinds = [task.kind for task in found]
+        assert kinds == ["describe", "consistency", "consistency", "coherence", "set"]
+        assert named(found[0].reply) == {label}
+        true, false = (
+            re.search(r"<step1> (.*?) </step1>", task.question)[1] for task in found[1:3]
+        )
+        assert [task.reply for task in found[1:3]] == ["yes", "no"]
+        assert named(true) == {label} and label not in named(false)
+        assert found[3].reply in faces.LABELS and not found[3].with_image
