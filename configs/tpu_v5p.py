@@ -6,7 +6,7 @@ python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=DIR \\
 
 `--config=configs/tpu_v5p.py:7b,chips=32` takes the 7B on 32 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-24): hand-over,
+What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-25): hand-over,
 decode, growing the cache and update need at most 56.48 of 95.73 GiB a device for the 3B on a v5p-8
 (4 chips), 72.47 for the 7B. Prefill, reflections and reference have not been compiled. More:
 docs/results/compile.md.
