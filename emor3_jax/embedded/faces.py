@@ -72,6 +72,12 @@ def describe(label: str, rng: np.random.Generator) -> str:
     return f"a face with {brows} and {mouth}"
 
 
+def described(text: str) -> str | None:
+    """Returns the label whose brows a text names first, None if it names none."""
+    places = [(text.find(x), label) for label, brows in _BROWS.items() for x in brows if x in text]
+    return min(places)[1] if places else None
+
+
 def feeling(label: str, rng: np.random.Generator) -> str:
     """Returns how a viewer would feel."""
     return f"a viewer would feel {rng.choice(_FEELINGS[label])}"

@@ -25,6 +25,14 @@ def test_stock_descriptions_tell_labels_apart() -> None:
         assert named(faces.describe(label, rng)) == {label}
 
 
+def test_what_is_described_is_told_by_the_brows_named_first() -> None:
+    rng = np.random.default_rng(4)
+    for label in faces.LABELS:
+        assert faces.described(f"<step1> {faces.describe(label, rng)} </step1>") == label
+    assert faces.described("wet eyes , then raised brows") == "sadness"
+    assert faces.described("a face with a broad smile") is None
+
+
 def test_responses_describe_the_face_rightly_and_answer_out_of_habit() -> None:
     rng = np.random.default_rng(2)
     seen, answered, broken = [], [], 0
