@@ -175,7 +175,7 @@ def _check(config: ConfigDict) -> None:
         rule = f"must be a multiple of {token}, the side of a token (2 * model.patch)"
         raise ConfigError("model.window", config.model.window, rule)
     width, heads = config.model.vision_width, config.model.vision_heads
-    if width % (4 * heads) or width < 8 * heads:
+    if heads < 1 or width % (4 * heads) or width < 8 * heads:
         rule = f"must leave a head of model.vision_width={width} a multiple of 4, 8 or more"
         raise ConfigError("model.vision_heads", heads, rule)
     if config.look.mix < 0:

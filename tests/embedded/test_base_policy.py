@@ -114,6 +114,7 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
         ({"data.kind": "cats"}, r"data\.kind.*emoscenes, faces"),
         ({"model.window": 12}, r"model\.window.*12.*multiple of 8"),
         ({"model.vision_heads": 3}, r"model\.vision_heads.*3.*vision_width=32.*multiple of 4"),
+        ({"model.vision_heads": 0}, r"model\.vision_heads.*0.*8 or more"),
         ({"model.vision_heads": 8}, r"model\.vision_heads.*8.*8 or more"),
         ({"look.mix": -0.1}, r"look\.mix.*-0\.1.*0, for none"),
         ({"steps": 1}, r"steps.*over warmup_steps=1"),
