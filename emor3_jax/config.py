@@ -335,6 +335,8 @@ def base_policy() -> ConfigDict:
     config.look.weight_decay = 0.03
     # Pictures are mixed in pairs by shares of Beta(mix, mix); 0 mixes none.
     config.look.mix = 0.0
+    # Chance of a picture to have a rectangle of it hidden.
+    config.look.erase = 0.0
 
     config.steps = 380
     config.batch = 32

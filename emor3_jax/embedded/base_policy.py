@@ -23,7 +23,7 @@ from emor3_jax import cli
 from emor3_jax.config import ConfigError
 from emor3_jax.embedded import look, pretrain
 from emor3_jax.embedded.courses import COURSES
-from emor3_jax.embedded.teacher import Lessons, Teacher, stack_lessons, stack_looks
+from emor3_jax.embedded.teacher import Lessons, Teacher
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.io.console import Console, duration
 from emor3_jax.models import Policy, load, save
@@ -145,7 +145,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         )
     names = look.first_tokens(tokenizer, set(course.labels)) if config.look.steps else {}
     processor = Processor(tokenizer, settings)
-    teacher = Teacher(course, processor, shapes, names, config.data.warp)
+    changes = {"strength": config.data.warp, "hide": config.look.erase}
+    teacher = Teacher.of(course, processor, shapes, names, **changes)
     params = model.init_params(shapes, jax.random.key(config.seed))
     count = sum(x.size for x in jax.tree.leaves(params))
     say(f"{count / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {len(course.images)} images")
@@ -180,6 +181,8 @@ def _check(config: ConfigDict) -> None:
         raise ConfigError("model.vision_heads", heads, rule)
     if config.look.mix < 0:
         raise ConfigError("look.mix", config.look.mix, "must be 0, for none, or more")
+    if not 0 <= config.look.erase <= 1:
+        raise ConfigError("look.erase", config.look.erase, "must be a chance, from 0 to 1")
     for path, phase in (("", config), ("look.", config.look)):
         if phase.steps <= phase.warmup_steps and (phase.steps or not path):
             rule = f"must be over {path}warmup_steps={phase.warmup_steps}"
@@ -190,10 +193,10 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
     """Returns parameters that name the emotion of a picture."""
     shapes = teacher.shapes
     phase = config.look
-    batches = teacher.batches(teacher.look, stack_looks, phase.batch, config.seed)
+    batches = teacher.looks(phase.batch, config.seed)
     prompt = teacher.bare_prompt()
     images = [next(batches).images for _ in range(-(-WHITENED // phase.batch))]
-    seen = np.concatenate([image.patches[image.mask] for image in images])
+    seen = np.concatenate([np.asarray(x.patches)[np.asarray(x.mask)] for x in images])
     visual = params["visual"]
     embed = {"kernel": look.whitened(visual["patch_embed"]["kernel"], seen)}
     qkv = look.local_heads(visual["blocks"]["attn"]["qkv"], shapes.vision, config.seed)
@@ -213,9 +216,11 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
 
 def looked_right(config: ConfigDict, teacher: Teacher, params: dict) -> float:
     """Returns how often the emotion of a held-out picture is named right."""
-    batches = teacher.held_out(teacher.look, stack_looks, config.look.batch, config.seed)
     prompt = teacher.bare_prompt()
-    right = [look.named_right(params, prompt, x, config=teacher.shapes) for x in batches]
+    right = [
+        look.named_right(params, prompt, looks, config=teacher.shapes)
+        for looks in teacher.held_out_looks(config.look.batch)
+    ]
     return float(np.mean(np.concatenate(right)))
 
 
@@ -229,7 +234,7 @@ def learn_lessons(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.05 * config.learning_rate
     )
     optimizer = make_optimizer(schedule, weight_decay=config.weight_decay, b2=0.98)
-    batches = teacher.batches(teacher.lesson, stack_lessons, config.batch, config.seed)
+    batches = teacher.lessons(config.batch, config.seed)
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         return train_step(
@@ -239,7 +244,7 @@ def learn_lessons(
     state = _fit("lessons", config.steps, step, TrainState.create(params, optimizer), say)
     exact = [
         held_out(state.params, frame, lessons, config=shapes, sizes=course.sizes)
-        for lessons in teacher.held_out(teacher.lesson, stack_lessons, 256, config.seed)
+        for lessons in teacher.held_out_lessons(256, config.seed)
     ]
     _, questions, texts = (np.mean(kind, axis=0) for kind in zip(*exact, strict=True))
     return state.params, {

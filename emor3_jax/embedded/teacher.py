@@ -1,7 +1,7 @@
 """Prepares what a base policy learns, in batches: pictures with lessons, or with labels to name."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import jax
@@ -11,11 +11,10 @@ from emor3_jax.data.prompts import IMAGE_TOKEN
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.courses import Course
 from emor3_jax.embedded.look import Looks
-from emor3_jax.embedded.warp import warp
-from emor3_jax.models.qwen2_5_vl import layout
+from emor3_jax.embedded.pictures import Pictures, read_pictures, take
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
-from emor3_jax.models.qwen2_5_vl.processor import Processor, decode
+from emor3_jax.models.qwen2_5_vl.processor import Processor
 
 
 class Lessons(NamedTuple):
@@ -35,91 +34,136 @@ class Teacher(NamedTuple):
       course: the pictures and tasks.
       processor: of the policy.
       shapes: of the policy.
-      names: the first token of each label; empty if the policy does not learn to look.
+      pictures: those of the course.
+      names: int32[N], the first token of each picture's label; None if the policy does not learn to
+        look.
       strength: of `warp`; 0 leaves pictures as they are.
+      hide: chance of a picture that is looked at to be partly hidden, as of `erase`.
     """
 
     course: Course
     processor: Processor
     shapes: Config
-    names: dict[str, int]
+    pictures: Pictures
+    names: np.ndarray | None
     strength: float
+    hide: float
 
-    def lesson(
-        self, row: int, rng: np.random.Generator
-    ) -> tuple[layout.WindowLayout, tuple[pretrain.Lesson, ...], int | None]:
-        """Returns one picture in window layout, its lessons and the token to name, if any."""
+    @classmethod
+    def of(
+        cls,
+        course: Course,
+        processor: Processor,
+        shapes: Config,
+        names: dict[str, int],
+        *,
+        strength: float = 0.0,
+        hide: float = 0.0,
+    ) -> "Teacher":
+        """Reads the pictures of a course.
+
+        Args:
+          course, processor, shapes, strength, hide: see the attributes.
+          names: the first token of each label; empty if the policy does not learn to look.
+
+        Raises:
+          ImageError: if a picture cannot be decoded or is of another shape than the first.
+        """
+        tokens = np.asarray([names[label] for label in course.labels], np.int32) if names else None
+        pictures = read_pictures(course.images, processor, shapes.vision)
+        return cls(course, processor, shapes, pictures, tokens, strength, hide)
+
+    def frame(self) -> pretrain.Frame:
+        """Returns the constant prefixes of lessons."""
+        return pretrain.make_frame(
+            self.processor.tokenizer, self._grid, self.pictures.slots, self.shapes
+        )
+
+    def bare_prompt(self) -> Prompt:
+        """Returns `<|vision_start|>`, the image and `<|vision_end|>`, B = 1."""
+        slots = self.pictures.slots
+        text = "<|vision_start|>" + IMAGE_TOKEN * len(slots) + "<|vision_end|>"
+        tokens = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return pretrain.make_prompt(tokens, self._grid, slots, self.shapes)[0]
+
+    @property
+    def learned(self) -> int:
+        """How many rows are learned from; those after are held out, and never changed."""
+        return len(self.course.images) - self.course.held_out
+
+    def looks(self, batch: int, seed: int) -> Iterator[Looks]:
+        """Returns endless batches of pictures and the tokens to name."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch)
+        for count, rows in enumerate(self._rows(seed).to_iter_dataset(options).batch(batch)):
+            yield self._look(rows, _key(seed, count), self.hide)
+
+    def held_out_looks(self, batch: int) -> Iterator[Looks]:
+        """Returns batches of the rows that were held out, the last one smaller."""
+        for rows in self._held_out(batch):
+            yield self._look(rows)
+
+    def lessons(self, batch: int, seed: int) -> Iterator[Lessons]:
+        """Returns endless batches; texts are drawn and tokenised in threads meanwhile."""
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch)
+
+        def draw(row: int, rng: np.random.Generator) -> tuple[int, tuple[pretrain.Lesson, ...]]:
+            return row, self._lesson(row, rng)
+
+        drawn = self._rows(seed).random_map(draw).to_iter_dataset(options)
+        for count, found in enumerate(drawn.batch(batch, batch_fn=list)):
+            rows, lessons = zip(*found, strict=True)
+            yield self._stack(np.asarray(rows), lessons, _key(seed, count))
+
+    def held_out_lessons(self, batch: int, seed: int) -> Iterator[Lessons]:
+        """Returns batches of the rows that were held out, the last one smaller."""
+        rng = np.random.default_rng(seed)
+        for rows in self._held_out(batch):
+            yield self._stack(rows, [self._lesson(int(row), rng) for row in rows])
+
+    @property
+    def _grid(self) -> tuple[int, int, int]:
+        return self.pictures.grid(self.processor.images)
+
+    def _rows(self, seed: int) -> grain.MapDataset:
+        return grain.MapDataset.range(self.learned).seed(seed).shuffle().repeat()
+
+    def _held_out(self, batch: int) -> Iterator[np.ndarray]:
+        for start in range(self.learned, len(self.course.images), batch):
+            yield np.arange(start, min(start + batch, len(self.course.images)))
+
+    def _take(self, rows: np.ndarray, key: jax.Array | None, hide: float) -> Images:
+        settings = self.processor.images
+        return take(self.pictures, rows, key, settings=settings, strength=self.strength, hide=hide)
+
+    def _look(self, rows: np.ndarray, key: jax.Array | None = None, hide: float = 0.0) -> Looks:
+        return Looks(self._take(rows, key, hide), self.names[rows])
+
+    def _lesson(self, row: int, rng: np.random.Generator) -> tuple[pretrain.Lesson, ...]:
+        """Returns the lessons about one picture: SET responses, questions about it, texts."""
         found = self.course.tasks(row, rng)
         kinds = (
             [t for t in found if t.kind == "set"],
             [t for t in found if t.with_image and t.kind != "set"],
             [t for t in found if not t.with_image],
         )
-        lessons = tuple(
+        return tuple(
             pretrain.make_lesson(self.processor.tokenizer, group, size)
             for group, size in zip(kinds, self.course.sizes, strict=True)
         )
-        name = self.names[self.course.labels[row]] if self.names else None
-        return self._picture(row, rng), lessons, name
 
-    def look(self, row: int, rng: np.random.Generator) -> tuple[layout.WindowLayout, int]:
-        """Returns one picture in window layout and the token to name."""
-        return self._picture(row, rng), self.names[self.course.labels[row]]
-
-    def frame(self) -> pretrain.Frame:
-        """Returns the constant prefixes of lessons."""
-        return pretrain.make_frame(self.processor.tokenizer, *self._grid(), self.shapes)
-
-    def bare_prompt(self) -> Prompt:
-        """Returns `<|vision_start|>`, the image and `<|vision_end|>`, B = 1."""
-        grid, slots = self._grid()
-        text = "<|vision_start|>" + IMAGE_TOKEN * len(slots) + "<|vision_end|>"
-        tokens = self.processor.tokenizer(text, add_special_tokens=False).input_ids
-        return pretrain.make_prompt(tokens, grid, slots, self.shapes)[0]
-
-    def _grid(self) -> tuple[tuple[int, int, int], np.ndarray]:
-        """Returns grid and slots of the first picture; all are of one size."""
-        patches, grid = self.processor.patches(self.course.images[0])
-        return grid, layout.window_layout(patches, grid, self.shapes.vision).slot_of_token
-
-    def _picture(self, row: int, rng: np.random.Generator) -> layout.WindowLayout:
-        picture = decode(self.course.images[row])
-        if self.strength > 0 and row < self.learned:
-            picture = warp(picture, self.strength, rng)
-        patches, grid = self.processor.patches(picture)
-        return layout.window_layout(patches, grid, self.shapes.vision)
-
-    @property
-    def learned(self) -> int:
-        """How many rows are learned from; those after are held out, and never warped."""
-        return len(self.course.images) - self.course.held_out
-
-    def batches(self, make: Callable, stack: Callable, batch: int, seed: int) -> Iterator[Any]:
-        """Returns endless batches, prepared in threads while the policy trains."""
-        dataset = grain.MapDataset.range(self.learned).seed(seed).shuffle().repeat()
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch)
-        rows = dataset.random_map(make).to_iter_dataset(options)
-        return iter(rows.batch(batch, batch_fn=stack))
-
-    def held_out(self, make: Callable, stack: Callable, batch: int, seed: int) -> Iterator[Any]:
-        """Returns batches of the rows that were held out, the last one smaller."""
-        rng = np.random.default_rng(seed)
-        for start in range(self.learned, len(self.course.images), batch):
-            rows = range(start, min(start + batch, len(self.course.images)))
-            yield stack([make(row, rng) for row in rows])
+    def _stack(
+        self,
+        rows: np.ndarray,
+        lessons: Sequence[tuple[pretrain.Lesson, ...]],
+        key: jax.Array | None = None,
+    ) -> Lessons:
+        groups = (
+            jax.tree.map(lambda *x: np.stack(x), *group) for group in zip(*lessons, strict=True)
+        )
+        names = None if self.names is None else self.names[rows]
+        return Lessons(self._take(rows, key, 0.0), *groups, names)
 
 
-def stack_lessons(
-    rows: Sequence[tuple[layout.WindowLayout, tuple[pretrain.Lesson, ...], int | None]],
-) -> Lessons:
-    """Returns a batch of `Teacher.lesson`."""
-    images, lessons, names = zip(*rows, strict=True)
-    groups = (jax.tree.map(lambda *x: np.stack(x), *group) for group in zip(*lessons, strict=True))
-    stacked = None if None in names else np.asarray(names, np.int32)
-    return Lessons(layout.pad_images(images, len(images[0].mask)), *groups, stacked)
-
-
-def stack_looks(rows: Sequence[tuple[layout.WindowLayout, int]]) -> Looks:
-    """Returns a batch of `Teacher.look`."""
-    images = layout.pad_images([image for image, _ in rows], len(rows[0][0].mask))
-    return Looks(images, np.asarray([token for _, token in rows], np.int32))
+def _key(seed: int, count: int) -> jax.Array:
+    """Returns the key of what changes in one batch."""
+    return jax.random.fold_in(jax.random.key(seed), count)

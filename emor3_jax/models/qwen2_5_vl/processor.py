@@ -23,6 +23,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
+from emor3_jax.models.qwen2_5_vl.inputs import Array
+
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _MAX_ASPECT_RATIO = 200
 # What transformers 5 writes for a whole processor, with the image settings inside.
@@ -150,6 +152,28 @@ class ImageSettings:
             down, across = (math.ceil(side * grow / factor) * factor for side in (height, width))
         return down, across
 
+    def cut(self, pixels: Array) -> Array:
+        """Returns the patches of pictures, frames repeated, in the order of the policy.
+
+        Args:
+          pixels: [..., H, W, 3], both sides multiples of `patch_size * merge_size`; of NumPy or
+            JAX.
+
+        Returns:
+          [..., N, 3 * temporal_patch_size * patch_size**2], the merge_size**2 patches of a token
+          side by side.
+        """
+        patch, merge = self.patch_size, self.merge_size
+        *batch, down, across, _ = pixels.shape
+        rows, columns = down // (patch * merge), across // (patch * merge)
+        cut = pixels.reshape(*batch, rows, merge, patch, columns, merge, patch, 3)
+        n = len(batch)
+        # [..., rows, columns, m, m, 3, patch, patch]
+        cut = cut.transpose(*range(n), *(n + axis for axis in (0, 3, 1, 4, 6, 2, 5)))
+        cut = cut.reshape(*batch, -1, 3, 1, patch, patch)
+        frames = cut.repeat(self.temporal_patch_size, axis=n + 2)
+        return frames.reshape(*batch, rows * columns * merge**2, -1)
+
 
 class Processor:
     """Reads text and pictures for a policy.
@@ -219,23 +243,21 @@ class Processor:
           ImageError: if the picture cannot be decoded, is too large for PIL, too thin, or grey of
             32 bits.
         """
-        settings = self.images
+        pixels = self.pixels(image)
+        down, across, _ = pixels.shape
+        values = np.stack([self._table[c][pixels[..., c]] for c in range(3)], axis=-1)
+        patch = self.images.patch_size
+        return self.images.cut(values), (1, down // patch, across // patch)
+
+    def pixels(self, image: bytes | Image.Image) -> np.ndarray:
+        """Returns a picture uint8[H, W, 3], scaled to the size that the policy sees.
+
+        Args:
+          image: as of `patches`, which says what is raised.
+        """
         picture = _to_rgb(decode(image) if isinstance(image, bytes) else image)
-        down, across = settings.smart_resize(picture.height, picture.width)
-        pixels = np.asarray(picture.resize((across, down), Image.BICUBIC))
-        patch, merge, frames = (
-            settings.patch_size,
-            settings.merge_size,
-            settings.temporal_patch_size,
-        )
-        rows, columns = down // patch, across // patch
-        # uint8[3, rows / m, columns / m, m, m, patch, patch]
-        cut = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
-        cut = cut.transpose(6, 0, 3, 1, 4, 2, 5)
-        out = np.empty((*cut.shape[1:5], 3, frames, patch, patch), np.float32)
-        for channel in range(3):
-            out[..., channel, :, :, :] = self._table[channel][cut[channel]][..., None, :, :]
-        return out.reshape(rows * columns, -1), (1, rows, columns)
+        down, across = self.images.smart_resize(picture.height, picture.width)
+        return np.asarray(picture.resize((across, down), Image.BICUBIC))
 
 
 def decode(encoded: bytes) -> Image.Image:

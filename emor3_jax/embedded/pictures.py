@@ -1,0 +1,112 @@
+"""Pictures of one size, kept on the device: warped, partly hidden and cut into patches there.
+
+A policy that learns to look sees some hundred thousand pictures in a few minutes; decoding, warping
+and cutting each on the host would take longer than learning from them.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax.embedded.warp import erase, warp
+from emor3_jax.models.qwen2_5_vl import layout
+from emor3_jax.models.qwen2_5_vl.config import VisionConfig
+from emor3_jax.models.qwen2_5_vl.inputs import Images
+from emor3_jax.models.qwen2_5_vl.processor import ImageError, ImageSettings, Processor
+
+
+class Pictures(NamedTuple):
+    """Pictures, and where their patches lie in window layout.
+
+    Attributes:
+      pixels: uint8[N, H, W, 3].
+      order: int32[W, L], the patch of each slot.
+      coords: int32[W, L, 2], row and column of the patch.
+      mask: bool[W, L].
+      slots: int32[n], merged slot of each image token.
+    """
+
+    pixels: jax.Array
+    order: jax.Array
+    coords: jax.Array
+    mask: jax.Array
+    slots: np.ndarray
+
+    def grid(self, settings: ImageSettings) -> tuple[int, int, int]:
+        """Returns (1, rows, columns) in patches."""
+        _, height, width, _ = self.pixels.shape
+        return 1, height // settings.patch_size, width // settings.patch_size
+
+
+def read_pictures(images: Sequence[bytes], processor: Processor, vision: VisionConfig) -> Pictures:
+    """Decodes and scales pictures, and puts them on the device.
+
+    Args:
+      images: encoded, at least one; all of one size once scaled.
+      processor: of the policy.
+      vision: for the window layout.
+
+    Raises:
+      ImageError: if one cannot be decoded or is of another size; names its row.
+    """
+    pixels = []
+    for row, image in enumerate(images):
+        try:
+            pixels.append(processor.pixels(image))
+        except ImageError as error:
+            raise ImageError(f"picture {row}: {error}") from error
+        if pixels[-1].shape != pixels[0].shape:
+            raise ImageError(
+                f"picture {row} scales to {pixels[-1].shape[:2]} pixels (height, width), and "
+                f"picture 0 to {pixels[0].shape[:2]}: all must be of one shape; crop them"
+            )
+    patch = processor.images.patch_size
+    rows, columns = (side // patch for side in pixels[0].shape[:2])
+    numbers = np.arange(rows * columns, dtype=np.float32)[:, None]
+    found = layout.window_layout(numbers, (1, rows, columns), vision)
+    return Pictures(
+        pixels=jnp.asarray(np.stack(pixels)),
+        order=jnp.asarray(found.patches[..., 0].astype(np.int32)),
+        coords=jnp.asarray(found.coords),
+        mask=jnp.asarray(found.mask),
+        slots=found.slot_of_token,
+    )
+
+
+@partial(jax.jit, static_argnames=("settings", "strength", "hide"))
+def take(
+    pictures: Pictures,
+    rows: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    settings: ImageSettings,
+    strength: float = 0.0,
+    hide: float = 0.0,
+) -> Images:
+    """Returns pictures as a policy's processor and `window_layout` would give them.
+
+    Args:
+      pictures: to take from.
+      rows: int32[B].
+      key: of the changes; None for none.
+      settings: of the processor that the pictures were read with.
+      strength: of `warp`; 0 leaves pictures as they are, and does not mirror them either.
+      hide: chance of a picture to be partly hidden, as of `erase`.
+    """
+    pixels = pictures.pixels[rows].astype(jnp.float32)
+    if key is not None:
+        warping, hiding = jax.random.split(key)
+        pixels = warp(pixels, strength, warping) if strength > 0 else pixels
+        pixels = erase(pixels, hide, hiding) if hide > 0 else pixels
+    values = (pixels * settings.scale - jnp.array(settings.mean)) / jnp.array(settings.std)
+    patches = settings.cut(values)[:, pictures.order]
+    batch = (len(rows), *pictures.mask.shape)
+    return Images(
+        patches=jnp.where(pictures.mask[..., None], patches, 0.0),
+        coords=jnp.broadcast_to(pictures.coords, (*batch, 2)),
+        mask=jnp.broadcast_to(pictures.mask, batch),
+    )
