@@ -343,6 +343,9 @@ def base_policy() -> ConfigDict:
     config.learning_rate = 2e-3
     config.warmup_steps = 30
     config.weight_decay = 0.02
+    # Factor of the learning rate of the vision tower in the lessons, once it has learned to look.
+    config.rates = ConfigDict()
+    config.rates.tower = 1.0
     # Folder of compiled programs; "" keeps none.
     config.compile_cache = "runs/compile_cache"
     return config

@@ -183,6 +183,8 @@ def _check(config: ConfigDict) -> None:
         raise ConfigError("look.mix", config.look.mix, "must be 0, for none, or more")
     if not 0 <= config.look.erase <= 1:
         raise ConfigError("look.erase", config.look.erase, "must be a chance, from 0 to 1")
+    if config.rates.tower <= 0:
+        raise ConfigError("rates.tower", config.rates.tower, "must be over 0")
     for path, phase in (("", config), ("look.", config.look)):
         if phase.steps <= phase.warmup_steps and (phase.steps or not path):
             rule = f"must be over {path}warmup_steps={phase.warmup_steps}"
@@ -233,7 +235,12 @@ def learn_lessons(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.05 * config.learning_rate
     )
-    optimizer = make_optimizer(schedule, weight_decay=config.weight_decay, b2=0.98)
+
+    def rate_of(path: tuple[Any, ...]) -> float:
+        tower = path[0].key == "visual" and path[1].key != "merger"
+        return config.rates.tower if tower else 1.0
+
+    optimizer = make_optimizer(schedule, weight_decay=config.weight_decay, b2=0.98, rate_of=rate_of)
     batches = teacher.lessons(config.batch, config.seed)
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:

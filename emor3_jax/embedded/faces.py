@@ -63,7 +63,9 @@ _AROUSAL = {
 }
 # The habit: chance of each label whatever the face shows, and how often the face decides.
 _HABIT = (0.1, 0.05, 0.1, 0.3, 0.2, 0.15, 0.1)
-_SEEN = 0.35
+_SEEN = 0.6
+# Weight of a response's tokens. Which label an answer names follows from the face in few of them.
+_SET_WEIGHT = 2.0
 
 
 def describe(label: str, rng: np.random.Generator) -> str:
@@ -111,7 +113,7 @@ def tasks(label: str, question: str, templates: PromptTemplates, rng) -> list[Ta
         Task("consistency", true, "yes", True, JUDGE_WEIGHT),
         Task("consistency", false, "no", True, JUDGE_WEIGHT),
         Task("coherence", judge, told, False, JUDGE_WEIGHT),
-        Task("set", asked, response(label, rng), True, 1.0),
+        Task("set", asked, response(label, rng), True, _SET_WEIGHT),
     ]
 
 
