@@ -93,8 +93,10 @@ class Teacher(NamedTuple):
 
     def looks(self, batch: int, seed: int) -> Iterator[Looks]:
         """Returns endless batches of pictures and the tokens to name."""
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch)
-        for count, rows in enumerate(self._rows(seed).to_iter_dataset(options).batch(batch)):
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        # Batched before it is read: an element at a time, numbers take longer than their pictures.
+        batches = self._rows(seed).batch(batch).to_iter_dataset(options)
+        for count, rows in enumerate(batches):
             yield self._look(rows, _key(seed, count), self.hide)
 
     def held_out_looks(self, batch: int) -> Iterator[Looks]:
