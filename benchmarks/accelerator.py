@@ -1,0 +1,427 @@
+"""How close the jitted programs of a step come to what a machine can do.
+
+    python -m benchmarks.accelerator [--size=3B|small] [--only=decode,prefill,reference,update]
+
+Measures the machine first: the bytes a second of a large copy, read and written, and the rate of a
+large bfloat16 product. Then each program, as the rollout and the learner call it, on random weights
+and pictures made on the device:
+
+* decode: a block of tokens of the engine, `--slots` prompts of G responses, with the keys of the
+  prompts and a ring of cached tokens. The least that a token must move: decoder and head once, each
+  prompt's keys once, and of each response the keys of the tokens so far. What we ask for: all
+  places of the ring, since a mask says which count; a prompt's keys still once for its G responses,
+  by one product (what the compiler makes of it is seen among the kernels).
+* prefill, reference (log-probabilities) and update (loss, gradient and AdamW of float32 master
+  weights, micro-batches accumulated): the FLOPs that the model needs (`emor3_jax.account`), and
+  with those that rematerialisation repeats, beside the measured product.
+
+Then each runs once under the profiler, for its longest kernels. One table, row by row, so that a
+run that is cut short leaves what was measured. `--dry` compiles and runs each program once only.
+"""
+
+import argparse
+import dataclasses
+import glob
+import gzip
+import json
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import date
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax import episode, learner, models
+from emor3_jax.account import Cost, Shapes, count, peak_flops
+from emor3_jax.account.cost import read
+from emor3_jax.data.batch import Batch
+from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.models.qwen2_5_vl.published import published
+from emor3_jax.rl.update import TrainState, make_optimizer
+from emor3_jax.rollout import engine
+from emor3_jax.rollout.generate import Samples, SamplingRule
+
+PROGRAMS = ("decode", "prefill", "reference", "update")
+DTYPE = jnp.dtype(jnp.bfloat16)
+KERNELS, CHAIN = 8, 10
+"""Kernels shown of each program; passes of a copy or product between two looks at the clock."""
+LOSS = learner.LossOptions(0.2, 0.3, 3.0, 1e-2, "token", entropy=False)
+"""Of the default config, as is the optimizer."""
+_START = 5
+"""Where in a prompt the picture begins."""
+_NOMINAL = {"H200": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12, "H100": 3.35e12}
+"""Bytes a second by the data sheets, by what the device's kind holds; the first that fits."""
+
+
+class Sizes(NamedTuple):
+    """How large everything is.
+
+    Attributes:
+      side: of a picture in pixels.
+      prompt: P, tokens of a prompt but its last one.
+      responses: G.
+      places: of the ring, full when the block of decoding ends.
+      block: tokens of a block.
+      tokens: T of reference and update.
+      slots: prompts that decode, and that are prefilled.
+      micro, parts: prompts of a micro-batch, and micro-batches, of reference and update.
+      copy: numbers that are copied, float32.
+      matrix: side of the square matrices.
+      runs: of which the median counts.
+    """
+
+    side: int = 448
+    prompt: int = 512
+    responses: int = 8
+    places: int = 512
+    block: int = 64
+    tokens: int = 512
+    slots: int = 16
+    micro: int = 4
+    parts: int = 2
+    copy: int = 2**28
+    matrix: int = 8192
+    runs: int = 5
+
+
+SMALL = Sizes(16, 24, 2, 8, 4, 8, 2, 1, 2, 2**16, 64, 3)
+
+
+class Job(NamedTuple):
+    """A jitted program and what it is called with.
+
+    Attributes:
+      function: the program.
+      args: its arguments; what is abstract is made on the device (`fill`).
+      static: its static arguments.
+      cost: of one call.
+      again: (result, args) → the arguments of the next call, where they were given up to this one.
+      steps: how many tokens one after the other a call decodes, or 1.
+      bytes: what → bytes of one step, where they bound it.
+    """
+
+    function: Any
+    args: tuple
+    static: dict[str, Any]
+    cost: Cost
+    again: Callable[[Any, tuple], tuple] = lambda result, args: args
+    steps: int = 1
+    bytes: dict[str, float] = {}  # noqa: RUF012
+
+
+def small_config() -> Config:
+    """Returns a policy of two narrow layers, for machines without an accelerator."""
+    tower = VisionConfig(2, 16, 24, 2, 4, 2, 2, 16, (1,), 32)
+    some = {"mrope_section": (1, 1, 2), "tie_word_embeddings": True, "image_token_id": 70}
+    return Config(tower, 80, 32, 48, 2, 4, 2, 8, vision_start_token_id=72, **some)
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _random(seed: int, middle: float, most: float, *, shape: tuple, dtype: Any) -> jax.Array:
+    """Returns numbers up to `most` from the middle, of 256 kinds, by the device's own generator."""
+    bits = jax.random.bits(jax.random.key(seed, impl="rbg"), shape, jnp.uint8)
+    return (middle + (bits.astype(jnp.float32) / 127.5 - 1) * most).astype(dtype)
+
+
+def fill(tree: Any) -> Any:
+    """Makes what is abstract on the device, and puts the rest there.
+
+    Norms are 1, biases and the optimizer's state 0; everything else is random, and small enough
+    that no layer's results grow.
+    """
+    seeds = iter(range(10**6))
+
+    def make(path: tuple, leaf: Any) -> jax.Array:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.asarray(leaf)
+        name, size = jax.tree_util.keystr(path), (1, 1, *leaf.shape)
+        plain = any(x in name for x in ("opt_state", "bias", "scale"))
+        most = 0.0 if plain else 0.5 * size[-2 if "kernel" in name else -1] ** -0.5
+        middle = float("scale" in name and "opt_state" not in name)
+        return _random(next(seeds), middle, most, shape=leaf.shape, dtype=leaf.dtype)
+
+    return jax.block_until_ready(jax.tree_util.tree_map_with_path(make, tree))
+
+
+def parameters(config: Config) -> tuple[Any, Any]:
+    """Returns the abstract parameters: float32, and as decoding and the reference read them."""
+    full = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    return full, model.lay_out_for_decoding.eval_shape(full, DTYPE)
+
+
+def make_batch(config: Config, sizes: Sizes, prompts: int) -> Batch:
+    """Returns prompts of a picture and random text; the patches are abstract."""
+    side = sizes.side // config.vision.patch_size
+    text = np.random.default_rng(0).integers(0, config.image_token_id, (prompts, sizes.prompt))
+    text[:, _START - 1] = config.vision_start_token_id
+    text[:, _START : _START + side**2 // config.vision.merge_unit] = config.image_token_id
+    pixels = np.zeros((prompts * side**2, config.vision.patch_dim), np.float32)
+    prompt, images, following = models.pack(
+        config, text, np.ones_like(text), pixels, [(1, side, side)] * prompts
+    )
+    images = images._replace(patches=jax.ShapeDtypeStruct(images.patches.shape, DTYPE))
+    # The last four are read by rewards and reflections alone.
+    last, ones = text[:, -1].astype(np.int32), np.ones(prompts, np.int32)
+    return Batch(prompt, last, following, images, ones, ones, ones, ones[:, None], ones)
+
+
+def make_samples(config: Config, shape: tuple[int, int, int], length: int) -> Samples:
+    """Returns `length` random tokens of T of each response, about as probable as they would be."""
+    tokens = np.random.default_rng(1).integers(0, config.image_token_id, shape, np.int32)
+    logprobs = np.full(shape, -np.log(config.vocab_size), np.float32)
+    return Samples(
+        tokens, logprobs, np.full(shape[:2], length, np.int32), np.zeros(shape[:2], bool)
+    )
+
+
+def decode(config: Config, sizes: Sizes, unroll: bool) -> Job:
+    """Returns a block of the rollout."""
+    b, g, p, places = sizes.slots, sizes.responses, sizes.prompt, sizes.places
+    age, longest, heads, d = places - sizes.block, 2 * places, config.num_kv_heads, config.head_dim
+    params, layers = parameters(config)[1], config.num_layers
+    k, v = (jax.ShapeDtypeStruct((layers, b, heads, *x), DTYPE) for x in ((d, p), (p, d)))
+    rows, samples = np.arange(b, dtype=np.int32), make_samples(config, (b, g, longest), age)
+    opening = engine.Opening(rows, rows, rows, KV(k, v, np.ones((b, p), bool)))
+    new = engine._begin.eval_shape(opening, responses=g, length=longest, unroll=unroll)
+    cache = engine._widen.eval_shape(new, b, places).cache
+    slots = engine.Slots(
+        row=rows,
+        position=np.full(b, p, np.int32),
+        age=np.full(b, age, np.int32),
+        token=samples.tokens[..., 0],
+        lane=np.broadcast_to(np.arange(g, dtype=np.int32), (b, g)),
+        ended=np.zeros((b, g), bool),
+        samples=samples,
+        prefix=opening.prefix,
+        cache=cache._replace(mask=np.broadcast_to(np.arange(places) < age, (b, g, places))),
+        cursor=np.int32(age),
+    )
+
+    def again(result: engine.Slots, args: tuple) -> tuple:
+        kept = slots.cache._replace(k=result.cache.k, v=result.cache.v)
+        return jax.device_put(slots._replace(prefix=result.prefix, cache=kept)), *args[1:]
+
+    # Of an embedding that is not the head as well, a token reads a row.
+    read_by_all = dict(params["model"]) | params.get("lm_head", {})
+    if not config.tie_word_embeddings:
+        del read_by_all["embed_tokens"]
+    cached, token = age + (sizes.block - 1) / 2, 2 * layers * heads * d * DTYPE.itemsize
+    fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read_by_all)) + b * p * token
+    given = model.unroll_jitted.eval_shape(params) if unroll else params
+    rule = SamplingRule(longest, 1.0, 1.0, ())
+    return Job(
+        engine._decode,
+        (slots, jax.random.key(0), np.int32(0), given, np.zeros(config.vocab_size, bool)),
+        {"config": config, "rule": rule, "block": sizes.block, "dtype": DTYPE},
+        read(config, 1, before=p + cached, logits=1).times(b * g * sizes.block),
+        again,
+        sizes.block,
+        {"least": fixed + b * g * cached * token, "asked for": fixed + b * g * places * token},
+    )
+
+
+def make_job(name: str, config: Config, sizes: Sizes, unroll: bool, remat: str) -> Job:
+    """Returns a program by its name; reference and update work on the same prompts."""
+    if name == "decode":
+        return decode(config, sizes, unroll)
+    b, g, t = sizes.micro * sizes.parts, sizes.responses, sizes.tokens
+    b = sizes.slots if name == "prefill" else b
+    full, cast = parameters(config)
+    batch, samples = make_batch(config, sizes, b), make_samples(config, (b, g, t), t)
+    patches = batch.images.mask.sum() // b
+    shared = _START + patches // config.vision.merge_unit
+    shapes = Shapes(b, g, sizes.prompt + 1, t, patches, shared)
+    costs = count(config, shapes, remat=remat == "layers")
+    if name == "prefill":
+        cost, static = costs["vision"] + costs["prefill"], {"config": config, "dtype": DTYPE}
+        return Job(episode._prefill, (cast, batch), static, cost)
+    options = learner.ScoreOptions(1.0, DTYPE, remat, 1024)
+    static = {"config": config, "options": options, "count": sizes.parts}
+    given, banned = (batch, samples, None), np.zeros(config.vocab_size, bool)
+    if name == "reference":
+        return Job(learner.response_logprobs, (cast, *given, banned), static, costs[name])
+    optimizer = make_optimizer(2e-6)
+    state = jax.eval_shape(lambda x: TrainState.create(x, optimizer), full)
+    advantages = np.random.default_rng(2).normal(size=(b, g)).astype(np.float32)
+    return Job(
+        learner.update,
+        (state, *given, advantages, samples.logprobs, banned),
+        {**static, "optimizer": optimizer, "loss": LOSS},
+        costs[name],
+        lambda result, args: (result[0], *args[1:]),
+    )
+
+
+def kernels(folder: str) -> list[tuple[float, int, str]]:
+    """Returns microseconds, calls and names of the kernels of a trace, the longest first.
+
+    A GPU's are on the lines of its streams; beside them the profiler draws others, of the same
+    times by module and operation. A TPU's are on its line of operations. A CPU has none.
+    """
+    events, lines, found = [], {}, defaultdict(list)
+    for path in glob.glob(f"{folder}/plugins/profile/*/*.trace.json.gz"):
+        with gzip.open(path, "rt") as file:
+            events += json.load(file)["traceEvents"]
+    for event in events:
+        if event.get("name") in ("process_name", "thread_name"):
+            lines[event["pid"], event.get("tid") if event["name"] == "thread_name" else None] = (
+                event["args"]["name"]
+            )
+    ours = {k: x for k, x in lines.items() if lines.get((k[0], None), "").startswith("/device:")}
+    streams = {k for k, x in ours.items() if x.startswith("Stream")}
+    wanted = streams or {k for k, x in ours.items() if x == "XLA Ops"}
+    for event in events:
+        if event.get("ph") == "X" and (event["pid"], event["tid"]) in wanted:
+            source = event.get("args", {}).get("hlo_op", event["name"])
+            found[event["name"]].append((event["dur"], source))
+    summed = []
+    for name, each in found.items():
+        sources = sorted({source for _, source in each} - {name})
+        told = f" ({', '.join(sources[:2])}{', …' * (len(sources) > 2)})" if sources else ""
+        summed.append((sum(spent for spent, _ in each), len(each), f"`{name[:80]}`{told}"))
+    return sorted(summed, reverse=True)
+
+
+def _row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _clock(function: Callable[[], Any], runs: int) -> float:
+    """Returns the median seconds of a call that waits for its results, after one to warm up."""
+    spent = []
+    for _ in range(runs + 1):
+        started = time.perf_counter()
+        function()
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent[1:])
+
+
+def measure_machine(sizes: Sizes) -> tuple[float, float]:
+    """Returns bytes a second, read and written, of a copy, and FLOP/s of a bfloat16 product."""
+    copy, product = jax.jit(lambda x: x + 1), jax.jit(lambda a, b: a @ b)
+
+    def chained(call: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: jax.block_until_ready([call() for _ in range(CHAIN)][-1])
+
+    x = [jnp.zeros(sizes.copy, jnp.float32)]
+    moved = CHAIN * 2 * x[0].nbytes / _clock(chained(lambda: copy(x[0])), sizes.runs)
+    x.clear()
+    a, b = (_random(i, 0.0, 1.0, shape=(sizes.matrix,) * 2, dtype=DTYPE) for i in (0, 1))
+    done = CHAIN * 2 * sizes.matrix**3 / _clock(chained(lambda: product(a, b)), sizes.runs)
+    return moved, done
+
+
+def _shares(speed: float, measured: float, nominal: float | None) -> str:
+    """Says what 10**12 a second are of the measured rate and of the data sheet's."""
+    said = f"{speed / 1e12:.4g} T/s, {speed / measured:.1%} of measured"
+    return said + (f", {speed / nominal:.1%} of nominal" if nominal else "")
+
+
+def measure(name: str, job: Job, machine: tuple[float, float] | None, runs: int) -> None:
+    """Compiles and runs a program, and prints its rows; without a machine's rates, once only."""
+    started = time.perf_counter()
+    program = job.function.lower(*job.args, **job.static).compile()
+    _row(name, "compile", f"{time.perf_counter() - started:.1f} s")
+    if (sizes := program.memory_analysis()) is not None:
+        kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        kept -= sizes.alias_size_in_bytes
+        temporary = sizes.temp_size_in_bytes / 1e9
+        _row(name, "memory: arrays + temporary", f"{kept / 1e9:.2f} + {temporary:.2f} GB")
+    args, spent = fill(job.args), []
+
+    def run() -> None:
+        nonlocal args
+        started = time.perf_counter()
+        result = jax.block_until_ready(program(*args))
+        spent.append(time.perf_counter() - started)
+        args = jax.block_until_ready(job.again(result, args))
+
+    run()
+    _row(name, "first run", f"{spent[0]:.3f} s")
+    if machine is None:
+        return
+    for _ in range(runs):
+        run()
+    seconds, (bandwidth, rate) = statistics.median(spent[1:]), machine
+    spread = f"{min(spent[1:]) * 1e3:.2f} to {max(spent[1:]) * 1e3:.2f}"
+    _row(name, "a call, median", f"{seconds * 1e3:.2f} ms ({spread})")
+    kind = jax.devices()[0].device_kind
+    nominal = next((x for part, x in _NOMINAL.items() if part in kind), None)
+    if job.bytes:
+        _row(name, "a token of all responses, median", f"{seconds / job.steps * 1e3:.3f} ms")
+    for what, size in job.bytes.items():
+        shares = _shares(size * job.steps / seconds, bandwidth, nominal)
+        _row(name, f"bytes a token, {what}", f"{size / 1e9:.4g} GB: {shares}")
+    arithmetic = {"needed": job.cost.flops}
+    if job.cost.recomputed and name == "update":
+        arithmetic["with what is repeated"] = job.cost.executed
+    for what, flops in arithmetic.items():
+        shares = _shares(flops / seconds, rate, peak_flops(kind))
+        _row(name, f"arithmetic, {what}", f"{flops / 1e12:.4g} TFLOP: {shares}")
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        longest = kernels(folder)
+    total = sum(each[0] for each in longest)
+    said = f"{total / 1e3:.2f} ms of {spent[-1] * 1e3:.2f} ms under the profiler"
+    _row(name, "kernels, all", said if longest else "no device events in the trace")
+    for kernel, calls, told in longest[:KERNELS]:
+        _row(name, f"{told} x {calls}", f"{kernel / 1e3:.2f} ms, {kernel / total:.1%}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures machine and programs; returns 1 if a program failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", default="3B", choices=("3B", "small"))
+    parser.add_argument("--only", default=",".join(PROGRAMS), help="programs, joined by commas")
+    parser.add_argument("--unroll", action="store_true", help="decode with the layers apart")
+    parser.add_argument("--attention", default="xla", choices=("xla", "cudnn", "splash"))
+    parser.add_argument("--remat", default="layers", choices=("layers", "activations", "none"))
+    parser.add_argument("--dry", action="store_true", help="compile and run each once only")
+    for field in ("slots", "micro", "parts", "runs"):
+        parser.add_argument(f"--{field}", type=int, help="see `Sizes`")
+    options = parser.parse_args(argv)
+    names = options.only.split(",")
+    if unknown := set(names) - set(PROGRAMS):
+        parser.error(f"--only={options.only}: {unknown} must be of {', '.join(PROGRAMS)}")
+    # Three quarters, the default, would not hold what an update of the 3B takes.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+    config = small_config() if options.size == "small" else published(options.size)
+    config = dataclasses.replace(config, attention=options.attention)
+    sizes = SMALL if options.size == "small" else Sizes()
+    given = {field: getattr(options, field) for field in ("slots", "micro", "parts", "runs")}
+    sizes = sizes._replace(**{field: value for field, value in given.items() if value})
+    device = jax.devices()[0]
+    print(f"{date.today()}, {device.device_kind}, jax {jax.__version__}, {options.size}, bfloat16")
+    print(f"attention {options.attention}, remat {options.remat}, unroll {options.unroll}")
+    print(f"{sizes}\n\n| program | measure | value |\n|---|---|---|", flush=True)
+    machine = None
+    if not options.dry:
+        machine = measure_machine(sizes)
+        _row("machine", "copy, read and written", f"{machine[0] / 1e12:.4g} TB/s")
+        _row("machine", "bfloat16 product", f"{machine[1] / 1e12:.4g} TFLOP/s")
+    failed = False
+    for name in names:
+        try:
+            job = make_job(name, config, sizes, options.unroll, options.remat)
+            measure(name, job, machine, sizes.runs)
+        except Exception as error:
+            # Of the others there is still something to learn.
+            failed = True
+            traceback.print_exc()
+            _row(name, "failed", str(error).partition("\n")[0][:300])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
