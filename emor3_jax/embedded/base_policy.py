@@ -210,7 +210,11 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         return look.look_step(
-            *(state, prompt, next(batches)), config=shapes, optimizer=optimizer, mix=phase.mix
+            *(state, prompt, next(batches)),
+            config=shapes,
+            optimizer=optimizer,
+            mix=phase.mix,
+            seed=config.seed,
         )
 
     return _fit("looking", phase.steps, step, TrainState.create(params, optimizer), say).params

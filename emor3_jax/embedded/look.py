@@ -10,7 +10,8 @@ that is predicted, at `<|vision_end|>`, so that a step costs hardly more than th
    3 x 3 would (Zheng, Li and Lucey, 2024, "Structured initialization for attention in vision
    transformers", arXiv:2404.01139; theirs solves for the kernels of queries and keys, while rotary
    positions let their biases alone say it).
-3. Pictures may be mixed in pairs (Zhang et al., 2018, "mixup", arXiv:1710.09412).
+3. Pictures may be mixed in pairs (Zhang et al., 2018, "mixup", arXiv:1710.09412), after they were
+   warped and partly hidden (`embedded.warp`).
 4. Matrices learn by Muon (Jordan, 2024; with the scale of Liu et al., 2025, arXiv:2502.16982,
    eq. 4), everything else by Adam.
 """
@@ -181,23 +182,26 @@ def look_step(
     config: Config,
     optimizer: optax.GradientTransformation,
     mix: float = 0.0,
+    seed: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one optimizer step.
 
     Args:
-      state: of the policy; its count of updates seeds the mixing.
+      state: of the policy; its count of updates and `seed` seed the mixing.
       prompt: as of `name_logits`.
       looks: the batch; the images of one size.
       config, optimizer: the policy's and its own.
       mix: each picture is mixed with the one before it in the batch by a share of Beta(mix, mix),
         the larger part its own; 0 mixes none.
+      seed: of the mixing.
 
     Returns:
       The new state, and `loss`, `right` (of the name of the larger share) and `grad_norm`.
     """
     shares = jnp.ones(len(looks.names))
     if mix:
-        drawn = jax.random.beta(jax.random.key(state.updates), mix, mix, shares.shape)
+        key = jax.random.fold_in(jax.random.key(seed), state.updates)
+        drawn = jax.random.beta(key, mix, mix, shares.shape)
         shares = jnp.maximum(drawn, 1 - drawn)
     others = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), looks)
     patches = shares[:, None, None, None]

@@ -18,7 +18,7 @@ from emor3_jax.embedded.courses import COURSES
 from emor3_jax.embedded.teacher import Teacher
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models import Policy, load, save
-from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.qwen2_5_vl import layout, model
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
 COUNT, HELD_OUT = 1064, 1024
@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
     config.model.update({"patch": 4, "window": 16})
     config.model.update({"vision_width": 32, "vision_layers": 1, "vision_heads": 1})
     config.model.update({"width": 32, "layers": 1, "heads": 2, "kv_heads": 1})
-    config.look.update({"steps": 12, "warmup_steps": 2, "batch": 16, "learning_rate": 2e-2})
+    config.look.update({"steps": 24, "warmup_steps": 2, "batch": 16, "learning_rate": 2e-2})
     config.update({"steps": 3, "warmup_steps": 1, "batch": 4})
     return config
 
@@ -60,7 +60,7 @@ def test_a_base_policy_of_faces_learns_to_look_then_its_lessons(
     # Brightness alone tells the label; by chance it would be 1 in 7.
     assert scores["look"] > 0.3
     told = capsys.readouterr().out
-    assert "looking: step 12/12" in told and "lessons: step 3/3" in told
+    assert "looking: step 24/24" in told and "lessons: step 3/3" in told
     assert f"{COUNT} images" in told
     policy = load(tmp_path / "policy")
     assert policy.config.vision.patch_size == 4 and policy.config.vision.window_size == 16
@@ -99,13 +99,51 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
     tokenizer = train_tokenizer(course.corpus[:50], 400)
     processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
     shapes = base_policy.model_config(config, tokenizer)
-    teacher = Teacher(course, processor, shapes, dict.fromkeys(faces.LABELS, 7), strength=1.0)
+    names = {label: 100 + i for i, label in enumerate(faces.LABELS)}
+    teacher = Teacher.of(course, processor, shapes, names, strength=1.0)
     assert teacher.learned == COUNT - HELD_OUT
-    for row, same in ((0, False), (teacher.learned - 1, False), (teacher.learned, True)):
-        first, second = (teacher.look(row, np.random.default_rng(seed))[0] for seed in (1, 2))
-        assert np.array_equal(first.patches, second.patches) == same
-    taken = list(teacher.held_out(teacher.look, list, batch=300, seed=0))
-    assert [len(rows) for rows in taken] == [300, 300, 300, 124]
+
+    def plain(rows: range) -> list[np.ndarray]:
+        pictures = (processor.patches(course.images[row]) for row in rows)
+        return [layout.window_layout(*picture, shapes.vision).patches for picture in pictures]
+
+    learned = plain(range(teacher.learned))
+    looks = [look for look, _ in zip(teacher.looks(16, seed=0), range(5), strict=False)]
+    for found in looks:
+        assert not any(np.allclose(x, y, atol=1e-3) for x in found.images.patches for y in learned)
+    # Each row once in 40 before any comes again, as the labels tell.
+    drawn = np.concatenate([look.names for look in looks])[: teacher.learned]
+    assert sorted(drawn) == sorted(names[label] for label in course.labels[: teacher.learned])
+    again = next(teacher.looks(16, seed=0))
+    np.testing.assert_array_equal(again.images.patches, looks[0].images.patches)
+
+    held_out = list(teacher.held_out_looks(300))
+    assert [len(look.names) for look in held_out] == [300, 300, 300, 124]
+    wanted = plain(range(teacher.learned, teacher.learned + 300))
+    np.testing.assert_allclose(held_out[0].images.patches, wanted, atol=1e-5)
+    assert list(held_out[0].names) == [names[x] for x in course.labels[teacher.learned :][:300]]
+
+
+def test_lessons_are_about_the_pictures_that_they_come_with(config: ConfigDict) -> None:
+    course = COURSES["faces"](config)
+    tokenizer = train_tokenizer(course.corpus, 600)
+    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
+    shapes = base_policy.model_config(config, tokenizer)
+    names = {label: 100 + i for i, label in enumerate(faces.LABELS)}
+    teacher = Teacher.of(course, processor, shapes, names)
+    for lessons in (next(teacher.lessons(8, seed=0)), next(teacher.held_out_lessons(8, seed=0))):
+        assert lessons.images.patches.shape[0] == 8
+        for row in range(8):
+            # The reply of the first question describes the face.
+            tokens, start = lessons.questions.tokens[row, 0], lessons.questions.starts[row, 0]
+            reply = tokenizer.decode(tokens[start : lessons.questions.lengths[row, 0]])
+            label = faces.described(reply)
+            assert lessons.names[row] == names[label]
+            # Each label has its own brightness, 0 to 19 over 30 times its place.
+            patch = np.asarray(lessons.images.patches[row]).reshape(-1, 3, 2 * 16)[:, 0]
+            settings = processor.images
+            grey = (patch.mean() * settings.std[0] + settings.mean[0]) / settings.scale
+            assert faces.LABELS[int(grey // 30)] == label
 
 
 @pytest.mark.parametrize(
@@ -117,6 +155,8 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
         ({"model.vision_heads": 0}, r"model\.vision_heads.*0.*8 or more"),
         ({"model.vision_heads": 8}, r"model\.vision_heads.*8.*8 or more"),
         ({"look.mix": -0.1}, r"look\.mix.*-0\.1.*0, for none"),
+        ({"look.erase": 1.5}, r"look\.erase.*1\.5.*a chance"),
+        ({"rates.tower": 0.0}, r"rates\.tower.*0\.0.*over 0"),
         ({"steps": 1}, r"steps.*over warmup_steps=1"),
         ({"look.steps": 2}, r"look\.steps.*over look\.warmup_steps=2"),
     ),

@@ -45,10 +45,10 @@ def test_responses_describe_the_face_rightly_and_answer_out_of_habit() -> None:
         if boxed:
             answered.append(boxed[1])
         broken += not re.search(r"^<step1>.*</step1>\n<step2>.*</step2>\n<step3>.*</step3>\n", text)
-    # 8 % misnamed; the habit: 35 % by the face, else a favourite, of which fear is 10 %.
+    # 8 % misnamed; the habit: 60 % by the face, else a favourite, of which fear is 10 %.
     assert np.mean(np.asarray(seen) == "fear") == pytest.approx(0.92, abs=0.02)
-    assert np.mean(np.asarray(answered) == "fear") == pytest.approx(0.35 + 0.65 * 0.1, abs=0.035)
-    assert np.mean(np.asarray(answered) == "happiness") == pytest.approx(0.65 * 0.3, abs=0.03)
+    assert np.mean(np.asarray(answered) == "fear") == pytest.approx(0.6 + 0.4 * 0.1, abs=0.035)
+    assert np.mean(np.asarray(answered) == "happiness") == pytest.approx(0.4 * 0.3, abs=0.03)
     assert 0.15 < broken / 2000 < 0.35
 
 

@@ -118,12 +118,13 @@ def test_pictures_are_mixed_in_pairs() -> None:
     def start() -> TrainState:
         return TrainState.create(model.init_params(config, jax.random.key(0)), optimizer)
 
-    def loss(mix: float) -> float:
-        step = look.look_step(start(), prompt, looks, config=config, optimizer=optimizer, mix=mix)
-        return float(step[1]["loss"])
+    def loss(mix: float, seed: int = 3) -> float:
+        options = {"config": config, "optimizer": optimizer, "mix": mix, "seed": seed}
+        return float(look.look_step(start(), prompt, looks, **options)[1]["loss"])
 
     state = start()
-    drawn = np.asarray(jax.random.beta(jax.random.key(0), 0.5, 0.5, (4,)))
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    drawn = np.asarray(jax.random.beta(key, 0.5, 0.5, (4,)))
     shares = np.maximum(drawn, 1 - drawn)
     assert int(state.updates) == 0 and np.all(shares >= 0.5) and np.any(shares < 0.95)
     patches = looks.images.patches
@@ -137,6 +138,7 @@ def test_pictures_are_mixed_in_pairs() -> None:
         for i, s in enumerate(shares.tolist())
     ]
     assert loss(0.5) == loss(0.5) == pytest.approx(-np.mean(expected), rel=1e-5)
+    assert loss(0.5, seed=4) != loss(0.5)
     plain = jax.nn.log_softmax(look.name_logits(config, state.params, prompt, looks.images))
     plain = [float(plain[i, name]) for i, name in enumerate(looks.names)]
     assert loss(0.0) == pytest.approx(-np.mean(plain), rel=1e-5)

@@ -1,42 +1,82 @@
-"""Warped pictures: what is kept, what changes, and by how much."""
+"""Warped and partly hidden pictures: what is kept, what changes, and by how much."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
-from emor3_jax.embedded.warp import warp
+from emor3_jax.embedded.warp import erase, warp
 
-GREY = np.random.default_rng(0).integers(0, 256, (24, 32)).astype(np.uint8)
+PICTURE = np.random.default_rng(0).uniform(0, 255, (24, 32, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("values", (GREY, np.stack([GREY] * 3, axis=-1)))
-def test_size_and_channels_are_kept(values: np.ndarray) -> None:
-    out = np.asarray(warp(Image.fromarray(values), 1.0, np.random.default_rng(0)))
-    assert out.shape == values.shape and out.dtype == np.uint8
+def many(picture: np.ndarray, count: int) -> jax.Array:
+    return jnp.broadcast_to(picture, (count, *picture.shape))
+
+
+def test_shape_and_range_are_kept_and_each_picture_is_changed_in_its_own_way() -> None:
+    out = np.asarray(warp(many(PICTURE, 8), 2.0, jax.random.key(0)))
+    assert out.shape == (8, 24, 32, 3)
+    assert out.min() >= 0 and out.max() <= 255
+    assert len({x.tobytes() for x in out}) == 8
 
 
 def test_at_strength_0_half_of_the_pictures_are_mirrored_and_nothing_else() -> None:
-    rng = np.random.default_rng(0)
-    found = [np.asarray(warp(Image.fromarray(GREY), 0.0, rng)) for _ in range(200)]
-    mirrored = [np.array_equal(x, GREY[:, ::-1]) for x in found]
-    assert all(m or np.array_equal(x, GREY) for m, x in zip(mirrored, found, strict=True))
-    assert 70 < sum(mirrored) < 130
+    out = np.asarray(warp(many(PICTURE, 200), 0.0, jax.random.key(0)))
+    same, mirrored = (
+        np.array([np.allclose(x, wanted, atol=1e-3) for x in out])
+        for wanted in (PICTURE, PICTURE[:, ::-1])
+    )
+    assert np.all(same ^ mirrored)
+    assert 70 < mirrored.sum() < 130
 
 
 def test_a_dot_moves_by_a_few_pixels_and_as_much_as_the_strength_says() -> None:
-    dot = np.zeros((48, 48), np.uint8)
+    dot = np.zeros((48, 36, 1), np.float32)
     # Around the middle, where turning and scaling move nothing.
-    dot[22:26, 22:26] = 255
+    dot[22:26, 16:20] = 255
 
-    def spread(strength: float) -> float:
-        rng = np.random.default_rng(1)
-        places = []
-        for _ in range(200):
-            out = np.asarray(warp(Image.fromarray(dot), strength, rng), float)
-            light = np.maximum(out - out.mean() - 40, 0)
-            places.append((light.sum(axis=0) @ np.arange(48)) / light.sum())
-        return float(np.std(places))
+    def spread(strength: float) -> tuple[float, float]:
+        out = np.asarray(warp(many(dot, 400), strength, jax.random.key(1)))[..., 0]
+        light = np.maximum(out - out.mean(axis=(1, 2), keepdims=True) - 40, 0)
+        light /= light.sum(axis=(1, 2), keepdims=True)
+        down = light.sum(axis=2) @ np.arange(48)
+        across = light.sum(axis=1) @ np.arange(36)
+        return float(down.std()), float(across.std())
 
-    # 4 % of 48 pixels.
-    assert spread(1.0) == pytest.approx(1.92, rel=0.15)
-    assert spread(0.5) == pytest.approx(0.96, rel=0.15)
+    # 4 % of 48 and of 36 pixels.
+    assert spread(1.0) == pytest.approx((1.92, 1.44), rel=0.15)
+    assert spread(0.5) == pytest.approx((0.96, 0.72), rel=0.15)
+
+
+def test_what_lies_outside_is_black() -> None:
+    white = np.full((16, 16, 1), 200.0, np.float32)
+    out = np.asarray(warp(many(white, 64), 3.0, jax.random.key(2)))[..., 0]
+    corners = out[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    # Somewhere a corner was moved in, and it is the darkest of its picture.
+    assert np.any(corners.min(axis=1) < 0.5 * out.max(axis=(1, 2)))
+
+
+def test_as_many_pictures_as_asked_have_one_rectangle_hidden_behind_their_mean() -> None:
+    out = np.asarray(erase(many(PICTURE, 400), 0.3, jax.random.key(3)))
+    mean = PICTURE.mean(axis=(0, 1))
+    chosen = 0
+    for picture in out:
+        hidden = np.any(picture != PICTURE, axis=-1)
+        if not hidden.any():
+            continue
+        chosen += 1
+        rows, columns = np.flatnonzero(hidden.any(axis=1)), np.flatnonzero(hidden.any(axis=0))
+        # Whole: nothing else differs, and nothing of it is left.
+        assert hidden.sum() == len(rows) * len(columns)
+        assert np.ptp(rows) + 1 == len(rows) and np.ptp(columns) + 1 == len(columns)
+        np.testing.assert_allclose(picture[hidden], np.tile(mean, (hidden.sum(), 1)), rtol=1e-5)
+        # 2 to 25 % of 768 pixels, sides rounded to pixels.
+        assert 10 <= hidden.sum() <= 220
+    assert 95 < chosen < 145
+
+
+@pytest.mark.parametrize(("chance", "changed"), ((0.0, 0), (1.0, 50)))
+def test_none_or_all_are_hidden(chance: float, changed: int) -> None:
+    out = np.asarray(erase(many(PICTURE, 50), chance, jax.random.key(4)))
+    assert sum(np.any(x != PICTURE) for x in out) == changed

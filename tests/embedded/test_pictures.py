@@ -1,0 +1,87 @@
+"""Pictures on the device: what the processor would make of them, changed where asked, refused."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from emor3_jax.embedded.pictures import Pictures, read_pictures, take
+from emor3_jax.models.qwen2_5_vl import layout
+from emor3_jax.models.qwen2_5_vl.config import VisionConfig
+from emor3_jax.models.qwen2_5_vl.processor import ImageError, ImageSettings, Processor
+
+VISION = VisionConfig(
+    depth=1,
+    hidden_size=16,
+    intermediate_size=16,
+    num_heads=1,
+    patch_size=4,
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+    window_size=16,
+    fullatt_block_indexes=(0,),
+    out_hidden_size=16,
+)
+PROCESSOR = Processor(None, ImageSettings(24 * 40, 24 * 40, patch_size=4))
+
+
+def encode(height: int, width: int, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+# Five windows have empty slots: 24 x 40 pixels in windows of 16.
+ENCODED = [encode(24, 40, seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    return read_pictures(ENCODED, PROCESSOR, VISION)
+
+
+def test_pictures_taken_are_those_of_processor_and_layout(pictures: Pictures) -> None:
+    rows = np.array([2, 0, 2])
+    images = take(pictures, rows, settings=PROCESSOR.images)
+    for i, row in enumerate(rows):
+        patches, grid = PROCESSOR.patches(ENCODED[row])
+        assert pictures.grid(PROCESSOR.images) == grid
+        wanted = layout.window_layout(patches, grid, VISION)
+        np.testing.assert_allclose(images.patches[i], wanted.patches, rtol=1e-6, atol=2e-6)
+        np.testing.assert_array_equal(images.coords[i], wanted.coords)
+        np.testing.assert_array_equal(images.mask[i], wanted.mask)
+        np.testing.assert_array_equal(pictures.slots, wanted.slot_of_token)
+    assert not images.mask.all()
+
+
+def test_pictures_are_changed_by_the_key_alone_where_asked(pictures: Pictures) -> None:
+    rows = np.array([1, 3])
+
+    def patches(seed: int | None, **changes: float) -> np.ndarray:
+        key = None if seed is None else jax.random.key(seed)
+        return np.asarray(take(pictures, rows, key, settings=PROCESSOR.images, **changes).patches)
+
+    plain = patches(None)
+    np.testing.assert_array_equal(patches(5), plain)
+    np.testing.assert_array_equal(patches(None, strength=1.0, hide=1.0), plain)
+    for changes in ({"strength": 1.0}, {"hide": 1.0}):
+        first, again, other = (patches(seed, **changes) for seed in (5, 5, 6))
+        np.testing.assert_array_equal(first, again)
+        assert not np.allclose(first, plain) and not np.allclose(first, other)
+    empty = ~np.asarray(pictures.mask)
+    assert np.all(patches(5, strength=1.0, hide=1.0)[:, empty] == 0)
+
+
+def test_a_damaged_picture_is_named_by_its_row() -> None:
+    with pytest.raises(ImageError, match="picture 2: cannot decode"):
+        read_pictures([*ENCODED[:2], b"not a picture"], PROCESSOR, VISION)
+
+
+def test_pictures_of_another_shape_are_refused() -> None:
+    with pytest.raises(
+        ImageError, match=r"picture 1 scales to \(40, 24\).*picture 0 to \(24, 40\)"
+    ):
+        read_pictures([ENCODED[0], encode(40, 24, 9)], PROCESSOR, VISION)
