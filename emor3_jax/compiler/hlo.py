@@ -2,7 +2,8 @@
 
 The text is XLA's after partitioning, so shapes are those of one device. A collective in the body of
 a loop counts as often as the loop runs, which the compiler notes or its condition tells: a counter
-compared with a constant. Where a loop may end earlier (decoding stops when all responses have),
+from 0, compared with a constant; the body tells its step, 2 where products wait for parts from both
+sides. Where a loop may end earlier (decoding stops when all responses have),
 that is the most.
 """
 
@@ -25,7 +26,9 @@ _CALLED = re.compile(
 )
 _SEVERAL = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _LOOP = re.compile(r"\bcondition=%([\w.\-]+), body=%([\w.\-]+)")
-_CONSTANT = re.compile(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_ELEMENT = re.compile(r"get-tuple-element\(.*\), index=(\d+)")
+_USED = re.compile(r"%([\w.\-]+)")
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -103,7 +106,11 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 continue
             if loop := _LOOP.search(line):
                 known = _KNOWN.search(line)
-                runs = int(known[1]) if known else _trip_count(bodies.get(loop[1], []))
+                runs = (
+                    int(known[1])
+                    if known
+                    else _trip_count(*(bodies.get(x, []) for x in loop.groups()))
+                )
                 visit(loop[1], times * (runs + 1), depth + 1)
                 visit(loop[2], times * runs, depth + 1)
                 continue
@@ -191,17 +198,40 @@ def _called(line: str) -> Iterator[str]:
         yield from re.findall(r"%([\w.\-]+)", names)
 
 
-def _trip_count(condition: list[str]) -> int:
+def _trip_count(condition: list[str], body: list[str]) -> int:
     """Returns how often a loop runs at most; 1 where its condition does not tell."""
-    constants = dict(match.groups() for line in condition if (match := _CONSTANT.search(line)))
+    constants = _constants(condition)
     bounds = [
-        int(constants[name])
+        constants[name]
         for line in condition
         if "direction=LT" in line or "fusion(" in line
-        for name in re.findall(r"%([\w.\-]+)", line)
+        for name in _USED.findall(line)
         if name in constants
     ]
-    return max(bounds, default=1)
+    return max((-(-bound // _step(condition, body)) for bound in bounds), default=1)
+
+
+def _step(condition: list[str], body: list[str]) -> int:
+    """Returns what a loop's body adds to the counter that its condition reads; 1 if unknown."""
+    counters = {match[1] for line in condition if (match := _ELEMENT.search(line))}
+    results = [line for line in body if "ROOT " in line and " tuple(" in line]
+    if len(counters) != 1 or not results:
+        return 1
+    names = _USED.findall(results[0].split(" tuple(")[1].split(")")[0])
+    counter, constants = names[int(counters.pop())], _constants(body)
+    added = [
+        constants[name]
+        for line in body
+        if f"%{counter} = " in line and " add(" in line
+        for name in _USED.findall(line.split(" add(")[1].split(")")[0])
+        if name in constants
+    ]
+    return max(added, default=1)
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    found = (match.groups() for line in lines if (match := _CONSTANT.search(line)))
+    return {name: int(value) for name, value in found}
 
 
 def _group_size(line: str, devices: int) -> int:

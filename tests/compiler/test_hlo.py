@@ -139,3 +139,43 @@ def test_gathers_of_weights_are_told_from_others() -> None:
     assert hlo.weight_gathers(gathers, [(7, 8, 4)]) == gathers[:1]
     assert hlo.weight_gathers(gathers, [(8, 1, 4)]) == gathers[:1]
     assert hlo.weight_gathers(gathers, [(4, 8)]) == []
+
+
+WINDOWED = """\
+%cond (p: (f32[4,6], u32[], s32[])) -> pred[] {{
+  %bound = u32[]{{:T(128)}} constant({bound})
+  %p = (f32[4,6]{{1,0}}, u32[]{{:T(128)}}, s32[]) parameter(0)
+  %i = u32[]{{:T(128)}} get-tuple-element(%p), index=1
+  ROOT %less = pred[]{{:T(512)}} compare(%i, %bound), direction=LT
+}}
+
+%body (q: (f32[4,6], u32[], s32[])) -> (f32[4,6], u32[], s32[]) {{
+  %q = (f32[4,6]{{1,0}}, u32[]{{:T(128)}}, s32[]) parameter(0)
+  %seven = u32[]{{:T(128)}} constant(7)
+  %more = u32[]{{:T(128)}} constant({step})
+  %part = f32[4,6]{{1,0}} get-tuple-element(%q), index=0
+  %i.1 = u32[]{{:T(128)}} get-tuple-element(%q), index=1
+  %shift = u32[]{{:T(128)}} add(%i.1, %seven)
+  %passed = f32[4,6]{{1,0}} collective-permute(%part), source_target_pairs={{{{0,1}},{{1,0}}}}
+  %i.2 = u32[]{{:T(128)}} add(%i.1, %more), metadata={{op_name="step"}}
+  %k = s32[] get-tuple-element(%q), index=2
+  ROOT %next = (f32[4,6]{{1,0}}, u32[]{{:T(128)}}, /*index=2*/s32[]) tuple(%passed, %i.2, /*index=2*/%k)
+}}
+
+ENTRY %main (a: (f32[4,6], u32[], s32[])) -> (f32[4,6], u32[], s32[]) {{
+  %a = (f32[4,6], u32[], s32[]) parameter(0)
+  ROOT %loop = (f32[4,6], u32[], s32[]) while(%a), condition=%cond, body=%body
+}}
+"""
+"""A product that waits for parts of a matrix and passes them on, as the TPU's compiler writes it."""
+
+
+@pytest.mark.parametrize(
+    ("bound", "step", "times"), ((4, 1, 4), (4, 2, 2), (8, 2, 4), (7, 2, 4), (1, 2, 1))
+)
+def test_a_loop_whose_counter_is_unsigned_or_goes_by_twos(
+    bound: int, step: int, times: int
+) -> None:
+    (passed,) = hlo.collectives(WINDOWED.format(bound=bound, step=step), devices=2)
+    assert passed.kind == "collective-permute" and passed.times == times
+    assert passed.moved == times * 4 * 6 * 4
