@@ -1,29 +1,19 @@
 """Pictures on the device: what the processor would make of them, changed where asked, refused."""
 
+import dataclasses
 import io
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from emor3_jax.embedded.pictures import Pictures, read_pictures, take
 from emor3_jax.models.qwen2_5_vl import layout
-from emor3_jax.models.qwen2_5_vl.config import VisionConfig
 from emor3_jax.models.qwen2_5_vl.processor import ImageError, ImageSettings, Processor
 
-VISION = VisionConfig(
-    depth=1,
-    hidden_size=16,
-    intermediate_size=16,
-    num_heads=1,
-    patch_size=4,
-    temporal_patch_size=2,
-    spatial_merge_size=2,
-    window_size=16,
-    fullatt_block_indexes=(0,),
-    out_hidden_size=16,
-)
+VISION = dataclasses.replace(tiny.VISION, patch_size=4, window_size=16)
 PROCESSOR = Processor(None, ImageSettings(24 * 40, 24 * 40, patch_size=4))
 
 
