@@ -26,7 +26,8 @@ import numpy as np
 from emor3_jax import models
 from emor3_jax.models.qwen2_5_vl import model, published, weights
 from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.rollout.generate import SamplingRule, generate
+from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.rollout.generate import Samples, SamplingRule, generate
 
 # XLA computes bfloat16 products in float32 on CPU. By default it converts the weights of all layers
 # before the loop over them, which takes twice the parameters' memory again.
@@ -101,12 +102,12 @@ def run(folder: Path) -> dict[str, float]:
     dtype = jnp.bfloat16
 
     @jax.jit
-    def prefill(params):
+    def prefill(params: dict) -> KV:
         features = model.encode_images(config, params, images, dtype=dtype)
         return model.forward_prompt(config, params, prompt, features, dtype=dtype)[1]
 
     @jax.jit
-    def decode(params, prefix):
+    def decode(params: dict, prefix: KV) -> Samples:
         return generate(
             config,
             params,

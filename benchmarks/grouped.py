@@ -89,8 +89,15 @@ def main() -> None:
     banned = np.zeros(config.vocab_size, bool)
 
     @jax.jit
-    def gradient(params, prompt, images, last, position, responses):
-        def loss(params):
+    def gradient(
+        params: dict,
+        prompt: Prompt,
+        images: Images,
+        last: jax.Array,
+        position: jax.Array,
+        responses: jax.Array,
+    ) -> tuple[jax.Array, dict]:
+        def loss(params: dict) -> jax.Array:
             score = score_responses(
                 config,
                 params,

@@ -6,6 +6,7 @@ so it is left out; pictures go through transformers' own PIL image processor.
 """
 
 from pathlib import Path
+from typing import Any
 
 from transformers import Qwen2_5_VLProcessor, Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -14,7 +15,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 class StillProcessor(Qwen2_5_VLProcessor):
     """Qwen2.5-VL's processor without its video part."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+    ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from emor3_jax import rewards
 from emor3_jax.data.batch import Batch, take_part
@@ -110,7 +111,7 @@ def bucket(size: int, sizes: Sequence[int]) -> int:
     return next((s for s in sizes if size <= s), sizes[-1])
 
 
-def banned_ids(config: Config, tokenizer) -> np.ndarray:
+def banned_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Returns bool[V], ids that a response may never contain.
 
     These are the image and vision ids (a sampled image token has no image), the other special
@@ -127,7 +128,7 @@ def banned_ids(config: Config, tokenizer) -> np.ndarray:
     return banned
 
 
-def stop_ids(tokenizer) -> tuple[int, ...]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Returns the ids that end a response: the end of the turn and the end of the text."""
     ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
     return tuple(i for i in ids if i is not None)
@@ -161,7 +162,7 @@ class Actor:
     def __init__(
         self,
         config: Config,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str],
         templates: PromptTemplates,
         *,
@@ -280,7 +281,16 @@ class Actor:
         (all_at_once,) = self._roll_out(params, batch, key, responses, rule, ALL_AT_ONCE, 1)
         return all_at_once.prefix, all_at_once.samples
 
-    def _roll_out(self, params, batch, key, responses, rule, plan, parts) -> Iterator[Finished]:
+    def _roll_out(
+        self,
+        params: dict,
+        batch: Batch,
+        key: jax.Array,
+        responses: int,
+        rule: SamplingRule,
+        plan: Plan,
+        parts: int,
+    ) -> Iterator[Finished]:
         prompts = len(batch.last_token)
 
         def openings() -> Iterator[Opening]:
@@ -394,7 +404,7 @@ class Actor:
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
-def _prefill(params, batch, *, config, dtype):
+def _prefill(params: dict, batch: Batch, *, config: Config, dtype: jnp.dtype) -> KV:
     features = model.encode_images(config, params, batch.images, dtype=dtype)
     return model.forward_prompt(
         config, params, batch.prompt, features, dtype=dtype, images_by_prompt=True
@@ -419,7 +429,7 @@ def _take_rows(tree: Any, rows: jax.Array) -> Any:
 
 
 @jax.jit
-def _spans(tables, samples):
+def _spans(tables: rewards.Tables, samples: Samples) -> tuple[rewards.Span, rewards.Span]:
     shape = samples.lengths.shape
     flat = samples.tokens.reshape(-1, samples.tokens.shape[-1]), samples.lengths.reshape(-1)
     spans = rewards.cut_spans(tables, *flat)
@@ -447,24 +457,24 @@ _judge_consistency = jax.jit(reflect.judge_consistency, static_argnames=("config
     ),
 )
 def _score(
-    tables,
-    answers,
-    grades,
-    samples,
-    replies,
-    said,
+    tables: rewards.Tables,
+    answers: jax.Array,
+    grades: jax.Array | None,
+    samples: Samples,
+    replies: Replies | Judgement | None,
+    said: dict[str, jax.Array],
     *,
-    profile,
-    answer_is_target,
-    lambda_reflect,
-    lambda_format,
-    terms,
-    boxed,
-    reflection,
-):
+    profile: str,
+    answer_is_target: bool,
+    lambda_reflect: float,
+    lambda_format: float,
+    terms: tuple[Term, ...],
+    boxed: bool,
+    reflection: str,
+) -> Scores:
     shape = samples.lengths.shape
 
-    def flat(s):
+    def flat(s: Samples) -> tuple[jax.Array, jax.Array]:
         return s.tokens.reshape(-1, s.tokens.shape[-1]), s.lengths.reshape(-1)
 
     format_, answer, *matches = (

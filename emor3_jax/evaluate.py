@@ -32,7 +32,7 @@ from emor3_jax import cli, prepare
 from emor3_jax.checks import validate
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Batch
-from emor3_jax.episode import NOTHING_TO_JUDGE, Actor, Judgement
+from emor3_jax.episode import NOTHING_TO_JUDGE, Actor, Judgement, Replies, Scores
 from emor3_jax.export import read_params
 from emor3_jax.io import report
 from emor3_jax.io.checkpoints import Checkpoints
@@ -49,7 +49,7 @@ from emor3_jax.models import Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import check_batch, make_mesh
 from emor3_jax.rollout.engine import ALL_AT_ONCE, Plan
-from emor3_jax.rollout.generate import SamplingRule
+from emor3_jax.rollout.generate import Samples, SamplingRule
 
 
 def macro_f1(labels: np.ndarray, answers: np.ndarray, k: int) -> float:
@@ -212,10 +212,19 @@ def prediction(responses: Sequence[Sample], chosen: int) -> dict[str, Any]:
     }
 
 
-def read_sample(actor, row_id, label, i, g, responses, replies, scores) -> Sample:
-    """Decodes response `g` to prompt `i` and what was said of it."""
+def read_sample(
+    actor: Actor,
+    row_id: str,
+    label: int,
+    i: int,
+    g: int,
+    responses: Samples,
+    replies: Replies | Judgement | None,
+    scores: Scores,
+) -> Sample:
+    """Decodes response `g` to prompt `i` and what was said of it; all arrays NumPy's."""
 
-    def text(s):
+    def text(s: Samples) -> str:
         return actor.tokenizer.decode(s.tokens[i, g, : s.lengths[i, g]], skip_special_tokens=True)
 
     answer = int(scores.answer[i, g])

@@ -176,7 +176,7 @@ def response_logprobs(
     cut = jax.tree.map(lambda x: _cut(x, count), (samples, packing, features))
     micro = (micro_batches(batch, merge, count), *cut[:2]), cut[2]
 
-    def score(micro):
+    def score(micro: tuple) -> jax.Array:
         rows, seen = micro
         return _score(params, *rows, banned, config, options, features=seen).logprobs
 
@@ -231,7 +231,13 @@ def update(
     """
     weights = loss.weights(samples)
 
-    def value(score, responses, weight, advantage, ref):
+    def value(
+        score: Score,
+        responses: Samples,
+        weight: jax.Array,
+        advantage: jax.Array,
+        ref: jax.Array | None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         value, metrics = losses.policy_loss(
             score.logprobs,
             responses.logprobs,
@@ -297,7 +303,9 @@ def imitate(
     """
     weights = loss.weights(samples)
 
-    def value(score, _, weight):
+    def value(
+        score: Score, _: Samples, weight: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         value = losses.imitation_loss(score.logprobs, weight)
         return value, {"loss": value}
 
@@ -343,7 +351,7 @@ def _learn(
     """
     merge = config.vision.spatial_merge_size**2
 
-    def loss_fn(params, micro):
+    def loss_fn(params: dict, micro: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
         (rows, responses, rows_of_places), (weight, *rest) = micro
         params = params if lora is None else lora.overlay(params)
         score = _score(

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
 
 from emor3_jax import cli, prepare
 from emor3_jax.config import ConfigError
@@ -152,7 +153,7 @@ class Lessons:
     def __init__(
         self,
         config: ConfigDict,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         banned: np.ndarray,
         labels: Sequence[str],
         rows: Iterable[Texts],

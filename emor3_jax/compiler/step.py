@@ -32,7 +32,7 @@ from emor3_jax.data.batch import Batch
 from emor3_jax.data.labels import label_set
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.rewards import Tables
@@ -41,7 +41,7 @@ from emor3_jax.rewards.spans import SpanTables
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout import engine
-from emor3_jax.rollout.generate import SamplingRule
+from emor3_jax.rollout.generate import Samples, SamplingRule
 from emor3_jax.rollout.likelihood import Candidates
 
 _STOP = (151645, 151643)
@@ -347,7 +347,19 @@ def _compile_rollout(
 
 
 def _compile_reflections(
-    record, config, policy, texts, part, tables, banned, key, params, prefix, samples, alive, waves
+    record: Recorder,
+    config: ConfigDict,
+    policy: Config,
+    texts: tuple[Around, Around],
+    part: Batch,
+    tables: Tables,
+    banned: Any,
+    key: Any,
+    params: Any,
+    prefix: KV,
+    samples: Samples,
+    alive: dict[str, Any],
+    waves: int,
 ) -> Any:
     """The part of `Actor.reflect`: both questions about each response, at the longest texts."""
     if not config.reflect.enabled:

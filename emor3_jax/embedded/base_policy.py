@@ -84,7 +84,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Takes one optimizer step; returns the new state and `loss`, `exact`, `grad_norm`."""
 
-    def loss_fn(params):
+    def loss_fn(params: dict) -> tuple[jax.Array, dict[str, Any]]:
         return _loss(config, sizes, params, frame, lessons)
 
     (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -100,7 +100,9 @@ def held_out(
     return _loss(config, sizes, params, frame, lessons)[1]["exact"]
 
 
-def _loss(config: Config, sizes: Sizes, params: dict, frame: pretrain.Frame, lessons: Lessons):
+def _loss(
+    config: Config, sizes: Sizes, params: dict, frame: pretrain.Frame, lessons: Lessons
+) -> tuple[jax.Array, dict[str, Any]]:
     about_images = ((lessons.responses, sizes[0]), (lessons.questions, sizes[1]))
     about_text = (lessons.texts, sizes[2])
     return pretrain.loss(

@@ -90,7 +90,9 @@ def habit(label: str, rng: np.random.Generator) -> str:
     return label if rng.random() < _SEEN else str(rng.choice(LABELS, p=_HABIT))
 
 
-def tasks(label: str, question: str, templates: PromptTemplates, rng) -> list[Task]:
+def tasks(
+    label: str, question: str, templates: PromptTemplates, rng: np.random.Generator
+) -> list[Task]:
     """Returns one task of each kind about a face; two yes-or-no ones, one true and one false.
 
     Args:

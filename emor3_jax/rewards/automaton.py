@@ -250,7 +250,7 @@ def run(automaton: Automaton, tokens: jax.Array, lengths: jax.Array) -> tuple[ja
     classes = jnp.asarray(automaton.token_class)[jnp.where(known, tokens, last).T]
     tables = [jnp.asarray(table) for table in automaton.next]
 
-    def step(states, token_class):
+    def step(states: list[jax.Array], token_class: jax.Array) -> tuple[list[jax.Array], None]:
         return [t[s, token_class] for t, s in zip(tables, states, strict=True)], None
 
     start = [jnp.zeros(tokens.shape[0], jnp.int32)] * len(tables)

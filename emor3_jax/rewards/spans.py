@@ -212,7 +212,7 @@ def cut(spans: SpanTables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span,
     state_bits, place_bits = spans.bits[0], spans.bits[1]
     state_mask, place_mask = (1 << state_bits) - 1, (1 << place_bits) - 1
 
-    def step(carry, column):
+    def step(carry: tuple, column: jax.Array) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
         state, start, count, last, stop, opening, ending = carry
         token_class, size = column & ((1 << _CLASS_BITS) - 1), column >> _CLASS_BITS
         entry = spans.entry[state, token_class]
@@ -246,7 +246,7 @@ def cut(spans: SpanTables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span,
     filled = columns >> _CLASS_BITS > 0
     index = jnp.arange(t)[:, None]
 
-    def close_gaps(tokens):
+    def close_gaps(tokens: jax.Array) -> jax.Array:
         place = jnp.where(filled, counts, t + index).T
         text = jnp.zeros((n, t), jnp.int32)
         rows = jnp.arange(n)[:, None]

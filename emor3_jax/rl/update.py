@@ -106,7 +106,7 @@ def accumulate(
     if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
         return grad_fn(params, jax.tree.map(lambda x: x[0], micro_batches))
 
-    def add(total, micro_batch):
+    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, micro_batch)), None
 
     first = jax.tree.map(lambda x: x[0], micro_batches)

@@ -407,12 +407,12 @@ def _decode(
         # Taken apart here, not once a token.
         prefix = prefix._replace(k=tuple(prefix.k), v=tuple(prefix.v))
 
-    def going(carry):
+    def going(carry: tuple) -> jax.Array:
         i, _, ended, *_ = carry
         groups = jnp.sum(~jnp.all(ended, axis=1))
         return (i < block) & (groups > 0) & (groups > leave)
 
-    def step(carry):
+    def step(carry: tuple) -> tuple:
         i, token, ended, stopped, lengths, tokens, logprobs, cache = carry
         age = slots.age + i
         hidden, cache = model.decode_step(
@@ -460,11 +460,11 @@ def _decode(
     place = jnp.where(jnp.arange(block) < count, place, rule.max_tokens + jnp.arange(block))
 
     @jax.vmap
-    def write(x, lanes, at, new):
+    def write(x: jax.Array, lanes: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
         return x.at[lanes[:, None], at[None]].set(new, mode="drop", unique_indices=True)
 
     @jax.vmap
-    def write_lanes(x, lanes, new):
+    def write_lanes(x: jax.Array, lanes: jax.Array, new: jax.Array) -> jax.Array:
         return x.at[lanes].set(new, unique_indices=True)
 
     return slots._replace(

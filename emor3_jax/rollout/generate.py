@@ -125,7 +125,7 @@ def generate(
     t_max = rule.max_tokens
     stop = jnp.asarray(rule.stop, jnp.int32)
 
-    def pick(hidden, t):
+    def pick(hidden: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(config, params, hidden)
         tokens, logprobs = sampling.sample(
             logits,
@@ -152,11 +152,11 @@ def generate(
     ended = jnp.isin(token, stop)
     lengths = jnp.ones((b, g), jnp.int32)
 
-    def going(carry):
+    def going(carry: tuple) -> jax.Array:
         t, _, _, _, _, ended, _ = carry
         return (t < t_max) & ~jnp.all(ended)
 
-    def step(carry):
+    def step(carry: tuple) -> tuple:
         t, token, tokens, logprobs, lengths, ended, cache = carry
         positions = start_positions + start_lengths + t - 1
         hidden, cache = model.decode_step(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
@@ -30,7 +31,9 @@ class Candidates(NamedTuple):
     meaning: np.ndarray
 
 
-def make_candidates(tokenizer, meanings: list[list[str]], end: str = "<|im_end|>") -> Candidates:
+def make_candidates(
+    tokenizer: PreTrainedTokenizerBase, meanings: list[list[str]], end: str = "<|im_end|>"
+) -> Candidates:
     """Returns the replies that stand for some meanings.
 
     Args:

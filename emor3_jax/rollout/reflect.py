@@ -141,7 +141,13 @@ def judge_consistency(
 
 
 def _consistency_question(
-    prefix, shared_length, shared_position, head, tail, text, text_lengths
+    prefix: KV,
+    shared_length: jax.Array,
+    shared_position: jax.Array,
+    head: jax.Array,
+    tail: jax.Array,
+    text: jax.Array,
+    text_lengths: jax.Array,
 ) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
     tokens, lengths = join(head, text, text_lengths, tail)
     position = jnp.broadcast_to(shared_position[:, None], lengths.shape)
@@ -211,7 +217,13 @@ def _noise(key: jax.Array, row: jax.Array, responses: int) -> Callable[[jax.Arra
 
 
 def _coherence_question(
-    config, params, head, tail, text, text_lengths, dtype
+    config: Config,
+    params: dict,
+    head: jax.Array,
+    tail: jax.Array,
+    text: jax.Array,
+    text_lengths: jax.Array,
+    dtype: jnp.dtype,
 ) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
     """The head is read once; a copy of its keys for each prompt keeps groups on their devices."""
     b, _, _ = text.shape

@@ -48,7 +48,7 @@ class EmoScenesConfig(tfds.core.BuilderConfig):
     counts: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(DEMO_COUNTS))
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not MIN_SIZE <= self.size <= MAX_SIZE:
             raise ValueError(f"size is {self.size}; it must be in [{MIN_SIZE}, {MAX_SIZE}] pixels")
         for split, count in self.counts.items():
@@ -82,7 +82,7 @@ class EmoScenes(tfds.core.GeneratorBasedBuilder):
             supervised_keys=("image", "label"),
         )
 
-    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager
         drawn = sample_splits(self.builder_config.counts, self.builder_config.seed)
         return {split: self._generate_examples(split, found) for split, found in drawn.items()}

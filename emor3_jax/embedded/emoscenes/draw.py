@@ -7,6 +7,7 @@ wide, the object and the weather about 48.
 
 import functools
 import math
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
@@ -15,6 +16,7 @@ from emor3_jax.embedded.emoscenes.scene import Layout, Scene
 MIN_SIZE, MAX_SIZE = 112, 224
 
 Color = tuple[int, int, int]
+Points = Sequence[tuple[float, float]]
 
 # Sky and ground by (style, brightness, colorfulness).
 _BACKGROUND: dict[tuple[str, str, str], tuple[Color, Color]] = {
@@ -89,7 +91,9 @@ def draw(scene: Scene, size: int) -> Image.Image:
 class _Pen:
     """Draws in 112-pixel units around a movable origin, mirrored or not, filled or outlined."""
 
-    def __init__(self, canvas: ImageDraw.ImageDraw, scale: float, outlined: bool, mirrored: bool):
+    def __init__(
+        self, canvas: ImageDraw.ImageDraw, scale: float, outlined: bool, mirrored: bool
+    ) -> None:
         self._canvas = canvas
         self._scale = scale
         self.outlined = outlined
@@ -101,15 +105,15 @@ class _Pen:
     def move(self, x: float, y: float) -> None:
         self._x, self._y = x, y
 
-    def _points(self, points) -> list[tuple[float, float]]:
+    def _points(self, points: Points) -> list[tuple[float, float]]:
         s, x0, y0 = self._scale, self._x, self._y
         return [((self._left + self._sign * (x0 + x)) * s, (y0 + y) * s) for x, y in points]
 
-    def flat(self, points, color: Color) -> None:
+    def flat(self, points: Points, color: Color) -> None:
         """A filled polygon in either style."""
         self._canvas.polygon(self._points(points), fill=color)
 
-    def shape(self, points, color: Color) -> None:
+    def shape(self, points: Points, color: Color) -> None:
         """A polygon, filled or as an outline."""
         if self.outlined:
             at = self._points(points)
@@ -128,7 +132,7 @@ class _Pen:
         else:
             self._canvas.ellipse(self._box(x, y, rx, ry), fill=color)
 
-    def line(self, points, color: Color, width: float = 4) -> None:
+    def line(self, points: Points, color: Color, width: float = 4) -> None:
         self._canvas.line(
             self._points(points),
             fill=color,
@@ -136,7 +140,17 @@ class _Pen:
             joint="curve",
         )
 
-    def arc(self, x, y, rx, color: Color, start: float, end: float, width=4, ry=None) -> None:
+    def arc(
+        self,
+        x: float,
+        y: float,
+        rx: float,
+        color: Color,
+        start: float,
+        end: float,
+        width: float = 4,
+        ry: float | None = None,
+    ) -> None:
         """An arc in degrees, clockwise from three o'clock, symmetric ones only when mirrored."""
         self._canvas.arc(
             self._box(x, y, rx, ry),
@@ -146,7 +160,9 @@ class _Pen:
             width=max(1, round(width * self._scale)),
         )
 
-    def _box(self, x, y, rx, ry=None) -> tuple[float, float, float, float]:
+    def _box(
+        self, x: float, y: float, rx: float, ry: float | None = None
+    ) -> tuple[float, float, float, float]:
         ry = rx if ry is None else ry
         ((cx, cy),) = self._points(((x, y),))
         s = self._scale
@@ -167,7 +183,7 @@ def _star(points: int, outer: float, inner: float) -> tuple[tuple[float, float],
     return tuple(ring)
 
 
-def _at(points, x: float, y: float) -> list[tuple[float, float]]:
+def _at(points: Points, x: float, y: float) -> list[tuple[float, float]]:
     return [(px + x, py + y) for px, py in points]
 
 

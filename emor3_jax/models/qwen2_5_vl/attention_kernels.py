@@ -107,12 +107,16 @@ def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = F
         )
         seen = jnp.concatenate([_fill(prefix.mask, 1, before), seen], axis=1)
 
-    def compute(queries, keys, values, seen):
+    def compute(
+        queries: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
+    ) -> jax.Array:
         kernel = _splash_kernel(
             queries.shape[1], GroupMask(before, g, length, own.causal), interpret
         )
 
-        def one(queries, keys, values, seen):
+        def one(
+            queries: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
+        ) -> jax.Array:
             # All queries belong to segment 1, as do the keys that may be seen.
             ids = splash_attention_kernel.SegmentIds(
                 jnp.ones(queries.shape[1], jnp.int32), seen.astype(jnp.int32)
@@ -200,7 +204,9 @@ def cudnn(
 
 
 @functools.cache
-def _splash_kernel(heads: int, mask: GroupMask, interpret: bool):
+def _splash_kernel(
+    heads: int, mask: GroupMask, interpret: bool
+) -> splash_attention_kernel.SplashAttentionKernel:
     """Returns the kernel for one prompt, its tables of blocks as constants."""
     block = math.gcd(math.gcd(mask.length, mask.prefix), _BLOCK)
     sizes = splash_attention_kernel.BlockSizes(

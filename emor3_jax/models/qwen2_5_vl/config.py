@@ -41,7 +41,7 @@ class VisionConfig:
     out_hidden_size: int
     in_channels: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.num_heads):
             raise ConfigError(
                 f"vision hidden_size={self.hidden_size} over num_heads={self.num_heads} must give "
@@ -120,7 +120,7 @@ class Config:
     max_position_embeddings: int = 128_000
     attention: str = "xla"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.head_dim * self.num_heads != self.hidden_size:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} is not num_heads={self.num_heads} * "

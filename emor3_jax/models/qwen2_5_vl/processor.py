@@ -63,7 +63,7 @@ class ImageSettings:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     scale: float = 1 / 255
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ProcessorError(
                 f"min_pixels={self.min_pixels} must be over 0 and at most "

@@ -64,11 +64,11 @@ class VisionAttention(nn.Module):
         # The scores are recomputed in the backward pass: kept, those of the branch not taken would
         # be kept too, and over a whole image they are the largest arrays of the tower.
         @jax.checkpoint
-        def windowed(q, k, v, mask):
+        def windowed(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
             return attend(q, [Own(*slots_last(k, v), mask)], self.attention)
 
         @jax.checkpoint
-        def whole(q, k, v, mask):
+        def whole(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
             flat = [a.reshape(a.shape[0], 1, -1, *a.shape[3:]) for a in (q, k, v, mask)]
             return windowed(*flat).reshape(q.shape)
 

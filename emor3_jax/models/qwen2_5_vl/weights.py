@@ -187,7 +187,7 @@ class _Entry(NamedTuple):
 class _Reader:
     """The tensors of a folder under the hub's names."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         if (folder / INDEX_FILE).exists():
             index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
             files = sorted(set(index.values()))
