@@ -4,8 +4,8 @@ FER-2013 labels its faces and says nothing else of them, so the descriptions are
 each label ("a face with raised brows and a dropped jaw"). They are right for most faces, not for
 each. As on EmoScenes, the base policy learns to judge from correct pairs of phrase and label, and
 its own SET responses from data that are mediocre on purpose: they describe the face rightly, now
-and then as another's, but the feeling and the answer that follow are mostly one of a few
-favourites, and the format is often broken.
+and then as another's. The feeling mostly follows that description, and the answer one of the two;
+else they are one of a few favourites. The format is often broken.
 """
 
 from collections.abc import Sequence
@@ -61,9 +61,10 @@ _AROUSAL = {
     "sadness": "negative , low arousal",
     "surprise": "positive , high arousal",
 }
-# The habit: chance of each label whatever the face shows, and how often the face decides.
+# The habit: chance of each label whatever the face shows, and how often the description decides.
+# Mostly, or the policy learns the favourites and never that its answer is to follow its steps.
 _HABIT = (0.1, 0.05, 0.1, 0.3, 0.2, 0.15, 0.1)
-_SEEN = 0.6
+_FOLLOWED = 0.8
 # Weight of a response's tokens. Which label an answer names follows from the face in few of them.
 _SET_WEIGHT = 2.0
 
@@ -85,9 +86,9 @@ def feeling(label: str, rng: np.random.Generator) -> str:
     return f"a viewer would feel {rng.choice(_FEELINGS[label])}"
 
 
-def habit(label: str, rng: np.random.Generator) -> str:
-    """Returns the label that the base policy names: the face's at times, else a favourite."""
-    return label if rng.random() < _SEEN else str(rng.choice(LABELS, p=_HABIT))
+def habit(seen: str, rng: np.random.Generator) -> str:
+    """Returns the label that the base policy names: the described one mostly, else a favourite."""
+    return seen if rng.random() < _FOLLOWED else str(rng.choice(LABELS, p=_HABIT))
 
 
 def tasks(
@@ -122,8 +123,8 @@ def tasks(
 def response(label: str, rng: np.random.Generator) -> str:
     """Returns a SET response as the base policy would give it; see the module's docstring."""
     seen = _another(label, rng) if rng.random() < MISNAMED else label
-    felt = habit(label, rng)
-    answer = habit(label, rng) if rng.random() < FRESH_ANSWER else felt
+    felt = habit(seen, rng)
+    answer = habit(seen, rng) if rng.random() < FRESH_ANSWER else felt
     text = set_response(describe(seen, rng), feeling(felt, rng), _AROUSAL[felt], answer)
     return break_format(text, answer, rng) if rng.random() < BROKEN_FORMAT else text
 

@@ -33,9 +33,9 @@ def test_what_is_described_is_told_by_the_brows_named_first() -> None:
     assert faces.described("a face with a broad smile") is None
 
 
-def test_responses_describe_the_face_rightly_and_answer_out_of_habit() -> None:
+def test_responses_describe_the_face_rightly_and_mostly_answer_as_they_describe() -> None:
     rng = np.random.default_rng(2)
-    seen, answered, broken = [], [], 0
+    seen, answered, followed, broken = [], [], [], 0
     for _ in range(2000):
         text = faces.response("fear", rng)
         (description,) = re.findall(r"a face with [a-z ]+ and [a-z ]+?(?= <| \n|\n|$)", text)[:1]
@@ -44,11 +44,17 @@ def test_responses_describe_the_face_rightly_and_answer_out_of_habit() -> None:
         boxed = re.search(r"boxed\{(\w+)\}", text)
         if boxed:
             answered.append(boxed[1])
+            followed.append(boxed[1] == label)
         broken += not re.search(r"^<step1>.*</step1>\n<step2>.*</step2>\n<step3>.*</step3>\n", text)
-    # 8 % misnamed; the habit: 60 % by the face, else a favourite, of which fear is 10 %.
+    # 8 % misnamed, as any of the others. The habit: 80 % as described, else a favourite, of which
+    # fear is 10 % and happiness 30 %.
     assert np.mean(np.asarray(seen) == "fear") == pytest.approx(0.92, abs=0.02)
-    assert np.mean(np.asarray(answered) == "fear") == pytest.approx(0.6 + 0.4 * 0.1, abs=0.035)
-    assert np.mean(np.asarray(answered) == "happiness") == pytest.approx(0.4 * 0.3, abs=0.03)
+    as_described = 0.8 + 0.2 * (0.92 * 0.1 + 0.08 * 0.9 / 6)
+    assert np.mean(followed) == pytest.approx(as_described, abs=0.03)
+    fear = 0.8 * 0.92 + 0.2 * 0.1
+    assert np.mean(np.asarray(answered) == "fear") == pytest.approx(fear, abs=0.035)
+    happiness = 0.8 * 0.08 / 6 + 0.2 * 0.3
+    assert np.mean(np.asarray(answered) == "happiness") == pytest.approx(happiness, abs=0.02)
     assert 0.15 < broken / 2000 < 0.35
 
 
