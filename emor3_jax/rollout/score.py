@@ -65,9 +65,6 @@ def score_responses(
     b, g, t = responses.shape
     if features is None:
         features = model.encode_images(config, params, images, dtype=dtype, remat=remat)
-    _, prefix = model.forward_prompt(
-        config, params, prompt, features, dtype=dtype, remat=remat, images_by_prompt=True
-    )
     opening = jnp.broadcast_to(last_token[:, None, None], (b, g, 1))
     tokens = jnp.concatenate([opening, responses[..., :-1]], axis=-1)
     place = jnp.broadcast_to(jnp.arange(t), (b, g, t))
@@ -76,10 +73,11 @@ def score_responses(
         mask = jnp.asarray(packing.source) >= 0
         segments = jnp.where(mask, packing.source // t, -1)
         tokens, place, targets = (pack(packing, x) for x in (tokens, place, targets))
-    hidden, _ = model.forward_continuation(
+    hidden = model.forward_group(
         config,
         params,
-        prefix,
+        prompt,
+        features,
         tokens,
         next_position[:, None, None] + place,
         mask,

@@ -90,9 +90,8 @@ def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
     @functools.partial(jax.value_and_grad, has_aux=True)
     def grouped(params):
         features = model.encode_images(config, params, images, remat="layers")
-        _, prefix = model.forward_prompt(config, params, prompt, features, remat="layers")
-        hidden, _ = model.forward_continuation(
-            config, params, prefix, tokens, positions, mask, remat="layers"
+        hidden = model.forward_group(
+            config, params, prompt, features, tokens, positions, mask, remat="layers"
         )
         return jnp.sum(hidden * probe), hidden
 
@@ -134,7 +133,9 @@ def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
         np.testing.assert_allclose(x, y, atol=3e-4 * scale, err_msg=name)
 
 
-def test_decoding_token_by_token_equals_one_pass(config, params, image_batch, responses):
+def test_decoding_token_by_token_equals_one_pass_and_that_of_whole_groups(
+    config, params, image_batch, responses
+):
     prompt, images, following = image_batch
     tokens, _ = responses
     # Openings of one and of two tokens, right padded, as a question about a ragged text is.
@@ -147,11 +148,13 @@ def test_decoding_token_by_token_equals_one_pass(config, params, image_batch, re
         features = model.encode_images(config, params, images)
         _, prefix = model.forward_prompt(config, params, prompt, features)
         mask = jnp.ones((B, G, S), bool)
-        positions = jnp.broadcast_to(place, (B, G, S))
-        hidden, _ = model.forward_continuation(config, params, prefix, tokens, positions, mask)
-        return hidden, prefix
+        of_responses = tokens, jnp.broadcast_to(place, (B, G, S)), mask
+        hidden, _ = model.forward_continuation(config, params, prefix, *of_responses)
+        at_once = model.forward_group(config, params, prompt, features, *of_responses)
+        return hidden, at_once, prefix
 
-    expected, prefix = one_pass(params)
+    expected, at_once, prefix = one_pass(params)
+    np.testing.assert_allclose(at_once, expected, atol=2e-5)
     hidden, cache = model.forward_continuation(
         config,
         params,

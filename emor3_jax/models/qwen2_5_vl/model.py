@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.layers import Dtype, Remat, two_rows
-from emor3_jax.models.qwen2_5_vl.text import Decoder
+from emor3_jax.models.qwen2_5_vl.text import Decoder, Group
 from emor3_jax.models.qwen2_5_vl.vision import VisionTower
 from emor3_jax.parallel.mesh import by_rows, gather, keep_layout, path_of
 
@@ -156,7 +156,6 @@ def forward_prompt(
     image_features: jax.Array | None,
     *,
     dtype: Dtype = jnp.float32,
-    remat: Remat = "none",
     images_by_prompt: bool = False,
 ) -> tuple[jax.Array, KV]:
     """Runs the decoder over prompts, each token attending to those before it.
@@ -166,14 +165,13 @@ def forward_prompt(
       prompt: right padded.
       image_features: from `encode_images`; None if no prompt has an image.
       dtype: compute type.
-      remat: what the backward pass recomputes, see `layers.rematerialised`.
       images_by_prompt: whether prompts have equally many images each, in their order.
 
     Returns:
       float[B, P, D] after the final norm (meaningless at padding), and the keys and values, which
       gradients flow through.
     """
-    hidden, (k, v) = Decoder(config, dtype, remat, keep_keys=True).apply(
+    hidden, (k, v) = Decoder(config, dtype, keep_keys=True).apply(
         {"params": params["model"]},
         prompt.tokens[:, None],
         prompt.positions[:, None],
@@ -194,9 +192,7 @@ def forward_continuation(
     mask: jax.Array,
     *,
     dtype: Dtype = jnp.float32,
-    remat: Remat = "none",
     cache_size: int | None = None,
-    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Runs `G` continuations of each prompt; each sees its prompt and, causally, itself.
 
@@ -207,10 +203,7 @@ def forward_continuation(
       positions: int32[B, G, S], rope positions.
       mask: bool[B, G, S], True for tokens that may be attended to.
       dtype: compute type.
-      remat: what the backward pass recomputes, see `layers.rematerialised`.
       cache_size: `C`, at least S; also return a cache whose first S slots are filled.
-      segments: int32[B, G, S], tokens of one see nothing of the others but the prompt; None for
-        one segment.
 
     Returns:
       float[B, G, S, D] after the final norm, and the cache if asked for.
@@ -221,13 +214,12 @@ def forward_continuation(
     s = tokens.shape[-1]
     if cache_size is not None and cache_size < s:
         raise ValueError(f"cache_size={cache_size} is smaller than the {s} tokens to keep")
-    hidden, keys = Decoder(config, dtype, remat, keep_keys=cache_size is not None).apply(
+    hidden, keys = Decoder(config, dtype, keep_keys=cache_size is not None).apply(
         {"params": params["model"]},
         tokens,
         jnp.broadcast_to(positions[..., None], (*positions.shape, 3)),
         jnp.asarray(mask),
         prefix=prefix,
-        segments=segments,
     )
     if cache_size is None:
         return hidden, None
@@ -236,6 +228,52 @@ def forward_continuation(
         return jnp.pad(x, [(0, (cache_size - s) * (i == axis)) for i in range(x.ndim)])
 
     return hidden, Cache(grow(keys[0], 5), grow(keys[1], 4), grow(jnp.asarray(mask), 2))
+
+
+def forward_group(
+    config: Config,
+    params: Params,
+    prompt: Prompt,
+    image_features: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    *,
+    dtype: Dtype = jnp.float32,
+    remat: Remat = "none",
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """Runs prompts together with their `G` continuations: `forward_prompt`, `forward_continuation`.
+
+    Each layer works on both at once, so its weights are read, and over a mesh gathered, once, and
+    their gradient is summed over devices once.
+
+    Args:
+      config, params: the policy.
+      prompt: right padded.
+      image_features: from `encode_images`; prompts have equally many images each, in their order.
+      tokens, positions, mask: int32, int32 and bool[B, G, S], see `forward_continuation`.
+      dtype: compute type.
+      remat: what the backward pass recomputes, see `layers.rematerialised`.
+      segments: int32[B, G, S], tokens of one see nothing of the others but the prompt; None for
+        one segment.
+
+    Returns:
+      float[B, G, S, D] after the final norm, of the continuations.
+    """
+    group = Group(prompt.tokens.shape[1], tokens.shape[1])
+    rope_positions = jnp.broadcast_to(positions[..., None], (*positions.shape, 3))
+    hidden, _ = Decoder(config, dtype, remat, group=group).apply(
+        {"params": params["model"]},
+        group.join(prompt.tokens[:, None], tokens),
+        group.join(prompt.positions[:, None], rope_positions),
+        group.join(jnp.asarray(prompt.mask)[:, None], jnp.asarray(mask)),
+        image_features=image_features,
+        image_slots=prompt.image_slots[:, None],
+        images_by_prompt=True,
+        segments=segments,
+    )
+    return hidden
 
 
 def decode_step(

@@ -1,7 +1,9 @@
 """The decoder: one scanned stack of layers for prompts, continuations and single tokens.
 
 A prompt is a continuation of nothing (G = 1); a decoded token is a continuation of length one that
-also sees its cache. So there is one layer and one attention, with up to three sources of keys.
+also sees its cache. So there is one layer and one attention, with up to three sources of keys. A
+prompt with all its continuations may also pass through the layers as one row (`Group`), each weight
+read, gathered and given its gradient once for all of them.
 
 The cache is read-only inside the layer loop: each layer returns the keys it computed, and the
 caller writes those of all layers at once. A cache carried through the loop and updated in it was a
@@ -11,7 +13,7 @@ Parameters and cache may also come layer by layer (`model.unroll`), for decoding
 what a loop reads of a layer, in bfloat16 by way of float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,16 +27,39 @@ from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, Remat, RMSNorm
 from emor3_jax.parallel.mesh import keep_rows
 
 
+class Group(NamedTuple):
+    """How a prompt and its continuations lie in one row: P tokens, then G times S.
+
+    Attributes:
+      prompt: P.
+      count: G.
+    """
+
+    prompt: int
+    count: int
+
+    def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns [B, 1, P, …] and [B, G, S, …] of [B, 1, P + G * S, …]."""
+        rest = x[:, 0, self.prompt :]
+        return x[:, :, : self.prompt], rest.reshape(len(x), self.count, -1, *x.shape[3:])
+
+    def join(self, prompt: jax.Array, rest: jax.Array) -> jax.Array:
+        """Returns what `split` splits."""
+        return jnp.concatenate([prompt, rest.reshape(len(rest), 1, -1, *rest.shape[3:])], axis=2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rope.
 
     Attributes:
       config: the policy's shapes.
       dtype: compute type.
+      group: how `x` is made up, if of prompts and their continuations.
     """
 
     config: Config
     dtype: Dtype
+    group: Group | None = None
 
     @nn.compact
     def __call__(
@@ -48,14 +73,14 @@ class Attention(nn.Module):
         """Attends to earlier keys and to the keys of `x` itself.
 
         Args:
-          x: float[B, G, S, D].
+          x: float[B, G, S, D]; of a group [B, 1, P + G * S, D], as are the next two.
           table: cosine and sine, float32[B, G, S, head_dim // 2].
           own_mask: bool[B, G, S], which of these tokens may be seen by those after them.
-          earlier: keys of the prompt and of the cache.
+          earlier: keys of the prompt and of the cache; none of a group.
           segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
 
         Returns:
-          float[B, G, S, D], and the new keys and values as `Own` holds them.
+          As `x`, and the new keys and values, as `Own` holds them unless of a group.
         """
         c = self.config
 
@@ -65,12 +90,32 @@ class Attention(nn.Module):
 
         q = rope.rotate(project("q_proj", c.num_heads), *table, scale=c.head_dim**-0.5)
         k = rope.rotate(project("k_proj", c.num_kv_heads), *table)
-        k, v = slots_last(k, project("v_proj", c.num_kv_heads))
-        out = attend(q, [*earlier, Own(k, v, own_mask, True, segments)], c.attention).reshape(
-            *x.shape[:-1], -1
-        )
+        v = project("v_proj", c.num_kv_heads)
+        if self.group is None:
+            k, v = slots_last(k, v)
+            out = attend(q, [*earlier, Own(k, v, own_mask, True, segments)], c.attention)
+        else:
+            out = _attend_group(self.group, q, k, v, own_mask, segments, c.attention)
+        out = out.reshape(*x.shape[:-1], -1)
         out = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(out)
         return out, (k, v)
+
+
+def _attend_group(
+    group: Group,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    segments: jax.Array | None,
+    backend: str,
+) -> jax.Array:
+    """`attend` of prompts to themselves, and of their continuations to them and to themselves."""
+    (q, qs), (k, ks), (v, vs), (mask, masks) = (group.split(x) for x in (q, k, v, mask))
+    prompt = Own(*slots_last(k, v), mask, True)
+    prefix = Shared(prompt.k[:, 0], prompt.v[:, 0], mask[:, 0])
+    own = Own(*slots_last(ks, vs), masks, True, segments)
+    return group.join(attend(q, [prompt], backend), attend(qs, [prefix, own], backend))
 
 
 class DecoderLayer(nn.Module):
@@ -80,11 +125,13 @@ class DecoderLayer(nn.Module):
       config: the policy's shapes.
       dtype: compute type.
       keep_keys: return the new keys and values.
+      group: how `x` is made up, see `Attention`.
     """
 
     config: Config
     dtype: Dtype
     keep_keys: bool
+    group: Group | None = None
 
     @nn.compact
     def __call__(
@@ -114,7 +161,7 @@ class DecoderLayer(nn.Module):
         if cache is not None:
             earlier.append(Own(*cache, shared["cache"]))
         normed = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
-        out, keys = Attention(self.config, self.dtype, name="self_attn")(
+        out, keys = Attention(self.config, self.dtype, self.group, name="self_attn")(
             normed, shared["table"], shared["own"], earlier, shared.get("segments")
         )
         x = x + out
@@ -132,6 +179,7 @@ class Decoder(nn.Module):
       remat: what the backward pass recomputes, see `layers.rematerialised`.
       keep_keys: return the new keys and values of all layers.
       unrolled: the layers are `layers_0`, `layers_1`, …, and the cache and the new keys are tuples.
+      group: the tokens are prompts, each with its continuations behind it in one row; no keys kept.
     """
 
     config: Config
@@ -139,6 +187,7 @@ class Decoder(nn.Module):
     remat: Remat = "none"
     keep_keys: bool = False
     unrolled: bool = False
+    group: Group | None = None
 
     @nn.compact
     def __call__(
@@ -157,19 +206,20 @@ class Decoder(nn.Module):
         """Runs the decoder.
 
         Args:
-          tokens: int32[B, G, S].
+          tokens: int32[B, G, S]; of a group [B, 1, P + G * S], as are the next two.
           positions: int32[B, G, S, 3].
           own_mask: bool[B, G, S], which of the tokens may be seen by those after them.
           image_features: float[..., D], merged slots of the batch.
           image_slots: int32[B, G, S], which feature replaces the token's embedding; -1 for none.
+            Of a group [B, 1, P].
           images_by_prompt: whether prompts have equally many images each, in their order.
           prefix: keys and values of the prompts.
           cache: keys and values of the continuations so far.
           segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
 
         Returns:
-          float[B, G, S, D] after the final norm, and the new keys and values, as `Cache` holds
-          them, if they are kept.
+          float[B, G, S, D] after the final norm (of a group, of the continuations), and the new
+          keys and values, as `Cache` holds them, if they are kept.
         """
         c = self.config
         embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens")
@@ -180,8 +230,11 @@ class Decoder(nn.Module):
             # Where each prompt takes from its own images, its device needs no others.
             first = jnp.arange(parts)[:, None] * features.shape[1]
             slots = jnp.maximum(image_slots.reshape(parts, -1) - first, 0)
-            picked = jax.vmap(lambda own, at: own[at])(features, slots).reshape(x.shape)
-            x = jnp.where(image_slots[..., None] >= 0, picked, x)
+            picked = jax.vmap(lambda own, at: own[at])(features, slots)
+            # Continuations that lie behind a prompt have no images.
+            text = x[:, :, : image_slots.shape[-1]]
+            seen = jnp.where(image_slots[..., None] >= 0, picked.reshape(text.shape), text)
+            x = x.at[:, :, : image_slots.shape[-1]].set(seen)
         x = keep_rows(x)
         shared = {"table": rope.text_table(positions, c), "own": own_mask}
         if prefix is not None:
@@ -199,7 +252,8 @@ class Decoder(nn.Module):
             found = []
             for i in range(c.num_layers):
                 mine = [None if y is None else (y[0][i], y[1][i]) for y in of_layers]
-                x, new = layer(c, self.dtype, self.keep_keys, name=f"layers_{i}")(x, *mine, shared)
+                one = layer(c, self.dtype, self.keep_keys, self.group, name=f"layers_{i}")
+                x, new = one(x, *mine, shared)
                 found.append(new)
             keys = tuple(zip(*found, strict=True)) if self.keep_keys else None
         else:
@@ -210,5 +264,8 @@ class Decoder(nn.Module):
                 in_axes=(0, 0, nn.broadcast),
                 length=c.num_layers,
             )
-            x, keys = stack(c, self.dtype, self.keep_keys, name="layers")(x, *of_layers, shared)
+            layers = stack(c, self.dtype, self.keep_keys, self.group, name="layers")
+            x, keys = layers(x, *of_layers, shared)
+        if self.group is not None:
+            _, x = self.group.split(x)
         return RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x), keys
