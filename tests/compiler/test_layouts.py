@@ -67,6 +67,15 @@ def test_what_lies_outside_the_layers_is_gathered_once(found: dict[str, Any], me
         assert found[mesh][program]["repeated"] == []
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_layer_is_gathered_once_for_prompts_and_responses(
+    found: dict[str, Any], mesh: str
+) -> None:
+    # In each of the two micro-batches.
+    assert found[mesh]["reference"]["passes"] == 2
+    assert found["prompts_first"]["reference"]["passes"] == 4
+
+
 def test_heads_stay_where_they_are(found: dict[str, Any]) -> None:
     """With `tensor`, attention needs nothing of another device."""
     assert found["2x2x2"]["reference"]["heads"] == []

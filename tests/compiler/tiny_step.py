@@ -69,7 +69,8 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
       "gathered": where weights are gathered; "stacked": where those of all layers at once are;
       "repeated": where a weight outside the layers is, more often than there are micro-batches;
       "activations": bytes of the all-reduces of more than vectors; "heads": where attention gathers
-      what is no weight.
+      what is no weight; "passes": how often each layer of the decoder is gathered, told by one of
+      its weights.
     """
     params = abstract_state(mesh, POLICY, make_update(make_config())[0]).params
     leaves = jax.tree.leaves(params)
@@ -96,6 +97,8 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
             for c in found
             if c.kind == "all-gather" and "attn" in c.source and c not in weights
         ],
+        "passes": sum(c.times for c in weights if "/layers/mlp/up_proj" in c.source)
+        / POLICY.num_layers,
     }
 
 
@@ -151,11 +154,26 @@ def parts_first() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def prompts_first() -> Iterator[None]:
+    """The layers run over the prompts, and then anew over the responses."""
+
+    def faulty(
+        config: Any, params: Any, prompt: Any, features: Any, *rest: Any, **options: Any
+    ) -> jax.Array:
+        _, prefix = model.forward_prompt(config, params, prompt, features, images_by_prompt=True)
+        return model.forward_continuation(config, params, prefix, *rest)[0]
+
+    with mock.patch.object(model, "forward_group", faulty):
+        yield
+
+
 FAULTS = {
     weights_as_trained: ((1, 8, 1), "hand-over", "decode"),
     whole_stacks: ((1, 8, 1), "reference"),
     features_cut: ((1, 8, 1), "reference"),
     parts_first: ((2, 2, 2), "reference"),
+    prompts_first: ((1, 8, 1), "reference"),
 }
 """What is done wrong → the mesh and the programs that show it."""
 
