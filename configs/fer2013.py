@@ -34,11 +34,11 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
         config.model.vision_heads = 8
         config.model.width = 128
         config.model.heads = 4
-        # 18 epochs.
-        config.look.steps = 2000
+        # 28 epochs.
+        config.look.steps = 3000
         config.look.mix = 0.2
         config.look.erase = 0.2
-        config.steps = 700
+        config.steps = 900
         config.learning_rate = 1.5e-3
         # What it sees is not to be forgotten over what it says.
         config.rates.tower = 0.1
@@ -46,7 +46,7 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
     if row not in table.ROWS:
         raise ValueError(f"row {row!r}: must be one of {', '.join(table.ROWS)}")
     config = cpu_demo.get_config()
-    config.steps = 200
+    config.steps = 600
     # Named on the command line: the embedded policy knows drawn scenes, not faces.
     config.policy.path = ""
     config.data.prompt_lengths = (128,)
@@ -55,7 +55,7 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
     config.policy_update.response_lengths = (56, 64, 72)
     config.evaluate.sets = ConfigDict()
     config.evaluate.sets.fer2013 = dataset(kind="parquet", labels="fer7")
-    config.evaluate.every = 50
+    config.evaluate.every = 100
     config.evaluate.during = 500
     config.evaluate.reflect = True
     table.ROWS[row](config)

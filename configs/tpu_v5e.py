@@ -6,10 +6,9 @@ python -m emor3_jax.train --config=configs/tpu_v5e.py --workdir=DIR \\
 
 `--config=configs/tpu_v5e.py:7b,chips=32` takes the 7B on 32 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-25): hand-over,
-decode, growing the cache and update of the 3B need at most 12.12 of 15.75 GiB a device on a v5e-16,
-those of the 7B 11.09 on a v5e-64; the 7B does not fit a v5e-16, nor two. Prefill, reflections and
-reference have not been compiled. More: docs/results/compile.md.
+What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
+the 3B need at most 12.18 of 15.75 GiB a device on a v5e-16, those of the 7B 12.10 on a v5e-64. The
+7B does not fit a v5e-16, nor two. More: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict

@@ -6,10 +6,9 @@ python -m emor3_jax.train --config=configs/tpu_v6e.py --workdir=DIR \\
 
 `--config=configs/tpu_v6e.py:7b,chips=32` takes the 7B on 32 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-25): hand-over,
-decode, growing the cache and update of the 3B need at most 24.34 of 31.24 GiB a device on a v6e-8,
-those of the 7B 23.02 on a v6e-16; the 7B does not fit a v6e-8 (the update needs 34.24). Prefill,
-reflections and reference have not been compiled. More: docs/results/compile.md.
+What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
+the 3B need at most 24.34 of 31.24 GiB a device on a v6e-8, those of the 7B 23.50 on a v6e-16. The
+7B does not fit a v6e-8 (the hand-over needs 31.38). More: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict
