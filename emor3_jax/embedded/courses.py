@@ -75,7 +75,7 @@ def labelled_faces(config: ConfigDict) -> Course:
         labels=labels,
         tasks=about,
         corpus=faces.corpus(questions, templates),
-        sizes=(Size(152, 64), Size(44, 20), Size(64, 4)),
+        sizes=(Size(152, 64), Size(44, 20), Size(72, 4)),
         held_out=1024,
     )
 
