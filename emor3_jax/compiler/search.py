@@ -17,7 +17,8 @@ _BESIDE = ("prefill", "coherence", "consistency")
 def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]) -> Iterator[str]:
     """Finds `policy_update.micro_prompts` and `rollout.slots`; `rollout.refill` stays.
 
-    From what the config says, doubled while it fits or halved until it does.
+    From what the config says, doubled while it fits or halved until it does. Where the config's
+    rules refuse a half, the next smaller size that they allow is tried.
 
     Args:
       config: of the run; changed to what was found.
@@ -47,23 +48,30 @@ def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]
         update.micro_prompts = micro
         return compile_config(config, topology, LEARNING).fits
 
-    for field, section, fits, most, least in (
-        ("rollout.slots", rollout, slots_fit, rollout.prompts, rollout.refill),
-        ("policy_update.micro_prompts", update, micro_fits, update.prompts, first.parts),
+    # What `checks` and `check_batch` allow; the size that the config begins with they have passed.
+    def slots_allowed(slots: int) -> bool:
+        return rollout.refill <= slots <= rollout.prompts and slots % rollout.refill == 0
+
+    def micro_allowed(micro: int) -> bool:
+        return micro >= first.parts and not (micro % first.parts or update.prompts % micro)
+
+    for field, section, fits, allowed in (
+        ("rollout.slots", rollout, slots_fit, slots_allowed),
+        ("policy_update.micro_prompts", update, micro_fits, micro_allowed),
     ):
         key = field.split(".")[1]
         value, best, tried = section[key], None, set()
-        while least <= value <= most and value not in tried:
+        while allowed(value) and value not in tried:
             tried.add(value)
             good = fits(value)
             yield f"{field}={value}: {'fits' if good else 'does not fit'}"
             best = max(best or 0, value) if good else best
-            if good and 2 * value in tried:
-                break
-            value = 2 * value if good else value // 2
-        found[field] = section[key] = best or least
+            smaller = (size for size in range(value // 2, 0, -1) if allowed(size))
+            value = 2 * value if good else next(smaller, 0)
+        section[key] = best or min(tried)
+        found[field] = best
         if best is None:
-            yield f"{field}: nothing fits, down to {least}"
+            yield f"{field}: nothing fits, down to {min(tried)}"
     if None not in found.values():
         flags = " ".join(f"--config.{field}={value}" for field, value in found.items())
         yield f"largest that fits: {flags}"

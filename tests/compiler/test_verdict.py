@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from emor3_jax.account import Cost
+from emor3_jax.checks import validate
 from emor3_jax.compiler.record import Report
 from emor3_jax.compiler.search import search
 from emor3_jax.compiler.verdict import table, verdict
@@ -59,14 +61,13 @@ def test_what_does_not_fit_is_told_what_to_change(
     assert not_advised not in said and "a larger slice" in said
 
 
-@pytest.mark.parametrize("start", [8, 64, 256])
-def test_the_search_finds_the_largest_that_fit(start: int) -> None:
-    """Of 20 GiB the rollout takes 10 and 0.1 a slot, the update 5 and 1 a prompt."""
-    config = default()
-    config.rollout.slots, config.rollout.refill = start, 8
-    config.policy_update.micro_prompts = min(start, 128)
+def searched(config: ConfigDict) -> list[str]:
+    """Searches where of 20 GiB the rollout takes 10 and 0.1 a slot, the update 5 and 1 a prompt."""
 
     def compile_config(config, topology, only):
+        validate(config)
+        for size in (config.rollout.slots, config.policy_update.micro_prompts):
+            assert size % 4 == 0
         cache = 0.1 * config.rollout.slots
         needed = {
             "decode": 4 + cache,
@@ -82,8 +83,45 @@ def test_the_search_finds_the_largest_that_fit(start: int) -> None:
             fits=all(r.fits(chip.usable) for r in reports),
         )
 
+    return list(search(config, "v4-8", compile_config))
+
+
+@pytest.mark.parametrize("start", [8, 64, 256])
+def test_the_search_finds_the_largest_that_fit(start: int) -> None:
+    config = default()
+    config.rollout.slots, config.rollout.refill = start, 8
+    config.policy_update.micro_prompts = min(start, 128)
     # 10 + 6.4 fits beside the reflections, 10 + 12.8 does not.
-    *_, last = search(config, "v4-8", compile_config)
-    assert last == (
+    assert searched(config)[-1] == (
         "largest that fits: --config.rollout.slots=64 --config.policy_update.micro_prompts=8"
     )
+
+
+def test_the_search_tries_no_size_that_the_rules_refuse() -> None:
+    config = default()
+    config.rollout.prompts, config.policy_update.prompts = 240, 120
+    config.rollout.slots, config.rollout.refill = 240, 16
+    config.policy_update.micro_prompts = 60
+    assert searched(config) == [
+        "rollout.slots=240: does not fit",
+        # Not 120 or 56, which are no multiples of 16.
+        "rollout.slots=112: does not fit",
+        "rollout.slots=48: fits",
+        "rollout.slots=96: fits",
+        "rollout.slots=192: does not fit",
+        "policy_update.micro_prompts=60: does not fit",
+        # Not 30, which does not divide over 4 parts, nor 28 or 16, which do not divide 120.
+        "policy_update.micro_prompts=24: does not fit",
+        "policy_update.micro_prompts=12: fits",
+        "largest that fits: --config.rollout.slots=96 --config.policy_update.micro_prompts=12",
+    ]
+
+
+def test_the_search_says_that_nothing_fits() -> None:
+    config = default()
+    config.rollout.slots = config.rollout.refill = 128
+    config.policy_update.micro_prompts = 8
+    assert searched(config)[:2] == [
+        "rollout.slots=128: does not fit",
+        "rollout.slots: nothing fits, down to 128",
+    ]
