@@ -6,10 +6,9 @@ python -m emor3_jax.train --config=configs/tpu_v7x.py --workdir=DIR \\
 
 `--config=configs/tpu_v7x.py:7b,chips=32` takes the 7B on 32 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-25): hand-over,
-decode, growing the cache and update of the 3B need at most 49.06 of 94.74 GiB a device on a tpu7x-8
-(4 chips of two devices), 57.66 for the 7B. Prefill, reflections and reference have not been
-compiled. More: docs/results/compile.md.
+What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
+the 3B need at most 49.06 of 94.74 GiB a device on a tpu7x-8 (4 chips of two devices), those of the
+7B 67.43, for the reflection on coherence. More: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict
