@@ -143,7 +143,7 @@ def _traffic_table(found: Results) -> list[str]:
         "## What collectives move",
         "",
         "GiB that each device receives in all updates of a step, and in a hand-over of weights;",
-        "TFLOP of a device in the updates of a step. Empty: it does not fit, so nothing is known.",
+        "TFLOP of a device in the updates of a step. Empty: refused for its size, not counted.",
         "",
         f"| policy | slice | devices | {' | '.join(kinds)} | all | hand-over | TFLOP |",
         f"|---|---|---:|{'---:|' * len(kinds)}---:|---:|---:|",
