@@ -34,8 +34,8 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
         config.model.vision_heads = 8
         config.model.width = 128
         config.model.heads = 4
-        # 28 epochs.
-        config.look.steps = 3000
+        # 37 epochs.
+        config.look.steps = 4000
         config.look.mix = 0.2
         config.look.erase = 0.2
         config.steps = 900

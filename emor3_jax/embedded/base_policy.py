@@ -198,7 +198,7 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
     shapes = teacher.shapes
     phase = config.look
     batches = teacher.looks(phase.batch, config.seed)
-    prompt = teacher.bare_prompt()
+    prompt = teacher.look_prompt()
     images = [next(batches).images for _ in range(-(-WHITENED // phase.batch))]
     seen = np.concatenate([np.asarray(x.patches)[np.asarray(x.mask)] for x in images])
     visual = params["visual"]
@@ -223,10 +223,10 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
 
 
 def looked_right(config: ConfigDict, teacher: Teacher, params: dict) -> float:
-    """Returns how often the emotion of a held-out picture is named right."""
-    prompt = teacher.bare_prompt()
+    """Returns how often a held-out picture's emotion is named right, where descriptions go on."""
+    prompt = teacher.look_prompt()
     right = [
-        look.named_right(params, prompt, looks, config=teacher.shapes)
+        look.named_right(params, prompt, looks, config=teacher.shapes)[1]
         for looks in teacher.held_out_looks(config.look.batch)
     ]
     return float(np.mean(np.concatenate(right)))

@@ -23,6 +23,7 @@ class Course(NamedTuple):
       images: random access source of encoded images.
       labels: the emotion of each.
       tasks: (row, rng) -> the five tasks about that image.
+      opening: the words that every description begins with, whatever the image; may be empty.
       corpus: texts for the tokenizer.
       sizes: of the lessons: SET responses, other questions about an image, texts to judge.
       held_out: how many rows at the end are kept for the report.
@@ -31,6 +32,7 @@ class Course(NamedTuple):
     images: Sequence[bytes]
     labels: Sequence[str]
     tasks: Callable[[int, np.random.Generator], list[Task]]
+    opening: str
     corpus: list[str]
     sizes: tuple[Size, Size, Size]
     held_out: int
@@ -51,6 +53,7 @@ def emoscenes(config: ConfigDict) -> Course:
         images=[bytes(row["image"]) for row in rows],
         labels=[scene.label for scene in scenes],
         tasks=lambda i, rng: tasks.tasks(scenes[i], rng),
+        opening="",
         corpus=tasks.text_corpus(),
         sizes=(Size(100, 56), Size(44, 16), Size(64, 4)),
         held_out=256,
@@ -74,6 +77,7 @@ def labelled_faces(config: ConfigDict) -> Course:
         images=[row.images[0] for row in rows],
         labels=labels,
         tasks=about,
+        opening=faces.OPENING,
         corpus=faces.corpus(questions, templates),
         sizes=(Size(152, 64), Size(44, 20), Size(72, 4)),
         held_out=1024,

@@ -25,6 +25,9 @@ from emor3_jax.embedded.tasks import (
 
 LABELS = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")
 
+OPENING = "a face with"
+"""How a description begins, whatever the face."""
+
 _MOUTHS = {
     "anger": ("pressed lips", "clenched teeth"),
     "disgust": ("a curled lip", "a twisted mouth"),
@@ -72,7 +75,7 @@ _SET_WEIGHT = 2.0
 def describe(label: str, rng: np.random.Generator) -> str:
     """Returns a stock description of a face with a label."""
     mouth, brows = rng.choice(_MOUTHS[label]), rng.choice(_BROWS[label])
-    return f"a face with {brows} and {mouth}"
+    return f"{OPENING} {brows} and {mouth}"
 
 
 def described(text: str) -> str | None:

@@ -1,8 +1,10 @@
 """Teaches a policy to see: it names the emotion of a picture from the picture alone.
 
 For faces it comes before the lessons of `pretrain`: these have a hundred tokens to each picture, so
-few pictures are seen in the time. Here the image stands alone, and the label's first token is all
-that is predicted, at `<|vision_end|>`, so that a step costs hardly more than the tower.
+few pictures are seen in the time. Here the image stands alone but for the words that a description
+begins with. The label's first token is all that is predicted, at `<|vision_end|>` and after those
+words, so that a step costs hardly more than the tower. After those words the lessons say what is
+seen: a policy that has learned to name it before them only looks anew there, and less well.
 
 1. The patch embedding starts as a whitening of the pictures' patches (Coates, Ng and Lee, 2011,
    "An analysis of single-layer networks in unsupervised feature learning"), in half of its columns.
@@ -162,15 +164,16 @@ def _matrix(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | No
 
 
 def name_logits(config: Config, params: dict, prompt: Prompt, images: Images) -> jax.Array:
-    """Returns the logits float32[B, V] of what follows the image.
+    """Returns the logits float32[2, B, V] of what follows the image, and of what the whole prompt.
 
     Args:
       config, params: the policy.
-      prompt: `<|vision_start|>`, image, `<|vision_end|>`, B = 1.
+      prompt: `<|vision_start|>`, image, `<|vision_end|>`, and maybe more; B = 1.
       images: one a row.
     """
     hidden, _ = see(config, params, prompt, images)
-    return model.logits(config, params, hidden[:, -1])
+    image_end = jnp.max(jnp.where(prompt.image_slots[0] >= 0, jnp.arange(hidden.shape[1]), 0)) + 1
+    return model.logits(config, params, jnp.stack([hidden[:, image_end], hidden[:, -1]]))
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "mix"), donate_argnames="state")
@@ -196,7 +199,8 @@ def look_step(
       seed: of the mixing.
 
     Returns:
-      The new state, and `loss`, `right` (of the name of the larger share) and `grad_norm`.
+      The new state, and `loss` (the mean of both places of `name_logits`), `right` (of the name of
+      the larger share, after the whole prompt) and `grad_norm`.
     """
     shares = jnp.ones(len(looks.names))
     if mix:
@@ -211,10 +215,10 @@ def look_step(
     def loss_fn(params: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = name_logits(config, params, prompt, images)
         loss = sum(
-            share * optax.softmax_cross_entropy_with_integer_labels(logits, names)
+            share * optax.softmax_cross_entropy_with_integer_labels(logits, jnp.stack([names] * 2))
             for share, names in ((shares, looks.names), (1 - shares, others.names))
         )
-        return jnp.mean(loss), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == looks.names)}
+        return jnp.mean(loss), {"right": jnp.mean(jnp.argmax(logits[1], axis=-1) == looks.names)}
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state, applied = apply_gradients(state, grads, optimizer)
@@ -223,5 +227,5 @@ def look_step(
 
 @partial(jax.jit, static_argnames="config")
 def named_right(params: dict, prompt: Prompt, looks: Looks, *, config: Config) -> jax.Array:
-    """Returns bool[B], whether the likeliest token is the name."""
+    """Returns bool[2, B], whether the name is likeliest, at each of the places of `name_logits`."""
     return jnp.argmax(name_logits(config, params, prompt, looks.images), axis=-1) == looks.names

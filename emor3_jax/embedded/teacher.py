@@ -79,10 +79,10 @@ class Teacher(NamedTuple):
             self.processor.tokenizer, self._grid, self.pictures.slots, self.shapes
         )
 
-    def bare_prompt(self) -> Prompt:
-        """Returns `<|vision_start|>`, the image and `<|vision_end|>`, B = 1."""
+    def look_prompt(self) -> Prompt:
+        """Returns the image, as the chat template frames it, and the course's opening; B = 1."""
         slots = self.pictures.slots
-        text = "<|vision_start|>" + IMAGE_TOKEN * len(slots) + "<|vision_end|>"
+        text = f"<|vision_start|>{IMAGE_TOKEN * len(slots)}<|vision_end|>{self.course.opening}"
         tokens = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         return pretrain.make_prompt(tokens, self._grid, slots, self.shapes)[0]
 

@@ -146,6 +146,25 @@ def test_lessons_are_about_the_pictures_that_they_come_with(config: ConfigDict) 
             assert faces.LABELS[int(grey // 30)] == label
 
 
+def test_a_policy_looks_where_its_descriptions_go_on(config: ConfigDict) -> None:
+    course = COURSES["faces"](config)
+    tokenizer = train_tokenizer(course.corpus, 600)
+    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
+    shapes = base_policy.model_config(config, tokenizer)
+    teacher = Teacher.of(course, processor, shapes, {})
+    prompt = tokenizer.decode(teacher.look_prompt().tokens[0])
+    image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
+    assert prompt == image + "a face with"
+    rng = np.random.default_rng(0)
+    replies = [task.reply for row in range(7) for task in course.tasks(row, rng)]
+    # Of five tasks a face one is to describe it and one to respond, which describes it first.
+    begun = [prompt.removeprefix(image) in reply for reply in replies]
+    assert np.mean(begun) == pytest.approx(2 / 5)
+    opened = tokenizer(course.opening, add_special_tokens=False).input_ids
+    whole = tokenizer(replies[0], add_special_tokens=False).input_ids
+    assert whole[: len(opened)] == opened
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     (
