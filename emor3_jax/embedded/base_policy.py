@@ -198,7 +198,7 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
     shapes = teacher.shapes
     phase = config.look
     batches = teacher.looks(phase.batch, config.seed)
-    prompt = teacher.look_prompt()
+    prompts = teacher.look_prompts(config.seed)
     images = [next(batches).images for _ in range(-(-WHITENED // phase.batch))]
     seen = np.concatenate([np.asarray(x.patches)[np.asarray(x.mask)] for x in images])
     visual = params["visual"]
@@ -212,7 +212,7 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         return look.look_step(
-            *(state, prompt, next(batches)),
+            *(state, next(prompts), next(batches)),
             config=shapes,
             optimizer=optimizer,
             mix=phase.mix,
@@ -223,10 +223,10 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
 
 
 def looked_right(config: ConfigDict, teacher: Teacher, params: dict) -> float:
-    """Returns how often a held-out picture's emotion is named right, where descriptions go on."""
+    """Returns how often a held-out picture's emotion is named right, where the picture ends."""
     prompt = teacher.look_prompt()
     right = [
-        look.named_right(params, prompt, looks, config=teacher.shapes)[1]
+        look.named_right(params, prompt, looks, config=teacher.shapes)
         for looks in teacher.held_out_looks(config.look.batch)
     ]
     return float(np.mean(np.concatenate(right)))

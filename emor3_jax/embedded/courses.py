@@ -1,6 +1,6 @@
 """What a base policy is taught, by kind of data: pictures, their labels, and tasks about them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ class Course(NamedTuple):
       labels: the emotion of each.
       tasks: (row, rng) -> the five tasks about that image.
       opening: the words that every description begins with, whatever the image; may be empty.
+      sights: how it goes on after them, by label; empty where nothing is to be looked at.
       corpus: texts for the tokenizer.
       sizes: of the lessons: SET responses, other questions about an image, texts to judge.
       held_out: how many rows at the end are kept for the report.
@@ -33,6 +34,7 @@ class Course(NamedTuple):
     labels: Sequence[str]
     tasks: Callable[[int, np.random.Generator], list[Task]]
     opening: str
+    sights: Mapping[str, Sequence[str]]
     corpus: list[str]
     sizes: tuple[Size, Size, Size]
     held_out: int
@@ -54,6 +56,7 @@ def emoscenes(config: ConfigDict) -> Course:
         labels=[scene.label for scene in scenes],
         tasks=lambda i, rng: tasks.tasks(scenes[i], rng),
         opening="",
+        sights={},
         corpus=tasks.text_corpus(),
         sizes=(Size(100, 56), Size(44, 16), Size(64, 4)),
         held_out=256,
@@ -78,6 +81,7 @@ def labelled_faces(config: ConfigDict) -> Course:
         labels=labels,
         tasks=about,
         opening=faces.OPENING,
+        sights=faces.BROWS,
         corpus=faces.corpus(questions, templates),
         sizes=(Size(152, 64), Size(44, 20), Size(72, 4)),
         held_out=1024,

@@ -37,7 +37,7 @@ _MOUTHS = {
     "sadness": ("drooping lips", "a trembling mouth"),
     "surprise": ("a round open mouth", "a dropped jaw"),
 }
-_BROWS = {
+BROWS = {
     "anger": ("lowered brows", "a hard stare"),
     "disgust": ("a wrinkled nose", "narrowed eyes"),
     "fear": ("scared eyes", "drawn brows"),
@@ -74,13 +74,13 @@ _SET_WEIGHT = 2.0
 
 def describe(label: str, rng: np.random.Generator) -> str:
     """Returns a stock description of a face with a label."""
-    mouth, brows = rng.choice(_MOUTHS[label]), rng.choice(_BROWS[label])
+    mouth, brows = rng.choice(_MOUTHS[label]), rng.choice(BROWS[label])
     return f"{OPENING} {brows} and {mouth}"
 
 
 def described(text: str) -> str | None:
     """Returns the label whose brows a text names first, None if it names none."""
-    places = [(text.find(x), label) for label, brows in _BROWS.items() for x in brows if x in text]
+    places = [(text.find(x), label) for label, brows in BROWS.items() for x in brows if x in text]
     return min(places)[1] if places else None
 
 

@@ -2,9 +2,10 @@
 
 For faces it comes before the lessons of `pretrain`: these have a hundred tokens to each picture, so
 few pictures are seen in the time. Here the image stands alone but for the words that a description
-begins with. The label's first token is all that is predicted, at `<|vision_end|>` and after those
-words, so that a step costs hardly more than the tower. After those words the lessons say what is
-seen: a policy that has learned to name it before them only looks anew there, and less well.
+begins with. Two tokens are all that is predicted, so that a step costs hardly more than the tower:
+the label's first at `<|vision_end|>`, and after those words the first that tells what is seen. A
+policy that has only learned to name the label before them looks anew there in its lessons, and much
+less well. They stand as far from the image as if a question lay between, each time another.
 
 1. The patch embedding starts as a whitening of the pictures' patches (Coates, Ng and Lee, 2011,
    "An analysis of single-layer networks in unsupervised feature learning"), in half of its columns.
@@ -49,7 +50,8 @@ class Looks(NamedTuple):
 
     Attributes:
       images: one a row.
-      names: int32[B], the token of what each shows.
+      names: int32[B, 2], the tokens of what each shows: where the image ends, its label's first;
+        where the prompt ends, the first with which a description goes on.
     """
 
     images: Images
@@ -164,7 +166,7 @@ def _matrix(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | No
 
 
 def name_logits(config: Config, params: dict, prompt: Prompt, images: Images) -> jax.Array:
-    """Returns the logits float32[2, B, V] of what follows the image, and of what the whole prompt.
+    """Returns the logits float32[B, 2, V] of what follows the image, and of what the whole prompt.
 
     Args:
       config, params: the policy.
@@ -173,7 +175,7 @@ def name_logits(config: Config, params: dict, prompt: Prompt, images: Images) ->
     """
     hidden, _ = see(config, params, prompt, images)
     image_end = jnp.max(jnp.where(prompt.image_slots[0] >= 0, jnp.arange(hidden.shape[1]), 0)) + 1
-    return model.logits(config, params, jnp.stack([hidden[:, image_end], hidden[:, -1]]))
+    return model.logits(config, params, jnp.stack([hidden[:, image_end], hidden[:, -1]], axis=1))
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "mix"), donate_argnames="state")
@@ -199,8 +201,8 @@ def look_step(
       seed: of the mixing.
 
     Returns:
-      The new state, and `loss` (the mean of both places of `name_logits`), `right` (of the name of
-      the larger share, after the whole prompt) and `grad_norm`.
+      The new state, and `loss` (the mean of both places of `name_logits`), `right` (of the label of
+      the larger share) and `grad_norm`.
     """
     shares = jnp.ones(len(looks.names))
     if mix:
@@ -215,10 +217,10 @@ def look_step(
     def loss_fn(params: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = name_logits(config, params, prompt, images)
         loss = sum(
-            share * optax.softmax_cross_entropy_with_integer_labels(logits, jnp.stack([names] * 2))
+            share[:, None] * optax.softmax_cross_entropy_with_integer_labels(logits, names)
             for share, names in ((shares, looks.names), (1 - shares, others.names))
         )
-        return jnp.mean(loss), {"right": jnp.mean(jnp.argmax(logits[1], axis=-1) == looks.names)}
+        return jnp.mean(loss), {"right": jnp.mean(_labelled_right(logits, looks))}
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state, applied = apply_gradients(state, grads, optimizer)
@@ -227,5 +229,9 @@ def look_step(
 
 @partial(jax.jit, static_argnames="config")
 def named_right(params: dict, prompt: Prompt, looks: Looks, *, config: Config) -> jax.Array:
-    """Returns bool[2, B], whether the name is likeliest, at each of the places of `name_logits`."""
-    return jnp.argmax(name_logits(config, params, prompt, looks.images), axis=-1) == looks.names
+    """Returns bool[B], whether the label's token is the likeliest where the image ends."""
+    return _labelled_right(name_logits(config, params, prompt, looks.images), looks)
+
+
+def _labelled_right(logits: jax.Array, looks: Looks) -> jax.Array:
+    return jnp.argmax(logits[:, 0], axis=-1) == looks.names[:, 0]

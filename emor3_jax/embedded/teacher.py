@@ -37,6 +37,8 @@ class Teacher(NamedTuple):
       pictures: those of the course.
       names: int32[N], the first token of each picture's label; None if the policy does not learn to
         look.
+      sights: int32[N, K], the first tokens with which a description of it may go on after the
+        course's opening; None likewise.
       strength: of `warp`; 0 leaves pictures as they are.
       hide: chance of a picture that is looked at to be partly hidden, as of `erase`.
     """
@@ -46,6 +48,7 @@ class Teacher(NamedTuple):
     shapes: Config
     pictures: Pictures
     names: np.ndarray | None
+    sights: np.ndarray | None
     strength: float
     hide: float
 
@@ -69,9 +72,13 @@ class Teacher(NamedTuple):
         Raises:
           ImageError: if a picture cannot be decoded or is of another shape than the first.
         """
-        tokens = np.asarray([names[label] for label in course.labels], np.int32) if names else None
+        tokens = sights = None
+        if names:
+            tokens = np.asarray([names[label] for label in course.labels], np.int32)
+            seen = {label: _sights(course, processor, label) for label in names}
+            sights = np.asarray([seen[label] for label in course.labels], np.int32)
         pictures = read_pictures(course.images, processor, shapes.vision)
-        return cls(course, processor, shapes, pictures, tokens, strength, hide)
+        return cls(course, processor, shapes, pictures, tokens, sights, strength, hide)
 
     def frame(self) -> pretrain.Frame:
         """Returns the constant prefixes of lessons."""
@@ -86,6 +93,21 @@ class Teacher(NamedTuple):
         tokens = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         return pretrain.make_prompt(tokens, self._grid, slots, self.shapes)[0]
 
+    def look_prompts(self, seed: int) -> Iterator[Prompt]:
+        """Returns it endlessly, with room before the opening for a question of the course.
+
+        The room is in the rope positions alone, and drawn anew each time.
+        """
+        prompt = self.look_prompt()
+        questions = (size.tokens - size.reply for size in self.course.sizes[:2])
+        furthest = max(questions)
+        rng = np.random.default_rng(seed)
+        image_end = np.flatnonzero(prompt.image_slots[0] >= 0)[-1] + 1
+        opened = np.arange(prompt.tokens.shape[1]) > image_end
+        while True:
+            room = np.where(opened, rng.integers(furthest), 0).astype(np.int32)
+            yield prompt._replace(positions=prompt.positions + room[:, None])
+
     @property
     def learned(self) -> int:
         """How many rows are learned from; those after are held out, and never changed."""
@@ -97,12 +119,14 @@ class Teacher(NamedTuple):
         # Batched before it is read: an element at a time, numbers take longer than their pictures.
         batches = self._rows(seed).batch(batch).to_iter_dataset(options)
         for count, rows in enumerate(batches):
-            yield self._look(rows, _key(seed, count), self.hide)
+            rng = np.random.default_rng((seed, count))
+            yield self._look(rows, rng, _key(seed, count), self.hide)
 
     def held_out_looks(self, batch: int) -> Iterator[Looks]:
         """Returns batches of the rows that were held out, the last one smaller."""
+        rng = np.random.default_rng(0)
         for rows in self._held_out(batch):
-            yield self._look(rows)
+            yield self._look(rows, rng)
 
     def lessons(self, batch: int, seed: int) -> Iterator[Lessons]:
         """Returns endless batches; texts are drawn and tokenised in threads meanwhile."""
@@ -137,8 +161,15 @@ class Teacher(NamedTuple):
         settings = self.processor.images
         return take(self.pictures, rows, key, settings=settings, strength=self.strength, hide=hide)
 
-    def _look(self, rows: np.ndarray, key: jax.Array | None = None, hide: float = 0.0) -> Looks:
-        return Looks(self._take(rows, key, hide), self.names[rows])
+    def _look(
+        self,
+        rows: np.ndarray,
+        rng: np.random.Generator,
+        key: jax.Array | None = None,
+        hide: float = 0.0,
+    ) -> Looks:
+        sights = self.sights[rows, rng.integers(self.sights.shape[1], size=len(rows))]
+        return Looks(self._take(rows, key, hide), np.stack([self.names[rows], sights], axis=1))
 
     def _lesson(self, row: int, rng: np.random.Generator) -> tuple[pretrain.Lesson, ...]:
         """Returns the lessons about one picture: SET responses, questions about it, texts."""
@@ -164,6 +195,18 @@ class Teacher(NamedTuple):
         )
         names = None if self.names is None else self.names[rows]
         return Lessons(self._take(rows, key, 0.0), *groups, names)
+
+
+def _sights(course: Course, processor: Processor, label: str) -> list[int]:
+    """Returns the first tokens with which a description may go on; without any, the label's."""
+
+    def tokens(text: str) -> list[int]:
+        return processor.tokenizer(text, add_special_tokens=False).input_ids
+
+    if label not in course.sights:
+        return tokens(label)[:1]
+    opening = tokens(course.opening)
+    return [tokens(f"{course.opening} {sight}")[len(opening)] for sight in course.sights[label]]
 
 
 def _key(seed: int, count: int) -> jax.Array:

@@ -112,16 +112,18 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
     for found in looks:
         assert not any(np.allclose(x, y, atol=1e-3) for x in found.images.patches for y in learned)
     # Each row once in 40 before any comes again, as the labels tell.
-    drawn = np.concatenate([look.names for look in looks])[: teacher.learned]
+    drawn = np.concatenate([look.names[:, 0] for look in looks])[: teacher.learned]
     assert sorted(drawn) == sorted(names[label] for label in course.labels[: teacher.learned])
     again = next(teacher.looks(16, seed=0))
     np.testing.assert_array_equal(again.images.patches, looks[0].images.patches)
+    np.testing.assert_array_equal(again.names, looks[0].names)
 
     held_out = list(teacher.held_out_looks(300))
     assert [len(look.names) for look in held_out] == [300, 300, 300, 124]
     wanted = plain(range(teacher.learned, teacher.learned + 300))
     np.testing.assert_allclose(held_out[0].images.patches, wanted, atol=1e-5)
-    assert list(held_out[0].names) == [names[x] for x in course.labels[teacher.learned :][:300]]
+    wanted = [names[x] for x in course.labels[teacher.learned :][:300]]
+    assert list(held_out[0].names[:, 0]) == wanted
 
 
 def test_lessons_are_about_the_pictures_that_they_come_with(config: ConfigDict) -> None:
@@ -151,8 +153,10 @@ def test_a_policy_looks_where_its_descriptions_go_on(config: ConfigDict) -> None
     tokenizer = train_tokenizer(course.corpus, 600)
     processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
     shapes = base_policy.model_config(config, tokenizer)
-    teacher = Teacher.of(course, processor, shapes, {})
-    prompt = tokenizer.decode(teacher.look_prompt().tokens[0])
+    names = {label: 100 + i for i, label in enumerate(faces.LABELS)}
+    teacher = Teacher.of(course, processor, shapes, names)
+    bare = teacher.look_prompt()
+    prompt = tokenizer.decode(bare.tokens[0])
     image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
     assert prompt == image + "a face with"
     rng = np.random.default_rng(0)
@@ -160,9 +164,31 @@ def test_a_policy_looks_where_its_descriptions_go_on(config: ConfigDict) -> None
     # Of five tasks a face one is to describe it and one to respond, which describes it first.
     begun = [prompt.removeprefix(image) in reply for reply in replies]
     assert np.mean(begun) == pytest.approx(2 / 5)
+    # What a look predicts at the end is what a description goes on with.
     opened = tokenizer(course.opening, add_special_tokens=False).input_ids
-    whole = tokenizer(replies[0], add_special_tokens=False).input_ids
-    assert whole[: len(opened)] == opened
+    label = {name: label for label, name in names.items()}
+    begins = {name: set() for name in faces.LABELS}
+    for each in faces.LABELS:
+        for seed in range(20):
+            told = faces.describe(each, np.random.default_rng(seed))
+            tokens = tokenizer(told, add_special_tokens=False).input_ids
+            assert tokens[: len(opened)] == opened
+            begins[each].add(tokens[len(opened)])
+    seen = {name: set() for name in faces.LABELS}
+    for name, sight in np.concatenate([x.names for x in teacher.held_out_looks(256)]):
+        seen[label[int(name)]].add(int(sight))
+    assert seen == begins
+    # Without descriptions to look for, both predict the label.
+    bare_course = course._replace(opening="", sights={})
+    plain = Teacher.of(bare_course, processor, shapes, names)
+    first = [tokenizer(label, add_special_tokens=False).input_ids[0] for label in course.labels]
+    assert plain.sights[:, 0].tolist() == first
+    # The opening, three words, moves away from the image by up to 87 places, the longest question.
+    prompts = teacher.look_prompts(seed=0)
+    moved = np.stack([next(prompts).positions[0] - bare.positions[0] for _ in range(400)])
+    assert not moved[:, :-3].any() and (moved[:, -3:] == moved[:, -1:, :1]).all()
+    rooms = moved[:, -1, 0]
+    assert rooms.min() >= 0 and 80 < rooms.max() < 88 and len(set(rooms.tolist())) > 40
 
 
 @pytest.mark.parametrize(
