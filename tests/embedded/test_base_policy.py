@@ -22,6 +22,7 @@ from emor3_jax.models.qwen2_5_vl import layout, model
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
 COUNT, HELD_OUT = 1064, 1024
+NAMES = {label: 100 + i for i, label in enumerate(faces.LABELS)}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
     config.look.update({"steps": 24, "warmup_steps": 2, "batch": 16, "learning_rate": 2e-2})
     config.update({"steps": 3, "warmup_steps": 1, "batch": 4})
     return config
+
+
+@pytest.fixture(scope="module")
+def teacher(config: ConfigDict) -> Teacher:
+    """Of the pictures as they are, with a tokenizer that knows the whole course."""
+    course = COURSES["faces"](config)
+    tokenizer = train_tokenizer(course.corpus, 600)
+    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
+    return Teacher.of(course, processor, base_policy.model_config(config, tokenizer), NAMES)
 
 
 def test_a_base_policy_of_faces_learns_to_look_then_its_lessons(
@@ -99,8 +109,7 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
     tokenizer = train_tokenizer(course.corpus[:50], 400)
     processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
     shapes = base_policy.model_config(config, tokenizer)
-    names = {label: 100 + i for i, label in enumerate(faces.LABELS)}
-    teacher = Teacher.of(course, processor, shapes, names, strength=1.0)
+    teacher = Teacher.of(course, processor, shapes, NAMES, strength=1.0)
     assert teacher.learned == COUNT - HELD_OUT
 
     def plain(rows: range) -> list[np.ndarray]:
@@ -113,7 +122,7 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
         assert not any(np.allclose(x, y, atol=1e-3) for x in found.images.patches for y in learned)
     # Each row once in 40 before any comes again, as the labels tell.
     drawn = np.concatenate([look.names[:, 0] for look in looks])[: teacher.learned]
-    assert sorted(drawn) == sorted(names[label] for label in course.labels[: teacher.learned])
+    assert sorted(drawn) == sorted(NAMES[label] for label in course.labels[: teacher.learned])
     again = next(teacher.looks(16, seed=0))
     np.testing.assert_array_equal(again.images.patches, looks[0].images.patches)
     np.testing.assert_array_equal(again.names, looks[0].names)
@@ -122,17 +131,12 @@ def test_pictures_learned_from_are_warped_and_those_held_out_are_not(config: Con
     assert [len(look.names) for look in held_out] == [300, 300, 300, 124]
     wanted = plain(range(teacher.learned, teacher.learned + 300))
     np.testing.assert_allclose(held_out[0].images.patches, wanted, atol=1e-5)
-    wanted = [names[x] for x in course.labels[teacher.learned :][:300]]
+    wanted = [NAMES[x] for x in course.labels[teacher.learned :][:300]]
     assert list(held_out[0].names[:, 0]) == wanted
 
 
-def test_lessons_are_about_the_pictures_that_they_come_with(config: ConfigDict) -> None:
-    course = COURSES["faces"](config)
-    tokenizer = train_tokenizer(course.corpus, 600)
-    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
-    shapes = base_policy.model_config(config, tokenizer)
-    names = {label: 100 + i for i, label in enumerate(faces.LABELS)}
-    teacher = Teacher.of(course, processor, shapes, names)
+def test_lessons_are_about_the_pictures_that_they_come_with(teacher: Teacher) -> None:
+    tokenizer, settings = teacher.processor.tokenizer, teacher.processor.images
     for lessons in (next(teacher.lessons(8, seed=0)), next(teacher.held_out_lessons(8, seed=0))):
         assert lessons.images.patches.shape[0] == 8
         for row in range(8):
@@ -140,21 +144,16 @@ def test_lessons_are_about_the_pictures_that_they_come_with(config: ConfigDict) 
             tokens, start = lessons.questions.tokens[row, 0], lessons.questions.starts[row, 0]
             reply = tokenizer.decode(tokens[start : lessons.questions.lengths[row, 0]])
             label = faces.described(reply)
-            assert lessons.names[row] == names[label]
+            assert lessons.names[row] == NAMES[label]
             # Each label has its own brightness, 0 to 19 over 30 times its place.
             patch = np.asarray(lessons.images.patches[row]).reshape(-1, 3, 2 * 16)[:, 0]
-            settings = processor.images
             grey = (patch.mean() * settings.std[0] + settings.mean[0]) / settings.scale
             assert faces.LABELS[int(grey // 30)] == label
 
 
-def test_a_policy_looks_where_its_descriptions_go_on(config: ConfigDict) -> None:
-    course = COURSES["faces"](config)
-    tokenizer = train_tokenizer(course.corpus, 600)
-    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
-    shapes = base_policy.model_config(config, tokenizer)
-    names = {label: 100 + i for i, label in enumerate(faces.LABELS)}
-    teacher = Teacher.of(course, processor, shapes, names)
+def test_a_policy_looks_where_its_descriptions_go_on(teacher: Teacher) -> None:
+    course, processor = teacher.course, teacher.processor
+    tokenizer = processor.tokenizer
     bare = teacher.look_prompt()
     prompt = tokenizer.decode(bare.tokens[0])
     image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
@@ -166,7 +165,7 @@ def test_a_policy_looks_where_its_descriptions_go_on(config: ConfigDict) -> None
     assert np.mean(begun) == pytest.approx(2 / 5)
     # What a look predicts at the end is what a description goes on with.
     opened = tokenizer(course.opening, add_special_tokens=False).input_ids
-    label = {name: label for label, name in names.items()}
+    label = {name: label for label, name in NAMES.items()}
     begins = {name: set() for name in faces.LABELS}
     for each in faces.LABELS:
         for seed in range(20):
@@ -180,7 +179,7 @@ def test_a_policy_looks_where_its_descriptions_go_on(config: ConfigDict) -> None
     assert seen == begins
     # Without descriptions to look for, both predict the label.
     bare_course = course._replace(opening="", sights={})
-    plain = Teacher.of(bare_course, processor, shapes, names)
+    plain = Teacher.of(bare_course, processor, teacher.shapes, NAMES)
     first = [tokenizer(label, add_special_tokens=False).input_ids[0] for label in course.labels]
     assert plain.sights[:, 0].tolist() == first
     # The opening, three words, moves away from the image by up to 87 places, the longest question.
