@@ -3,9 +3,9 @@
 For faces it comes before the lessons of `pretrain`: these have a hundred tokens to each picture, so
 few pictures are seen in the time. Here the image stands alone but for the words that a description
 begins with. Two tokens are all that is predicted, so that a step costs hardly more than the tower:
-the label's first at `<|vision_end|>`, and after those words the first that tells what is seen. A
-policy that has only learned to name the label before them looks anew there in its lessons, and much
-less well. They stand as far from the image as if a question lay between, each time another.
+the label's first at `<|vision_end|>`, and after those words the first with which a description goes
+on, as lessons want it there. The words stand as far from the image as if a question lay between,
+each time another.
 
 1. The patch embedding starts as a whitening of the pictures' patches (Coates, Ng and Lee, 2011,
    "An analysis of single-layer networks in unsupervised feature learning"), in half of its columns.

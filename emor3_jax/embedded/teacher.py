@@ -38,7 +38,7 @@ class Teacher(NamedTuple):
       names: int32[N], the first token of each picture's label; None if the policy does not learn to
         look.
       sights: int32[N, K], the first tokens with which a description of it may go on after the
-        course's opening; None likewise.
+        course's opening, or its label's where the course tells none; None likewise.
       strength: of `warp`; 0 leaves pictures as they are.
       hide: chance of a picture that is looked at to be partly hidden, as of `erase`.
     """
@@ -75,7 +75,7 @@ class Teacher(NamedTuple):
         tokens = sights = None
         if names:
             tokens = np.asarray([names[label] for label in course.labels], np.int32)
-            seen = {label: _sights(course, processor, label) for label in names}
+            seen = _sights(course, processor) or {label: [name] for label, name in names.items()}
             sights = np.asarray([seen[label] for label in course.labels], np.int32)
         pictures = read_pictures(course.images, processor, shapes.vision)
         return cls(course, processor, shapes, pictures, tokens, sights, strength, hide)
@@ -87,16 +87,19 @@ class Teacher(NamedTuple):
         )
 
     def look_prompt(self) -> Prompt:
-        """Returns the image, as the chat template frames it, and the course's opening; B = 1."""
+        """Returns `<|vision_start|>`, image, `<|vision_end|>` and the course's opening; B = 1."""
         slots = self.pictures.slots
         text = f"<|vision_start|>{IMAGE_TOKEN * len(slots)}<|vision_end|>{self.course.opening}"
         tokens = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         return pretrain.make_prompt(tokens, self._grid, slots, self.shapes)[0]
 
     def look_prompts(self, seed: int) -> Iterator[Prompt]:
-        """Returns it endlessly, with room before the opening for a question of the course.
+        """Returns `look_prompt` endlessly, with room for a question before the opening.
 
         The room is in the rope positions alone, and drawn anew each time.
+
+        Args:
+          seed: of the draws.
         """
         prompt = self.look_prompt()
         questions = (size.tokens - size.reply for size in self.course.sizes[:2])
@@ -197,16 +200,17 @@ class Teacher(NamedTuple):
         return Lessons(self._take(rows, key, 0.0), *groups, names)
 
 
-def _sights(course: Course, processor: Processor, label: str) -> list[int]:
-    """Returns the first tokens with which a description may go on; without any, the label's."""
+def _sights(course: Course, processor: Processor) -> dict[str, list[int]]:
+    """Returns the first tokens with which a description may go on, by label."""
 
     def tokens(text: str) -> list[int]:
         return processor.tokenizer(text, add_special_tokens=False).input_ids
 
-    if label not in course.sights:
-        return tokens(label)[:1]
-    opening = tokens(course.opening)
-    return [tokens(f"{course.opening} {sight}")[len(opening)] for sight in course.sights[label]]
+    at = len(tokens(course.opening))
+    return {
+        label: [tokens(f"{course.opening} {sight}")[at] for sight in sights]
+        for label, sights in course.sights.items()
+    }
 
 
 def _key(seed: int, count: int) -> jax.Array:
