@@ -119,8 +119,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         phases, which a run that was stopped goes on from.
 
     Returns:
-      Shares of held-out replies that are exactly right: describe, consistency, coherence; and
-      `look`, of held-out labels named right, if the policy learned to look.
+      Shares of held-out replies that are exactly right: describe, consistency, coherence; and if
+      the policy learned to look, of held-out pictures right after that: `look`, their label is
+      named right, and `begin`, so is the first word of a description.
 
     Raises:
       ConfigError: if a field cannot be used.
@@ -145,10 +146,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         raise ConfigError(
             "model", config.model.to_dict(), f"is not the shape of {looked}; delete that folder"
         )
-    names = look.first_tokens(tokenizer, set(course.labels)) if config.look.steps else {}
     processor = Processor(tokenizer, settings)
     changes = {"strength": config.data.warp, "hide": config.look.erase}
-    teacher = Teacher.of(course, processor, shapes, names, **changes)
+    teacher = Teacher.of(course, processor, shapes, looks=bool(config.look.steps), **changes)
     params = model.init_params(shapes, jax.random.key(config.seed))
     count = sum(x.size for x in jax.tree.leaves(params))
     say(f"{count / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {len(course.images)} images")
@@ -160,8 +160,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         else:
             params = learn_to_look(config, teacher, params, say)
             save(Policy(shapes, params, processor), looked)
-        scores["look"] = looked_right(config, teacher, params)
-        say(f"held-out labels named right: {scores['look']:.3f}")
+        scores["look"], scores["begin"] = looked_right(config, teacher, params)
+        say(f"held-out labels named right: {scores['look']:.3f}, begun: {scores['begin']:.3f}")
     params, found = learn_lessons(config, teacher, params, say)
     scores |= found
     say("held-out replies exactly right: " + "  ".join(f"{k} {v:.2f}" for k, v in scores.items()))
@@ -222,14 +222,18 @@ def learn_to_look(config: ConfigDict, teacher: Teacher, params: dict, say: Conso
     return _fit("looking", phase.steps, step, TrainState.create(params, optimizer), say).params
 
 
-def looked_right(config: ConfigDict, teacher: Teacher, params: dict) -> float:
-    """Returns how often a held-out picture's emotion is named right, where the picture ends."""
+def looked_right(config: ConfigDict, teacher: Teacher, params: dict) -> tuple[float, float]:
+    """Returns how often a held-out picture's label is named right, and a description begun right.
+
+    The opening follows the picture at once.
+    """
     prompt = teacher.look_prompt()
     right = [
         look.named_right(params, prompt, looks, config=teacher.shapes)
         for looks in teacher.held_out_looks(config.look.batch)
     ]
-    return float(np.mean(np.concatenate(right)))
+    label, begun = np.mean(np.concatenate(right), axis=0)
+    return float(label), float(begun)
 
 
 def learn_lessons(

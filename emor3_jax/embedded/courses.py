@@ -24,9 +24,8 @@ class Course(NamedTuple):
       labels: the emotion of each.
       tasks: (row, rng) -> the five tasks about that image.
       opening: the words that every description begins with, whatever the image; may be empty.
-      sights: how it may go on after them, by label, each label in as many ways; empty where a
-        policy that looks is to predict labels alone. Labels may share a first word ("a"), which
-        then tells them apart no more than it does in a response.
+      sights: how it goes on after them, by label, each with another first word; empty where a
+        policy that looks is to predict labels alone.
       corpus: texts for the tokenizer.
       sizes: of the lessons: SET responses, other questions about an image, texts to judge.
       held_out: how many rows at the end are kept for the report.
@@ -36,7 +35,7 @@ class Course(NamedTuple):
     labels: Sequence[str]
     tasks: Callable[[int, np.random.Generator], list[Task]]
     opening: str
-    sights: Mapping[str, Sequence[str]]
+    sights: Mapping[str, str]
     corpus: list[str]
     sizes: tuple[Size, Size, Size]
     held_out: int

@@ -38,14 +38,19 @@ _MOUTHS = {
     "surprise": ("a round open mouth", "a dropped jaw"),
 }
 BROWS = {
-    "anger": ("lowered brows", "a hard stare"),
-    "disgust": ("a wrinkled nose", "narrowed eyes"),
-    "fear": ("scared eyes", "drawn brows"),
-    "happiness": ("bright eyes", "laughing eyes"),
-    "neutral": ("calm eyes", "level brows"),
-    "sadness": ("wet eyes", "sloping brows"),
-    "surprise": ("raised brows", "round eyes"),
+    "anger": "lowered brows",
+    "disgust": "narrowed eyes",
+    "fear": "scared eyes",
+    "happiness": "bright eyes",
+    "neutral": "calm eyes",
+    "sadness": "wet eyes",
+    "surprise": "raised brows",
 }
+"""What it names first: one phrase a label, each with a first word of its own.
+
+Were there two, their label's chance would be shared among them, and the likeliest of all phrases
+could be another label's.
+"""
 _FEELINGS = {
     "anger": ("threatened and angry", "furious and tense"),
     "disgust": ("disgusted and repelled", "sick and averse"),
@@ -74,13 +79,12 @@ _SET_WEIGHT = 2.0
 
 def describe(label: str, rng: np.random.Generator) -> str:
     """Returns a stock description of a face with a label."""
-    mouth, brows = rng.choice(_MOUTHS[label]), rng.choice(BROWS[label])
-    return f"{OPENING} {brows} and {mouth}"
+    return f"{OPENING} {BROWS[label]} and {rng.choice(_MOUTHS[label])}"
 
 
 def described(text: str) -> str | None:
     """Returns the label whose brows a text names first, None if it names none."""
-    places = [(text.find(x), label) for label, brows in BROWS.items() for x in brows if x in text]
+    places = [(text.find(brows), label) for label, brows in BROWS.items() if brows in text]
     return min(places)[1] if places else None
 
 

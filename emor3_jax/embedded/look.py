@@ -19,6 +19,7 @@ each time another.
    eq. 4), everything else by Adam.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,21 +59,24 @@ class Looks(NamedTuple):
     names: np.ndarray
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase, labels: set[str]) -> dict[str, int]:
-    """Returns the first token of each label.
+def first_tokens(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, str]) -> dict[str, int]:
+    """Returns the first token of each label's name.
 
     Args:
       tokenizer: of the policy.
-      labels: different names.
+      names: by label, with the space before them where one is.
 
     Raises:
-      ValueError: if two labels begin with the same token.
+      ValueError: if two names begin with the same token.
     """
-    tokens = {label: tokenizer(label, add_special_tokens=False).input_ids[0] for label in labels}
+    tokens = {
+        label: tokenizer(name, add_special_tokens=False).input_ids[0]
+        for label, name in names.items()
+    }
     if len(set(tokens.values())) < len(tokens):
         raise ValueError(
-            f"some of the labels {sorted(tokens)} begin with the same token: {tokens}; a larger "
-            "vocabulary (model.vocab_size) keeps them apart"
+            f"some of the names {sorted(names.values())} begin with the same token: {tokens}; a "
+            "larger vocabulary (model.vocab_size) keeps them apart"
         )
     return tokens
 
@@ -201,8 +205,8 @@ def look_step(
       seed: of the mixing.
 
     Returns:
-      The new state, and `loss` (the mean of both places of `name_logits`), `right` (of the label of
-      the larger share) and `grad_norm`.
+      The new state, and `loss` and `right` (the means of both places of `name_logits`; right is
+      what the larger share shows) and `grad_norm`.
     """
     shares = jnp.ones(len(looks.names))
     if mix:
@@ -220,7 +224,7 @@ def look_step(
             share[:, None] * optax.softmax_cross_entropy_with_integer_labels(logits, names)
             for share, names in ((shares, looks.names), (1 - shares, others.names))
         )
-        return jnp.mean(loss), {"right": jnp.mean(_labelled_right(logits, looks))}
+        return jnp.mean(loss), {"right": jnp.mean(_right(logits, looks))}
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state, applied = apply_gradients(state, grads, optimizer)
@@ -229,9 +233,9 @@ def look_step(
 
 @partial(jax.jit, static_argnames="config")
 def named_right(params: dict, prompt: Prompt, looks: Looks, *, config: Config) -> jax.Array:
-    """Returns bool[B], whether the label's token is the likeliest where the image ends."""
-    return _labelled_right(name_logits(config, params, prompt, looks.images), looks)
+    """Returns bool[B, 2], whether the names are the likeliest at both places of `name_logits`."""
+    return _right(name_logits(config, params, prompt, looks.images), looks)
 
 
-def _labelled_right(logits: jax.Array, looks: Looks) -> jax.Array:
-    return jnp.argmax(logits[:, 0], axis=-1) == looks.names[:, 0]
+def _right(logits: jax.Array, looks: Looks) -> jax.Array:
+    return jnp.argmax(logits, axis=-1) == looks.names

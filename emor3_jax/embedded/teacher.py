@@ -10,7 +10,7 @@ import numpy as np
 from emor3_jax.data.prompts import IMAGE_TOKEN
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.courses import Course
-from emor3_jax.embedded.look import Looks
+from emor3_jax.embedded.look import Looks, first_tokens
 from emor3_jax.embedded.pictures import Pictures, read_pictures, take
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
@@ -35,10 +35,9 @@ class Teacher(NamedTuple):
       processor: of the policy.
       shapes: of the policy.
       pictures: those of the course.
-      names: int32[N], the first token of each picture's label; None if the policy does not learn to
-        look.
-      sights: int32[N, K], the first tokens with which a description of it may go on after the
-        course's opening, or its label's where the course tells none; None likewise.
+      names: int32[N, 2], the first tokens of each picture's label, and of how a description of it
+        goes on after the course's opening (the label's again where the course tells none); None if
+        the policy does not learn to look.
       strength: of `warp`; 0 leaves pictures as they are.
       hide: chance of a picture that is looked at to be partly hidden, as of `erase`.
     """
@@ -48,7 +47,6 @@ class Teacher(NamedTuple):
     shapes: Config
     pictures: Pictures
     names: np.ndarray | None
-    sights: np.ndarray | None
     strength: float
     hide: float
 
@@ -58,8 +56,8 @@ class Teacher(NamedTuple):
         course: Course,
         processor: Processor,
         shapes: Config,
-        names: dict[str, int],
         *,
+        looks: bool = False,
         strength: float = 0.0,
         hide: float = 0.0,
     ) -> "Teacher":
@@ -67,18 +65,21 @@ class Teacher(NamedTuple):
 
         Args:
           course, processor, shapes, strength, hide: see the attributes.
-          names: the first token of each label; empty if the policy does not learn to look.
+          looks: whether the policy learns to look.
 
         Raises:
           ImageError: if a picture cannot be decoded or is of another shape than the first.
+          ValueError: if it looks, and two labels or two sights begin with the same token.
         """
-        tokens = sights = None
-        if names:
-            tokens = np.asarray([names[label] for label in course.labels], np.int32)
-            seen = _sights(course, processor) or {label: [name] for label, name in names.items()}
-            sights = np.asarray([seen[label] for label in course.labels], np.int32)
+        names = None
+        if looks:
+            labels = {label: label for label in course.labels}
+            named = first_tokens(processor.tokenizer, labels)
+            sights = {label: f" {sight}" for label, sight in course.sights.items()}
+            begun = first_tokens(processor.tokenizer, sights) or named
+            names = np.asarray([(named[label], begun[label]) for label in course.labels], np.int32)
         pictures = read_pictures(course.images, processor, shapes.vision)
-        return cls(course, processor, shapes, pictures, tokens, sights, strength, hide)
+        return cls(course, processor, shapes, pictures, names, strength, hide)
 
     def frame(self) -> pretrain.Frame:
         """Returns the constant prefixes of lessons."""
@@ -122,14 +123,12 @@ class Teacher(NamedTuple):
         # Batched before it is read: an element at a time, numbers take longer than their pictures.
         batches = self._rows(seed).batch(batch).to_iter_dataset(options)
         for count, rows in enumerate(batches):
-            rng = np.random.default_rng((seed, count))
-            yield self._look(rows, rng, _key(seed, count), self.hide)
+            yield Looks(self._take(rows, _key(seed, count), self.hide), self.names[rows])
 
     def held_out_looks(self, batch: int) -> Iterator[Looks]:
         """Returns batches of the rows that were held out, the last one smaller."""
-        rng = np.random.default_rng(0)
         for rows in self._held_out(batch):
-            yield self._look(rows, rng)
+            yield Looks(self._take(rows, None, 0.0), self.names[rows])
 
     def lessons(self, batch: int, seed: int) -> Iterator[Lessons]:
         """Returns endless batches; texts are drawn and tokenised in threads meanwhile."""
@@ -164,16 +163,6 @@ class Teacher(NamedTuple):
         settings = self.processor.images
         return take(self.pictures, rows, key, settings=settings, strength=self.strength, hide=hide)
 
-    def _look(
-        self,
-        rows: np.ndarray,
-        rng: np.random.Generator,
-        key: jax.Array | None = None,
-        hide: float = 0.0,
-    ) -> Looks:
-        sights = self.sights[rows, rng.integers(self.sights.shape[1], size=len(rows))]
-        return Looks(self._take(rows, key, hide), np.stack([self.names[rows], sights], axis=1))
-
     def _lesson(self, row: int, rng: np.random.Generator) -> tuple[pretrain.Lesson, ...]:
         """Returns the lessons about one picture: SET responses, questions about it, texts."""
         found = self.course.tasks(row, rng)
@@ -196,21 +185,8 @@ class Teacher(NamedTuple):
         groups = (
             jax.tree.map(lambda *x: np.stack(x), *group) for group in zip(*lessons, strict=True)
         )
-        names = None if self.names is None else self.names[rows]
+        names = None if self.names is None else self.names[rows, 0]
         return Lessons(self._take(rows, key, 0.0), *groups, names)
-
-
-def _sights(course: Course, processor: Processor) -> dict[str, list[int]]:
-    """Returns the first tokens with which a description may go on, by label."""
-
-    def tokens(text: str) -> list[int]:
-        return processor.tokenizer(text, add_special_tokens=False).input_ids
-
-    at = len(tokens(course.opening))
-    return {
-        label: [tokens(f"{course.opening} {sight}")[at] for sight in sights]
-        for label, sights in course.sights.items()
-    }
 
 
 def _key(seed: int, count: int) -> jax.Array:
