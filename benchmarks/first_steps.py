@@ -1,37 +1,73 @@
-"""How often responses to faces describe the label in their first step, and answer as they describe.
+"""How often responses to faces answer and describe rightly, and answer as they describe.
 
-    python -m benchmarks.first_steps RUN/predictions/fer2013.jsonl …
+    python -m benchmarks.first_steps [--shared=DIR/inspect.json] RUN/predictions/fer2013.jsonl …
 
 reads what `emor3_jax.evaluate` and `emor3_jax.train` leave, for policies that learned from
-`emor3_jax.embedded.faces`.
+`emor3_jax.embedded.faces`. With `--shared`, it leaves out the rows whose pictures
+`emor3_jax.data.inspect` found in another set too: many of FER-2013's are in both of its parts.
 """
 
+import argparse
 import json
-import sys
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from emor3_jax.embedded import faces
 
 
-def first_steps(path: Path) -> tuple[int, float, float]:
-    """Returns how many responses there are; the shares that describe the label, and follow it.
+class FirstSteps(NamedTuple):
+    """What was counted.
+
+    Attributes:
+      count: responses.
+      answered: share whose answer is the label.
+      described: share whose first step describes the label.
+      followed: share whose answer is what the first step describes.
+    """
+
+    count: int
+    answered: float
+    described: float
+    followed: float
+
+
+def first_steps(path: Path, left_out: Collection[str] = ()) -> FirstSteps:
+    """Returns what first steps describe, and what is made of it.
 
     Args:
       path: JSON lines as `io.evaluation` writes them.
+      left_out: ids of rows that do not count.
     """
-    right, followed = [], []
+    found = []
     for line in path.read_text().splitlines():
         row = json.loads(line)
+        if row["id"] in left_out:
+            continue
         for each in row["responses"]:
             said = faces.described(each["response"].split("</step1>")[0])
-            right.append(said == row["label"])
-            followed.append(said is not None and said == each["answer"])
-    return len(right), float(np.mean(right)), float(np.mean(followed))
+            answer, label = each["answer"], row["label"]
+            found.append((answer == label, said == label, said is not None and said == answer))
+    return FirstSteps(len(found), *(float(x) for x in np.mean(found, axis=0)))
+
+
+def shared_rows(path: Path) -> set[str]:
+    """Returns the ids of rows whose picture another set has too, as `inspect.json` tells them."""
+    pairs = json.loads(path.read_text())["shared"].values()
+    return {row for found in pairs for pair in found for row in pair}
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        count, right, followed = first_steps(Path(name))
-        print(f"{name}: {count} responses, described {right:.3f}, answered so {followed:.3f}")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("predictions", type=Path, nargs="+")
+    args = parser.parse_args()
+    left_out = shared_rows(args.shared) if args.shared else set()
+    for name in args.predictions:
+        found = first_steps(name, left_out)
+        print(
+            f"{name}: {found.count} responses, answered rightly {found.answered:.3f}, "
+            f"described {found.described:.3f}, answered so {found.followed:.3f}"
+        )

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.first_steps import first_steps
+from benchmarks.first_steps import first_steps, shared_rows
 
 
 def test_first_steps_are_compared_with_label_and_answer(tmp_path: Path) -> None:
@@ -16,14 +16,22 @@ def test_first_steps_are_compared_with_label_and_answer(tmp_path: Path) -> None:
     )
     rows = [
         {
+            "id": f"faces:{i}",
             "label": label,
             "responses": [{"response": f"<step1> {first} </step1> {later}", "answer": answer}],
         }
-        for label, first, later, answer in said
+        for i, (label, first, later, answer) in enumerate(said)
     ]
     # Several votes of one row count each.
     rows[0]["responses"] *= 2
     path = tmp_path / "faces.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # Right: the first, twice, and the second; followed: the first, twice, and the third.
-    assert first_steps(path) == (5, 0.6, 0.6)
+    # Answered rightly: the first, twice, and the fourth; described: the first, twice, and the
+    # second; followed: the first, twice, and the third.
+    assert first_steps(path) == (5, 0.6, 0.6, 0.6)
+    # The first row's picture is in another set too, and the third's.
+    pairs = {"train, faces": [["a:7", "faces:0"]], "faces, b": [["faces:2", "b:1"]], "a, b": []}
+    (tmp_path / "inspect.json").write_text(json.dumps({"shared": pairs}))
+    left_out = shared_rows(tmp_path / "inspect.json")
+    assert left_out == {"a:7", "faces:0", "faces:2", "b:1"}
+    assert first_steps(path, left_out) == (2, 0.5, 0.5, 0.0)
