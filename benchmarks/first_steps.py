@@ -4,7 +4,7 @@
 
 reads what `emor3_jax.evaluate` and `emor3_jax.train` leave, for policies that learned from
 `emor3_jax.embedded.faces`. With `--shared`, it leaves out the rows whose pictures
-`emor3_jax.data.inspect` found in another set too: many of FER-2013's are in both of its parts.
+`emor3_jax.data.inspect` found in another set too, as it does with FER-2013's parts.
 """
 
 import argparse
@@ -40,6 +40,9 @@ def first_steps(path: Path, left_out: Collection[str] = ()) -> FirstSteps:
     Args:
       path: JSON lines as `io.evaluation` writes them.
       left_out: ids of rows that do not count.
+
+    Raises:
+      ValueError: if none is left to count.
     """
     found = []
     for line in path.read_text().splitlines():
@@ -50,6 +53,8 @@ def first_steps(path: Path, left_out: Collection[str] = ()) -> FirstSteps:
             said = faces.described(each["response"].split("</step1>")[0])
             answer, label = each["answer"], row["label"]
             found.append((answer == label, said == label, said is not None and said == answer))
+    if not found:
+        raise ValueError(f"{path}: no response is left to count; are all of its rows shared?")
     return FirstSteps(len(found), *(float(x) for x in np.mean(found, axis=0)))
 
 

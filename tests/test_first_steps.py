@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.first_steps import first_steps, shared_rows
 
 
@@ -35,3 +37,5 @@ def test_first_steps_are_compared_with_label_and_answer(tmp_path: Path) -> None:
     left_out = shared_rows(tmp_path / "inspect.json")
     assert left_out == {"a:7", "faces:0", "faces:2", "b:1"}
     assert first_steps(path, left_out) == (2, 0.5, 0.5, 0.0)
+    with pytest.raises(ValueError, match=r"faces\.jsonl: no response is left"):
+        first_steps(path, [f"faces:{i}" for i in range(4)])
