@@ -70,8 +70,9 @@ compile-matrix: export JAX_PLATFORMS = cpu
 compile-matrix: $(VENV)/installed-compile
 	nice -n 10 $(RUN) -m benchmarks.compile_matrix $(SLICES)
 
+# Most of the time goes to three tests of one file: they are shared out too.
 parity: $(VENV)/installed-parity
-	$(PYTEST) tests/parity
+	$(PYTEST) --dist worksteal tests/parity
 
 bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.grouped
