@@ -5,11 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-_ROWS: list[tuple[str, float, float, float]] = []
+# Rows are properties of their tests: those come back from the processes that run them.
+_PROPERTY = "parity"
 
 
 @pytest.fixture
-def compare() -> Callable[..., None]:
+def compare(enter: Callable[..., None]) -> Callable[..., None]:
     """A function that compares two arrays and enters the result in the table.
 
     compare(case, actual, expected, tolerance, scale=1.0): differences are divided by `scale` and
@@ -20,31 +21,47 @@ def compare() -> Callable[..., None]:
         actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
         assert actual.shape == expected.shape, case
         difference = np.abs(actual - expected) / scale
-        record(case, float(difference.max()), float(difference.mean()), tolerance)
+        enter(case, float(difference.max()), float(difference.mean()), tolerance)
 
     return check
 
 
 @pytest.fixture
-def enter() -> Callable[[str, float, float, float], None]:
+def enter(
+    record_property: Callable[[str, object], None],
+) -> Callable[[str, float, float, float], None]:
     """A function that enters a difference in the table and asserts that it is tolerated."""
+
+    def record(case: str, largest: float, mean: float, tolerance: float) -> None:
+        # Plain numbers, as other processes can send them.
+        row = (case, float(largest), float(mean), float(tolerance))
+        record_property(_PROPERTY, row)
+        assert largest <= tolerance, f"{case}: {largest} > {tolerance}"
+
     return record
 
 
-def record(case: str, largest: float, mean: float, tolerance: float) -> None:
-    _ROWS.append((case, largest, mean, tolerance))
-    assert largest <= tolerance, f"{case}: {largest} > {tolerance}"
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if not _ROWS:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = (
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, ())
+    )
+    rows = sorted(
+        row
+        for report in reports
+        if report.when == "call"
+        for name, row in report.user_properties
+        if name == _PROPERTY
+    )
+    if not rows:
         return
-    width = max(len(case) for case, *_ in _ROWS)
+    width = max(len(case) for case, *_ in rows)
     terminalreporter.section("parity")
     terminalreporter.line(
         f"{'case':<{width}}  {'largest':>9}  {'mean':>9}  {'tolerance':>9}  verdict"
     )
-    for case, largest, mean, tolerance in _ROWS:
+    for case, largest, mean, tolerance in rows:
         verdict = "equal" if largest <= tolerance else "DIFFERS"
         terminalreporter.line(
             f"{case:<{width}}  {largest:>9.1e}  {mean:>9.1e}  {tolerance:>9.0e}  {verdict}"
