@@ -1,10 +1,12 @@
 """How often responses to faces answer and describe rightly, and answer as they describe.
 
-    python -m benchmarks.first_steps [--shared=DIR/inspect.json] RUN/predictions/fer2013.jsonl …
+    python -m benchmarks.first_steps [--shared=DIR/inspect.json] [--against=OTHER.jsonl]
+        RUN/predictions/fer2013.jsonl …
 
 reads what `emor3_jax.evaluate` and `emor3_jax.train` leave, for policies that learned from
 `emor3_jax.embedded.faces`. With `--shared`, it leaves out the rows whose pictures
-`emor3_jax.data.inspect` found in another set too, as it does with FER-2013's parts.
+`emor3_jax.data.inspect` found in another set too, as it does with FER-2013's parts. With
+`--against`, it counts the rows that are right in one file alone.
 """
 
 import argparse
@@ -58,6 +60,26 @@ def first_steps(path: Path, left_out: Collection[str] = ()) -> FirstSteps:
     return FirstSteps(len(found), *(float(x) for x in np.mean(found, axis=0)))
 
 
+def right_alone(path: Path, other: Path, left_out: Collection[str] = ()) -> tuple[int, int]:
+    """Returns how many rows only the one file answers rightly, and how many only the other.
+
+    Args:
+      path, other: predictions on the same rows.
+      left_out: as of `first_steps`.
+
+    Raises:
+      ValueError: if they are not on the same rows.
+    """
+    ours, theirs = (
+        {row["id"]: row["right"] for row in map(json.loads, each.read_text().splitlines())}
+        for each in (path, other)
+    )
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"{path} and {other} are not on the same rows; evaluate both on one set")
+    pairs = [(ours[row], theirs[row]) for row in ours.keys() - set(left_out)]
+    return pairs.count((True, False)), pairs.count((False, True))
+
+
 def shared_rows(path: Path) -> set[str]:
     """Returns the ids of rows whose picture another set has too, as `inspect.json` tells them."""
     pairs = json.loads(path.read_text())["shared"].values()
@@ -67,6 +89,7 @@ def shared_rows(path: Path) -> set[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--shared", type=Path)
+    parser.add_argument("--against", type=Path)
     parser.add_argument("predictions", type=Path, nargs="+")
     args = parser.parse_args()
     left_out = shared_rows(args.shared) if args.shared else set()
@@ -76,3 +99,6 @@ if __name__ == "__main__":
             f"{name}: {found.count} responses, answered rightly {found.answered:.3f}, "
             f"described {found.described:.3f}, answered so {found.followed:.3f}"
         )
+        if args.against:
+            here, there = right_alone(name, args.against, left_out)
+            print(f"  rows right here alone {here}, in {args.against} alone {there}")

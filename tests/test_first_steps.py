@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.first_steps import first_steps, shared_rows
+from benchmarks.first_steps import first_steps, right_alone, shared_rows
 
 
 def test_first_steps_are_compared_with_label_and_answer(tmp_path: Path) -> None:
@@ -39,3 +39,17 @@ def test_first_steps_are_compared_with_label_and_answer(tmp_path: Path) -> None:
     assert first_steps(path, left_out) == (2, 0.5, 0.5, 0.0)
     with pytest.raises(ValueError, match=r"faces\.jsonl: no response is left"):
         first_steps(path, [f"faces:{i}" for i in range(4)])
+
+
+def test_rows_that_are_right_in_one_file_alone_are_counted(tmp_path: Path) -> None:
+    def written(name: str, right: list[bool]) -> Path:
+        rows = [json.dumps({"id": f"faces:{i}", "right": x}) for i, x in enumerate(right)]
+        (tmp_path / name).write_text("\n".join(rows))
+        return tmp_path / name
+
+    ours = written("ours.jsonl", [True, True, True, False, False])
+    theirs = written("theirs.jsonl", [True, False, False, True, False])
+    assert right_alone(ours, theirs) == (2, 1)
+    assert right_alone(ours, theirs, {"faces:1", "faces:4"}) == (1, 1)
+    with pytest.raises(ValueError, match=r"fewer\.jsonl are not on the same rows"):
+        right_alone(ours, written("fewer.jsonl", [True]))
