@@ -11,13 +11,14 @@ reads what `emor3_jax.evaluate` and `emor3_jax.train` leave, for policies that l
 
 import argparse
 import json
-from collections.abc import Collection
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from emor3_jax.embedded import faces
+from emor3_jax.io.evaluation import wilson
 
 
 class FirstSteps(NamedTuple):
@@ -36,7 +37,7 @@ class FirstSteps(NamedTuple):
     followed: float
 
 
-def first_steps(path: Path, left_out: Collection[str] = ()) -> FirstSteps:
+def first_steps(path: Path, left_out: Set[str] = frozenset()) -> FirstSteps:
     """Returns what first steps describe, and what is made of it.
 
     Args:
@@ -60,7 +61,7 @@ def first_steps(path: Path, left_out: Collection[str] = ()) -> FirstSteps:
     return FirstSteps(len(found), *(float(x) for x in np.mean(found, axis=0)))
 
 
-def right_alone(path: Path, other: Path, left_out: Collection[str] = ()) -> tuple[int, int]:
+def right_alone(path: Path, other: Path, left_out: Set[str] = frozenset()) -> tuple[int, int]:
     """Returns how many rows only the one file answers rightly, and how many only the other.
 
     Args:
@@ -76,7 +77,7 @@ def right_alone(path: Path, other: Path, left_out: Collection[str] = ()) -> tupl
     )
     if ours.keys() != theirs.keys():
         raise ValueError(f"{path} and {other} are not on the same rows; evaluate both on one set")
-    pairs = [(ours[row], theirs[row]) for row in ours.keys() - set(left_out)]
+    pairs = [(ours[row], theirs[row]) for row in ours.keys() - left_out]
     return pairs.count((True, False)), pairs.count((False, True))
 
 
@@ -95,9 +96,10 @@ if __name__ == "__main__":
     left_out = shared_rows(args.shared) if args.shared else set()
     for name in args.predictions:
         found = first_steps(name, left_out)
+        low, high = wilson(round(found.answered * found.count), found.count)
         print(
-            f"{name}: {found.count} responses, answered rightly {found.answered:.3f}, "
-            f"described {found.described:.3f}, answered so {found.followed:.3f}"
+            f"{name}: {found.count} responses, answered rightly {found.answered:.3f} ({low:.3f} to "
+            f"{high:.3f}), described {found.described:.3f}, answered so {found.followed:.3f}"
         )
         if args.against:
             here, there = right_alone(name, args.against, left_out)

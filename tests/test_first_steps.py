@@ -38,7 +38,7 @@ def test_first_steps_are_compared_with_label_and_answer(tmp_path: Path) -> None:
     assert left_out == {"a:7", "faces:0", "faces:2", "b:1"}
     assert first_steps(path, left_out) == (2, 0.5, 0.5, 0.0)
     with pytest.raises(ValueError, match=r"faces\.jsonl: no response is left"):
-        first_steps(path, [f"faces:{i}" for i in range(4)])
+        first_steps(path, {f"faces:{i}" for i in range(4)})
 
 
 def test_rows_that_are_right_in_one_file_alone_are_counted(tmp_path: Path) -> None:

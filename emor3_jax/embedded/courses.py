@@ -24,8 +24,8 @@ class Course(NamedTuple):
       labels: the emotion of each.
       tasks: (row, rng) -> the five tasks about that image.
       opening: the words that every description begins with, whatever the image; may be empty.
-      sights: how it goes on after them, by label, each with another first word; empty where a
-        policy that looks is to predict labels alone.
+      sights: how it goes on after them and a space, by label, each with another first word; empty
+        where a policy that looks is to predict labels alone.
       corpus: texts for the tokenizer.
       sizes: of the lessons: SET responses, other questions about an image, texts to judge.
       held_out: how many rows at the end are kept for the report.
