@@ -42,14 +42,14 @@ import numpy as np
 from emor3_jax import episode, learner, models
 from emor3_jax.account import Cost, Shapes, count, peak_flops
 from emor3_jax.account.cost import read
-from emor3_jax.data.batch import Batch
+from emor3_jax.models.cache import KV
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
-from emor3_jax.models.qwen2_5_vl.inputs import KV
+from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.published import published
 from emor3_jax.rl.update import TrainState, make_optimizer
 from emor3_jax.rollout import engine
-from emor3_jax.rollout.generate import Samples, SamplingRule
+from emor3_jax.rollout.generate import SamplingRule
+from emor3_jax.types import Batch, Samples
 
 PROGRAMS = ("decode", "prefill", "reference", "update")
 DTYPE = jnp.dtype(jnp.bfloat16)

@@ -24,10 +24,11 @@ import ml_dtypes
 import numpy as np
 
 from emor3_jax import models
+from emor3_jax.models.cache import KV
 from emor3_jax.models.qwen2_5_vl import model, published, weights
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV
-from emor3_jax.rollout.generate import Samples, SamplingRule, generate
+from emor3_jax.models.qwen2_5_vl.shapes import Config
+from emor3_jax.rollout.generate import SamplingRule, generate
+from emor3_jax.types import Samples
 
 # XLA computes bfloat16 products in float32 on CPU. By default it converts the weights of all layers
 # before the loop over them, which takes twice the parameters' memory again.

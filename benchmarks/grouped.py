@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
 from emor3_jax.rollout.score import score_responses
+from emor3_jax.types import Images, Prompt
 
 RUNS = 5
 CASES = (  # prompts, responses, windows of an image (16 tokens each), text tokens, response tokens

@@ -26,7 +26,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from emor3_jax import cli
+from emor3_jax.runtime import cli
 
 PAGE = Path("docs/results/paper_table.md")
 NOTES = Path("benchmarks/paper_table_notes.md")

@@ -19,7 +19,7 @@ from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 
 LABELS = "mikels8"

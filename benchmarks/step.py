@@ -43,7 +43,7 @@ from benchmarks import small_policy
 from benchmarks.peers import Peer
 from emor3_jax import prepare
 from emor3_jax.config import default, reward_term
-from emor3_jax.data.batch import Batch, collate
+from emor3_jax.data.batch import collate
 from emor3_jax.data.encode import encode_row
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates, fill
@@ -52,7 +52,7 @@ from emor3_jax.learner import response_logprobs, update
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
-from emor3_jax.rollout.generate import Samples
+from emor3_jax.types import Batch, Samples
 
 RUNS, WARM_UP = 7, 2
 TOKENS = 64

@@ -20,18 +20,19 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from emor3_jax import account, cli, prepare
+from emor3_jax import account, prepare
 from emor3_jax.account.__main__ import Texts, find_policy, make_shapes
-from emor3_jax.checks import validate
 from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.search import search
 from emor3_jax.compiler.step import compile_step
 from emor3_jax.compiler.verdict import step_flops, table, verdict
 from emor3_jax.config import uses_reference
-from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.shapes import Config
 from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import check_batch, check_policy, make_mesh
 from emor3_jax.parallel.topology import Topology
+from emor3_jax.prepare.checks import validate
+from emor3_jax.runtime import cli
 
 
 @dataclasses.dataclass

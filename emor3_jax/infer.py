@@ -10,20 +10,22 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from emor3_jax import cli
 from emor3_jax.data.batch import collate
 from emor3_jax.data.encode import encode_row
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.embedded.emoscenes.words import QUESTION
-from emor3_jax.episode import Actor, stop_ids
-from emor3_jax.models import Policy, load
-from emor3_jax.rollout.generate import SamplingRule
+from emor3_jax.models import LoadedPolicy, load
+from emor3_jax.rewards.scorer import Scorer
+from emor3_jax.rollout.rollout import Rollout
+from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.rollout.tokens import stop_ids, suppressed_tokens
+from emor3_jax.runtime import cli
 
 
 def answer(
-    policy: Policy,
+    policy: LoadedPolicy,
     image: bytes,
     *,
     question: str,
@@ -52,30 +54,23 @@ def answer(
     """
     chosen = PromptTemplates.load(set=templates, coherence=templates, consistency=templates)
     row = Row([image], Texts(question, labels[0], "image"))
-    example = encode_row(row, policy.config, policy.processor, chosen.set, labels)
+    processor, tokenizer = policy.processor, policy.processor.tokenizer
+    example = encode_row(row, processor, chosen.set, labels)
     batch, _ = collate(
         [example],
+        processor.layout,
         batch_size=1,
         prompt_lengths=(len(example.tokens),),
-        image_windows=(len(example.image.mask),),
+        image_windows=(example.image.bucket,),
     )
-    tokenizer = policy.processor.tokenizer
-    actor = Actor(
-        policy.config,
-        tokenizer,
-        labels,
-        chosen,
-        profile="paper",
-        coherence_target="label",
-        lambda_reflect=0.1,
-        lambda_format=0.1,
-        reflect_rule=None,
-        text_lengths=(max_tokens,),
-        dtype=jnp.dtype(dtype),
+    rollout = Rollout(
+        policy.policy.with_compute(dtype=jnp.dtype(dtype)),
+        Scorer(tokenizer, labels),
+        suppressed_tokens(policy.shapes.vocab_size, tokenizer),
+        Sampling(max_tokens, temperature, 1.0, stop_ids(tokenizer)),
     )
-    rule = SamplingRule(max_tokens, temperature, 1.0, stop_ids(tokenizer))
-    _, samples = actor.roll_out(policy.params, batch, jax.random.key(seed), responses=1, rule=rule)
-    scores = actor.score(batch, samples, None)
+    _, samples = rollout.respond(policy.params, batch, jax.random.key(seed))
+    scores = rollout.scorer.score(batch, samples, None)
     text = tokenizer.decode(
         samples.tokens[0, 0, : int(samples.lengths[0, 0])], skip_special_tokens=True
     )

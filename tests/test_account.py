@@ -25,18 +25,17 @@ from emor3_jax import account
 from emor3_jax.account import LAYOUTS, PHASES, Cost, Question, ShapeError, Shapes, count, total
 from emor3_jax.account.cost import decoder_flops, logits_flops, look, read
 from emor3_jax.config import ConfigError, default
-from emor3_jax.data.batch import Batch
 from emor3_jax.data.prompts import PromptTemplates, render_prompt, shared_length
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
-from emor3_jax.models.qwen2_5_vl.layers import Dense
+from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
+from emor3_jax.models.layers import Dense
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from emor3_jax.models.qwen2_5_vl.published import published
-from emor3_jax.models.qwen2_5_vl.weights import param_shapes
+from emor3_jax.models.weights import param_shapes
 from emor3_jax.rollout.generate import SamplingRule, generate
 from emor3_jax.rollout.score import score_responses
+from emor3_jax.types import Batch, Images, Prompt
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from emor3_jax import cli
+from emor3_jax.runtime import cli
 
 
 def test_a_bucket_is_no_folder() -> None:

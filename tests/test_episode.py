@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 from tiny import make_config
 
-from emor3_jax.data.batch import Batch
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.embedded import tasks
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
-from emor3_jax.episode import Actor, Judgement
-from emor3_jax.rollout.generate import Samples
+from emor3_jax.episode import Actor
+from emor3_jax.types import Batch, ReplyProbs, Samples
 
 LABELS = ("joy", "fear")
 WHOLE = "<step1> a </step1> <step2> b </step2> <step3> c </step3> \\boxed{joy}"
@@ -22,7 +21,7 @@ def tokenizer():
     return train_tokenizer([*tasks.text_corpus(5), *RESPONSES], 600)
 
 
-def score(tokenizer, profile: str = "paper", replies: Judgement | None = None, **fields):
+def score(tokenizer, profile: str = "paper", replies: ReplyProbs | None = None, **fields):
     """Scores of four responses to a picture of joy."""
     actor = Actor(
         make_config(vocab_size=len(tokenizer), **special_ids(tokenizer)),
@@ -74,7 +73,7 @@ def test_one_reflection_may_have_the_whole_weight(tokenizer, profile, reflection
     labels = jnp.broadcast_to(jnp.float32([0.25, 0.75]), (1, 4, 2))
     found = jnp.asarray([[True, False, False, False]])
     sizes = jnp.ones((1, 4), jnp.int32)
-    replies = Judgement(labels, jnp.full((1, 4), 0.5), found, found, sizes, sizes)
+    replies = ReplyProbs(labels, jnp.full((1, 4), 0.5), found, found, sizes, sizes)
     scores = score(tokenizer, profile, replies, reflection=reflection)
     # Both are reported, whichever counts.
     assert scores.coherence[0, 0] == 0.25 and scores.consistency[0, 0] == 0.5

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from emor3_jax.data.batch import Batch
-from emor3_jax.episode import NOTHING_TO_JUDGE, Scores
 from emor3_jax.evaluate import decoupling, evaluate, macro_f1, vote, weighted_f1
-from emor3_jax.rollout.generate import Samples, SamplingRule
+from emor3_jax.rollout.generate import SamplingRule
+from emor3_jax.types import NOTHING_TO_JUDGE, Batch, Samples, Scores
 
 
 def test_macro_f1_by_hand() -> None:

@@ -11,14 +11,13 @@ import optax
 import pytest
 
 from emor3_jax import learner
-from emor3_jax.data.batch import Batch, take_part, take_rows
+from emor3_jax.data.batch import take_part, take_rows
 from emor3_jax.models.lora import Lora, init_adapters
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 from emor3_jax.reference import FeatureCache
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout import packing
-from emor3_jax.rollout.generate import Samples
+from emor3_jax.types import Batch, Images, Prompt, Samples
 
 B, G, T = 4, 3, 6
 

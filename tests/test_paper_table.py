@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import paper_table as table
-from emor3_jax import cli
+from emor3_jax.runtime import cli
 
 GOOD = (
     "<step1> a dog </step1>\n<step2> calm </step2>\n<step3> positive </step3>\n\\boxed{contentment}"

@@ -8,12 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.data.batch import Batch
-from emor3_jax.episode import Scores
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
-from emor3_jax.rollout.generate import Samples
 from emor3_jax.rounds import Round, fill
+from emor3_jax.types import Batch, Images, Prompt, Samples, Scores
 
 B, G, MERGE = 4, 2, 4
 

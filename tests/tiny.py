@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
 
 VISION = VisionConfig(
     depth=2,

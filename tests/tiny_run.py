@@ -6,34 +6,22 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
 
 from configs import cpu_demo
 from emor3_jax.config import dataset
 from emor3_jax.data.labels import label_set
 from emor3_jax.embedded import tasks
-from emor3_jax.embedded.base_policy import model_config
 from emor3_jax.embedded.emoscenes import draw, scene
-from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models import Policy, save
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
-
-SMALL = {
-    **{
-        "vocab_size": 800,
-        "patch": 14,
-        "window": 112,
-        "vision_width": 32,
-        "vision_layers": 1,
-        "vision_heads": 1,
-    },
-    **{"width": 32, "layers": 1, "heads": 2, "kv_heads": 1},
-}
-"""Sizes of a policy of 30 thousand parameters."""
+from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
+from emor3_jax.models import LoadedPolicy, Policy, parse_config, save
+from emor3_jax.models.processor import ImageSettings, Processor
+from emor3_jax.rewards import Group
 
 QUESTION = "<image>which emotion ?"
 
@@ -64,13 +52,45 @@ def write_rows(
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
+def small_policy(tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """Returns a policy of 30 thousand parameters that reads scenes of 112 pixels a side."""
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 1,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [0],
+        "out_hidden_size": 32,
+    }
+    config = {
+        "model_type": "qwen2_5_vl",
+        "vision_config": vision,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+    }
+    return parse_config(config | special_ids(tokenizer))
+
+
 def write_policy(folder: Path) -> None:
-    """Writes a random policy of 30 thousand parameters that reads scenes of 112 pixels a side."""
+    """Writes a random policy as `small_policy` describes it."""
     tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
-    shapes = model_config(ConfigDict({"model": SMALL}), tokenizer)
-    params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
-    processor = Processor(tokenizer, ImageSettings(min_pixels=112**2, max_pixels=112**2))
-    save(Policy(shapes, params, processor), folder)
+    policy = small_policy(tokenizer)
+    params = jax.device_get(policy.init(jax.random.key(0)))
+    images = ImageSettings(min_pixels=112**2, max_pixels=112**2)
+    save(LoadedPolicy(policy, params, Processor(tokenizer, images, policy.layout)), folder)
 
 
 def make_folder(folder: Path) -> Path:
@@ -109,3 +129,8 @@ def letters(response: str, label: str) -> float:
     """A reward term in Python."""
     assert label in label_set("mikels8")
     return float(sum(c.isalpha() for c in response))
+
+
+def share_of_length(group: Group) -> jax.Array:
+    """A reward term on the device: length over the group's longest."""
+    return group.lengths / jnp.max(group.lengths, axis=1, keepdims=True)

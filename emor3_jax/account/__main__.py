@@ -21,7 +21,7 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from emor3_jax import cli, prepare
+from emor3_jax import prepare
 from emor3_jax.account import (
     LAYOUTS,
     Cost,
@@ -31,15 +31,16 @@ from emor3_jax.account import (
     count,
     total,
 )
-from emor3_jax.checks import validate
 from emor3_jax.config import EMBEDDED, ConfigError, uses_reference
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
 from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.models import read_config
-from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.models.qwen2_5_vl.published import published
+from emor3_jax.models.family import Shapes as Config
+from emor3_jax.prepare.checks import validate
+from emor3_jax.runtime import cli
 
 _PUBLISHED = re.compile(r"Qwen/Qwen2\.5-VL-(\w+)-Instruct(@.*)?")
 

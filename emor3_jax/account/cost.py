@@ -5,7 +5,8 @@ Numbers of tokens and patches may be whole numbers, and then all results are, or
 
 import dataclasses
 
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
+from typing import Any as VisionConfig
+from emor3_jax.models.family import Shapes as Config
 
 Number = int | float
 

@@ -49,8 +49,8 @@ from emor3_jax.account.cost import (
     tower_attention_flops,
     tower_flops,
 )
-from emor3_jax.data.batch import Batch
-from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.family import Shapes as Config
+from emor3_jax.types import Batch
 
 LAYOUTS = ("grouped", "release", "release_spread", "release_cached", "release_uncached")
 """This program, and the release's data flow under four assumptions about its engines."""

@@ -28,11 +28,10 @@ from emor3_jax import episode, learner, prepare
 from emor3_jax.compiler.record import Recorder
 from emor3_jax.config import uses_reference
 from emor3_jax.data import batch as batches
-from emor3_jax.data.batch import Batch
 from emor3_jax.data.labels import label_set
+from emor3_jax.models.cache import KV
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
+from emor3_jax.models.qwen2_5_vl.shapes import Config
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.rewards import Tables
@@ -41,8 +40,9 @@ from emor3_jax.rewards.spans import SpanTables
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout import engine
-from emor3_jax.rollout.generate import Samples, SamplingRule
+from emor3_jax.rollout.generate import SamplingRule
 from emor3_jax.rollout.likelihood import Candidates
+from emor3_jax.types import Batch, Images, Prompt, Samples
 
 _STOP = (151645, 151643)
 """Ids that end a response; their values are nothing to the compiler."""
@@ -397,7 +397,7 @@ def _compile_reflections(
                 *consistency, candidates[1], **compiled, **options,
             ),
         )  # fmt: skip
-        return episode.Judgement(*said, *found[0], *found[1])
+        return episode.ReplyProbs(*said, *found[0], *found[1])
     said = (
         record(
             "coherence", episode._ask_coherence, policy, params, *parts[0], *coherence,

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from emor3_jax.account import Cost
 from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import KINDS, Report
-from emor3_jax.models.qwen2_5_vl.config import Config
+from emor3_jax.models.qwen2_5_vl.shapes import Config
 
 _PHASES = {
     "prefill": ("vision", "prefill"),

@@ -10,10 +10,8 @@ from emor3_jax.data.batch import Example
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, label_grades, normalize
 from emor3_jax.data.sources import Row, Texts
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.layout import count_windows, window_layout
-from emor3_jax.models.qwen2_5_vl.processor import ImageError, Processor
-from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
+from emor3_jax.models.errors import ImageError
+from emor3_jax.models.processor import Processor
 
 REASONS = {
     "missing_field": "a field is null, or the row has no picture",
@@ -40,15 +38,13 @@ class Encoder:
     """Turns a row into an `Example`, or says why not; runs in worker processes too.
 
     Attributes:
-      config: of the policy.
-      images: how pictures become patches.
+      processor: of the policy.
       labels: the label set.
       cuts: whether questions that are too long lose their end.
     """
 
     def __init__(
         self,
-        config: Config,
         processor: Processor,
         template: str,
         labels: tuple[str, ...],
@@ -60,7 +56,7 @@ class Encoder:
         """Reads nothing.
 
         Args:
-          config, processor: of the policy.
+          processor: of the policy.
           template: the `set` template.
           labels: the label set.
           max_tokens: of a padded prompt, which is the prompt without its last token.
@@ -69,8 +65,7 @@ class Encoder:
           cut: whether questions that are too long lose their end, rather than their row be left
             out.
         """
-        self.config, self.images = config, processor.images
-        self._processor, self.cuts = processor, cut
+        self.processor, self.cuts = processor, cut
         self._template, self.labels = template, labels
         self._index = {normalize(label): i for i, label in enumerate(labels)}
         self._max_tokens, self._max_windows, self._graded = max_tokens, max_windows, graded
@@ -83,7 +78,7 @@ class Encoder:
             return "several_images"
         if not texts.question:
             return "empty_question"
-        if prompts.special_token_in(self._processor.tokenizer, texts.question):
+        if prompts.special_token_in(self.processor.tokenizer, texts.question):
             return "special_token"
         if normalize(texts.answer) not in self._index:
             return "unknown_answer"
@@ -104,14 +99,14 @@ class Encoder:
         if len(row.images) != 1 or row.images[0] is None:
             reason = "several_images" if len(row.images) > 1 else "missing_field"
             return Skip(reason, texts.id)
+        layout, tokenizer = self.processor.layout, self.processor.tokenizer
         try:
-            patches, grid = self._processor.patches(row.images[0])
+            patches, grid = self.processor.patches(row.images[0])
         except ImageError:
             return Skip("unreadable_image", texts.id)
-        vision, tokenizer = self.config.vision, self._processor.tokenizer
-        if count_windows(grid, vision) > self._max_windows:
+        if layout.bucket(grid) > self._max_windows:
             return Skip("large_image", texts.id)
-        n_image_tokens = len(patches) // vision.merge_unit
+        n_image_tokens = len(patches) // layout.shapes.merge_unit
         tokens = self._render(texts.question, n_image_tokens)
         # The last token is not part of the padded prompt.
         too_many = len(tokens) - 1 - self._max_tokens
@@ -119,19 +114,19 @@ class Encoder:
             tokens = self._render_cut(texts.question, n_image_tokens, too_many)
         if tokens is None or len(tokens) - 1 > self._max_tokens:
             return Skip("long_question", texts.id)
-        in_prompt = int(np.sum(tokens == self.config.image_token_id))
+        in_prompt = int(np.sum(tokens == layout.shapes.image_token_id))
         if in_prompt != n_image_tokens:
             raise DataError(
                 f"{texts.id}: the prompt has {in_prompt} image tokens, but the picture of "
                 f"{grid[1]} x {grid[2]} patches has {n_image_tokens} features; the chat template "
                 f"must show the picture once, as one {prompts.IMAGE_TOKEN}"
             )
-        positions, _ = prompt_positions(tokens, [grid], self.config)
+        positions, _ = layout.positions(tokens, [grid])
         return Example(
             tokens=tokens,
             positions=positions,
-            image=window_layout(patches, grid, vision),
-            image_start=int(np.argmax(tokens == self.config.image_token_id)),
+            image=layout.arrange(patches, grid),
+            image_start=int(np.argmax(tokens == layout.shapes.image_token_id)),
             shared_length=prompts.shared_length(tokenizer, tokens),
             answer=self._index[normalize(texts.answer)],
             grades=self._grades(texts),
@@ -141,7 +136,7 @@ class Encoder:
         )
 
     def _render(self, question: str, n_image_tokens: int) -> np.ndarray:
-        tokenizer = self._processor.tokenizer
+        tokenizer = self.processor.tokenizer
         tokens = prompts.render_prompt(
             tokenizer, self._template, question, self.labels, n_image_tokens
         )
@@ -153,7 +148,7 @@ class Encoder:
         Labels, template and picture stay whole. Where the cut joins the text anew, one or two
         tokens more may have to go.
         """
-        tokenizer = self._processor.tokenizer
+        tokenizer = self.processor.tokenizer
         asked = tokenizer.encode(question, add_special_tokens=False)
         keep = len(asked) - too_many
         while keep > 0:
@@ -167,14 +162,12 @@ class Encoder:
         return None
 
 
-def encode_row(
-    row: Row, config: Config, processor: Processor, template: str, labels: Sequence[str]
-) -> Example:
+def encode_row(row: Row, processor: Processor, template: str, labels: Sequence[str]) -> Example:
     """Returns one row as the policy reads it, of any length and size.
 
     Args:
       row: the row.
-      config, processor: of the policy.
+      processor: of the policy.
       template: the `set` template.
       labels: the label set.
 
@@ -182,9 +175,7 @@ def encode_row(
       DataError: if the row cannot be used, with the reason.
     """
     unbounded = 2**30
-    encoder = Encoder(
-        config, processor, template, check_labels(tuple(labels)), unbounded, unbounded
-    )
+    encoder = Encoder(processor, template, check_labels(tuple(labels)), unbounded, unbounded)
     fault = encoder.fault_of_texts(row.texts)
     example = Skip(fault, row.texts.id) if fault else encoder((0, row))
     if isinstance(example, Skip):
@@ -192,16 +183,17 @@ def encode_row(
     return example
 
 
-def check_fit(config: Config, processor: Processor) -> None:
+def check_fit(processor: Processor) -> None:
     """Raises DataError if the processor's patches or ids are not those of the policy."""
-    vision, images = config.vision, processor.images
+    shapes, images = processor.layout.shapes, processor.images
+    vision = shapes.vision
     tokenizer = processor.tokenizer
     image_token = tokenizer.convert_tokens_to_ids(prompts.IMAGE_TOKEN)
     for field, ours, theirs in (
         ("patch_size", images.patch_size, vision.patch_size),
         ("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size),
         ("merge_size", images.merge_size, vision.spatial_merge_size),
-        (f"id of {prompts.IMAGE_TOKEN}", image_token, config.image_token_id),
+        (f"id of {prompts.IMAGE_TOKEN}", image_token, shapes.image_token_id),
     ):
         if ours != theirs:
             raise DataError(

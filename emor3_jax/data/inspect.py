@@ -23,8 +23,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from emor3_jax import cli, prepare
-from emor3_jax.checks import validate
+from emor3_jax import prepare
 from emor3_jax.data.encode import REASONS, Encoder, Skip
 from emor3_jax.data.leakage import prints, shared
 from emor3_jax.data.pipeline import TrainBatches
@@ -32,6 +31,8 @@ from emor3_jax.data.prompts import IMAGE_TOKEN, PromptTemplates, reflection_part
 from emor3_jax.data.survey import Survey, fill, small_picture, survey, to_dict
 from emor3_jax.io.console import Console
 from emor3_jax.models import Policy
+from emor3_jax.prepare.checks import validate
+from emor3_jax.runtime import cli
 
 # Batches of training whose shapes are looked at.
 _BATCHES = 200
@@ -78,7 +79,6 @@ def main(
         labels = data.labels[name]
         described = config.data.train if name == "train" else config.evaluate.sets[name]
         encoder = Encoder(
-            policy.config,
             policy.processor,
             templates.set,
             labels,

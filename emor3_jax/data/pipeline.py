@@ -1,6 +1,6 @@
 """Batches: rows read, checked, cut into patches, shuffled and padded, by grain.
 
-    batches = train_batches(source, policy.config, policy.processor, templates.set, labels, ...)
+    batches = train_batches(source, policy.processor, templates.set, labels, ...)
     batch, ids = next(batches)
 
 A row that cannot be used is left out, counted by reason and named in the log once. What its texts
@@ -33,16 +33,15 @@ import grain
 import numpy as np
 from absl import flags
 
-from emor3_jax.data.batch import Batch, Example, collate, size_of, smallest
+from emor3_jax.data.batch import Example, Prompts, collate, size_of, smallest
 from emor3_jax.data.encode import REASONS, Encoder, Skip, check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
 from emor3_jax.data.order import Group, Windows, make_groups, shuffled
 from emor3_jax.data.sources import Source, sizes_of
 from emor3_jax.data.stats import RowStats
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.layout import count_windows
-from emor3_jax.models.qwen2_5_vl.processor import ImageError, Processor
+from emor3_jax.models.errors import ImageError
+from emor3_jax.models.processor import Processor
 from emor3_jax.parallel import hosts
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,6 @@ class _Rows:
     def __init__(
         self,
         source: Source,
-        config: Config,
         processor: Processor,
         template: str,
         labels: Sequence[str],
@@ -147,14 +145,13 @@ class _Rows:
         sort_by_size: bool = False,
         read_ahead: int,
     ) -> None:
-        check_fit(config, processor)
+        check_fit(processor)
         self.source, self.batch_size, self.workers = source, batch_size, workers
         self.places = list(range(batch_size) if places is None else map(int, places))
         self._exchange = exchange
         self._read_ahead = read_ahead
         self.stats = RowStats()
         self._encoder = Encoder(
-            config,
             processor,
             template,
             check_labels(tuple(labels)),
@@ -205,17 +202,15 @@ class _Rows:
 
     def _sizes(self, usable: np.ndarray, questions: Sequence[int]) -> np.ndarray:
         """Returns int64[rows of the source]: by windows, then by about the prompt's tokens."""
-        config, images = self._encoder.config.vision, self._encoder.images
+        processor = self._encoder.processor
         keys = np.zeros(len(self.source), np.int64)
         sizes = sizes_of(self.source, usable)
         for index, (height, width), length in zip(usable, sizes, questions, strict=True):
             try:
-                down, across = images.smart_resize(int(height), int(width))
+                _, tokens, bucket = processor.read_sizes(int(height), int(width))
             except (ImageError, ZeroDivisionError):
                 continue
-            grid = (1, down // images.patch_size, across // images.patch_size)
-            tokens = grid[1] * grid[2] // config.merge_unit + length // 4
-            keys[index] = count_windows(grid, config) * 2**32 + tokens
+            keys[index] = bucket * 2**32 + tokens + length // 4
         return keys
 
     def _digest(self) -> str:
@@ -272,7 +267,7 @@ class _Rows:
 
     def assemble(
         self, reads: Sequence[_Read], filler: Callable[[], Example | None] = lambda: None
-    ) -> tuple[Batch, tuple[str, ...], int]:
+    ) -> tuple[Prompts, int]:
         """Makes this host's part of a batch, in the shape that all hosts agree upon.
 
         Args:
@@ -305,12 +300,13 @@ class _Rows:
         agreed = map(smallest, names, self._sizes_of_batch, needed)
         batch, _ = collate(
             found,
+            self._encoder.processor.layout,
             batch_size=len(self.places),
-            places=self.places,
             filler=spare,
             **{name: (size,) for name, size in zip(names, agreed, strict=True)},
         )
-        return batch, tuple(ids.get(i, "") for i in range(self.batch_size)), len(ids)
+        named = tuple(ids.get(i, "") for i in range(self.batch_size))
+        return Prompts(batch, named), len(ids)
 
     def _count(self, notes: Sequence[dict[str, Any]]) -> None:
         """Counts the rows that any host has left out or cut."""
@@ -342,10 +338,10 @@ class TrainBatches:
     def __iter__(self) -> "TrainBatches":
         return self
 
-    def __next__(self) -> tuple[Batch, tuple[str, ...]]:
-        batch, ids, _ = self._rows.assemble(next(self._iterator))
+    def __next__(self) -> Prompts:
+        prompts, _ = self._rows.assemble(next(self._iterator))
         self._position += self._rows.batch_size
-        return batch, ids
+        return prompts
 
     def preview(self, count: int) -> list[list[int]]:
         """Returns the rows of the first `count` batches, as if no picture were damaged."""
@@ -397,7 +393,7 @@ class EvalBatches:
         limits = [x for x in (limit, self._limit) if x]
         return EvalBatches(self._rows, min(limits, default=0))
 
-    def __iter__(self) -> Iterator[tuple[Batch, tuple[str, ...]]]:
+    def __iter__(self) -> Iterator[Prompts]:
         rows = self._rows
         iterator, usable = rows.once(self._limit)
         kept: list[Example | None] = []
@@ -409,8 +405,8 @@ class EvalBatches:
 
         try:
             for reads in iterator:
-                batch, ids, _ = rows.assemble(reads, filler)
-                yield batch, ids
+                prompts, _ = rows.assemble(reads, filler)
+                yield prompts
         finally:
             iterator.close()
 
@@ -431,7 +427,6 @@ class Parts(NamedTuple):
 
 def train_batches(
     source: Source,
-    config: Config,
     processor: Processor,
     template: str,
     labels: Sequence[str],
@@ -453,7 +448,6 @@ def train_batches(
 
     Args:
       source: the rows.
-      config: of the policy.
       processor: of the policy.
       template: the `set` template.
       labels: the label set.
@@ -477,7 +471,6 @@ def train_batches(
     """
     rows = _Rows(
         source,
-        config,
         processor,
         template,
         labels,
@@ -498,7 +491,6 @@ def train_batches(
 
 def eval_batches(
     source: Source,
-    config: Config,
     processor: Processor,
     template: str,
     labels: Sequence[str],
@@ -517,7 +509,7 @@ def eval_batches(
     """Returns each row once, in batches of equal size.
 
     Args:
-      source, config, processor, template, labels, batch_size, prompt_lengths, image_windows,
+      source, processor, template, labels, batch_size, prompt_lengths, image_windows,
         workers, places, exchange, graded, cut_questions, read_ahead: as in `train_batches`.
       limit: at most so many rows of all hosts together, drawn once and for all; 0 is all.
 
@@ -526,7 +518,6 @@ def eval_batches(
     """
     rows = _Rows(
         source,
-        config,
         processor,
         template,
         labels,

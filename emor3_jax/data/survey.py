@@ -16,8 +16,8 @@ from emor3_jax.data.encode import REASONS, Encoder
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.prompts import render_prompt
 from emor3_jax.data.sources import Source, sizes_of
-from emor3_jax.models.qwen2_5_vl.layout import count_windows
-from emor3_jax.models.qwen2_5_vl.processor import ImageError, Processor
+from emor3_jax.models.errors import ImageError
+from emor3_jax.models.processor import Processor
 
 BARS = 8
 """Bars of a histogram, at most."""
@@ -121,13 +121,10 @@ def survey(
 
 def _shape(height: int, width: int, encoder: Encoder) -> tuple[tuple[int, int], int, int] | None:
     """Returns resized height and width, image tokens and windows; None for no picture."""
-    images, config = encoder.images, encoder.config.vision
     try:
-        down, across = images.smart_resize(height, width)
+        return encoder.processor.read_sizes(height, width)
     except (ImageError, ZeroDivisionError):
         return None
-    grid = (1, down // images.patch_size, across // images.patch_size)
-    return (down, across), grid[1] * grid[2] // config.merge_unit, count_windows(grid, config)
 
 
 class Fill(NamedTuple):

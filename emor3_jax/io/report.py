@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from emor3_jax.io.evaluation import ClassScores, Evaluation, Sample, class_scores, to_json
+from emor3_jax.evaluation.metrics import ClassScores, class_scores
+from emor3_jax.evaluation.records import Evaluation, Sample, to_json
 
 SAMPLES = 12
 """How many samples a sheet shows."""

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax.models.qwen2_5_vl import layout, model, rope, weights
-from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.models import weights
+from emor3_jax.models.family import FAMILIES
+from emor3_jax.models.hub import find, is_hub_id, parse_config, published, read_config
+from emor3_jax.models.params import Params
+from emor3_jax.models.policy import Policy
+from emor3_jax.models.processor import Encoded, ImageLayout, Processor
 from emor3_jax.parallel import hosts
+from emor3_jax.types import Images, Prompt
 
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-"""What of a repository on the hub is downloaded: no weights in other formats."""
+__all__ = [
+    "FAMILIES",
+    "LoadedPolicy",
+    "Policy",
+    "find",
+    "forward_logits",
+    "is_hub_id",
+    "load",
+    "parse_config",
+    "published",
+    "read_config",
+    "read_processor",
+    "save",
+]
 
 
 @dataclasses.dataclass
-class Policy:
-    """A policy with what it needs to read text and images.
+class LoadedPolicy:
+    """A policy with its parameters and what it needs to read text and images.
 
     Attributes:
-      config: shapes and ids.
+      policy: family, sizes and arithmetic.
       params: nested dict of arrays, float32 unless asked for otherwise.
-      processor: `emor3_jax.models.qwen2_5_vl.processor.Processor`, or None where only arrays go in.
+      processor: reads text and images, or None where only arrays go in.
     """
 
-    config: Config
-    params: model.Params
-    processor: Any = None
+    policy: Policy
+    params: Params = dataclasses.field(repr=False)
+    processor: Processor | None = None
+
+    @property
+    def shapes(self) -> Any:
+        """Sizes and special ids."""
+        return self.policy.shapes
 
 
 def load(
     name: str | Path,
     *,
     dtype: Any = jnp.float32,
-    shardings: Callable[[model.Params], Any] | None = None,
-) -> Policy:
+    shardings: Callable[[Params], Any] | None = None,
+) -> LoadedPolicy:
     """Reads a policy from a folder in Hugging Face's format, or from the hub.
 
     Args:
@@ -55,64 +74,23 @@ def load(
 
     Raises:
       FileNotFoundError: if there is no such folder, or a file is missing.
-      ConfigError: if `config.json` asks for something that is not implemented.
+      ShapesError: if `config.json` asks for something that is not implemented.
       WeightsError: if the tensors do not fit `config.json`.
     """
-    from emor3_jax.models.qwen2_5_vl.processor import Processor
-
     folder = find(name)
-    config = read_config(folder)
-    processor = Processor.from_folder(folder)
-    params = weights.read_params(folder, config, dtype=dtype, shardings=shardings)
-    return Policy(config, params, processor)
+    policy = read_config(folder)
+    processor = read_processor(folder, policy)
+    params = weights.read_params(folder, policy, dtype=dtype, shardings=shardings)
+    return LoadedPolicy(policy, params, processor)
 
 
-def find(name: str | Path) -> Path:
-    """Returns the folder of a policy, downloading it first if the name is one of the hub's.
-
-    Args:
-      name: as `load` takes it. A folder of that name wins over the hub.
-
-    Raises:
-      FileNotFoundError: if it is neither.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    match = _HUB_ID.fullmatch(str(name))
-    if match is None:
-        raise FileNotFoundError(f"there is no folder {name}, and an id on the hub is 'owner/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, revision = match.groups()
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {name}, and the hub gave no policy of that name: {error}"
-        ) from error
-
-
-def is_hub_id(name: str) -> bool:
-    """Returns whether a name has the form of an id on the hub."""
-    return _HUB_ID.fullmatch(name) is not None
-
-
-def read_config(folder: str | Path) -> Config:
-    """Reads the `config.json` of a folder; raises as `load`."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a folder in Hugging Face's format")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    return Config.from_hf(data)
+def read_processor(folder: str | Path, policy: Policy) -> Processor:
+    """Reads tokenizer and image settings of a policy's folder; raises ProcessorError."""
+    return Processor.from_folder(folder, policy.layout)
 
 
 def save(
-    policy: Policy, folder: str | Path, *, max_file_bytes: int = weights.MAX_FILE_BYTES
+    policy: LoadedPolicy, folder: str | Path, *, max_file_bytes: int = weights.MAX_FILE_BYTES
 ) -> None:
     """Writes a policy as a folder in Hugging Face's format, which transformers loads as it is.
 
@@ -125,19 +103,19 @@ def save(
     folder = Path(folder)
     if hosts.is_first():
         folder.mkdir(parents=True, exist_ok=True)
-    weights.write_params(policy.params, policy.config, folder, max_file_bytes=max_file_bytes)
+    weights.write_params(policy.params, policy.policy, folder, max_file_bytes=max_file_bytes)
     if not hosts.is_first():
         return
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(policy.params)}
     stored = {"torch_dtype": kinds.pop() if len(kinds) == 1 else "float32"}
-    data = policy.config.to_hf() | stored
+    data = policy.shapes.to_hf() | stored
     (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
     if policy.processor is not None:
         policy.processor.save(folder)
 
 
 def forward_logits(
-    policy: Policy,
+    policy: LoadedPolicy,
     input_ids: np.ndarray,
     attention_mask: np.ndarray,
     pixel_values: np.ndarray | None = None,
@@ -146,7 +124,7 @@ def forward_logits(
     """Returns the logits of every token, from arrays as transformers lays them out.
 
     Args:
-      policy: the policy.
+      policy: as `load` returns it.
       input_ids: int[B, T], padded on either side.
       attention_mask: int or bool[B, T].
       pixel_values: float[patches of all images, C].
@@ -159,15 +137,15 @@ def forward_logits(
       ValueError: if image tokens, grids and patches do not fit each other.
     """
     mask = np.asarray(attention_mask).astype(bool)
-    prompt, images, _ = pack(policy.config, input_ids, mask, pixel_values, image_grid_thw)
-    dense = np.asarray(_prompt_logits(policy.config, policy.params, prompt, images))
+    prompt, images, _ = pack(policy.policy, input_ids, mask, pixel_values, image_grid_thw)
+    dense = np.asarray(_prompt_logits(policy.policy, policy.params, prompt, images))
     out = np.zeros_like(dense)
     out[mask] = dense[prompt.mask]
     return out
 
 
 def pack(
-    config: Config,
+    policy: Policy,
     input_ids: np.ndarray,
     attention_mask: np.ndarray,
     pixel_values: np.ndarray | None = None,
@@ -176,7 +154,7 @@ def pack(
     """Returns transformers' arrays as the policy's own: right padded, images in windows.
 
     Args:
-      config: the policy's shapes.
+      policy: the policy.
       input_ids, attention_mask, pixel_values, image_grid_thw: as in `forward_logits`.
 
     Returns:
@@ -185,13 +163,12 @@ def pack(
     Raises:
       ValueError: as `forward_logits`.
     """
+    layout = policy.layout
     mask = np.asarray(attention_mask).astype(bool)
     input_ids = np.asarray(input_ids)
     grids = [tuple(map(int, grid)) for grid in (() if image_grid_thw is None else image_grid_thw)]
-    layouts = _cut_images(pixel_values, grids, config)
-    windows = max((len(x.mask) for x in layouts), default=0)
-    slots_per_image = windows * config.vision.window_patches // config.vision.merge_unit
-    slots = [i * slots_per_image + x.slot_of_token for i, x in enumerate(layouts)]
+    encoded = _split_images(pixel_values, grids, layout)
+    bucket = max((each.bucket for each in encoded), default=0)
 
     b, t = input_ids.shape
     prompt = Prompt(
@@ -201,28 +178,43 @@ def pack(
         image_slots=np.full((b, t), -1, np.int32),
     )
     following = np.zeros(b, np.int32)
-    taken = 0
+    first = np.zeros(b + 1, np.int64)
     for row in range(b):
         tokens = input_ids[row, mask[row]]
-        n = len(tokens)
-        at = np.flatnonzero(tokens == config.image_token_id)
-        first = taken
-        while taken < len(slots) and sum(map(len, slots[first : taken + 1])) <= len(at):
-            taken += 1
-        prompt.tokens[row, :n] = tokens
-        prompt.positions[row, :n], following[row] = rope.prompt_positions(
-            tokens, grids[first:taken], config
+        at = np.flatnonzero(tokens == policy.shapes.image_token_id)
+        begin = end = first[row]
+        while end < len(encoded) and sum(len(x.slots) for x in encoded[begin : end + 1]) <= len(at):
+            end += 1
+        first[row + 1] = end
+        prompt.tokens[row, : len(tokens)] = tokens
+        prompt.positions[row, : len(tokens)], following[row] = layout.positions(
+            tokens, grids[begin:end]
         )
-        if taken > first:
-            prompt.image_slots[row, at] = np.concatenate(slots[first:taken])
-    if taken != len(grids):
-        raise ValueError(f"{len(grids)} images are given, but there are image tokens for {taken}")
-    return prompt, layout.pad_images(layouts, windows) if layouts else None, following
+        if end > begin:
+            slots = [i * layout.slots(bucket) + x.slots for i, x in enumerate(encoded[begin:end])]
+            prompt.image_slots[row, at] = np.concatenate(slots)
+    if first[-1] != len(grids):
+        raise ValueError(
+            f"{len(grids)} images are given, but there are image tokens for {first[-1]}"
+        )
+    if not encoded:
+        return prompt, None, following
+    stacked = layout.collate([x.image for x in encoded], bucket)
+    # Rows with fewer images than others get empty ones.
+    row = np.repeat(np.arange(b), np.diff(first))
+    column = np.arange(len(encoded)) - first[row]
+
+    def by_row(x: np.ndarray) -> np.ndarray:
+        out = np.zeros((b, np.diff(first).max(), *x.shape[2:]), x.dtype)
+        out[row, column] = x[:, 0]
+        return out
+
+    return prompt, jax.tree.map(by_row, stacked), following
 
 
-def _cut_images(
-    pixel_values: np.ndarray | None, grids: Sequence[tuple[int, ...]], config: Config
-) -> list[layout.WindowLayout]:
+def _split_images(
+    pixel_values: np.ndarray | None, grids: Sequence[tuple[int, ...]], layout: ImageLayout
+) -> list[Encoded]:
     patches = 0 if pixel_values is None else len(pixel_values)
     sizes = [int(np.prod(grid)) for grid in grids]
     if sum(sizes) != patches:
@@ -230,16 +222,13 @@ def _cut_images(
     if not grids:
         return []
     pieces = np.split(np.asarray(pixel_values, np.float32), np.cumsum(sizes)[:-1])
-    return [
-        layout.window_layout(piece, grid, config.vision)
-        for piece, grid in zip(pieces, grids, strict=True)
-    ]
+    return [layout.arrange(piece, grid) for piece, grid in zip(pieces, grids, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="policy")
 def _prompt_logits(
-    config: Config, params: model.Params, prompt: Prompt, images: Images | None
+    policy: Policy, params: Params, prompt: Prompt, images: Images | None
 ) -> jax.Array:
-    features = None if images is None else model.encode_images(config, params, images)
-    hidden, _ = model.forward_prompt(config, params, prompt, features)
-    return model.logits(config, params, hidden).astype(jnp.float32)
+    features = None if images is None else policy.encode_images(params, images)
+    hidden, _ = policy.read_prompt(params, prompt, features)
+    return policy.logits(params, hidden).astype(jnp.float32)

@@ -325,7 +325,7 @@ def shard_rows(axis: int, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def check_policy(mesh: Mesh, config: Any) -> None:
+def check_policy(mesh: Mesh, shapes: Any) -> None:
     """Raises MeshError, naming the dimension and the sizes that do, if a policy cannot be cut so.
 
     `tensor` cuts the heads, hidden units and vocabulary, `fsdp` the widths. Heads of keys and
@@ -333,35 +333,23 @@ def check_policy(mesh: Mesh, config: Any) -> None:
 
     Args:
       mesh: the mesh.
-      config: a `Config` of the policy.
+      shapes: of the policy.
     """
-    vision = config.vision
-    cut_by_tensor = {
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-        "vision_config.num_heads": vision.num_heads,
-        "vision_config.intermediate_size": vision.intermediate_size,
-    }
-    cut_by_fsdp = {
-        "hidden_size": config.hidden_size,
-        "vision_config.hidden_size": vision.hidden_size,
-    }
 
     def shared(tensor: int) -> bool:
-        return config.num_kv_heads % tensor == 0 or tensor % config.num_kv_heads == 0
+        return shapes.num_kv_heads % tensor == 0 or tensor % shapes.num_kv_heads == 0
 
     def fits(axis: str, size: int) -> bool:
-        cut = cut_by_tensor if axis == "tensor" else cut_by_fsdp
+        cut = shapes.cut_by_tensor if axis == "tensor" else shapes.cut_by_fsdp
         return all(n % size == 0 for n in cut.values()) and (axis == "fsdp" or shared(size))
 
-    for axis, cut in (("tensor", cut_by_tensor), ("fsdp", cut_by_fsdp)):
+    for axis, cut in (("tensor", shapes.cut_by_tensor), ("fsdp", shapes.cut_by_fsdp)):
         size = mesh.shape[axis]
         if fits(axis, size):
             continue
         unfit = [f"{name}={n}" for name, n in cut.items() if n % size]
         if axis == "tensor" and not shared(size):
-            unfit.append(f"num_key_value_heads={config.num_kv_heads} (nor is divided by it)")
+            unfit.append(f"num_key_value_heads={shapes.num_kv_heads} (nor is divided by it)")
         good = [x for x in _divisors(math.gcd(*cut.values())) if fits(axis, x)]
         raise MeshError(
             f"mesh.{axis}={size}: does not divide the policy's {', '.join(unfit)}; "

@@ -1,12 +1,10 @@
-"""From a config to the objects of a run: policy, data, actors, optimizer."""
+"""From a config to the objects of a run: policy, data, rollout, learner."""
 
 from emor3_jax.prepare.algorithm import (
-    group_std,
-    make_kl_control,
+    make_learner,
     make_meter,
-    make_shaping,
-    make_update,
-    score_options,
+    make_step_spec,
+    make_update_spec,
 )
 from emor3_jax.prepare.data import (
     PARQUET_LABELS,
@@ -15,13 +13,7 @@ from emor3_jax.prepare.data import (
     load_templates,
     open_data,
     open_source,
-    place_batch,
-)
-from emor3_jax.prepare.job import (
-    CompileCounter,
-    check_hosts,
-    keep_config,
-    start_jax,
+    put_batch,
 )
 from emor3_jax.prepare.policy import (
     attention_backend,
@@ -30,44 +22,40 @@ from emor3_jax.prepare.policy import (
     make_lora,
     read_policy,
     trained_params,
+    with_attention,
 )
 from emor3_jax.prepare.rollout import (
-    evaluation_plan,
-    evaluation_rule,
-    make_actor,
-    plan_packing,
+    make_evaluation_rollout,
+    make_reply_sampling,
+    make_reward,
+    make_rollout,
+    make_sampling,
     rollout_plan,
-    rollout_rule,
 )
 
 __all__ = [
     "PARQUET_LABELS",
-    "CompileCounter",
     "Data",
     "attention_backend",
-    "check_hosts",
     "data_sets",
-    "evaluation_plan",
-    "evaluation_rule",
     "find_policy",
-    "group_std",
-    "keep_config",
     "load_policy",
     "load_templates",
-    "make_actor",
-    "make_kl_control",
+    "make_evaluation_rollout",
+    "make_learner",
     "make_lora",
     "make_meter",
-    "make_shaping",
-    "make_update",
+    "make_reply_sampling",
+    "make_reward",
+    "make_rollout",
+    "make_sampling",
+    "make_step_spec",
+    "make_update_spec",
     "open_data",
     "open_source",
-    "place_batch",
-    "plan_packing",
+    "put_batch",
     "read_policy",
     "rollout_plan",
-    "rollout_rule",
-    "score_options",
-    "start_jax",
     "trained_params",
+    "with_attention",
 ]

@@ -1,4 +1,4 @@
-"""From a config to the algorithm: rewards, advantages, losses, the optimizer, and the account."""
+"""From a config to the learner: optimizer, loss, reference, adapters; and to its FLOPs."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -7,37 +7,128 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax import account
 from emor3_jax.config import uses_reference
-from emor3_jax.data.batch import Batch
-from emor3_jax.episode import Actor, Judgement, Replies, Scores
-from emor3_jax.learner import LossOptions, ScoreOptions
-from emor3_jax.models import Policy
+from emor3_jax.learner.learner import Learner, StepSpec, UpdateSpec
+from emor3_jax.learner.logprobs import LogprobSpec
+from emor3_jax.learner.reference import FeatureCache, Reference
+from emor3_jax.models import LoadedPolicy
+from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
+from emor3_jax.prepare.policy import make_lora, trained_params
+from emor3_jax.prepare.rollout import make_reward
 from emor3_jax.rl.kl import adapt
-from emor3_jax.rl.shaping import overlong
-from emor3_jax.rl.update import make_optimizer
-from emor3_jax.rollout.generate import Samples
+from emor3_jax.rl.losses import SURROGATES, ImitationLoss, PolicyLoss
+from emor3_jax.rl.update import TrainState, make_optimizer
+from emor3_jax.rollout.rollout import Rollout
+from emor3_jax.rollout.tokens import suppressed_tokens
+from emor3_jax.runtime.step_log import Observed
+from emor3_jax.types import ReplyProbs
 
 
-def group_std(config: ConfigDict) -> str:
-    """Returns which standard deviation of a group the profile divides by."""
-    return "sample" if config.profile == "release" else "population"
+def make_learner(
+    config: ConfigDict, loaded: LoadedPolicy, mesh: Mesh, *, imitate: bool = False
+) -> tuple[Learner, TrainState]:
+    """Returns the learner and the state before the first update.
+
+    Args:
+      config: of the run.
+      loaded: the policy that training starts from.
+      mesh: of the devices.
+      imitate: supervised fine-tuning, which has no reference.
+    """
+    lora = make_lora(config, loaded.params)
+    reference = Reference({}, "none") if imitate else make_reference(config, loaded)
+    trained = trained_params(config, loaded.params)
+    if reference.params is trained:
+        # The state is donated to each update, so it starts as a copy of what the reference keeps.
+        trained = jax.tree.map(jnp.copy, trained)
+    learner = Learner(
+        make_update_spec(config, loaded.policy, imitate=imitate),
+        make_step_spec(config, imitate=imitate),
+        mesh,
+        suppressed_tokens(loaded.shapes.vocab_size, loaded.processor.tokenizer),
+        reference=reference,
+        lora=lora,
+    )
+    return learner, learner.init(trained)
 
 
-def make_shaping(config: ConfigDict) -> Callable[[Scores, Samples], jax.Array]:
-    """Returns a function from scores and responses to the rewards that advantages compare."""
-    buffer, weight = config.reward.overlong, config.reward.overlong_weight
-    if not buffer or not weight:
-        return lambda scores, samples: scores.overall
-    limit = config.rollout.max_tokens
+def make_reference(config: ConfigDict, loaded: LoadedPolicy) -> Reference:
+    """Returns the reference of a run that starts from a policy."""
+    c, cache = config.reference, None
+    # Rounded as each use of it would be; but an average would not move any more, and adapters
+    # share their base.
+    whole = c.kind == "average" or config.policy.lora_rank
+    own = "float32" if whole else config.policy.dtype
+    if c.image_cache:
+        micro_prompts = config.policy_update.micro_prompts
+        cache = FeatureCache(loaded.policy, c.image_cache, micro_prompts)
+    return Reference(
+        loaded.params,
+        c.kind,
+        every=c.every,
+        decay=c.decay,
+        dtype=jnp.dtype(c.dtype or own),
+        cache=cache,
+    )
 
-    def shaped(scores: Scores, samples: Samples) -> jax.Array:
-        return scores.overall + weight * overlong(samples.lengths, limit=limit, buffer=buffer)
 
-    return jax.jit(shaped)
+def make_update_spec(config: ConfigDict, policy: Policy, *, imitate: bool = False) -> UpdateSpec:
+    """Returns the settings of an update; `imitate` takes the loss of supervised fine-tuning."""
+    c = config.policy_update
+    temperature = 1.0 if imitate else config.rollout.temperature
+    return UpdateSpec(
+        policy.with_compute(remat=c.remat),
+        make_optimizer_of(config),
+        make_loss(config, imitate=imitate),
+        LogprobSpec(temperature, c.logprob_chunk),
+        c.prompts // c.micro_prompts,
+        c.kl_coef,
+    )
+
+
+def make_loss(config: ConfigDict, *, imitate: bool = False) -> PolicyLoss | ImitationLoss:
+    """Returns the loss of `config.policy_update`, or that of supervised fine-tuning."""
+    c = config.policy_update
+    limit = config.rollout.max_tokens if c.mean == "constant" else None
+    if imitate:
+        return ImitationLoss(
+            mean=c.mean, limit=limit, mask_truncated=c.mask_truncated, entropy=c.entropy
+        )
+    return PolicyLoss(
+        surrogate=SURROGATES[c.ratio](c.clip_low, c.clip_high, c.clip_dual),
+        # In the reward it needs no estimate in the loss.
+        kl=c.kl if uses_reference(config) and c.kl_place == "loss" else "off",
+        mean=c.mean,
+        limit=limit,
+        mask_truncated=c.mask_truncated,
+        entropy=c.entropy,
+    )
+
+
+def make_step_spec(config: ConfigDict, *, imitate: bool = False) -> StepSpec:
+    """Returns the settings of a step around its updates."""
+    c = config.policy_update
+    num_updates = config.rollout.prompts // c.prompts
+    lengths = tuple(c.response_lengths)
+    if imitate:
+        return StepSpec(num_updates, lengths, c.pack)
+    return StepSpec(
+        num_updates,
+        lengths,
+        c.pack,
+        advantage=c.advantage,
+        std="sample" if config.profile == "release" else "population",
+        weights=tuple(make_reward(config).weights(config.reflect.enabled).items()),
+        use_reference=uses_reference(config),
+        recompute=c.old_logprobs == "recompute",
+        kl_penalty=c.kl if c.kl_place == "reward" else "",
+        adapt_kl=make_kl_control(config),
+    )
 
 
 def make_kl_control(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
@@ -52,8 +143,8 @@ def make_kl_control(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.
     return jax.jit(partial(adapt, target=c.kl_target, responses=responses, horizon=c.kl_horizon))
 
 
-def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossOptions]:
-    """Returns the optimizer and the loss of `config.policy_update`."""
+def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimizer of `config.policy_update`."""
     c = config.policy_update
     updates = max(config.steps * (config.rollout.prompts // c.prompts), 1)
     final = c.learning_rate if c.schedule == "constant" else 0.0
@@ -72,25 +163,12 @@ def make_update(config: ConfigDict) -> tuple[optax.GradientTransformation, LossO
     def rate_of(path: tuple) -> float:
         return factors[_group(path)]
 
-    optimizer = make_optimizer(
+    return make_optimizer(
         rate,
         weight_decay=c.weight_decay,
         max_grad_norm=c.max_grad_norm,
         frozen=in_vision_tower if config.policy.freeze_vision_tower else None,
         rate_of=None if set(factors.values()) == {1.0} else rate_of,
-    )
-    return optimizer, LossOptions(
-        c.clip_low,
-        c.clip_high,
-        c.clip_dual,
-        c.kl_coef,
-        c.mean,
-        c.entropy,
-        c.ratio,
-        # In the reward it needs no estimate in the loss; the name would only compile anew.
-        "k3" if c.kl == "off" else c.kl,
-        config.rollout.max_tokens if c.mean == "constant" else None,
-        c.mask_truncated,
     )
 
 
@@ -102,49 +180,34 @@ def _group(path: tuple) -> str:
     return "embedding" if "embed_tokens" in keys or keys[0] == "lm_head" else "decoder"
 
 
-def score_options(config: ConfigDict) -> ScoreOptions:
-    """Returns how reference and update score responses."""
-    return ScoreOptions(
-        config.rollout.temperature,
-        jnp.dtype(config.policy.dtype),
-        config.policy_update.remat,
-        config.policy_update.logprob_chunk,
-    )
+def make_meter(config: ConfigDict, rollout: Rollout) -> Callable[[Observed], float]:
+    """Returns a function from the arrays of a step to the FLOPs that the model needs for it."""
 
-
-def make_meter(
-    config: ConfigDict, policy: Policy, actor: Actor
-) -> Callable[[Batch, np.ndarray, Replies | Judgement | None], float]:
-    """Returns a function from what a step did to the FLOPs that the model needs for it.
-
-    It takes this host's prompts as host arrays, and of all hosts the lengths of the responses
-    int[B, G] and the replies.
-    """
-    parts = actor.coherence_parts, actor.consistency_parts
-
-    def questions(replies: Replies | Judgement) -> Iterator[account.Question]:
-        texts = replies.coherence_length, replies.consistency_length
-        soft = isinstance(replies, Judgement)
-        said = actor.candidates if soft else (replies.coherence, replies.consistency)
-        for (head, tail), text, reply in zip(parts, texts, said, strict=True):
+    def questions(replies: object) -> Iterator[account.Question]:
+        for prompted in rollout.reflection.questions:
+            name, candidates = prompted.question.name, prompted.candidates
+            soft = isinstance(replies, ReplyProbs)
+            lengths = candidates.lengths if soft else replies.samples[name].lengths
             yield account.Question(
-                len(head),
-                float(np.mean(text)),
-                len(tail),
-                float(np.mean(reply.lengths)),
-                len(reply.lengths) if soft else 1,
+                len(prompted.head),
+                float(np.mean(replies.lengths[name])),
+                len(prompted.tail),
+                float(np.mean(lengths)),
+                len(lengths) if soft else 1,
             )
 
-    def flops(batch: Batch, lengths: np.ndarray, replies: Replies | Judgement | None) -> float:
+    def flops(observed: Observed) -> float:
+        # On the host: else a mean would wait behind the running update.
+        replies = jax.device_get(observed.experience.replies)
         asked = () if replies is None else questions(replies)
-        shapes = account.shapes_of(batch, lengths, *asked)
+        shapes = account.shapes_of(observed.batch, observed.lengths, *asked)
         # Hosts hold as many rows each, so the mean over all rows is that of their means.
         names = "prompt_tokens", "patches", "shared_tokens"
         means = hosts.exchange([getattr(shapes, name) for name in names])
         shapes = shapes._replace(**dict(zip(names, np.mean(means, axis=0), strict=True)))
         recompute = config.policy_update.old_logprobs == "recompute"
         return account.step_flops(
-            policy.config,
+            rollout.policy.shapes,
             shapes,
             reference=uses_reference(config),
             # As in all epochs but the first.

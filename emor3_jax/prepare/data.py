@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import ConfigError
 from emor3_jax.data import generic
-from emor3_jax.data.batch import Batch
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_map, label_set
 from emor3_jax.data.pipeline import (
@@ -26,13 +25,14 @@ from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
 from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, read_ids
 from emor3_jax.embedded.emoscenes import builder, words
-from emor3_jax.models import Policy
+from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import (
     places,
     shard_batch,
     shard_rows,
 )
+from emor3_jax.types import Batch
 
 
 class Data(NamedTuple):
@@ -155,12 +155,12 @@ def load_templates(config: ConfigDict) -> PromptTemplates:
     return PromptTemplates.load(**config.data.templates.to_dict())
 
 
-def open_data(config: ConfigDict, policy: Policy, mesh: Mesh | None = None) -> Data:
+def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None) -> Data:
     """Opens the training data and all evaluation sets.
 
     Args:
       config: of the run.
-      policy: its processor and config shape the batches.
+      policy: its processor shapes the batches.
       mesh: says which rows of each batch this host reads; None is all.
 
     Raises:
@@ -185,7 +185,7 @@ def open_data(config: ConfigDict, policy: Policy, mesh: Mesh | None = None) -> D
     labels = {name: label_set(named[name]) for name in sources}
 
     def rows(name: str) -> tuple:
-        return sources[name], policy.config, policy.processor, template, labels[name]
+        return sources[name], policy.processor, template, labels[name]
 
     def own(size: int) -> dict[str, np.ndarray | None]:
         return {"places": None if mesh is None else places(mesh, size)}
@@ -229,8 +229,8 @@ def _mix(config: ConfigDict, sources: dict[str, Source]) -> Parts:
     return Parts(starts, weights, [dataset.balance == "class" for dataset in described.values()])
 
 
-def place_batch(batch: Batch, mesh: Mesh, config: ConfigDict) -> Batch:
-    """Puts a batch on the devices, its pictures in the type of the arithmetic.
+def put_batch(batch: Batch, mesh: Mesh, config: ConfigDict) -> Batch:
+    """Puts a batch on the devices, its images in the compute type.
 
     The first product of the vision tower rounds them so; before it, they take half the memory.
 

@@ -1,6 +1,5 @@
 """From a config to the policy, and to what of it is trained."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax.config import EMBEDDED, ConfigError, base_policy
-from emor3_jax.models import Policy, find, load, read_config
+from emor3_jax.models import LoadedPolicy, Policy, find, load, read_config, read_processor
 from emor3_jax.models.lora import Lora, LoraError, init_adapters
-from emor3_jax.models.qwen2_5_vl.processor import Processor
+from emor3_jax.models.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import (
     check_policy,
@@ -20,46 +19,48 @@ from emor3_jax.parallel.mesh import (
 )
 
 
-def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> Policy:
-    """Loads the policy onto the mesh, in float32, with the config's attention and picture sizes.
+def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> LoadedPolicy:
+    """Loads the policy onto the mesh, in float32, with the config's arithmetic and image sizes.
 
     Raises:
-      ConfigError: if the picture sizes contradict each other, or the attention has no kernel here.
+      ConfigError: if the image sizes contradict each other, or the attention has no kernel here.
       FileNotFoundError, WeightsError: as `find_policy` and `emor3_jax.models.load`.
       MeshError: if the mesh cannot cut the policy.
     """
     folder = find_policy(config, say)
-    check_policy(mesh, read_config(folder))
-    policy = load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
-    attention = attention_backend(config, mesh.devices.flat[0].platform)
-    return Policy(
-        dataclasses.replace(policy.config, attention=attention),
-        policy.params,
-        _sized(config, policy.processor),
-    )
+    check_policy(mesh, read_config(folder).shapes)
+    loaded = load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
+    policy = with_attention(loaded.policy, config, mesh.devices.flat[0].platform)
+    return LoadedPolicy(policy, loaded.params, _sized(config, loaded.processor))
 
 
-def read_policy(config: ConfigDict, say: Callable[[str], None]) -> Policy:
-    """Returns what of the policy reads data, its shapes and processor, without parameters.
+def read_policy(config: ConfigDict, say: Callable[[str], None]) -> LoadedPolicy:
+    """Returns the policy and its processor, without parameters.
 
     Raises:
-      ConfigError: if the picture sizes contradict each other.
+      ConfigError: if the image sizes contradict each other.
       FileNotFoundError: as `find_policy`.
     """
     folder = find_policy(config, say)
-    return Policy(read_config(folder), {}, _sized(config, Processor.from_folder(folder)))
+    policy = read_config(folder)
+    return LoadedPolicy(policy, {}, _sized(config, read_processor(folder, policy)))
 
 
 def _sized(config: ConfigDict, processor: Processor) -> Processor:
-    """Returns a processor with the config's picture sizes."""
+    """Returns a processor with the config's image sizes."""
     folder = processor.images
     least = config.data.min_pixels or folder.min_pixels
     most = config.data.max_pixels or folder.max_pixels
     if least > most:
         rule = f"is over data.max_pixels={most} (0 takes what the policy's folder says)"
         raise ConfigError("data.min_pixels", least, rule)
-    images = dataclasses.replace(folder, min_pixels=least, max_pixels=most)
-    return Processor(processor.tokenizer, images)
+    return processor.with_pixels(least, most)
+
+
+def with_attention(policy: Policy, config: ConfigDict, platform: str) -> Policy:
+    """Returns the policy with the config's compute type and attention; raises ConfigError."""
+    dtype = jnp.dtype(config.policy.dtype)
+    return policy.with_compute(dtype=dtype, attention=attention_backend(config, platform))
 
 
 def attention_backend(config: ConfigDict, platform: str) -> str:

@@ -1,96 +1,115 @@
-"""From a config to the actor, and to how it samples."""
+"""From a config to the rollout of training, and to that of evaluation."""
 
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax.config import reward_terms
-from emor3_jax.episode import Actor, stop_ids
-from emor3_jax.models import Policy
+from emor3_jax.models import LoadedPolicy
 from emor3_jax.prepare.data import load_templates
-from emor3_jax.rollout import packing
+from emor3_jax.rewards.reward import Reward
+from emor3_jax.rewards.scorer import Scorer
+from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rollout.engine import Plan
-from emor3_jax.rollout.generate import Samples, SamplingRule
-from emor3_jax.rollout.packing import Packing
+from emor3_jax.rollout.reflect import Reflection, prompt_questions
+from emor3_jax.rollout.rollout import Rollout
+from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.rollout.tokens import stop_ids, suppressed_tokens
 
 
-def make_actor(
-    config: ConfigDict, policy: Policy, labels: tuple[str, ...], *, training: bool = False
-) -> Actor:
-    """Returns the actor for a label set.
+def make_rollout(
+    config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...], mesh: Mesh
+) -> Rollout:
+    """Returns the rollout of training.
 
     Args:
       config: of the run.
-      policy: its config and tokenizer.
+      policy: its policy and tokenizer.
       labels: the label set.
-      training: whether it answers to learn; evaluation may reflect where training does not.
+      mesh: of the devices.
     """
-    asks = config.reflect.enabled or (config.evaluate.reflect and not training)
-    rule = SamplingRule(
-        config.reflect.max_tokens,
-        config.reflect.temperature,
-        config.reflect.top_p,
-        stop_ids(policy.processor.tokenizer),
-    )
-    return Actor(
-        policy.config,
-        policy.processor.tokenizer,
-        labels,
-        load_templates(config),
-        profile=config.profile,
-        coherence_target=config.reward.coherence_target,
-        lambda_reflect=config.reward.lambda_reflect,
-        lambda_format=config.reward.lambda_format,
-        reflect_rule=rule if asks else None,
-        text_lengths=tuple(config.reflect.text_lengths),
-        dtype=jnp.dtype(config.policy.dtype),
-        soft=config.reflect.soft,
-        terms=reward_terms(config),
-        format=config.reward.format,
-        reflection=config.reward.reflection,
-        table_cache=config.reward.table_cache,
+    c = config.rollout
+    return Rollout(
+        policy.policy,
+        _scorer(config, policy, labels),
+        suppressed_tokens(policy.shapes.vocab_size, policy.processor.tokenizer),
+        make_sampling(config, stop_ids(policy.processor.tokenizer)),
+        c.responses,
+        _reflection(config, policy, labels) if config.reflect.enabled else None,
+        rollout_plan(config),
+        ESTIMATORS[config.policy_update.advantage].greedy,
+        mesh.shape["data"] * mesh.shape["fsdp"],
     )
 
 
-def rollout_rule(config: ConfigDict, policy: Policy) -> SamplingRule:
-    """Returns how training samples responses."""
-    stop = stop_ids(policy.processor.tokenizer)
-    return SamplingRule(
-        config.rollout.max_tokens, config.rollout.temperature, config.rollout.top_p, stop
+def make_evaluation_rollout(
+    config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]
+) -> Rollout:
+    """Returns the rollout of an evaluation: a batch is in flight all at once.
+
+    Args:
+      config: of the run.
+      policy: its policy and tokenizer.
+      labels: the label set.
+    """
+    c = config.rollout
+    asks = config.reflect.enabled or config.evaluate.reflect
+    sampling = make_sampling(config, stop_ids(policy.processor.tokenizer))
+    return Rollout(
+        policy.policy,
+        _scorer(config, policy, labels),
+        suppressed_tokens(policy.shapes.vocab_size, policy.processor.tokenizer),
+        sampling._replace(temperature=config.evaluate.temperature, top_p=config.evaluate.top_p),
+        config.evaluate.votes,
+        _reflection(config, policy, labels) if asks else None,
+        Plan(block=c.block, halvings=c.halvings, unroll=c.unroll),
+    )
+
+
+def make_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:
+    """Returns the sampler's settings in training, for the ids that end a response."""
+    c = config.rollout
+    return Sampling(c.max_tokens, c.temperature, c.top_p, stop)
+
+
+def make_reply_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:
+    """Returns the sampler's settings for replies to the questions."""
+    c = config.reflect
+    return Sampling(c.max_tokens, c.temperature, c.top_p, stop)
+
+
+def make_reward(config: ConfigDict) -> Reward:
+    """Returns the reward of `config.reward`."""
+    c, overlong = config.reward, None
+    if c.overlong and c.overlong_weight:
+        overlong = config.rollout.max_tokens, c.overlong, c.overlong_weight
+    return Reward(
+        config.profile,
+        c.coherence_target,
+        c.lambda_reflect,
+        c.lambda_format,
+        reward_terms(config),
+        c.format,
+        c.reflection,
+        overlong,
     )
 
 
 def rollout_plan(config: ConfigDict) -> Plan:
-    """Returns how much of a training step's rollout is in flight at once."""
+    """Returns the number of prompts in flight in a training step."""
     c = config.rollout
     return Plan(c.slots, c.refill, c.block, c.halvings, c.unroll)
 
 
-def evaluation_rule(config: ConfigDict, policy: Policy) -> SamplingRule:
-    """Returns how evaluation samples responses."""
-    return rollout_rule(config, policy)._replace(
-        temperature=config.evaluate.temperature, top_p=config.evaluate.top_p
+def _scorer(config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]) -> Scorer:
+    reward, folder = make_reward(config), config.reward.table_cache
+    return Scorer(policy.processor.tokenizer, labels, reward=reward, cache=folder)
+
+
+def _reflection(config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]) -> Reflection:
+    tokenizer = policy.processor.tokenizer
+    return Reflection(
+        prompt_questions(tokenizer, load_templates(config), labels),
+        make_reply_sampling(config, stop_ids(tokenizer)),
+        tuple(config.reflect.text_lengths),
+        config.reflect.soft,
     )
-
-
-def evaluation_plan(config: ConfigDict) -> Plan:
-    """Returns the same for evaluation: a batch of it is in flight all at once."""
-    c = config.rollout
-    return Plan(block=c.block, halvings=c.halvings, unroll=c.unroll)
-
-
-def plan_packing(
-    config: ConfigDict, policy: Policy, lengths: np.ndarray, scored: Samples
-) -> Packing | None:
-    """Returns how a step's responses share rows, or None if each has one of its own.
-
-    Args:
-      config: of the run.
-      policy: kernels of its attention know nothing of responses within a row.
-      lengths: int[B, G].
-      scored: the responses, trimmed to T.
-    """
-    c = config.policy_update
-    if not c.pack or policy.config.attention != "xla":
-        return None
-    return packing.plan(lengths, scored.tokens.shape[-1], c.response_lengths)

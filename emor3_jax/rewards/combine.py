@@ -1,5 +1,7 @@
 """From readings to scores, and from scores to the reward, in both profiles (METHOD, "Rewards")."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -15,13 +17,13 @@ def check_profile(profile: str) -> None:
 
 
 def graded_accuracy(answer: jax.Array, grades: jax.Array) -> jax.Array:
-    """Returns what each answer is worth, float32[B, G].
+    """Returns the accuracy of each answer, float32[B, G].
 
     With grades of 1 for the true label and 0 for the others this is the method's accuracy.
 
     Args:
       answer: int32[B, G], index of the boxed label; a negative one is worth 0.
-      grades: float32[B, K], what each label is worth for each prompt, in [0, 1].
+      grades: float32[B, K], the accuracy of each label for each prompt, in [0, 1].
     """
     chosen = answer[..., None] == jnp.arange(grades.shape[-1])
     return jnp.sum(jnp.where(chosen, grades[:, None], 0.0), axis=-1)
@@ -61,42 +63,38 @@ def consistency_score(yes_no: jax.Array, found: jax.Array, profile: str) -> jax.
     return jnp.where(found, score, 0.0)
 
 
-def soft_scores(
-    labels: jax.Array,
-    yes: jax.Array,
-    target: jax.Array,
-    coherence_found: jax.Array,
-    consistency_found: jax.Array,
-    profile: str,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns R_coh and R_cons, float32[...], from probabilities instead of replies.
+def coherence_probability(
+    probs: jax.Array, target: jax.Array, found: jax.Array, profile: str
+) -> jax.Array:
+    """Returns R_coh, float32[...], from reflection probabilities: that of the target label.
 
-    Not part of the method: coherence is the target's probability among the labels, consistency that
-    of yes beside no. They are what the scores of sampled replies are in the mean over replies that
-    are a label, or yes or no, at temperature 1. Where there was no text to judge, as for replies.
+    Not part of the method: the mean score of sampled replies that are a label, at temperature 1.
 
     Args:
-      labels: float32[..., K].
-      yes: float32[...].
-      target: int32[...], index of the wanted label; negative: none can be right.
-      coherence_found, consistency_found: bool[...], whether there was a text to judge.
-      profile: "paper" or "release".
+      probs: float32[..., K], of each label among all.
+      target, found, profile: as in `coherence_score`.
     """
     check_profile(profile)
-    chosen = jnp.arange(labels.shape[-1]) == target[..., None]
-    likely = jnp.sum(jnp.where(chosen, labels, 0.0), axis=-1)
-    missing = 0.5 if profile == "release" else 0.0
-    return (
-        jnp.where(coherence_found, likely, missing),
-        jnp.where(consistency_found, yes, 0.0),
-    )
+    chosen = jnp.arange(probs.shape[-1]) == target[..., None]
+    likely = jnp.sum(jnp.where(chosen, probs, 0.0), axis=-1)
+    return jnp.where(found, likely, 0.5 if profile == "release" else 0.0)
+
+
+def consistency_probability(probs: jax.Array, found: jax.Array, profile: str) -> jax.Array:
+    """Returns R_cons, float32[...], from reflection probabilities: that of yes beside no.
+
+    Args:
+      probs: float32[..., 2], of yes and no.
+      found, profile: as in `consistency_score`.
+    """
+    check_profile(profile)
+    return jnp.where(found, probs[..., 0], 0.0)
 
 
 def combine(
     format: jax.Array,
     accuracy: jax.Array,
-    coherence: jax.Array,
-    consistency: jax.Array,
+    reflections: Sequence[jax.Array],
     *,
     profile: str,
     lambda_reflect: float = 0.1,
@@ -105,23 +103,24 @@ def combine(
 ) -> jax.Array:
     """Returns the reward, float32[...].
 
-    Paper: `(1 - λ1 - λ2) accuracy + λ1 (coherence + consistency) / 2 + λ2 format`; without
-    reflection λ1 goes back to accuracy. Release: `0.8 accuracy + 0.1 (coherence + consistency) +
-    0.1 format` at its weights; without reflection both scores count as 1.
+    Paper: `(1 - λ1 - λ2) accuracy + λ1 mean(reflections) + λ2 format`; without reflection λ1 goes
+    back to accuracy. Release: `0.8 accuracy + 0.1 (coherence + consistency) + 0.1 format` at its
+    weights; without reflection both scores count as 1.
 
     Args:
-      format, accuracy, coherence, consistency: float32[...] in [0, 1].
+      format, accuracy: float32[...] in [0, 1].
+      reflections: likewise, the score of each question.
       profile: "paper" or "release".
       lambda_reflect: λ1.
       lambda_format: λ2.
-      reflect: whether the two questions were asked.
+      reflect: the questions were asked.
     """
     check_profile(profile)
     base = (1 - lambda_reflect - lambda_format) * accuracy + lambda_format * format
     if profile == "paper":
         if not reflect:
             return base + lambda_reflect * accuracy
-        return base + lambda_reflect * (coherence + consistency) / 2
+        return base + lambda_reflect * sum(reflections[1:], reflections[0]) / len(reflections)
     if not reflect:
-        return base + 2 * lambda_reflect
-    return base + lambda_reflect * (coherence + consistency)
+        return base + len(reflections) * lambda_reflect
+    return base + lambda_reflect * sum(reflections[1:], reflections[0])

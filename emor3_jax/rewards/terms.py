@@ -1,4 +1,4 @@
-"""Reward terms of one's own, added to the method's reward with a weight each.
+"""Custom reward terms, added to the method's reward with a weight each.
 
 A term is one of three things:
 
@@ -18,6 +18,9 @@ import jax
 
 from emor3_jax.rewards.patterns import PatternRule
 
+BOXED = r"(?s)\\boxed\{.*\}"
+"""The format of a plain answer: a box that is closed, anywhere."""
+
 BUILT_IN = ("overall", "format", "accuracy", "coherence", "consistency")
 
 
@@ -26,14 +29,15 @@ class TermError(ValueError):
 
 
 class Group(NamedTuple):
-    """What a function of the group sees: B prompts with G responses each.
+    """Argument of a function of the group: B prompts with G responses each.
 
     Attributes:
       tokens: int32[B, G, T].
       lengths: int32[B, G].
       label: int32[B], index of the true label in the label set.
       answer: int32[B, G], index of the boxed label, -1 where there is none.
-      format, accuracy, coherence, consistency: float32[B, G], the method's scores.
+      format, accuracy: float32[B, G], the method's scores.
+      reflections: name of a question → float32[B, G]; `coherence` and `consistency` are in it.
     """
 
     tokens: jax.Array
@@ -42,8 +46,17 @@ class Group(NamedTuple):
     answer: jax.Array
     format: jax.Array
     accuracy: jax.Array
-    coherence: jax.Array
-    consistency: jax.Array
+    reflections: dict[str, jax.Array]
+
+    @property
+    def coherence(self) -> jax.Array:
+        """float32[B, G]."""
+        return self.reflections["coherence"]
+
+    @property
+    def consistency(self) -> jax.Array:
+        """float32[B, G]."""
+        return self.reflections["consistency"]
 
 
 class Term(NamedTuple):

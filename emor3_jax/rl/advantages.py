@@ -1,6 +1,6 @@
-"""Advantages: how much better a response is than what its prompt, or the batch, let expect.
+"""Advantage estimators: rewards relative to a baseline of the group or of the batch.
 
-`estimate(name, …)` computes one of `ESTIMATORS` by its name in the config:
+`estimate(name, …)` looks up one of `ESTIMATORS` by its name in the config:
 
 | name | advantage of response i | paper |
 |---|---|---|
@@ -8,16 +8,16 @@
 | dr_grpo | `R_i - mean` | arXiv 2503.20783 |
 | rloo | `R_i - mean of the others of the group` | arXiv 2402.14740 |
 | reinforce_pp | `(R_i - mean) / (std + ε)`, mean and std of the batch | arXiv 2501.03262 |
-| reinforce_pp_baseline | `(R_i - group mean) / (std + ε)`, std of these over the batch | the same |
+| reinforce_pp_baseline | `(R_i - group mean) / (std + ε)`, std of the numerator over the batch | the same |
 | remax | `R_i - R of the greedy response` | arXiv 2310.10505 |
 
 Deviations, numbered:
  1. The paper divides by the population standard deviation, the release by the sample standard
-    deviation (ddof 1); `std` chooses, and the profile sets it. The release's ε = 1e-6 is used for
-    both.
- 2. A KL penalty in the reward is one number a response (`kl.penalty`), so REINFORCE++ too gives all
-    tokens of a response one advantage; its paper subtracts from a token only the KL that follows.
- 3. Statistics of "the batch" are those of all prompts of a step, not of one update's part.
+    deviation (ddof 1); `std` selects one, set by the profile. Both use the release's ε = 1e-6.
+ 2. A KL penalty in the reward is one number per response (`kl.penalty`), so REINFORCE++ also gives
+    all tokens of a response the same advantage; its paper subtracts from each token's only the
+    KL from that token on.
+ 3. Batch statistics are over all prompts of a step, not over those of one update.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 EPSILON = 1e-6
 """Added to standard deviations."""
@@ -43,7 +44,7 @@ def grpo(rewards: jax.Array, *, std: str = "population", epsilon: float = EPSILO
       float32[B, G]; exactly 0 in a group whose rewards are all equal.
 
     Raises:
-      ValueError: if `std` is unknown, or "sample" is asked for with G = 1.
+      ValueError: if `std` is unknown, or "sample" with G = 1.
     """
     chex.assert_rank(rewards, 2)
     if std not in ("population", "sample"):
@@ -69,8 +70,8 @@ def dr_grpo(rewards: jax.Array) -> jax.Array:
       float32[B, G]; exactly 0 in a group whose rewards are all equal.
     """
     chex.assert_rank(rewards, 2)
-    # The mean of equal float32 rewards can differ from them by a rounding error, which a division
-    # by a standard deviation of the same size would blow up: such a group teaches nothing.
+    # The mean of equal float32 rewards can differ from them by a rounding error, which division by
+    # a standard deviation of the same size would amplify: such a group must get no gradient.
     return jnp.where(all_equal(rewards)[:, None], 0.0, rewards - rewards.mean(1, keepdims=True))
 
 
@@ -119,7 +120,7 @@ def reinforce_pp_baseline(rewards: jax.Array, *, epsilon: float = EPSILON) -> ja
       float32[B, G]; exactly 0 in a group whose rewards are all equal.
     """
     centred = dr_grpo(rewards)
-    # Their mean over the batch is 0, since it is in each group.
+    # Their mean over the batch is 0, since it is 0 in each group.
     return centred / (jnp.sqrt(jnp.mean(centred**2)) + epsilon)
 
 
@@ -137,14 +138,31 @@ def remax(rewards: jax.Array, greedy: jax.Array) -> jax.Array:
     return rewards - greedy
 
 
-class Estimator(NamedTuple):
-    """An estimator and what it needs.
+class RewardTerms(NamedTuple):
+    """Rewards of a step, combined and by term.
 
     Attributes:
-      function: float32[B, G] → float32[B, G].
+      rewards: float32[B, G], the combined rewards after shaping.
+      terms: float32[B, G] each, by name, before they are weighted.
+      weights: weight of each term in the combined reward.
+      greedy: float32[B, 1], combined reward of a greedy response to each prompt; None unless the
+        estimator needs it.
+    """
+
+    rewards: jax.Array
+    terms: dict[str, jax.Array]
+    weights: dict[str, float]
+    greedy: jax.Array | None = None
+
+
+class Estimator(NamedTuple):
+    """An advantage estimator and its requirements.
+
+    Attributes:
+      function: `RewardTerms` → advantages, float32[B, G].
       responses: the smallest G for which it is not always 0.
-      std: takes which standard deviation of a group to divide by.
-      greedy: takes the rewards of one greedy response to each prompt.
+      std: `function` takes the keyword `std`, see `grpo`.
+      greedy: needs the reward of one greedy response to each prompt.
     """
 
     function: Callable[..., jax.Array]
@@ -153,50 +171,54 @@ class Estimator(NamedTuple):
     greedy: bool = False
 
 
+def _combined(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Adapts an estimator of the combined rewards alone to `RewardTerms`."""
+    return lambda rewards, **options: function(rewards.rewards, **options)
+
+
 ESTIMATORS = {
-    "grpo": Estimator(grpo, std=True),
-    "dr_grpo": Estimator(dr_grpo, responses=2),
-    "rloo": Estimator(rloo, responses=2),
-    "reinforce_pp": Estimator(reinforce_pp),
-    "reinforce_pp_baseline": Estimator(reinforce_pp_baseline, responses=2),
-    "remax": Estimator(remax, greedy=True),
+    "grpo": Estimator(_combined(grpo), std=True),
+    "dr_grpo": Estimator(_combined(dr_grpo), responses=2),
+    "rloo": Estimator(_combined(rloo), responses=2),
+    "reinforce_pp": Estimator(_combined(reinforce_pp)),
+    "reinforce_pp_baseline": Estimator(_combined(reinforce_pp_baseline), responses=2),
+    "remax": Estimator(lambda rewards: remax(rewards.rewards, rewards.greedy), greedy=True),
 }
 """Name in the config → estimator."""
 
 
-def estimate(
-    name: str, rewards: jax.Array, *, std: str = "population", greedy: jax.Array | None = None
-) -> jax.Array:
-    """Returns the advantages by the estimator of a name, float32[B, G].
+def estimate(name: str, rewards: RewardTerms, *, std: str = "population") -> jax.Array:
+    """Returns the advantages by a named estimator, float32[B, G].
 
     Args:
       name: one of `ESTIMATORS`.
-      rewards: float32[B, G].
-      std: see `grpo`; other estimators do not read it.
-      greedy: see `remax`, which needs it.
+      rewards: of all responses of a step.
+      std: see `grpo`; other estimators ignore it.
 
     Raises:
-      ValueError: if G is too small for the estimator.
+      ValueError: if G is too small for the estimator, or it needs greedy rewards and has none.
     """
-    found = ESTIMATORS[name]
-    options = {"std": std} if found.std else {}
-    return found.function(rewards, *((greedy,) if found.greedy else ()), **options)
+    estimator = ESTIMATORS[name]
+    if estimator.greedy and rewards.greedy is None:
+        raise ValueError(f"{name} needs the rewards of greedy responses, got None")
+    return estimator.function(rewards, **({"std": std} if estimator.std else {}))
 
 
-def all_equal(rewards: jax.Array) -> jax.Array:
-    """Returns which groups have only equal rewards, bool[B].
+def all_equal(rewards: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Returns a mask of the groups whose rewards are all equal, bool[B].
 
     Args:
-      rewards: float32[B, G].
+      rewards: float32[B, G]; a NumPy array is reduced on the host.
     """
     chex.assert_rank(rewards, 2)
     return rewards.max(axis=1) == rewards.min(axis=1)
 
 
-def zero_std_fraction(rewards: jax.Array) -> jax.Array:
-    """Returns the share of groups whose rewards are all equal, float32[]: they carry no gradient.
+def zero_std_fraction(rewards: jax.Array | np.ndarray) -> jax.Array | np.float32:
+    """Returns the share of groups whose rewards are all equal, float32[]: they have no gradient.
 
     Args:
-      rewards: float32[B, G].
+      rewards: float32[B, G]; a NumPy array is reduced on the host.
     """
-    return jnp.mean(all_equal(rewards))
+    # Times the reciprocal, as XLA compiles a mean on CPU: equal bits for arrays of both kinds.
+    return all_equal(rewards).sum(dtype=np.float32) * np.float32(1 / len(rewards))

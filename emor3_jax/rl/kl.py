@@ -1,4 +1,4 @@
-"""How far the policy is from the reference: estimators, the penalty in the reward, its coefficient.
+"""KL divergence from the reference: estimators, reward penalty, adaptive coefficient.
 
 With `d = log policy - log reference` of a sampled token:
 
@@ -27,8 +27,7 @@ Estimate = Callable[[jax.Array, jax.Array], jax.Array]
 def k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     """Returns `log policy - log reference` of each token, float32[...].
 
-    Its gradient is that of the log-probability, whatever the reference: of use in the reward, not
-    in the loss.
+    Its gradient does not depend on the reference: useful in the reward, not in the loss.
 
     Args:
       logprobs, ref_logprobs: float32[...], of the sampled tokens.
@@ -62,9 +61,9 @@ ESTIMATES: dict[str, Estimate] = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
 def penalty(
     name: str, logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each response's KL, the sum over its tokens, and the mean over all tokens.
+    """Returns each response's KL, summed over its tokens, and the mean over all tokens.
 
-    Times the coefficient, the sum is what RLOO and REINFORCE++ subtract from a response's reward
+    RLOO and REINFORCE++ subtract the sum times the coefficient from a response's reward
     (arXiv 2402.14740, 2501.03262).
 
     Args:
@@ -84,16 +83,17 @@ def penalty(
 def adapt(
     coefficient: jax.Array | float, kl: jax.Array, *, target: float, responses: int, horizon: float
 ) -> jax.Array:
-    """Returns the coefficient for the next step, which draws the KL to its target.
+    """Returns the coefficient of the next step, adapted towards a target KL.
 
     `β (1 + clip(KL / target - 1, ±0.2) · responses / horizon)` (arXiv 1909.08593, section 2.2).
 
     Args:
       coefficient: β of this step.
       kl: float32[], mean over the tokens of this step.
-      target: the KL to come to, in nats a token, over 0.
-      responses: of this step.
-      horizon: responses in which an error of 20 % or more changes the coefficient by 20 %.
+      target: target KL in nats per token, above 0.
+      responses: number of responses of this step.
+      horizon: number of responses over which an error of 20 % or more changes the coefficient by
+        20 %.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return coefficient * (1.0 + error * responses / horizon)

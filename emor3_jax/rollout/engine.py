@@ -25,6 +25,7 @@ Deviations, numbered:
     far as the arithmetic of another batch does.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,13 +34,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
+from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.params import unroll
+from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_rows
-from emor3_jax.rollout import sampling
-from emor3_jax.rollout.generate import Samples, SamplingRule
+from emor3_jax.rollout.sampling import Sampling, noise, sample
+from emor3_jax.types import Samples
 
 
 class Plan(NamedTuple):
@@ -66,12 +67,12 @@ ALL_AT_ONCE = Plan()
 """All prompts in flight together."""
 
 
-class Opening(NamedTuple):
-    """What `refill` prompts begin with.
+class Admission(NamedTuple):
+    """`refill` prompts that are admitted together.
 
     Attributes:
-      row: int32[R], which prompts of the batch.
-      token: int32[R], the last token of each, which is not among the keys.
+      row: int32[R], index in the batch of each prompt.
+      token: int32[R], its last token, which is not among the keys.
       position: int32[R], its rope position.
       prefix: keys and values of the rest.
     """
@@ -128,90 +129,106 @@ _AXES = Slots(0, 0, 0, 0, 0, 0, Samples(0, 0, 0, 0), KV(1, 1, 0), Cache(-5, -5, 
 """Which axis of each field is the prompts'; the cache may have its layers apart."""
 
 
-def roll_out(
-    openings: Iterator[Opening],
-    prompts: int,
-    key: jax.Array,
-    params: dict,
-    banned: jax.Array,
-    *,
-    config: Config,
-    responses: int,
-    rule: SamplingRule,
-    plan: Plan,
-    parts: int = 1,
-    dtype: jnp.dtype = jnp.float32,
-) -> Iterator[Finished]:
-    """Samples `responses` continuations of each prompt; yields prompts as their groups end.
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Continuous batching of one rollout.
 
-    Args:
-      openings: yields the prompts, `plan.refill` at a time; asked for as slots get free.
-      prompts: B, how many prompts there are.
-      key: PRNG key.
-      params: of the policy.
-      banned: bool[V], ids never sampled.
-      config: of the policy.
-      responses: G.
-      rule: how to sample.
-      plan: how much is in flight.
-      parts: how many parts of equal size the devices cut the prompts into.
-      dtype: compute type of the layers.
-
-    Yields:
-      Every prompt once, `plan.refill` at a time.
-
-    Raises:
-      ValueError: if `plan.refill` does not divide the slots and the prompts.
+    Attributes:
+      policy: the policy.
+      sampling: settings of the sampler.
+      plan: number of prompts in flight, and how it changes.
+      group_size: G, responses to each prompt.
+      num_shards: number of equal parts that the devices cut the prompts into.
+      suppressed: bool[V], ids never sampled.
     """
-    size = min(plan.slots or prompts, prompts)
-    refill = min(plan.refill or size, size)
-    if size % refill or prompts % refill:
-        raise ValueError(f"{plan}: refill must divide the slots and the {prompts} prompts")
-    block, waiting, slots = min(plan.block, rule.max_tokens), prompts, None
-    sizes = _ring_sizes(block, rule.max_tokens)
-    least, widths = size >> plan.halvings, _widths(responses, plan.halvings)
-    params = model.unroll_jitted(params) if plan.unroll else params
-    begin = partial(_begin, responses=responses, length=rule.max_tokens, unroll=plan.unroll)
-    # Where there is a prompt that has not been taken out yet.
-    taken = np.zeros(size, bool)
-    while waiting or taken.any():
-        for at in np.flatnonzero(~taken)[: waiting // refill * refill].reshape(-1, refill):
-            new = begin(next(openings))
-            fresh = slots is None or refill == size
-            slots = _widen(new, size, block) if fresh else _insert(slots, new, at)
-            taken[at], waiting = True, waiting - refill
-        row, age, ended = hosts.fetch((slots.row, slots.age, slots.ended))
-        going = taken & ~ended.all(axis=1)
-        done = np.flatnonzero(taken & ~going)
-        for at in done[: len(done) // refill * refill].reshape(-1, refill):
-            yield Finished(row[at], *_take(slots, at, size == refill))
-            taken[at] = False
-        if not going.any() or (waiting and not taken.all()):
-            continue
-        oldest = int(age[going].max())
-        if not waiting and (picked := _shrink(taken, ended, least, widths, parts)) is not None:
-            slots, taken, going = _pick(slots, *picked), taken[picked[0]], going[picked[0]]
-        slots = _fit(slots, oldest + block, sizes)
-        # With prompts waiting, no longer than until enough groups are done to let them in.
-        leave = going.sum() - (refill - len(done) % refill) if waiting else 0
-        slots = _decode(
-            slots,
-            key,
-            np.int32(leave),
-            params,
-            banned,
-            config=config,
-            rule=rule,
-            block=block,
-            dtype=dtype,
+
+    policy: Policy
+    sampling: Sampling
+    plan: Plan
+    group_size: int
+    num_shards: int
+    suppressed: jax.Array
+
+    def sizes(self, prompts: int) -> tuple[int, int]:
+        """Returns the number of slots, and of prompts that are admitted together.
+
+        Raises:
+          ValueError: if `plan.refill` does not divide the slots and the prompts.
+        """
+        size = min(self.plan.slots or prompts, prompts)
+        refill = min(self.plan.refill or size, size)
+        if size % refill or prompts % refill:
+            raise ValueError(f"{self.plan}: refill must divide the slots and the {prompts} prompts")
+        return size, refill
+
+    def run(
+        self, params: dict, admissions: Iterator[Admission], prompts: int, key: jax.Array
+    ) -> Iterator[Finished]:
+        """Samples `group_size` responses to each prompt; yields prompts as their groups end.
+
+        Args:
+          params: of the policy.
+          admissions: yields the prompts, `plan.refill` at a time; asked for as slots get free.
+          prompts: B, number of prompts.
+          key: PRNG key.
+
+        Yields:
+          Every prompt once, `plan.refill` at a time.
+
+        Raises:
+          ValueError: if `plan.refill` does not divide the slots and the prompts.
+        """
+        plan, sampling = self.plan, self.sampling
+        size, refill = self.sizes(prompts)
+        block, waiting, slots = min(plan.block, sampling.max_tokens), prompts, None
+        sizes = ring_sizes(block, sampling.max_tokens)
+        least, widths = size >> plan.halvings, _widths(self.group_size, plan.halvings)
+        params = unroll(params) if plan.unroll else params
+        start = partial(
+            begin, responses=self.group_size, length=sampling.max_tokens, unroll=plan.unroll
         )
+        # Where there is a prompt that has not been taken out yet.
+        taken = np.zeros(size, bool)
+        while waiting or taken.any():
+            for at in np.flatnonzero(~taken)[: waiting // refill * refill].reshape(-1, refill):
+                new = start(next(admissions))
+                fresh = slots is None or refill == size
+                slots = open_slots(new, size, block) if fresh else admit(slots, new, at)
+                taken[at], waiting = True, waiting - refill
+            row, age, ended = hosts.fetch((slots.row, slots.age, slots.ended))
+            going = taken & ~ended.all(axis=1)
+            done = np.flatnonzero(taken & ~going)
+            for at in done[: len(done) // refill * refill].reshape(-1, refill):
+                yield Finished(row[at], *_take(slots, at, size == refill))
+                taken[at] = False
+            if not going.any() or (waiting and not taken.all()):
+                continue
+            oldest = int(age[going].max())
+            picked = None
+            if not waiting:
+                picked = choose_shrink(taken, ended, least, widths, self.num_shards)
+            if picked is not None:
+                slots, taken, going = shrink(slots, *picked), taken[picked[0]], going[picked[0]]
+            slots = _fit(slots, oldest + block, sizes)
+            # With prompts waiting, no longer than until enough groups are done to let them in.
+            leave = going.sum() - (refill - len(done) % refill) if waiting else 0
+            slots = decode_block(
+                slots,
+                key,
+                np.int32(leave),
+                params,
+                self.suppressed,
+                policy=self.policy,
+                sampling=sampling,
+                block=block,
+            )
 
 
 @partial(jax.jit, static_argnames=("responses", "length", "unroll"))
-def _begin(opening: Opening, *, responses: int, length: int, unroll: bool = False) -> Slots:
+def begin(admission: Admission, *, responses: int, length: int, unroll: bool = False) -> Slots:
     """Returns the slots of prompts that begin; their cache has no places yet."""
-    r, g = len(opening.row), responses
-    k = opening.prefix.k
+    r, g = len(admission.row), responses
+    k = admission.prefix.k
     layers, _, heads, head_dim, _ = k.shape
     shape = (r, g, length)
     zeros = partial(jnp.zeros, dtype=jnp.int32)
@@ -221,23 +238,23 @@ def _begin(opening: Opening, *, responses: int, length: int, unroll: bool = Fals
         return (one,) * layers if unroll else jnp.zeros((layers, *one.shape), k.dtype)
 
     return Slots(
-        row=opening.row,
-        position=opening.position,
+        row=admission.row,
+        position=admission.position,
         age=zeros(r),
-        token=jnp.broadcast_to(opening.token[:, None], (r, g)),
+        token=jnp.broadcast_to(admission.token[:, None], (r, g)),
         lane=jnp.broadcast_to(jnp.arange(g), (r, g)),
         ended=jnp.zeros((r, g), bool),
         samples=Samples(
             zeros(shape), jnp.zeros(shape, jnp.float32), zeros((r, g)), jnp.zeros((r, g), bool)
         ),
-        prefix=opening.prefix,
+        prefix=admission.prefix,
         cache=Cache(empty(head_dim, 0), empty(0, head_dim), jnp.zeros((r, g, 0), bool)),
         cursor=zeros(()),
     )
 
 
 @partial(jax.jit, static_argnames=("size", "places"))
-def _widen(first: Slots, size: int, places: int) -> Slots:
+def open_slots(first: Slots, size: int, places: int) -> Slots:
     """Returns the first prompts with as many empty slots as make `size`, and a cache."""
     more = size - len(first.row)
 
@@ -247,15 +264,15 @@ def _widen(first: Slots, size: int, places: int) -> Slots:
         wide = jnp.pad(x, pad, constant_values=x.dtype == bool) if more else x
         return shard_rows(axis, wide)
 
-    slots = _map_rows(grow, first)
+    slots = map_rows(grow, first)
     cache, cursor = _resize(slots.cache, slots.cursor, places)
     return slots._replace(
-        cache=_map_rows(shard_rows, slots._replace(cache=cache)).cache, cursor=cursor
+        cache=map_rows(shard_rows, slots._replace(cache=cache)).cache, cursor=cursor
     )
 
 
 @partial(jax.jit, donate_argnames="slots")
-def _insert(slots: Slots, new: Slots, at: jax.Array) -> Slots:
+def admit(slots: Slots, new: Slots, at: jax.Array) -> Slots:
     """Puts prompts that begin into the slots `at`, int32[R]."""
 
     def put(axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -264,19 +281,19 @@ def _insert(slots: Slots, new: Slots, at: jax.Array) -> Slots:
     # Keys of who was there before are masked; there is no need to overwrite them.
     cache = slots.cache._replace(mask=slots.cache.mask.at[at].set(False))
     new = new._replace(cache=cache)
-    filled = _map_rows(put, slots._replace(cache=None), new._replace(cache=None))
+    filled = map_rows(put, slots._replace(cache=None), new._replace(cache=None))
     return filled._replace(cache=cache)
 
 
 def _take(slots: Slots, at: np.ndarray, everything: bool) -> tuple[KV, Samples]:
     """Returns keys and responses of the prompts in the slots `at`."""
-    return (slots.prefix, slots.samples) if everything else _gather(slots, at)
+    return (slots.prefix, slots.samples) if everything else take_out(slots, at)
 
 
 @jax.jit
-def _gather(slots: Slots, at: jax.Array) -> tuple[KV, Samples]:
+def take_out(slots: Slots, at: jax.Array) -> tuple[KV, Samples]:
     wanted = slots._replace(cache=None)
-    taken = _map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, at, axis)), wanted)
+    taken = map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, at, axis)), wanted)
     return taken.prefix, taken.samples
 
 
@@ -289,7 +306,7 @@ def _widths(responses: int, halvings: int) -> tuple[int, ...]:
     return tuple(sorted(halves + between))
 
 
-def _shrink(
+def choose_shrink(
     taken: np.ndarray, ended: np.ndarray, least: int, widths: tuple[int, ...], parts: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns which slots, and which lanes of each, are left when the batch shrinks as it can.
@@ -316,9 +333,9 @@ def _shrink(
 
 
 @jax.jit
-def _pick(slots: Slots, groups: jax.Array, lanes: jax.Array) -> Slots:
+def shrink(slots: Slots, groups: jax.Array, lanes: jax.Array) -> Slots:
     """Returns some slots, and some lanes of each."""
-    picked = _map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, groups, axis)), slots)
+    picked = map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, groups, axis)), slots)
 
     def narrow(x: Any, inner: int = 0) -> Any:
         """Keeps the lanes, which `inner` axes follow, of each array."""
@@ -340,7 +357,7 @@ def _pick(slots: Slots, groups: jax.Array, lanes: jax.Array) -> Slots:
     )
 
 
-def _ring_sizes(block: int, most: int) -> tuple[int, ...]:
+def ring_sizes(block: int, most: int) -> tuple[int, ...]:
     """Returns the sizes that a ring may have: doubling from `block` on, then `most`."""
     sizes = [block]
     while sizes[-1] < most:
@@ -357,7 +374,7 @@ def _fit(slots: Slots, needed: int, sizes: tuple[int, ...]) -> Slots:
     wanted = next((i for i, size in enumerate(sizes) if size >= needed), len(sizes) - 1)
     if now - 1 <= wanted <= now:
         return slots
-    cache, cursor = _resize_jitted(slots.cache, slots.cursor, places=sizes[wanted])
+    cache, cursor = resize_ring(slots.cache, slots.cursor, places=sizes[wanted])
     return slots._replace(cache=cache, cursor=cursor)
 
 
@@ -378,28 +395,27 @@ def _resize(cache: Cache, cursor: jax.Array, places: int) -> tuple[Cache, jax.Ar
     return _map_arrays(move, Cache(-1, -2, -1), cache), jnp.int32(keep % places)
 
 
-_resize_jitted = partial(jax.jit, static_argnames="places")(_resize)
+resize_ring = partial(jax.jit, static_argnames="places")(_resize)
 
 
 @partial(
     jax.jit,
-    static_argnames=("config", "rule", "block", "dtype"),
+    static_argnames=("policy", "sampling", "block"),
     donate_argnames="slots",
 )
-def _decode(
+def decode_block(
     slots: Slots,
     key: jax.Array,
     leave: jax.Array,
     params: dict,
-    banned: jax.Array,
+    suppressed: jax.Array,
     *,
-    config: Config,
-    rule: SamplingRule,
+    policy: Policy,
+    sampling: Sampling,
     block: int,
-    dtype: jnp.dtype,
 ) -> Slots:
     """Decodes up to `block` tokens of every lane, until no more than `leave` groups go on."""
-    stop = jnp.asarray(rule.stop, jnp.int32)
+    stop = jnp.asarray(sampling.stop, jnp.int32)
     shape = slots.token.shape
     places = slots.cache.mask.shape[-1]
     prefix = slots.prefix
@@ -415,29 +431,26 @@ def _decode(
     def step(carry: tuple) -> tuple:
         i, token, ended, stopped, lengths, tokens, logprobs, cache = carry
         age = slots.age + i
-        hidden, cache = model.decode_step(
-            config,
+        hidden, cache = policy.decode(
             params,
             prefix,
             cache,
             token,
             jnp.broadcast_to((slots.position + age)[:, None], shape),
             (slots.cursor + i) % places,
-            dtype=dtype,
         )
-        drawn, logprob = sampling.sample(
-            model.logits(config, params, hidden),
-            sampling.noise(key, slots.row[:, None], slots.lane, age[:, None]),
-            temperature=rule.temperature,
-            top_p=rule.top_p,
-            banned=banned,
+        drawn, logprob = sample(
+            policy.logits(params, hidden),
+            noise(key, slots.row[:, None], slots.lane, age[:, None]),
+            sampling,
+            suppressed,
         )
         token = jnp.where(ended, 0, drawn)
         tokens = tokens.at[..., i].set(token)
         logprobs = logprobs.at[..., i].set(jnp.where(ended, 0.0, logprob))
         lengths += ~ended
         stopped |= ~ended & jnp.isin(token, stop)
-        ended |= stopped | (age + 1 >= rule.max_tokens)[:, None]
+        ended |= stopped | (age + 1 >= sampling.max_tokens)[:, None]
         return i + 1, token, ended, stopped, lengths, tokens, logprobs, cache
 
     old = slots.samples
@@ -457,7 +470,7 @@ def _decode(
     )
     place = slots.age[:, None] + jnp.arange(block)
     # What was not reached is dropped, each at a place of its own.
-    place = jnp.where(jnp.arange(block) < count, place, rule.max_tokens + jnp.arange(block))
+    place = jnp.where(jnp.arange(block) < count, place, sampling.max_tokens + jnp.arange(block))
 
     @jax.vmap
     def write(x: jax.Array, lanes: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
@@ -482,7 +495,7 @@ def _decode(
     )
 
 
-def _map_rows(function: Any, slots: Slots, *others: Slots) -> Slots:
+def map_rows(function: Any, slots: Slots, *others: Slots) -> Slots:
     """Applies `function(axis of the prompts, array, …)` to every array of prompts, if there."""
     axes = _AXES if slots.cache is not None else _AXES._replace(cache=None)
     bare = [x._replace(cursor=None) for x in (slots, *others)]

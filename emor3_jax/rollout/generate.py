@@ -1,6 +1,6 @@
 """Short grouped generation in one program: `G` continuations of each of `B` prefixes.
 
-Serves the reflections, whose openings are long and whose replies are a few tokens; the rollout,
+Serves the reflections, whose questions are long and whose replies are a few tokens; the rollout,
 with its long responses, has `rollout.engine`.
 
 Deviations, numbered:
@@ -14,154 +14,96 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
-from emor3_jax.rollout import sampling
+from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.policy import Policy
+from emor3_jax.rollout.sampling import Sampling, sample
+from emor3_jax.types import Samples
 
 
-class Samples(NamedTuple):
-    """Generated tokens.
+class Opening(NamedTuple):
+    """Tokens that follow a prefix, before the ones that are generated.
 
     Attributes:
-      tokens: int32[B, G, T], 0 after the end.
-      logprobs: float32[B, G, T], under the sampler's distribution, 0 after the end.
-      lengths: int32[B, G], the end-of-sequence token included.
-      ended: bool[B, G], False where the response was cut at T tokens.
+      prefix: keys and values of the `B` prefixes.
+      tokens: int32[B, G, S], right padded.
+      lengths: int32[B, G], at least 1.
+      positions: int32[B, G], rope position of the first token.
     """
 
+    prefix: KV
     tokens: jax.Array
-    logprobs: jax.Array
     lengths: jax.Array
-    ended: jax.Array
-
-    @property
-    def mask(self) -> jax.Array:
-        """bool[B, G, T], True for the tokens that were generated."""
-        return jnp.arange(self.tokens.shape[-1]) < self.lengths[..., None]
-
-
-class SamplingRule(NamedTuple):
-    """How tokens are drawn; hashable, so that it can be a static argument.
-
-    Attributes:
-      max_tokens: T, at most so many tokens are generated.
-      temperature: 0 is greedy.
-      top_p: in (0, 1].
-      stop: ids that end a response.
-    """
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    stop: tuple[int, ...]
+    positions: jax.Array
 
 
 def read_opening(
-    config: Config,
-    params: dict,
-    prefix: KV,
-    start: jax.Array,
-    start_lengths: jax.Array,
-    start_positions: jax.Array,
-    *,
-    dtype: jnp.dtype,
-    cache_size: int,
+    policy: Policy, params: dict, opening: Opening, cache_size: int
 ) -> tuple[jax.Array, Cache]:
-    """Reads what opens each continuation.
+    """Reads the tokens that open each continuation.
 
     Args:
-      config, params, prefix, start, start_lengths, start_positions, dtype: as in `generate`.
-      cache_size: places of the cache, at least S.
+      policy, params: the policy.
+      opening: of the continuations.
+      cache_size: positions of the cache, at least S.
 
     Returns:
       float[B, G, D], the final hidden state of each opening's last token, and the cache behind it.
     """
-    s = start.shape[-1]
-    hidden, cache = model.forward_continuation(
-        config,
+    s = opening.tokens.shape[-1]
+    hidden, cache = policy.extend(
         params,
-        prefix,
-        start,
-        start_positions[..., None] + jnp.arange(s),
-        jnp.arange(s) < start_lengths[..., None],
-        dtype=dtype,
+        opening.prefix,
+        opening.tokens,
+        opening.positions[..., None] + jnp.arange(s),
+        jnp.arange(s) < opening.lengths[..., None],
         cache_size=cache_size,
     )
-    last = jnp.take_along_axis(hidden, (start_lengths - 1)[..., None, None], axis=2)[:, :, 0]
+    last = jnp.take_along_axis(hidden, (opening.lengths - 1)[..., None, None], axis=2)[:, :, 0]
     return last, cache
 
 
 def generate(
-    config: Config,
+    policy: Policy,
     params: dict,
-    prefix: KV,
-    start: jax.Array,
-    start_lengths: jax.Array,
-    start_positions: jax.Array,
+    opening: Opening,
     noise: Callable[[jax.Array], jax.Array],
-    rule: SamplingRule,
-    *,
-    banned: jax.Array,
-    dtype: jnp.dtype = jnp.float32,
+    sampling: Sampling,
+    suppressed: jax.Array,
 ) -> Samples:
-    """Samples continuations token by token, until all have ended or `rule.max_tokens` is reached.
+    """Samples continuations until all have ended or `sampling.max_tokens` is reached.
 
     Args:
-      config, params: the policy.
-      prefix: keys and values of the `B` prefixes.
-      start: int32[B, G, S], tokens that follow the prefix, right padded.
-      start_lengths: int32[B, G], at least 1.
-      start_positions: int32[B, G], rope position of the first token of `start`.
+      policy, params: the policy.
+      opening: of the continuations.
       noise: int32[] → float32[B, G] in [0, 1), the numbers that decide token t.
-      rule: how to sample.
-      banned: bool[V], ids never sampled.
-      dtype: compute type of the layers.
+      sampling: settings of the sampler.
+      suppressed: bool[V], ids never sampled.
 
     Returns:
-      `Samples` with T = `rule.max_tokens`.
+      `Samples` with T = `sampling.max_tokens`.
     """
-    b, g, s = start.shape
-    t_max = rule.max_tokens
-    stop = jnp.asarray(rule.stop, jnp.int32)
+    b, g, s = opening.tokens.shape
+    t_max = sampling.max_tokens
+    stop = jnp.asarray(sampling.stop, jnp.int32)
 
     def pick(hidden: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        logits = model.logits(config, params, hidden)
-        tokens, logprobs = sampling.sample(
-            logits,
-            noise(t),
-            temperature=rule.temperature,
-            top_p=rule.top_p,
-            banned=banned,
-        )
-        return tokens, logprobs
+        return sample(policy.logits(params, hidden), noise(t), sampling, suppressed)
 
-    last, cache = read_opening(
-        config,
-        params,
-        prefix,
-        start,
-        start_lengths,
-        start_positions,
-        dtype=dtype,
-        cache_size=s + t_max - 1,
-    )
+    last, cache = read_opening(policy, params, opening, s + t_max - 1)
     token, logprob = pick(last, 0)
     tokens = jnp.zeros((b, g, t_max), jnp.int32).at[..., 0].set(token)
     logprobs = jnp.zeros((b, g, t_max), jnp.float32).at[..., 0].set(logprob)
     ended = jnp.isin(token, stop)
     lengths = jnp.ones((b, g), jnp.int32)
 
-    def going(carry: tuple) -> jax.Array:
+    def unfinished(carry: tuple) -> jax.Array:
         t, _, _, _, _, ended, _ = carry
         return (t < t_max) & ~jnp.all(ended)
 
     def step(carry: tuple) -> tuple:
         t, token, tokens, logprobs, lengths, ended, cache = carry
-        positions = start_positions + start_lengths + t - 1
-        hidden, cache = model.decode_step(
-            config, params, prefix, cache, token, positions, s + t - 1, dtype=dtype
-        )
+        positions = opening.positions + opening.lengths + t - 1
+        hidden, cache = policy.decode(params, opening.prefix, cache, token, positions, s + t - 1)
         token, logprob = pick(hidden, t)
         token = jnp.where(ended, 0, token)
         tokens = tokens.at[..., t].set(token)
@@ -171,5 +113,5 @@ def generate(
         return t + 1, token, tokens, logprobs, lengths, ended, cache
 
     carry = (jnp.int32(1), token, tokens, logprobs, lengths, ended, cache)
-    _, _, tokens, logprobs, lengths, ended, _ = jax.lax.while_loop(going, step, carry)
+    _, _, tokens, logprobs, lengths, ended, _ = jax.lax.while_loop(unfinished, step, carry)
     return Samples(tokens, logprobs, lengths, ended)

@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV
-from emor3_jax.rollout.generate import read_opening
+from emor3_jax.models.policy import Policy
+from emor3_jax.rollout.generate import Opening, read_opening
 
 
 class Candidates(NamedTuple):
@@ -55,58 +53,40 @@ def make_candidates(
 
 
 def probabilities(
-    config: Config,
+    policy: Policy,
     params: dict,
-    prefix: KV,
-    start: jax.Array,
-    start_lengths: jax.Array,
-    start_positions: jax.Array,
+    opening: Opening,
     candidates: Candidates,
-    *,
-    meanings: int,
-    banned: jax.Array,
-    dtype: jnp.dtype = jnp.float32,
+    count: int,
+    suppressed: jax.Array,
 ) -> jax.Array:
-    """Returns how the likelihood of all candidates together falls to each meaning.
+    """Returns the share of each meaning in the likelihood of all candidates.
 
     Args:
-      config, params: the policy.
-      prefix: keys and values of the `B` prefixes.
-      start: int32[B, G, S], what follows the prefix, right padded: the question.
-      start_lengths: int32[B, G], at least 1.
-      start_positions: int32[B, G], rope position of the first token of `start`.
+      policy, params: the policy.
+      opening: the question behind its prefix.
       candidates: the replies.
-      meanings: K, how many meanings there are.
-      banned: bool[V], ids of probability zero.
-      dtype: compute type of the layers.
+      count: K, number of meanings.
+      suppressed: bool[V], ids of probability zero.
 
     Returns:
       float32[B, G, K], sums to 1 over K.
     """
-    last, cache = read_opening(
-        config,
-        params,
-        prefix,
-        start,
-        start_lengths,
-        start_positions,
-        dtype=dtype,
-        cache_size=start.shape[-1],
-    )
+    last, cache = read_opening(policy, params, opening, opening.tokens.shape[-1])
     tokens = jnp.asarray(candidates.tokens)
     n, size = tokens.shape
-    b, g = start_lengths.shape
-    behind = model.forward_candidates(
-        config, params, prefix, cache, tokens[:, :-1], start_positions + start_lengths, dtype=dtype
+    b, g = opening.lengths.shape
+    behind = policy.extend_each(
+        params, opening.prefix, cache, tokens[:, :-1], opening.positions + opening.lengths
     )
     # The states from which each token of each candidate is predicted.
     states = jnp.concatenate(
         [jnp.broadcast_to(last[:, :, None, None], (b, g, n, 1, last.shape[-1])), behind], axis=3
     )
-    logprobs, _ = model.token_logprobs(
-        config, params, states, jnp.broadcast_to(tokens, (b, g, n, size)), banned=banned
+    logprobs, _ = policy.logprobs(
+        params, states, jnp.broadcast_to(tokens, (b, g, n, size)), suppressed=suppressed
     )
     real = jnp.arange(size) < jnp.asarray(candidates.lengths)[:, None]
     total = jnp.sum(jnp.where(real, logprobs, 0.0), axis=-1)
     share = jax.nn.softmax(total, axis=-1)
-    return share @ jax.nn.one_hot(candidates.meaning, meanings)
+    return share @ jax.nn.one_hot(candidates.meaning, count)

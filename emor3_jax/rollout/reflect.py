@@ -1,33 +1,260 @@
-"""The two questions of the Reflective Emotional Reward, asked of the policy itself.
+"""The questions of the Reflective Emotional Reward, asked of the policy itself.
 
-Coherence: which label does s1..s2 speak of, from the text alone. Consistency: does s1 describe the
-image, yes or no. The judged text is the response's own tokens (`emor3_jax.rewards` cuts the span),
-put between a head and a tail that were tokenised once; nothing is decoded.
+The judged text is the response's own tokens (`rewards.cut_spans`), put between a head and a tail
+that were tokenised once; nothing is decoded.
 
 Deviations, numbered:
- 1. The image is not looked at again: the consistency question continues from the rollout's keys and
-    values of the shared prefix (system turn and image). The constant head of the coherence
-    questions is read once for the whole batch.
+ 1. The image is not encoded again: a question with the image continues from the rollout's keys and
+    values of the shared prefix (system turn and image). The constant head of a question without it
+    is read once for the whole batch.
  2. The release re-tokenises the decoded text; here the policy reads the tokens that it wrote.
  3. Where a response has no such span, the question is still computed (shapes are static) and its
     reply is ignored.
+ 4. The host reads the lengths of the texts to judge, to choose among a few padded lengths
+    (`reflect.text_lengths`); otherwise short texts would pay for the longest response possible.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV, Prompt
+from emor3_jax.data.prompts import PromptTemplates, reflection_parts
+from emor3_jax.models.cache import KV
+from emor3_jax.models.policy import Policy
+from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_rows
-from emor3_jax.rollout import sampling
-from emor3_jax.rollout.generate import Samples, SamplingRule, generate
-from emor3_jax.rollout.likelihood import Candidates, probabilities
+from emor3_jax.rewards.questions import QUESTIONS, Question
+from emor3_jax.rewards.reward import flatten
+from emor3_jax.rewards.spans import Span
+from emor3_jax.rewards.tables import Tables, cut_spans
+from emor3_jax.rollout.generate import Opening, generate
+from emor3_jax.rollout.likelihood import Candidates, make_candidates, probabilities
+from emor3_jax.rollout.sampling import Sampling, noise
+from emor3_jax.types import Prompt, Replies, ReplyProbs, Samples, bucket
 
 
-def join(
+class PromptedQuestion(NamedTuple):
+    """A question in the tokens of a policy.
+
+    Attributes:
+      question: the row of `QUESTIONS`.
+      head, tail: int32[H] and int32[E], the tokens around the judged text; with the image the head
+        may be empty.
+      candidates: spellings of the replies that are told apart.
+    """
+
+    question: Question
+    head: np.ndarray
+    tail: np.ndarray
+    candidates: Candidates
+
+
+class Reflection(NamedTuple):
+    """Settings of the reflections.
+
+    Attributes:
+      questions: in the order in which they are asked.
+      sampling: of the replies.
+      text_lengths: rising padded lengths of the judged texts.
+      soft: score replies by their probability instead of sampling them.
+    """
+
+    questions: tuple[PromptedQuestion, ...]
+    sampling: Sampling
+    text_lengths: tuple[int, ...]
+    soft: bool = False
+
+
+class Asked(NamedTuple):
+    """The arrays of one question about each response.
+
+    Attributes:
+      prefix: keys and values of the rollout's prompts, None without the image.
+      shared_length: int32[B], tokens of the prefix up to and with the image, or None.
+      shared_position: int32[B], the rope position that follows them, or None.
+      head, tail: int32[H] and int32[E], tokens around the text.
+      text: int32[B, G, S], right padded.
+      text_lengths: int32[B, G].
+    """
+
+    prefix: KV | None
+    shared_length: jax.Array | None
+    shared_position: jax.Array | None
+    head: jax.Array
+    tail: jax.Array
+    text: jax.Array
+    text_lengths: jax.Array
+
+
+def prompt_questions(
+    tokenizer: PreTrainedTokenizerBase, templates: PromptTemplates, labels: Sequence[str]
+) -> tuple[PromptedQuestion, ...]:
+    """Tokenises the questions of a label set.
+
+    Args:
+      tokenizer: of the policy.
+      templates: of the questions.
+      labels: the label set.
+    """
+    found = []
+    for name, question in QUESTIONS.items():
+        template = getattr(templates, name)
+        parts = reflection_parts(tokenizer, template, labels, with_image=question.with_image)
+        spellings = [[word.lower(), word.capitalize()] for word in question.meanings(labels)]
+        head, tail = (np.asarray(part, np.int32) for part in parts)
+        candidates = make_candidates(tokenizer, spellings)
+        found.append(PromptedQuestion(question, head, tail, candidates))
+    return tuple(found)
+
+
+def reflect(
+    policy: Policy,
+    params: dict,
+    reflection: Reflection,
+    tables: Tables,
+    prompts: tuple[KV, jax.Array, jax.Array],
+    samples: Samples,
+    noise_of: tuple[jax.Array, jax.Array],
+    suppressed: jax.Array,
+) -> Replies | ReplyProbs:
+    """Asks all questions about each response.
+
+    Args:
+      policy, params: the policy.
+      reflection: the questions and how to ask them.
+      tables: of the label set, for the spans.
+      prompts: keys and values, `shared_length` and `shared_position` of the prompts.
+      samples: the responses to these prompts.
+      noise_of: PRNG key, and int32[B], index in the step of each prompt.
+      suppressed: bool[V], ids never sampled.
+    """
+    key, rows = noise_of
+    spans = find_spans(tables, samples)
+    keys = jax.random.split(key, len(reflection.questions))
+    judged = [spans[prompted.question.span] for prompted in reflection.questions]
+    longest = hosts.fetch([span.lengths.max() for span in judged])
+    sizes = (*reflection.text_lengths, samples.tokens.shape[-1])
+    replies: dict[str, Any] = {}
+    for i, (prompted, span, size) in enumerate(
+        zip(reflection.questions, judged, longest, strict=True)
+    ):
+        asked = Asked(
+            *(prompts if prompted.question.with_image else (None, None, None)),
+            prompted.head,
+            prompted.tail,
+            span.tokens[..., : bucket(int(size), sizes)],
+            span.lengths,
+        )
+        if reflection.soft:
+            count = int(prompted.candidates.meaning.max()) + 1
+            reply = weigh(policy, params, asked, prompted.candidates, suppressed, count=count)
+        else:
+            reply = ask(policy, params, asked, keys[i], rows, reflection.sampling, suppressed)
+        replies[prompted.question.name] = reply
+    names = [prompted.question.name for prompted in reflection.questions]
+    found = {name: span.found for name, span in zip(names, judged, strict=True)}
+    lengths = {name: span.lengths for name, span in zip(names, judged, strict=True)}
+    return (ReplyProbs if reflection.soft else Replies)(replies, found, lengths)
+
+
+@jax.jit
+def find_spans(tables: Tables, samples: Samples) -> tuple[Span, ...]:
+    """Returns the judged parts of responses, [B, G, …] each."""
+    shape = samples.lengths.shape
+    spans = cut_spans(tables, *flatten(samples))
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), spans)
+
+
+@partial(jax.jit, static_argnames=("policy", "sampling"))
+def ask(
+    policy: Policy,
+    params: dict,
+    asked: Asked,
+    key: jax.Array,
+    rows: jax.Array,
+    sampling: Sampling,
+    suppressed: jax.Array,
+) -> Samples:
+    """Samples a reply to a question about each response.
+
+    Args:
+      policy, params: the policy.
+      asked: the question.
+      key: PRNG key.
+      rows: int32[B], index in the step of each prompt, for the noise.
+      sampling: of the replies.
+      suppressed: bool[V], ids never sampled.
+
+    Returns:
+      The replies, [B, G, R].
+    """
+    responses = jnp.arange(asked.text.shape[1])
+
+    def numbers(t: jax.Array) -> jax.Array:
+        return noise(key, rows[:, None], responses, t)
+
+    return generate(
+        policy, params, open_question(policy, params, asked), numbers, sampling, suppressed
+    )
+
+
+@partial(jax.jit, static_argnames=("policy", "count"))
+def weigh(
+    policy: Policy,
+    params: dict,
+    asked: Asked,
+    candidates: Candidates,
+    suppressed: jax.Array,
+    *,
+    count: int,
+) -> jax.Array:
+    """Returns the probability of each meaning of a reply among all, without sampling one.
+
+    Args:
+      policy, params: the policy.
+      asked: the question.
+      candidates: spellings of each meaning.
+      suppressed: bool[V], ids of probability zero.
+      count: K, number of meanings.
+
+    Returns:
+      float32[B, G, K], sums to 1 over K.
+    """
+    opening = open_question(policy, params, asked)
+    return probabilities(policy, params, opening, candidates, count, suppressed)
+
+
+def open_question(policy: Policy, params: dict, asked: Asked) -> Opening:
+    """Returns the question about each response behind its prefix."""
+    if asked.prefix is not None:
+        tokens, lengths = join_text(asked.head, asked.text, asked.text_lengths, asked.tail)
+        position = jnp.broadcast_to(asked.shared_position[:, None], lengths.shape)
+        prefix = shared_prefix(asked.prefix, asked.shared_length)
+        return Opening(prefix, tokens, lengths, position)
+    # The head is read once; a copy of its keys for each prompt keeps groups on their devices.
+    b, h = len(asked.text), asked.head.shape[0]
+    prompt = Prompt(
+        tokens=asked.head[None],
+        positions=jnp.broadcast_to(jnp.arange(h)[None, :, None], (1, h, 3)),
+        mask=jnp.ones((1, h), bool),
+        image_slots=jnp.full((1, h), -1),
+    )
+    prefix = policy.prefill(params, prompt, None)
+    copies = KV(*(
+        shard_rows(axis, jnp.repeat(x, b, axis))
+        for axis, x in zip((1, 1, 0), prefix, strict=True)
+    ))  # fmt: skip
+    empty = jnp.zeros((0,), jnp.int32)
+    tokens, lengths = join_text(empty, asked.text, asked.text_lengths, asked.tail)
+    return Opening(copies, tokens, lengths, jnp.full(lengths.shape, h))
+
+
+def join_text(
     head: jax.Array, text: jax.Array, text_lengths: jax.Array, tail: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Joins `head + text + tail` for ragged texts.
@@ -42,8 +269,8 @@ def join(
       int32[B, G, H + S + E] right padded with 0, and its lengths int32[B, G].
     """
     h, s, e = head.shape[0], text.shape[-1], tail.shape[0]
-    place = jnp.arange(h + s + e)
-    in_text = place - h
+    index = jnp.arange(h + s + e)
+    in_text = index - h
     in_tail = in_text - text_lengths[..., None]
     pieces = jnp.take_along_axis(text, jnp.clip(in_text, 0, s - 1)[None, None], axis=-1)
     joined = jnp.where(
@@ -52,7 +279,7 @@ def join(
         pieces,
     )
     if h:
-        joined = jnp.where(in_text < 0, head[jnp.clip(place, 0, h - 1)], joined)
+        joined = jnp.where(in_text < 0, head[jnp.clip(index, 0, h - 1)], joined)
     return joined, text_lengths + h + e
 
 
@@ -61,183 +288,7 @@ def shared_prefix(prefix: KV, shared_length: jax.Array) -> KV:
 
     Args:
       prefix: keys and values of the rollout's prompts.
-      shared_length: int32[B], how many leading tokens the consistency question has in common.
+      shared_length: int32[B], leading tokens that a question with the image has in common.
     """
     common = jnp.arange(prefix.mask.shape[1]) < shared_length[:, None]
     return prefix._replace(mask=prefix.mask & common)
-
-
-def ask_consistency(
-    config: Config,
-    params: dict,
-    prefix: KV,
-    shared_length: jax.Array,
-    shared_position: jax.Array,
-    head: jax.Array,
-    tail: jax.Array,
-    text: jax.Array,
-    text_lengths: jax.Array,
-    key: jax.Array,
-    row: jax.Array,
-    rule: SamplingRule,
-    *,
-    banned: jax.Array,
-    dtype: jnp.dtype = jnp.float32,
-) -> Samples:
-    """Asks, with the image, whether each text describes it.
-
-    Args:
-      config, params: the policy.
-      prefix: keys and values of the rollout's prompts.
-      shared_length: int32[B], tokens of the prefix up to and with the image.
-      shared_position: int32[B], the rope position that follows them.
-      head, tail: int32[H], int32[E], the question around the text.
-      text: int32[B, G, S], s1 of each response, right padded.
-      text_lengths: int32[B, G].
-      key: PRNG key.
-      row: int32[B], which prompts of the step these are, for the noise.
-      rule: how the reply is sampled.
-      banned: bool[V].
-      dtype: compute type of the layers.
-
-    Returns:
-      The replies.
-    """
-    question = _consistency_question(
-        prefix, shared_length, shared_position, head, tail, text, text_lengths
-    )
-    noise = _noise(key, row, text.shape[1])
-    return generate(config, params, *question, noise, rule, banned=banned, dtype=dtype)
-
-
-def judge_consistency(
-    config: Config,
-    params: dict,
-    prefix: KV,
-    shared_length: jax.Array,
-    shared_position: jax.Array,
-    head: jax.Array,
-    tail: jax.Array,
-    text: jax.Array,
-    text_lengths: jax.Array,
-    candidates: Candidates,
-    *,
-    banned: jax.Array,
-    dtype: jnp.dtype = jnp.float32,
-) -> jax.Array:
-    """Returns how likely yes is beside no, float32[B, G], without sampling a reply.
-
-    Args:
-      candidates: spellings of yes (meaning 0) and of no (1).
-      config, params, prefix, shared_length, shared_position, head, tail, text, text_lengths,
-        banned, dtype: as in `ask_consistency`.
-    """
-    question = _consistency_question(
-        prefix, shared_length, shared_position, head, tail, text, text_lengths
-    )
-    return probabilities(
-        config, params, *question, candidates, meanings=2, banned=banned, dtype=dtype
-    )[..., 0]
-
-
-def _consistency_question(
-    prefix: KV,
-    shared_length: jax.Array,
-    shared_position: jax.Array,
-    head: jax.Array,
-    tail: jax.Array,
-    text: jax.Array,
-    text_lengths: jax.Array,
-) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
-    tokens, lengths = join(head, text, text_lengths, tail)
-    position = jnp.broadcast_to(shared_position[:, None], lengths.shape)
-    return shared_prefix(prefix, shared_length), tokens, lengths, position
-
-
-def ask_coherence(
-    config: Config,
-    params: dict,
-    head: jax.Array,
-    tail: jax.Array,
-    text: jax.Array,
-    text_lengths: jax.Array,
-    key: jax.Array,
-    row: jax.Array,
-    rule: SamplingRule,
-    *,
-    banned: jax.Array,
-    dtype: jnp.dtype = jnp.float32,
-) -> Samples:
-    """Asks, from the text alone, which of the labels describes it best.
-
-    Args:
-      config, params: the policy.
-      head: int32[H], H at least 1, the question up to the text; computed once for the whole batch.
-      tail: int32[E], the question after the text.
-      text: int32[B, G, S], s1..s2 of each response, right padded.
-      text_lengths: int32[B, G].
-      key, row, rule, banned, dtype: as in `ask_consistency`.
-
-    Returns:
-      The replies, [B, G, …].
-    """
-    question = _coherence_question(config, params, head, tail, text, text_lengths, dtype)
-    noise = _noise(key, row, text.shape[1])
-    return generate(config, params, *question, noise, rule, banned=banned, dtype=dtype)
-
-
-def judge_coherence(
-    config: Config,
-    params: dict,
-    head: jax.Array,
-    tail: jax.Array,
-    text: jax.Array,
-    text_lengths: jax.Array,
-    candidates: Candidates,
-    *,
-    meanings: int,
-    banned: jax.Array,
-    dtype: jnp.dtype = jnp.float32,
-) -> jax.Array:
-    """Returns how likely each label is among all, float32[B, G, K], without sampling a reply.
-
-    Args:
-      candidates: spellings of each label; the meaning is the label's index.
-      meanings: K.
-      config, params, head, tail, text, text_lengths, banned, dtype: as in `ask_coherence`.
-    """
-    question = _coherence_question(config, params, head, tail, text, text_lengths, dtype)
-    return probabilities(
-        config, params, *question, candidates, meanings=meanings, banned=banned, dtype=dtype
-    )
-
-
-def _noise(key: jax.Array, row: jax.Array, responses: int) -> Callable[[jax.Array], jax.Array]:
-    return lambda t: sampling.noise(key, row[:, None], jnp.arange(responses), t)
-
-
-def _coherence_question(
-    config: Config,
-    params: dict,
-    head: jax.Array,
-    tail: jax.Array,
-    text: jax.Array,
-    text_lengths: jax.Array,
-    dtype: jnp.dtype,
-) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
-    """The head is read once; a copy of its keys for each prompt keeps groups on their devices."""
-    b, _, _ = text.shape
-    h = head.shape[0]
-    prompt = Prompt(
-        tokens=head[None],
-        positions=jnp.broadcast_to(jnp.arange(h)[None, :, None], (1, h, 3)),
-        mask=jnp.ones((1, h), bool),
-        image_slots=jnp.full((1, h), -1),
-    )
-    _, prefix = model.forward_prompt(config, params, prompt, None, dtype=dtype)
-    copies = KV(*(
-        shard_rows(axis, jnp.repeat(x, b, axis))
-        for axis, x in zip((1, 1, 0), prefix, strict=True)
-    ))  # fmt: skip
-    tokens, lengths = join(jnp.zeros((0,), jnp.int32), text, text_lengths, tail)
-    return copies, tokens, lengths, jnp.full(lengths.shape, h)

@@ -1,4 +1,4 @@
-"""Sampling one token: temperature, top-p, banned ids, and the log-probability that training needs.
+"""Sampling one token: temperature, top-p, suppressed tokens, and its log-probability.
 
 Deviations, numbered:
  1. A token is drawn by inverting the cumulative distribution with one uniform number per row, not
@@ -9,6 +9,7 @@ Deviations, numbered:
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,32 @@ NEG_INF = -1e30
 """A finite stand-in for minus infinity, so that gradients and differences stay finite."""
 
 
-def allowed_log_softmax(logits: jax.Array, temperature: float, banned: jax.Array) -> jax.Array:
+class Sampling(NamedTuple):
+    """Settings of the sampler; hashable, so that they can be a static argument.
+
+    Attributes:
+      max_tokens: T, at most so many tokens are generated.
+      temperature: 0 is greedy.
+      top_p: in (0, 1].
+      stop: ids that end a response.
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    stop: tuple[int, ...]
+
+
+def allowed_log_softmax(logits: jax.Array, temperature: float, suppressed: jax.Array) -> jax.Array:
     """Returns float32[..., V]: log-probabilities of the tempered distribution over allowed ids.
 
     Args:
       logits: float32[..., V].
       temperature: over 0; 0 (greedy) reads as 1, so that greedy replies have log-probabilities.
-      banned: bool[V], ids that can never be sampled.
+      suppressed: bool[V], ids that can never be sampled.
     """
     tempered = logits.astype(jnp.float32) / (temperature or 1.0)
-    return jax.nn.log_softmax(jnp.where(banned, NEG_INF, tempered), axis=-1)
+    return jax.nn.log_softmax(jnp.where(suppressed, NEG_INF, tempered), axis=-1)
 
 
 def top_p_filter(logprobs: jax.Array, top_p: float) -> jax.Array:
@@ -48,16 +65,16 @@ def top_p_filter(logprobs: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(probs >= threshold, probs, 0.0)
 
 
-def noise(key: jax.Array, row: jax.Array, response: jax.Array, place: jax.Array) -> jax.Array:
+def noise(key: jax.Array, row: jax.Array, response: jax.Array, position: jax.Array) -> jax.Array:
     """Returns float32[...] in [0, 1): a number for one token of one response to one prompt.
 
     It depends on nothing else, so not on what else is sampled at the same time.
 
     Args:
       key: a PRNG key.
-      row, response, place: int32, broadcast together: which prompt, response to it, and token.
+      row, response, position: int32, broadcast together: indices of prompt, response and token.
     """
-    numbers = jnp.broadcast_arrays(row, response, place)
+    numbers = jnp.broadcast_arrays(row, response, position)
 
     def one(*numbers: jax.Array) -> jax.Array:
         return jax.random.uniform(functools.reduce(jax.random.fold_in, numbers, key))
@@ -85,21 +102,20 @@ def invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def sample(
-    logits: jax.Array, uniform: jax.Array, *, temperature: float, top_p: float, banned: jax.Array
+    logits: jax.Array, uniform: jax.Array, sampling: Sampling, suppressed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sampled ids int32[...] and their log-probabilities float32[...].
 
     Args:
       logits: float[..., V].
       uniform: float32[...] in [0, 1), which decides (`noise`).
-      temperature: 0 takes the most probable id.
-      top_p: in (0, 1].
-      banned: bool[V].
+      sampling: temperature, of which 0 takes the most probable id, and top-p.
+      suppressed: bool[V], ids that can never be sampled.
     """
-    logprobs = allowed_log_softmax(logits, temperature, banned)
-    if temperature == 0:
+    logprobs = allowed_log_softmax(logits, sampling.temperature, suppressed)
+    if sampling.temperature == 0:
         tokens = jnp.argmax(logprobs, axis=-1).astype(jnp.int32)
     else:
-        tokens = invert(top_p_filter(logprobs, top_p), uniform)
+        tokens = invert(top_p_filter(logprobs, sampling.top_p), uniform)
     chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
     return tokens, chosen

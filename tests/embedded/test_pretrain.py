@@ -10,7 +10,7 @@ import tiny
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.pretrain import Frame, Lesson, Size
 from emor3_jax.models.qwen2_5_vl import layout, model
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.types import Images, Prompt
 
 CONFIG = tiny.make_config()
 PARAMS = model.init_params(CONFIG, jax.random.key(0))

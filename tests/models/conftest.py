@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from emor3_jax.models.qwen2_5_vl import layout, model, rope
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.models.qwen2_5_vl.shapes import Config
+from emor3_jax.types import Images, Prompt
 
 SPECIAL_IDS = {
     "video_token_id": 71,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax.models.qwen2_5_vl.attention import Own, Shared, attend
+from emor3_jax.models.attention import Own, Shared, attend
 from emor3_jax.parallel.mesh import make_mesh
 
 rng = np.random.default_rng(0)

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError
+from emor3_jax.models.qwen2_5_vl.shapes import Config, ConfigError
 from emor3_jax.models.qwen2_5_vl.published import published
-from emor3_jax.models.qwen2_5_vl.weights import count_params, param_shapes, parameter_overview
+from emor3_jax.models.weights import count_params, param_shapes, parameter_overview
 
 HUB_3B = {
     "model_type": "qwen2_5_vl",

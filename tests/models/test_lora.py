@@ -8,7 +8,7 @@ import tiny
 
 from emor3_jax.models.lora import Lora, LoraError, init_adapters, modules
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.types import Images, Prompt
 
 CONFIG = tiny.make_config()
 NAMES = ("q_proj", "down_proj", "visual/qkv", "visual/mlp_2")

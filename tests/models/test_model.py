@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from emor3_jax.models.qwen2_5_vl import attention, attention_kernels, layout, model
-from emor3_jax.models.qwen2_5_vl.inputs import Prompt
+from emor3_jax.types import Prompt
 
 B, G, S = 2, 2, 4
 

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from emor3_jax import models  # noqa: E402
 from emor3_jax.models.qwen2_5_vl import model, naming, weights  # noqa: E402
-from emor3_jax.models.qwen2_5_vl.config import Config  # noqa: E402
+from emor3_jax.models.qwen2_5_vl.shapes import Config  # noqa: E402
 from emor3_jax.rollout import engine  # noqa: E402
 from emor3_jax.rollout.generate import SamplingRule  # noqa: E402
 

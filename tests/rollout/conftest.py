@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
+from emor3_jax.models.cache import KV
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
+from emor3_jax.models.qwen2_5_vl.shapes import Config
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Finished, Opening, Plan
-from emor3_jax.rollout.generate import Samples, SamplingRule
+from emor3_jax.rollout.generate import SamplingRule
 from emor3_jax.rollout.score import score_responses
+from emor3_jax.types import Images, Prompt, Samples
 
 STOP, BANNED = 7, (70, 71, 72, 73)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.models.qwen2_5_vl.inputs import Cache
+from emor3_jax.models.cache import Cache
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Plan
 from emor3_jax.rollout.generate import SamplingRule

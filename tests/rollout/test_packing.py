@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from emor3_jax.rollout.packing import pack, plan, unpack
+from emor3_jax.learner.packing import pack, plan, unpack
 
 
 def test_a_plan_by_hand():

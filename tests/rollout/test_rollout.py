@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.inputs import Prompt
 from emor3_jax.rollout.generate import SamplingRule, generate
+from emor3_jax.types import Prompt
 
 T = 10
 

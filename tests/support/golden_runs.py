@@ -31,6 +31,7 @@ if __name__ == "__main__":
 import tiny_run  # noqa: E402
 
 from emor3_jax import sft, train  # noqa: E402
+from emor3_jax.config import reward_term  # noqa: E402
 from emor3_jax.models import load  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden" / "runs.json"
@@ -70,6 +71,7 @@ def adaptive_kl(config: ConfigDict) -> None:
 
 def refill(config: ConfigDict) -> None:
     """Continuous batching, reflection probabilities, recomputed logprobs, an averaged reference."""
+    config.profile = "release"
     config.rollout.slots, config.rollout.refill, config.rollout.block = 2, 1, 4
     config.reflect.soft = True
     config.policy_update.old_logprobs = "recompute"
@@ -89,6 +91,15 @@ RUNS: dict[str, tuple[Callable, Callable[[ConfigDict], None]]] = {
     "refill": (train.train, refill),
 }
 """Name → program, and the changes to the config of `tiny_run`."""
+
+
+def make_config(folder: Path) -> ConfigDict:
+    """Returns the config of `tiny_run` with custom reward terms that tell responses apart."""
+    config = tiny_run.make_config(folder)
+    config.reward.terms.brief = reward_term(weight=-0.2, pattern=r"^.{0,20}$")
+    config.reward.terms.length = reward_term(weight=0.5, function="tiny_run:share_of_length")
+    config.reward.terms.letters = reward_term(weight=0.02, text="tiny_run:letters")
+    return config
 
 
 def machine() -> str:
@@ -129,12 +140,12 @@ def run_all(folder: Path) -> dict[str, Any]:
     tiny_run.make_folder(folder)
     found: dict[str, Any] = {}
     for name, (program, change) in RUNS.items():
-        config = tiny_run.make_config(folder)
+        config = make_config(folder)
         change(config)
         program(config, folder / name)
         found[name] = digest(folder / name) | {"last": metrics_of(folder / name)[-1]}
     # From the checkpoint of step 3 on, as after a stop.
-    config, resumed = tiny_run.make_config(folder), folder / "resumed"
+    config, resumed = make_config(folder), folder / "resumed"
     emor3(config)
     shutil.copytree(folder / "emor3", resumed)
     shutil.rmtree(resumed / "policy")

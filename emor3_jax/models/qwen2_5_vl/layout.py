@@ -10,13 +10,17 @@ Deviations, numbered:
     and static shapes.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from emor3_jax.models.qwen2_5_vl.config import VisionConfig
-from emor3_jax.models.qwen2_5_vl.inputs import Images
+from emor3_jax.models.processor import Encoded
+from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
+from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes, Qwen25VLVisionShapes
+from emor3_jax.types import Images
 
 
 class WindowLayout(NamedTuple):
@@ -35,31 +39,33 @@ class WindowLayout(NamedTuple):
     slot_of_token: np.ndarray
 
 
-def count_windows(grid: Sequence[int], config: VisionConfig) -> int:
+def count_windows(grid: Sequence[int], shapes: Qwen25VLVisionShapes) -> int:
     """Returns `W`, the attention windows of an image.
 
     Args:
       grid: (1, rows, columns) in patches.
-      config: for the window's size.
+      shapes: for the window's size.
     """
     _, rows, columns = grid
-    span = config.window_side * config.spatial_merge_size
+    span = shapes.window_side * shapes.spatial_merge_size
     return -(-int(rows) // span) * -(-int(columns) // span)
 
 
-def window_layout(patches: np.ndarray, grid: Sequence[int], config: VisionConfig) -> WindowLayout:
+def window_layout(
+    patches: np.ndarray, grid: Sequence[int], shapes: Qwen25VLVisionShapes
+) -> WindowLayout:
     """Groups the patches of one image by attention window.
 
     Args:
       patches: float32[N, C] in the order of transformers' image processor.
       grid: (1, rows, columns) in patches, N = rows * columns.
-      config: for the sizes of window and merge.
+      shapes: for the sizes of window and merge.
 
     Raises:
       ValueError: if the grid is a video's, does not merge evenly, or does not hold N patches.
     """
     frames, rows, columns = (int(x) for x in grid)
-    merge, unit, side = config.spatial_merge_size, config.merge_unit, config.window_side
+    merge, unit, side = shapes.spatial_merge_size, shapes.merge_unit, shapes.window_side
     if frames != 1:
         raise ValueError(f"grid {(frames, rows, columns)}: only still images are supported")
     if rows % merge or columns % merge or rows * columns != len(patches):
@@ -73,7 +79,7 @@ def window_layout(patches: np.ndarray, grid: Sequence[int], config: VisionConfig
     window = row // side * windows_across + column // side
     slot = (window * side**2 + row % side * side + column % side).astype(np.int32)
 
-    w = count_windows(grid, config)
+    w = count_windows(grid, shapes)
     out = np.zeros((w * side**2, unit, patches.shape[-1]), np.float32)
     out[slot] = patches.reshape(-1, unit, patches.shape[-1])
     inner_row, inner_column = np.divmod(np.arange(unit), merge)
@@ -82,7 +88,7 @@ def window_layout(patches: np.ndarray, grid: Sequence[int], config: VisionConfig
     coords[slot, :, 1] = column[:, None] * merge + inner_column
     mask = np.zeros((w * side**2, unit), bool)
     mask[slot] = True
-    size = config.window_patches
+    size = shapes.window_patches
     return WindowLayout(
         out.reshape(w, size, -1), coords.reshape(w, size, 2), mask.reshape(w, size), slot
     )
@@ -113,3 +119,47 @@ def pad_images(layouts: Sequence[WindowLayout], windows: int) -> Images:
         coords=stack([layout.coords for layout in layouts]),
         mask=stack([layout.mask for layout in layouts]),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25VLLayout:
+    """The family's `models.processor.ImageLayout`.
+
+    Attributes:
+      shapes: of the policy.
+    """
+
+    shapes: Qwen25VLShapes
+
+    def bucket(self, grid: Sequence[int]) -> int:
+        """Returns the attention windows of an image of this grid."""
+        return count_windows(grid, self.shapes.vision)
+
+    def slots(self, bucket: int) -> int:
+        """Returns the merged slots of an image of so many windows."""
+        return bucket * self.shapes.vision.window_patches // self.shapes.merge_unit
+
+    def arrange(self, patches: np.ndarray, grid: Sequence[int]) -> Encoded:
+        """Groups the patches of one image by attention window."""
+        image = window_layout(patches, grid, self.shapes.vision)
+        return Encoded(image, tuple(grid), image.slot_of_token, len(image.mask))
+
+    def collate(self, images: Sequence[WindowLayout], bucket: int) -> Images:
+        """Pads images to the same number of windows, one image a prompt."""
+        return Images(*(x[:, None] for x in pad_images(images, bucket)))
+
+    def positions(
+        self, tokens: np.ndarray, grids: Sequence[Sequence[int]]
+    ) -> tuple[np.ndarray, int]:
+        """Returns the rope positions, as transformers' `get_rope_index`."""
+        return prompt_positions(tokens, grids, self.shapes)
+
+    def abstract_images(self, prompts: int, bucket: int) -> Images:
+        """Returns the shapes of a batch of images."""
+        vision = self.shapes.vision
+        shape = (prompts, 1, bucket, vision.window_patches)
+        return Images(
+            jax.ShapeDtypeStruct((*shape, vision.patch_dim), np.float32),
+            jax.ShapeDtypeStruct((*shape, 2), np.int32),
+            jax.ShapeDtypeStruct(shape, bool),
+        )

@@ -3,7 +3,7 @@
 As in the `config.json` of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct.
 """
 
-from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError, VisionConfig
+from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes, Qwen25VLVisionShapes
 
 # hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size, tied, vision's intermediate.
 _SHAPES = {
@@ -14,20 +14,10 @@ _SHAPES = {
 }
 
 
-def published(size: str) -> Config:
-    """Returns the shapes of a published policy.
-
-    Args:
-      size: "3B", "7B", "32B" or "72B".
-
-    Raises:
-      ConfigError: if there is no such policy.
-    """
-    if size not in _SHAPES:
-        raise ConfigError(f"size={size!r}: must be one of {', '.join(_SHAPES)}")
+def _published(size: str) -> Qwen25VLShapes:
     width, hidden, layers, heads, kv_heads, vocabulary, tied, vision_hidden = _SHAPES[size]
-    return Config(
-        vision=VisionConfig(
+    return Qwen25VLShapes(
+        vision=Qwen25VLVisionShapes(
             depth=32,
             hidden_size=1280,
             intermediate_size=vision_hidden,
@@ -48,3 +38,7 @@ def published(size: str) -> Config:
         head_dim=width // heads,
         tie_word_embeddings=tied,
     )
+
+
+PUBLISHED = {f"Qwen/Qwen2.5-VL-{size}-Instruct": _published(size) for size in _SHAPES}
+"""Id on the hub → shapes."""

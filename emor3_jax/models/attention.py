@@ -79,7 +79,7 @@ def attend(q: jax.Array, sources: list[Shared | Own], backend: str = "xla") -> j
     cached = any(isinstance(source, Own) for source in earlier)
     if backend == "xla" or q.shape[2] < _FEW or cached or own.segments is not None:
         return _attend_xla(q, sources)
-    from emor3_jax.models.qwen2_5_vl import attention_kernels as kernels
+    from emor3_jax.models import attention_kernels as kernels
 
     prefix = earlier[0] if earlier else None
     if backend == "cudnn":

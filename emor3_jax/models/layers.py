@@ -4,7 +4,7 @@ In bfloat16 each layer rounds its result once: products are summed, biases added
 computed in float32.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -59,6 +59,46 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 Remat = Literal["none", "layers", "activations"]
+
+
+class Compute(NamedTuple):
+    """Settings of a policy's arithmetic; hashable.
+
+    Attributes:
+      dtype: type of the layers' arithmetic.
+      attention: back end, see `attention.attend`.
+      remat: recomputed in the backward pass, see `rematerialised`.
+    """
+
+    dtype: Dtype = jnp.float32
+    attention: str = "xla"
+    remat: Remat = "none"
+
+
+DEFAULT = Compute()
+"""float32 on any platform."""
+
+
+class Group(NamedTuple):
+    """How a prompt and its continuations lie in one row: P tokens, then G times S.
+
+    Attributes:
+      prompt: P.
+      count: G.
+    """
+
+    prompt: int
+    count: int
+
+    def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns [B, 1, P, …] and [B, G, S, …] of [B, 1, P + G * S, …]."""
+        rest = x[:, 0, self.prompt :]
+        return x[:, :, : self.prompt], rest.reshape(len(x), self.count, -1, *x.shape[3:])
+
+    def join(self, prompt: jax.Array, rest: jax.Array) -> jax.Array:
+        """Returns what `split` splits."""
+        return jnp.concatenate([prompt, rest.reshape(len(rest), 1, -1, *rest.shape[3:])], axis=2)
+
 
 _PRODUCT = "product"
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emor3_jax.models.attention import Own, attend, slots_last
+from emor3_jax.models.layers import DEFAULT, Compute, Dense, Dtype, Mlp, RMSNorm, rematerialised
 from emor3_jax.models.qwen2_5_vl import rope
-from emor3_jax.models.qwen2_5_vl.attention import Own, attend, slots_last
-from emor3_jax.models.qwen2_5_vl.config import VisionConfig
-from emor3_jax.models.qwen2_5_vl.inputs import Images
-from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, Remat, RMSNorm, rematerialised
+from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLVisionShapes
 from emor3_jax.parallel.mesh import keep_rows
+from emor3_jax.types import Images
 
 _EPS = 1e-6
 
@@ -31,14 +31,12 @@ class VisionAttention(nn.Module):
     """Attention of one layer, inside windows or over the image.
 
     Attributes:
-      config: the tower's shapes.
-      dtype: compute type.
-      attention: back end, see `attention.attend`.
+      shapes: the tower's shapes.
+      compute: settings of the arithmetic.
     """
 
-    config: VisionConfig
-    dtype: Dtype
-    attention: str
+    shapes: Qwen25VLVisionShapes
+    compute: Compute
 
     @nn.compact
     def __call__(
@@ -55,8 +53,8 @@ class VisionAttention(nn.Module):
         Returns:
           float[I, W, L, C].
         """
-        c = self.config
-        qkv = Dense(3 * c.hidden_size, dtype=self.dtype, name="qkv")(x)
+        c = self.shapes
+        qkv = Dense(3 * c.hidden_size, dtype=self.compute.dtype, name="qkv")(x)
         q, k, v = _split(qkv, c.num_heads)
         q = rope.rotate(q, *table, scale=c.head_dim**-0.5)
         k = rope.rotate(k, *table)
@@ -65,7 +63,7 @@ class VisionAttention(nn.Module):
         # be kept too, and over a whole image they are the largest arrays of the tower.
         @jax.checkpoint
         def windowed(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-            return attend(q, [Own(*slots_last(k, v), mask)], self.attention)
+            return attend(q, [Own(*slots_last(k, v), mask)], self.compute.attention)
 
         @jax.checkpoint
         def whole(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -77,21 +75,19 @@ class VisionAttention(nn.Module):
         else:
             out = jax.lax.cond(full, whole, windowed, q, k, v, mask)
         out = out.reshape(x.shape)
-        return Dense(c.hidden_size, dtype=self.dtype, name="proj")(out)
+        return Dense(c.hidden_size, dtype=self.compute.dtype, name="proj")(out)
 
 
 class VisionBlock(nn.Module):
     """One layer of the tower.
 
     Attributes:
-      config: the tower's shapes.
-      dtype: compute type.
-      attention: back end, see `attention.attend`.
+      shapes: the tower's shapes.
+      compute: settings of the arithmetic.
     """
 
-    config: VisionConfig
-    dtype: Dtype
-    attention: str
+    shapes: Qwen25VLVisionShapes
+    compute: Compute
 
     @nn.compact
     def __call__(
@@ -99,11 +95,11 @@ class VisionBlock(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Applies the layer; arguments as of `VisionAttention`."""
         x = keep_rows(x)
-        normed = RMSNorm(_EPS, self.dtype, name="norm1")(x)
-        attention = VisionAttention(self.config, self.dtype, self.attention, name="attn")
+        normed = RMSNorm(_EPS, self.compute.dtype, name="norm1")(x)
+        attention = VisionAttention(self.shapes, self.compute, name="attn")
         x = x + attention(normed, full, table, mask)
-        normed = RMSNorm(_EPS, self.dtype, name="norm2")(x)
-        x = x + Mlp(self.config.intermediate_size, True, self.dtype, name="mlp")(normed)
+        normed = RMSNorm(_EPS, self.compute.dtype, name="norm2")(x)
+        x = x + Mlp(self.shapes.intermediate_size, True, self.compute.dtype, name="mlp")(normed)
         return keep_rows(x), None
 
 
@@ -111,17 +107,17 @@ class Merger(nn.Module):
     """Joins the m * m patches of a slot into one vector of the decoder's width.
 
     Attributes:
-      config: the tower's shapes.
+      shapes: the tower's shapes.
       dtype: compute type.
     """
 
-    config: VisionConfig
+    shapes: Qwen25VLVisionShapes
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[I, W, L, C] to float[I, W * L / m**2, D]."""
-        c = self.config
+        c = self.shapes
         width = c.hidden_size * c.merge_unit
         x = RMSNorm(_EPS, self.dtype, name="ln_q")(x).reshape(x.shape[0], -1, width)
         x = Dense(width, dtype=self.dtype, name="mlp_0")(x).astype(jnp.float32)
@@ -133,24 +129,22 @@ class VisionTower(nn.Module):
     """Images in, one feature for each merged slot out.
 
     Attributes:
-      config: the tower's shapes.
-      dtype: compute type.
-      remat: what the backward pass recomputes, see `layers.rematerialised`.
-      attention: back end, see `attention.attend`.
+      shapes: the tower's shapes.
+      compute: settings of the arithmetic.
     """
 
-    config: VisionConfig
-    dtype: Dtype = jnp.float32
-    remat: Remat = "none"
-    attention: str = "xla"
+    shapes: Qwen25VLVisionShapes
+    compute: Compute = DEFAULT
 
     @nn.compact
     def __call__(self, images: Images) -> jax.Array:
-        """Returns float[I, W * L / m**2, D]; slots of padding hold meaningless numbers."""
-        c = self.config
-        embed = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed")
+        """Returns float[B, I * W * L / m**2, D]; slots of padding are undefined."""
+        c, prompts = self.shapes, len(images.mask)
+        # The tower knows no prompts: it works on [B * I] images.
+        images = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), images)
+        embed = Dense(c.hidden_size, use_bias=False, dtype=self.compute.dtype, name="patch_embed")
         full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
-        block = rematerialised(VisionBlock, self.remat)
+        block = rematerialised(VisionBlock, self.compute.remat)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -158,10 +152,11 @@ class VisionTower(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
         )
-        x, _ = stack(c, self.dtype, self.attention, name="blocks")(
-            keep_rows(embed(jnp.asarray(images.patches))),
+        x, _ = stack(c, self.compute, name="blocks")(
+            keep_rows(embed(images.patches)),
             jnp.asarray(full),
             rope.vision_table(images.coords, c),
             images.mask,
         )
-        return keep_rows(Merger(c, self.dtype, name="merger")(x))
+        features = keep_rows(Merger(c, self.compute.dtype, name="merger")(x))
+        return features.reshape(prompts, -1, features.shape[-1])

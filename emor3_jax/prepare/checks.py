@@ -1,6 +1,5 @@
 """What may be chosen in a config, and what goes together: checked before any compile."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +8,11 @@ from ml_collections import ConfigDict
 from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.models import is_hub_id
+from emor3_jax.models.attention import BACKENDS
 from emor3_jax.models.lora import TOWER
-from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
 from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rl.kl import ESTIMATES
-from emor3_jax.rl.losses import MEANS, RATIOS
+from emor3_jax.rl.losses import MEANS, SURROGATES
 
 
 def validate(config: ConfigDict) -> None:
@@ -151,7 +150,7 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     update, responses = config.policy_update, config.rollout.responses
     choices = {
         "policy_update.advantage": (update.advantage, tuple(ESTIMATORS)),
-        "policy_update.ratio": (update.ratio, RATIOS),
+        "policy_update.ratio": (update.ratio, tuple(SURROGATES)),
         "policy_update.mean": (update.mean, MEANS),
         "policy_update.kl": (update.kl, (*ESTIMATES, "off")),
         "policy_update.kl_place": (update.kl_place, ("loss", "reward")),
@@ -168,27 +167,9 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
         f"compares the responses of a group and needs at least {least}, but rollout.responses="
         f"{responses}; raise it, or take 'reinforce_pp' or 'remax'",
     )
-    of_response = update.ratio != "token"
-    need(
-        not of_response or update.mean == "seq",
-        "policy_update.ratio",
-        f"is one ratio for all tokens of a response, which policy_update.mean={update.mean!r} "
-        "would weigh by its length; set the mean to 'seq', or the ratio to 'token'",
-    )
-    need(
-        update.ratio != "sequence" or max(update.clip_low, update.clip_high) <= 0.1,
-        "policy_update.ratio",
-        "is a mean over tokens, close to 1, which the range of single tokens "
-        f"policy_update.clip_low={update.clip_low}, policy_update.clip_high={update.clip_high} "
-        "would never clip; set both to at most 0.1 (the paper's are 3e-4 and 4e-4)",
-    )
-    need(
-        update.ratio != "group" or (update.clip_low == 1 and update.clip_high == math.inf),
-        "policy_update.ratio",
-        "is not 1 where policies are equal, so that policy_update.clip_low="
-        f"{update.clip_low}, policy_update.clip_high={update.clip_high} would clip at once; set "
-        "them to 1 and inf",
-    )
+    surrogate = SURROGATES[update.ratio](update.clip_low, update.clip_high, update.clip_dual)
+    conflict = surrogate.conflict(update.mean)
+    need(conflict is None, "policy_update.ratio", conflict or "")
     need(update.kl_coef >= 0, "policy_update.kl_coef", "must be 0 or more")
     need(update.kl_target >= 0, "policy_update.kl_target", "must be 0 or more")
     need(update.kl_horizon > 0, "policy_update.kl_horizon", "must be over 0")

@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec as P
 
-from emor3_jax.models.qwen2_5_vl.attention import Own, Shared
+from emor3_jax.models.attention import Own, Shared
 
 _LANES = 128
 """Splash attention wants lengths and widths in multiples of this."""

@@ -16,14 +16,16 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
-from emor3_jax.models.qwen2_5_vl.inputs import Array
+from emor3_jax.models.errors import ImageError, ProcessorError
+from emor3_jax.types import Array, Images
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _MAX_ASPECT_RATIO = 200
@@ -31,14 +33,6 @@ _MAX_ASPECT_RATIO = 200
 _PROCESSOR_FILE = "processor_config.json"
 # Where older folders keep the chat template.
 _CHAT_TEMPLATE_FILE = "chat_template.json"
-
-
-class ProcessorError(ValueError):
-    """Settings of an image processor that are missing or not implemented."""
-
-
-class ImageError(ValueError):
-    """A picture that cannot be decoded or resized."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,31 +169,109 @@ class ImageSettings:
         return frames.reshape(*batch, rows * columns * merge**2, -1)
 
 
+class Encoded(NamedTuple):
+    """One image as a policy reads it.
+
+    Attributes:
+      image: host arrays, as the family lays them out.
+      grid: (1, rows, columns) in patches.
+      slots: int32[n], merged slot of each image token, in reading order.
+      bucket: size to pad to at least, in windows.
+    """
+
+    image: Any
+    grid: tuple[int, int, int]
+    slots: np.ndarray
+    bucket: int
+
+
+class ImageLayout(Protocol):
+    """A family's layout of images and positions, bound to the shapes of a policy.
+
+    Attributes:
+      shapes: of the policy.
+    """
+
+    shapes: Any
+
+    def bucket(self, grid: Sequence[int]) -> int:
+        """Returns the size of an image of this grid, in windows."""
+
+    def slots(self, bucket: int) -> int:
+        """Returns the merged slots of an image that is padded to a bucket."""
+
+    def arrange(self, patches: np.ndarray, grid: Sequence[int]) -> Encoded:
+        """Lays out the patches of one image.
+
+        Args:
+          patches: float32[N, C] as `Processor.patches` returns them.
+          grid: (1, rows, columns) in patches.
+
+        Raises:
+          ValueError: if the grid is a video's, does not merge evenly, or does not hold N patches.
+        """
+
+    def collate(self, images: Sequence[Any], bucket: int) -> Images:
+        """Pads `Encoded.image`s to one size and stacks them, one image a prompt."""
+
+    def positions(
+        self, tokens: np.ndarray, grids: Sequence[Sequence[int]]
+    ) -> tuple[np.ndarray, int]:
+        """Returns rope positions of an unpadded prompt, int32[n, 3], and the next position."""
+
+    def abstract_images(self, prompts: int, bucket: int) -> Images:
+        """Returns the shapes of `collate` as `jax.ShapeDtypeStruct`s."""
+
+
 class Processor:
-    """Reads text and pictures for a policy.
+    """Reads text and images for a policy.
 
     Attributes:
       tokenizer: a byte-level BPE tokenizer with a chat template.
-      images: how a picture becomes patches.
+      images: settings of the image processor.
+      layout: of images and positions.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, images: ImageSettings | None = None
+        self, tokenizer: PreTrainedTokenizerBase, images: ImageSettings, layout: ImageLayout
     ) -> None:
-        """Joins a tokenizer and image settings, by default those of Qwen2.5-VL."""
-        self.tokenizer = tokenizer
-        self.images = images or ImageSettings()
+        """Joins a tokenizer, image settings and a layout."""
+        self.tokenizer, self.images, self.layout = tokenizer, images, layout
         values = (np.arange(256, dtype=np.float64) * self.images.scale).astype(np.float32)
         mean, std = (np.asarray(x, np.float32) for x in (self.images.mean, self.images.std))
         # float32[channel, byte]
         self._table = (values - mean[:, None]) / std[:, None]
 
+    def with_pixels(self, least: int, most: int) -> "Processor":
+        """Returns a processor that scales images to have between so many pixels."""
+        images = dataclasses.replace(self.images, min_pixels=least, max_pixels=most)
+        return Processor(self.tokenizer, images, self.layout)
+
+    def encode(self, image: bytes | Image.Image) -> Encoded:
+        """Returns an image as the policy reads it; raises ImageError."""
+        return self.layout.arrange(*self.patches(image))
+
+    def read_sizes(self, height: int, width: int) -> tuple[tuple[int, int], int, int]:
+        """Returns the scaled (height, width), the image tokens and the bucket of an image.
+
+        Args:
+          height, width: of the image in pixels.
+
+        Raises:
+          ImageError: if it is too thin.
+        """
+        size = self.images.smart_resize(height, width)
+        rows, columns = (side // self.images.patch_size for side in size)
+        tokens = rows * columns // self.images.merge_size**2
+        return size, tokens, self.layout.bucket((1, rows, columns))
+
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Processor":
+    def from_folder(cls, folder: str | Path, layout: ImageLayout) -> "Processor":
         """Reads tokenizer and image settings from a folder in Hugging Face's format.
 
         Args:
           folder: with tokenizer files and `preprocessor_config.json`.
+          layout: of the policy's images.
 
         Raises:
           FileNotFoundError: if the image settings are missing.
@@ -219,7 +291,7 @@ class Processor:
             data = json.loads((folder / _PROCESSOR_FILE).read_text()).get("image_processor", {})
         else:
             raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
-        return cls(tokenizer, ImageSettings.from_hf(data))
+        return cls(tokenizer, ImageSettings.from_hf(data), layout)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer files and `preprocessor_config.json`, which transformers reads."""

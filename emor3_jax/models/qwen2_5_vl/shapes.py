@@ -8,13 +8,11 @@ Deviations, numbered:
 import dataclasses
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A `config.json` that this implementation cannot run."""
+from emor3_jax.models.errors import ShapesError
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class Qwen25VLVisionShapes:
     """The vision tower.
 
     Attributes:
@@ -43,12 +41,12 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.num_heads):
-            raise ConfigError(
+            raise ShapesError(
                 f"vision hidden_size={self.hidden_size} over num_heads={self.num_heads} must give "
                 "heads of a multiple of 4: two coordinates, each rotated in pairs"
             )
         if self.window_size % (self.patch_size * self.spatial_merge_size):
-            raise ConfigError(
+            raise ShapesError(
                 f"vision window_size={self.window_size} must be a multiple of patch_size * "
                 f"spatial_merge_size = {self.patch_size * self.spatial_merge_size}"
             )
@@ -80,7 +78,7 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Qwen25VLShapes:
     """A Qwen2.5-VL policy: vision tower, decoder and special ids. Hashable, so static under jit.
 
     Attributes:
@@ -95,10 +93,9 @@ class Config:
       image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: ids of images.
       bos_token_id, eos_token_id, pad_token_id: ids of text.
       max_position_embeddings: positions that the policy was trained for.
-      attention: back end of the attention, see `attention.attend`; no part of `config.json`.
     """
 
-    vision: VisionConfig
+    vision: Qwen25VLVisionShapes
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -118,41 +115,64 @@ class Config:
     eos_token_id: int | None = 151645
     pad_token_id: int | None = None
     max_position_embeddings: int = 128_000
-    attention: str = "xla"
 
     def __post_init__(self) -> None:
         if self.head_dim * self.num_heads != self.hidden_size:
-            raise ConfigError(
+            raise ShapesError(
                 f"hidden_size={self.hidden_size} is not num_heads={self.num_heads} * "
                 f"head_dim={self.head_dim}, which Qwen2.5-VL's decoder requires"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
+            raise ShapesError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if 2 * sum(self.mrope_section) != self.head_dim or len(self.mrope_section) != 3:
-            raise ConfigError(
+            raise ShapesError(
                 f"mrope_section={self.mrope_section} must be three numbers whose sum is half of "
                 f"head_dim={self.head_dim}"
             )
         if self.vision.out_hidden_size != self.hidden_size:
-            raise ConfigError(
+            raise ShapesError(
                 f"vision out_hidden_size={self.vision.out_hidden_size} differs from the decoder's "
                 f"hidden_size={self.hidden_size}: image features could not replace embeddings"
             )
 
+    @property
+    def merge_unit(self) -> int:
+        """Patches of one image token."""
+        return self.vision.merge_unit
+
+    @property
+    def cut_by_tensor(self) -> dict[str, int]:
+        """Names in `config.json` → sizes that the mesh axis `tensor` must divide."""
+        return {
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "vision_config.num_heads": self.vision.num_heads,
+            "vision_config.intermediate_size": self.vision.intermediate_size,
+        }
+
+    @property
+    def cut_by_fsdp(self) -> dict[str, int]:
+        """Names in `config.json` → sizes that the mesh axis `fsdp` must divide."""
+        return {
+            "hidden_size": self.hidden_size,
+            "vision_config.hidden_size": self.vision.hidden_size,
+        }
+
     @classmethod
-    def from_hf(cls, data: dict[str, Any]) -> "Config":
+    def from_hf(cls, data: dict[str, Any]) -> "Qwen25VLShapes":
         """Reads the contents of a `config.json`, flat (the hub) or nested (transformers 5).
 
         Args:
           data: the parsed file.
 
         Raises:
-          ConfigError: if a field is missing or asks for something that is not implemented.
+          ShapesError: if a field is missing or asks for something that is not implemented.
         """
         if data.get("model_type") != "qwen2_5_vl":
-            raise ConfigError(
+            raise ShapesError(
                 f"config.json has model_type={data.get('model_type')!r}; only 'qwen2_5_vl' "
                 "policies can be loaded"
             )
@@ -169,13 +189,13 @@ class Config:
             for name in names:
                 if source.get(name) is not None:
                     return source[name]
-            raise ConfigError(f"config.json: {where} has no {' or '.join(names)}")
+            raise ShapesError(f"config.json: {where} has no {' or '.join(names)}")
 
         def text_id(name: str) -> int | None:
             value = text.get(name, data.get(name))
             return value[0] if isinstance(value, list) else value
 
-        tower = VisionConfig(
+        tower = Qwen25VLVisionShapes(
             **{
                 name: need(vision, "vision_config", name)
                 for name in (
@@ -265,4 +285,4 @@ class Config:
 def _refuse_unless(ok: bool, what: str, source: dict[str, Any]) -> None:
     if not ok:
         value = source.get(what.split()[-1], source)
-        raise ConfigError(f"config.json asks for {what} ({value!r}), which is not implemented")
+        raise ShapesError(f"config.json asks for {what} ({value!r}), which is not implemented")

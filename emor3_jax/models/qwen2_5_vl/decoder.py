@@ -9,56 +9,35 @@ The cache is read-only inside the layer loop: each layer returns the keys it com
 caller writes those of all layers at once. A cache carried through the loop and updated in it was a
 quarter slower on CPU.
 
-Parameters and cache may also come layer by layer (`model.unroll`), for decoding on CPU: XLA copies
+Parameters and cache may also come layer by layer (`params.unroll`), for decoding on CPU: XLA copies
 what a loop reads of a layer, in bfloat16 by way of float32.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from emor3_jax.models.attention import Own, Shared, attend, slots_last
+from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.layers import DEFAULT, Compute, Dense, Group, Mlp, RMSNorm, rematerialised
 from emor3_jax.models.qwen2_5_vl import rope
-from emor3_jax.models.qwen2_5_vl.attention import Own, Shared, attend, slots_last
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV, Cache
-from emor3_jax.models.qwen2_5_vl.layers import Dense, Dtype, Mlp, Remat, RMSNorm, rematerialised
+from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
 from emor3_jax.parallel.mesh import keep_rows
-
-
-class Group(NamedTuple):
-    """How a prompt and its continuations lie in one row: P tokens, then G times S.
-
-    Attributes:
-      prompt: P.
-      count: G.
-    """
-
-    prompt: int
-    count: int
-
-    def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns [B, 1, P, …] and [B, G, S, …] of [B, 1, P + G * S, …]."""
-        rest = x[:, 0, self.prompt :]
-        return x[:, :, : self.prompt], rest.reshape(len(x), self.count, -1, *x.shape[3:])
-
-    def join(self, prompt: jax.Array, rest: jax.Array) -> jax.Array:
-        """Returns what `split` splits."""
-        return jnp.concatenate([prompt, rest.reshape(len(rest), 1, -1, *rest.shape[3:])], axis=2)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rope.
 
     Attributes:
-      config: the policy's shapes.
-      dtype: compute type.
+      shapes: the policy's shapes.
+      compute: settings of the arithmetic.
       group: how `x` is made up, if of prompts and their continuations.
     """
 
-    config: Config
-    dtype: Dtype
+    shapes: Qwen25VLShapes
+    compute: Compute
     group: Group | None = None
 
     @nn.compact
@@ -82,10 +61,10 @@ class Attention(nn.Module):
         Returns:
           As `x`, and the new keys and values, as `Own` holds them unless of a group.
         """
-        c = self.config
+        c = self.shapes
 
         def project(name: str, heads: int) -> jax.Array:
-            dense = Dense(heads * c.head_dim, dtype=self.dtype, name=name)
+            dense = Dense(heads * c.head_dim, dtype=self.compute.dtype, name=name)
             return dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
 
         q = rope.rotate(project("q_proj", c.num_heads), *table, scale=c.head_dim**-0.5)
@@ -93,11 +72,11 @@ class Attention(nn.Module):
         v = project("v_proj", c.num_kv_heads)
         if self.group is None:
             k, v = slots_last(k, v)
-            out = attend(q, [*earlier, Own(k, v, own_mask, True, segments)], c.attention)
+            out = attend(q, [*earlier, Own(k, v, own_mask, True, segments)], self.compute.attention)
         else:
-            out = _attend_group(self.group, q, k, v, own_mask, segments, c.attention)
+            out = _attend_group(self.group, q, k, v, own_mask, segments, self.compute.attention)
         out = out.reshape(*x.shape[:-1], -1)
-        out = Dense(c.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(out)
+        out = Dense(c.hidden_size, use_bias=False, dtype=self.compute.dtype, name="o_proj")(out)
         return out, (k, v)
 
 
@@ -122,14 +101,14 @@ class DecoderLayer(nn.Module):
     """One layer of the decoder.
 
     Attributes:
-      config: the policy's shapes.
-      dtype: compute type.
+      shapes: the policy's shapes.
+      compute: settings of the arithmetic.
       keep_keys: return the new keys and values.
       group: how `x` is made up, see `Attention`.
     """
 
-    config: Config
-    dtype: Dtype
+    shapes: Qwen25VLShapes
+    compute: Compute
     keep_keys: bool
     group: Group | None = None
 
@@ -153,20 +132,20 @@ class DecoderLayer(nn.Module):
         Returns:
           float[B, G, S, D], and the new keys and values if they are kept.
         """
-        eps = self.config.rms_norm_eps
+        eps = self.shapes.rms_norm_eps
         x = keep_rows(x)
         earlier: list[Shared | Own] = []
         if prefix is not None:
             earlier.append(Shared(*prefix, shared["prefix"]))
         if cache is not None:
             earlier.append(Own(*cache, shared["cache"]))
-        normed = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
-        out, keys = Attention(self.config, self.dtype, self.group, name="self_attn")(
+        normed = RMSNorm(eps, self.compute.dtype, name="input_layernorm")(x)
+        out, keys = Attention(self.shapes, self.compute, self.group, name="self_attn")(
             normed, shared["table"], shared["own"], earlier, shared.get("segments")
         )
         x = x + out
-        normed = RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x)
-        x = x + Mlp(self.config.intermediate_size, False, self.dtype, name="mlp")(normed)
+        normed = RMSNorm(eps, self.compute.dtype, name="post_attention_layernorm")(x)
+        x = x + Mlp(self.shapes.intermediate_size, False, self.compute.dtype, name="mlp")(normed)
         return keep_rows(x), keys if self.keep_keys else None
 
 
@@ -174,17 +153,15 @@ class Decoder(nn.Module):
     """Embeddings in, final hidden states out.
 
     Attributes:
-      config: the policy's shapes.
-      dtype: compute type.
-      remat: what the backward pass recomputes, see `layers.rematerialised`.
+      shapes: the policy's shapes.
+      compute: settings of the arithmetic.
       keep_keys: return the new keys and values of all layers.
       unrolled: the layers are `layers_0`, `layers_1`, …, and the cache and the new keys are tuples.
       group: the tokens are prompts, each with its continuations behind it in one row; no keys kept.
     """
 
-    config: Config
-    dtype: Dtype = jnp.float32
-    remat: Remat = "none"
+    shapes: Qwen25VLShapes
+    compute: Compute = DEFAULT
     keep_keys: bool = False
     unrolled: bool = False
     group: Group | None = None
@@ -198,7 +175,6 @@ class Decoder(nn.Module):
         *,
         image_features: jax.Array | None = None,
         image_slots: jax.Array | None = None,
-        images_by_prompt: bool = False,
         prefix: KV | None = None,
         cache: Cache | None = None,
         segments: jax.Array | None = None,
@@ -209,10 +185,9 @@ class Decoder(nn.Module):
           tokens: int32[B, G, S]; of a group [B, 1, P + G * S], as are the next two.
           positions: int32[B, G, S, 3].
           own_mask: bool[B, G, S], which of the tokens may be seen by those after them.
-          image_features: float[..., D], merged slots of the batch.
-          image_slots: int32[B, G, S], which feature replaces the token's embedding; -1 for none.
-            Of a group [B, 1, P].
-          images_by_prompt: whether prompts have equally many images each, in their order.
+          image_features: float[B, N, D], merged slots of each prompt's images.
+          image_slots: int32[B, 1, P], index of the feature that replaces the token's embedding; -1
+            for none.
           prefix: keys and values of the prompts.
           cache: keys and values of the continuations so far.
           segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
@@ -221,15 +196,13 @@ class Decoder(nn.Module):
           float[B, G, S, D] after the final norm (of a group, of the continuations), and the new
           keys and values, as `Cache` holds them, if they are kept.
         """
-        c = self.config
-        embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens")
+        c = self.shapes
+        embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.compute.dtype, name="embed_tokens")
         x = embed(tokens)
         if image_features is not None:
-            parts = len(x) if images_by_prompt else 1
-            features = image_features.reshape(parts, -1, c.hidden_size).astype(self.dtype)
-            # Where each prompt takes from its own images, its device needs no others.
-            first = jnp.arange(parts)[:, None] * features.shape[1]
-            slots = jnp.maximum(image_slots.reshape(parts, -1) - first, 0)
+            features = image_features.astype(self.compute.dtype)
+            # Each prompt takes from its own images, so its device needs no others.
+            slots = jnp.maximum(image_slots.reshape(len(x), -1), 0)
             picked = jax.vmap(lambda own, at: own[at])(features, slots)
             # Continuations that lie behind a prompt have no images.
             text = x[:, :, : image_slots.shape[-1]]
@@ -243,7 +216,7 @@ class Decoder(nn.Module):
             shared["cache"] = cache.mask
         if segments is not None:
             shared["segments"] = segments
-        layer = rematerialised(DecoderLayer, self.remat)
+        layer = rematerialised(DecoderLayer, self.compute.remat)
         of_layers = (
             None if prefix is None else (prefix.k, prefix.v),
             None if cache is None else (cache.k, cache.v),
@@ -252,7 +225,7 @@ class Decoder(nn.Module):
             found = []
             for i in range(c.num_layers):
                 mine = [None if y is None else (y[0][i], y[1][i]) for y in of_layers]
-                one = layer(c, self.dtype, self.keep_keys, self.group, name=f"layers_{i}")
+                one = layer(c, self.compute, self.keep_keys, self.group, name=f"layers_{i}")
                 x, new = one(x, *mine, shared)
                 found.append(new)
             keys = tuple(zip(*found, strict=True)) if self.keep_keys else None
@@ -264,8 +237,8 @@ class Decoder(nn.Module):
                 in_axes=(0, 0, nn.broadcast),
                 length=c.num_layers,
             )
-            layers = stack(c, self.dtype, self.keep_keys, self.group, name="layers")
+            layers = stack(c, self.compute, self.keep_keys, self.group, name="layers")
             x, keys = layers(x, *of_layers, shared)
         if self.group is not None:
             _, x = self.group.split(x)
-        return RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x), keys
+        return RMSNorm(c.rms_norm_eps, self.compute.dtype, name="norm")(x), keys

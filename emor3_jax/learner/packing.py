@@ -9,23 +9,12 @@ Deviations, numbered:
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-class Packing(NamedTuple):
-    """Where the tokens of responses, [B, G, T], go in R rows of C places for each group.
-
-    Attributes:
-      source: int32[B, R, C], which token of the group, counted over [G * T]; -1 for none.
-      place: int32[B, G], where each response begins, counted over [R * C].
-    """
-
-    source: np.ndarray | jax.Array
-    place: np.ndarray | jax.Array
+from emor3_jax.types import Packing
 
 
 def plan(lengths: np.ndarray, size: int, sizes: Sequence[int]) -> Packing | None:

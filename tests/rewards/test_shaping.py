@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax.rl.shaping import overlong
+from emor3_jax.rewards.shaping import overlong
 
 
 def test_penalty_grows_over_the_buffer():

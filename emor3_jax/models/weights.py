@@ -25,17 +25,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.model import Params, init_params
-from emor3_jax.models.qwen2_5_vl.naming import (
-    HubTensor,
-    by_head,
-    by_part,
-    hub_name,
-    hub_tensors,
-    is_kernel,
-    leaves,
-)
+from emor3_jax.models.errors import WeightsError
+from emor3_jax.models.naming import HubTensor, by_head, by_part, is_kernel
+from emor3_jax.models.params import Params, leaves, parameter_overview
+from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 
 logger = logging.getLogger(__name__)
@@ -48,18 +41,9 @@ MAX_FILE_BYTES = 5 * 10**9
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
-class WeightsError(ValueError):
-    """Tensors of a checkpoint that do not fit its `config.json`."""
-
-
-def param_shapes(config: Config) -> Params:
-    """Returns the tree of parameters as `jax.ShapeDtypeStruct`s, without computing anything."""
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-
-
 def read_params(
     folder: str | Path,
-    config: Config,
+    policy: Policy,
     *,
     dtype: Any = jnp.float32,
     shardings: Callable[[Params], Any] | None = None,
@@ -68,7 +52,7 @@ def read_params(
 
     Args:
       folder: holds `model.safetensors`, or several files and their index.
-      config: of the same folder.
+      policy: of the same folder.
       dtype: of the arrays; None keeps what is stored.
       shardings: from the tree of shapes to a tree of `NamedSharding`s, none of which cuts the
         axis of layers; None puts everything on the first device.
@@ -80,14 +64,14 @@ def read_params(
       FileNotFoundError: if there are no weights.
       WeightsError: if a tensor is missing, unknown, of another shape, or quantised.
     """
-    reader = _Reader(Path(folder))
-    shapes = param_shapes(config)
-    reader.check(shapes, config)
+    reader = _Reader(Path(folder), policy)
+    shapes = policy.param_shapes()
+    reader.check(shapes)
     device = SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda _: device, shapes) if shardings is None else shardings(shapes)
     params: Params = {}
     for (path, leaf), sharding in zip(leaves(shapes), jax.tree.leaves(placed), strict=True):
-        tensors = list(hub_tensors(path, leaf.shape, config))
+        tensors = list(policy.family.hub_tensors(path, leaf.shape, policy.shapes))
         kind = jnp.dtype(dtype or reader.dtype(tensors))
         _put(params, path, _read_param(reader, path, leaf.shape, tensors, kind, sharding))
     logger.info("%s", parameter_overview(params))
@@ -95,21 +79,21 @@ def read_params(
 
 
 def write_params(
-    params: Params, config: Config, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES
+    params: Params, policy: Policy, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
     """Writes the parameters in their own types under the hub's names.
 
     Args:
       params: the parameters; fetched from devices one tensor at a time, by all processes, of which
         the first one writes.
-      config: their shapes.
+      policy: that they belong to.
       folder: exists; weights that were there before are replaced.
       max_file_bytes: more than this is cut into several files, with an index.
     """
     where = {
         tensor.name: (path, leaf, tensor)
         for path, leaf in leaves(params)
-        for tensor in hub_tensors(path, leaf.shape, config)
+        for tensor in policy.family.hub_tensors(path, leaf.shape, policy.shapes)
     }
 
     def size(entry: tuple[str, Any, HubTensor]) -> int:
@@ -156,25 +140,6 @@ def fetch(path: str, leaf: Any, tensor: HubTensor) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(tensor.shape)
 
 
-def parameter_overview(params: Params) -> str:
-    """Returns a table of all parameters: path, shape, how many numbers; the total last."""
-    rows = [
-        (path, "x".join(map(str, leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
-        for path, leaf in leaves(params)
-    ]
-    rows.append(("total", "", f"{count_params(params):,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        f"{path:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}"
-        for path, shape, count in rows
-    )
-
-
-def count_params(params: Params) -> int:
-    """Returns how many numbers the parameters are."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
 class _Entry(NamedTuple):
     """Where a tensor lies on disk: its file, its name there, its shape and type."""
 
@@ -187,7 +152,8 @@ class _Entry(NamedTuple):
 class _Reader:
     """The tensors of a folder under the hub's names."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, policy: Policy) -> None:
+        self._policy = policy
         if (folder / INDEX_FILE).exists():
             index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
             files = sorted(set(index.values()))
@@ -212,7 +178,7 @@ class _Reader:
                         part = file.get_slice(key)
                         shape = tuple(part.get_shape())
                         entry = _Entry(folder / name, key, shape, part.get_dtype())
-                        self._entries[hub_name(key)] = entry
+                        self._entries[policy.family.hub_name(key)] = entry
             except OSError:
                 raise
             except Exception as error:
@@ -220,13 +186,14 @@ class _Reader:
                     f"{folder / name} is not a whole safetensors file ({error}); download it again"
                 ) from error
 
-    def check(self, shapes: Params, config: Config) -> None:
-        """Compares all names, shapes and types with what a config implies, before any is read."""
+    def check(self, shapes: Params) -> None:
+        """Compares all names, shapes and types with those of the policy, before any is read."""
+        policy = self._policy
         unused = {name for name in self._entries if not name.endswith("inv_freq")}
-        if config.tie_word_embeddings:
+        if policy.shapes.tie_word_embeddings:
             unused.discard("lm_head.weight")
         for path, leaf in leaves(shapes):
-            for tensor in hub_tensors(path, leaf.shape, config):
+            for tensor in policy.family.hub_tensors(path, leaf.shape, policy.shapes):
                 if tensor.name not in self._entries:
                     cause = (
                         "config.json says that the head is not tied (tie_word_embeddings)"

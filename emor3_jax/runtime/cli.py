@@ -11,9 +11,8 @@ from emor3_jax.account.step import ShapeError
 from emor3_jax.config import ConfigError
 from emor3_jax.data.errors import DataError
 from emor3_jax.io.checkpoints import CheckpointError
-from emor3_jax.models.qwen2_5_vl.config import ConfigError as PolicyError
-from emor3_jax.models.qwen2_5_vl.processor import ImageError, ProcessorError
-from emor3_jax.models.qwen2_5_vl.weights import WeightsError
+from emor3_jax.models.errors import ImageError, ProcessorError, WeightsError
+from emor3_jax.models.errors import ShapesError as PolicyError
 from emor3_jax.parallel.mesh import MeshError
 from emor3_jax.parallel.topology import TopologyError
 from emor3_jax.rewards import LabelError, TokenizerError

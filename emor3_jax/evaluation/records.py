@@ -1,22 +1,19 @@
-"""The result of an evaluation: means, counts by class, and responses for people to read."""
+"""Records of an evaluation: its result, predictions of each row, responses for people to read."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from emor3_jax.evaluation.metrics import class_scores
 from emor3_jax.parallel import hosts
-
-Z_95 = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution."""
+from emor3_jax.rewards.scorer import Scorer
+from emor3_jax.types import Experience, ReplyProbs, Samples
 
 
 class Sample(NamedTuple):
-    """One held-out response with everything that was said and scored about it, for people to read.
+    """One response with its reflections and scores, for people to read.
 
     Attributes:
       id: of the row.
@@ -54,75 +51,60 @@ class Evaluation(NamedTuple):
     confusion: Sequence[Sequence[int]] = ()
 
 
-class ClassScores(NamedTuple):
-    """How one label was answered; a share of nothing is 0.
-
-    Attributes:
-      label: its name.
-      rows: how many rows have it.
-      precision: share of the answers of this label that are right.
-      recall: share of its rows that are answered with it.
-      f1: their harmonic mean.
-    """
-
-    label: str
-    rows: int
-    precision: float
-    recall: float
-    f1: float
-
-
-def wilson(hits: int, rows: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share, by Wilson's score.
-
-    E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+def prediction(responses: Sequence[Sample], chosen: int) -> dict[str, Any]:
+    """Returns the JSON of one row: its answer, and each response with its scores.
 
     Args:
-      hits: rows that are right.
-      rows: all rows; of none, the share may be anything.
+      responses: to the row, k of them.
+      chosen: index of the one that answers for the row.
     """
-    if not rows:
-        return 0.0, 1.0
-    share, z2 = hits / rows, Z_95**2
-    middle = (share + z2 / (2 * rows)) / (1 + z2 / rows)
-    spread = math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2)) * Z_95 / (1 + z2 / rows)
-    return max(0.0, middle - spread), min(1.0, middle + spread)
+    of_row = responses[chosen]
+    return {
+        "id": of_row.id,
+        "label": of_row.label,
+        "answer": of_row.answer,
+        "right": of_row.answer == of_row.label,
+        "responses": [
+            {name: value for name, value in each._asdict().items() if name not in ("id", "label")}
+            for each in responses
+        ],
+    }
 
 
-def confusion_matrix(labels: np.ndarray, answers: np.ndarray, k: int) -> np.ndarray:
-    """Returns int[k, k + 1]: rows by true label and by answer, the last column for no label.
+def read_sample(
+    scorer: Scorer, row_id: str, label: int, at: tuple[int, int], experience: Experience
+) -> Sample:
+    """Decodes one response and its reflections.
 
     Args:
-      labels: int[n], the true labels in [0, k).
-      answers: int[n], the answers; one outside [0, k) is no label.
-      k: number of labels.
+      scorer: of the label set.
+      row_id: of the prompt.
+      label: index of its label.
+      at: prompt and response.
+      experience: samples, replies and scores as NumPy arrays.
     """
-    counts = np.zeros((k, k + 1), np.int64)
-    np.add.at(counts, (labels, np.where((answers >= 0) & (answers < k), answers, k)), 1)
-    return counts
 
+    def text(s: Samples) -> str:
+        return scorer.tokenizer.decode(s.tokens[at][: s.lengths[at]], skip_special_tokens=True)
 
-def class_scores(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[ClassScores]:
-    """Returns the scores of each label.
-
-    Args:
-      labels: K names.
-      confusion: as `confusion_matrix` returns it.
-    """
-    counts = np.asarray(confusion).reshape(len(labels), len(labels) + 1)
-    scores = []
-    for i, label in enumerate(labels):
-        hits, true, said = int(counts[i, i]), int(counts[i].sum()), int(counts[:, i].sum())
-        scores.append(
-            ClassScores(
-                label,
-                true,
-                hits / said if said else 0.0,
-                hits / true if true else 0.0,
-                2 * hits / (true + said) if true + said else 0.0,
-            )
-        )
-    return scores
+    replies, scores = experience.replies, experience.scores
+    answer, said = int(scores.answer[at]), dict.fromkeys(("coherence", "consistency"), "")
+    if isinstance(replies, ReplyProbs):
+        probs = replies.probs["coherence"][at]
+        best = int(probs.argmax())
+        said["coherence"] = f"{scorer.labels[best]} ({probs[best]:.2f})"
+        said["consistency"] = f"yes ({replies.probs['consistency'][at][0]:.2f})"
+    elif replies is not None:
+        said = {name: text(reply) for name, reply in replies.samples.items()}
+    return Sample(
+        id=row_id,
+        label=scorer.labels[int(label)],
+        answer=scorer.labels[answer] if answer >= 0 else "",
+        response=text(experience.samples),
+        coherence_reply=said["coherence"],
+        consistency_reply=said["consistency"],
+        scores={name: float(value[at]) for name, value in scores.named().items()},
+    )
 
 
 @contextmanager

@@ -1,0 +1,126 @@
+"""Evaluation of a policy on held-out images: responses, reflections, all scores.
+
+With several responses to a row, the most frequent label is its answer (maj@k: self-consistency,
+Wang et al., 2023). Accuracy, F1 and confusion are those of that answer; format, reflection,
+decoupling and length are means over all responses.
+
+Deviations, numbered:
+ 1. The release validates without reflection; here both questions are asked, so that coherence,
+    consistency and decoupling are measured on held-out images.
+ 2. Beyond the method: several responses to a row and their majority, off by default.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from emor3_jax.data.batch import Prompts
+from emor3_jax.evaluation.metrics import (
+    confusion_matrix,
+    decoupling,
+    macro_f1,
+    majority,
+    weighted_f1,
+    wilson,
+)
+from emor3_jax.evaluation.records import Evaluation, Sample, prediction, read_sample
+from emor3_jax.parallel import hosts
+from emor3_jax.rollout.rollout import Rollout
+from emor3_jax.types import Batch, Experience
+
+
+def evaluate(
+    rollout: Rollout,
+    params: dict,
+    batches: Iterable[Prompts],
+    seed: int,
+    *,
+    put: Callable[[Batch], Batch],
+    keep: int = 0,
+    graded: bool = False,
+    record: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Evaluation:
+    """Answers every row and returns means.
+
+    Args:
+      rollout: for the label set of the data; its group size is k of maj@k.
+      params: of the policy.
+      batches: this host's rows of each batch, with the ids of all hosts' rows; rows of weight 0
+        are padding.
+      seed: of the sampling noise; the same seed gives the same responses.
+      put: puts this host's rows on the devices, as a batch of all hosts.
+      keep: number of responses to return as text.
+      graded: report the graded accuracy (soft labels) beside the exact one.
+      record: takes each row with its responses, as it is written to a file of predictions.
+    """
+    columns: dict[str, list[np.ndarray]] = {}
+    samples: list[Sample] = []
+    responses = range(rollout.group_size)
+    # Training folds its step into the same seed: one more number keeps the two apart.
+    noise = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+    for index, (batch, ids) in enumerate(batches):
+        batch = put(batch)
+        found = rollout(params, batch, jax.random.fold_in(noise, index))
+        # Of all hosts, on each of them.
+        found, answers, weight = hosts.fetch(
+            (found._replace(batch=None, rewards=None), batch.answers, batch.weight)
+        )
+        weight = weight > 0
+        chosen = majority(found.scores.answer)
+        for name, value in _columns(found, answers, chosen).items():
+            columns.setdefault(name, []).append(value[weight])
+        for i in np.flatnonzero(weight)[: max(keep - len(samples), 0)]:
+            at = i, chosen[i]
+            samples.append(read_sample(rollout.scorer, ids[i], answers[i], at, found))
+        for i in np.flatnonzero(weight) if record else ():
+            each = [
+                read_sample(rollout.scorer, ids[i], answers[i], (i, g), found) for g in responses
+            ]
+            record(prediction(each, int(chosen[i])))
+    data = {name: np.concatenate(value) for name, value in columns.items()}
+    labels = rollout.scorer.labels
+    metrics = _means(data, rollout, graded)
+    confusion = confusion_matrix(data["label"], data["answer"], len(labels)).tolist()
+    return Evaluation(metrics, samples, labels, tuple(map(tuple, confusion)))
+
+
+def _columns(found: Experience, answers: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the arrays of a batch that metrics are made of, one entry a row."""
+    scores, first = found.scores, (np.arange(len(chosen)), chosen)
+    columns = dict(scores.named())
+    columns["answers"], columns["inferred"] = scores.answer, scores.inferred
+    columns["answer"], columns["label"] = scores.answer[first], answers
+    # Exact also where the reward is graded, so that data sets can be compared.
+    columns["graded_accuracy"] = scores.accuracy[first]
+    columns["accuracy"] = columns["answer"] == columns["label"]
+    columns["response_length"] = found.samples.lengths
+    columns["truncated"] = ~found.samples.ended
+    return columns
+
+
+def _means(data: dict[str, np.ndarray], rollout: Rollout, graded: bool) -> dict[str, float]:
+    """Returns the metrics of all rows."""
+    terms = [term.name for term in rollout.scorer.reward.terms]
+    metrics = {
+        name: float(np.mean(data[name]))
+        for name in ("accuracy", "format", "overall", "response_length", "truncated", *terms)
+    }
+    rows, k = len(data["label"]), len(rollout.scorer.labels)
+    low, high = wilson(int(data["accuracy"].sum()), rows)
+    metrics |= {"accuracy_low": low, "accuracy_high": high}
+    if graded:
+        metrics["graded_accuracy"] = float(np.mean(data["graded_accuracy"]))
+    if rollout.group_size > 1:
+        right = data["answers"] == data["label"][:, None]
+        metrics["response_accuracy"] = float(np.mean(right))
+    metrics["macro_f1"] = macro_f1(data["label"], data["answer"], k)
+    metrics["weighted_f1"] = weighted_f1(data["label"], data["answer"], k)
+    metrics["rows"] = float(rows)
+    if rollout.reflection is not None:
+        for prompted in rollout.reflection.questions:
+            name = prompted.question.name
+            metrics[name] = float(np.mean(data[name]))
+        metrics["decoupling"] = decoupling(data["answers"], data["inferred"])
+    return metrics

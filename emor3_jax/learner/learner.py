@@ -1,0 +1,341 @@
+"""The learner: experience in, updates out.
+
+    experience, info = learner.score(params, prompts, experience)     # reference, KL, advantages
+    for part in split(experience, learner.settings.num_updates):
+        state, metrics = learner.update(state, part)
+    learner.after_step(state, step, info)
+
+Supervised fine-tuning takes the same updates with another loss.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from emor3_jax.data.batch import Prompts
+from emor3_jax.learner import packing
+from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs, score_responses
+from emor3_jax.learner.reference import Reference
+from emor3_jax.models.lora import Lora
+from emor3_jax.models.policy import Policy
+from emor3_jax.parallel import hosts
+from emor3_jax.parallel.mesh import shard_whole
+from emor3_jax.rl import advantages
+from emor3_jax.rl.advantages import RewardTerms
+from emor3_jax.rl.kl import penalty
+from emor3_jax.rl.losses import ImitationLoss, PolicyLoss, Tokens
+from emor3_jax.rl.update import TrainState, accumulate, apply_gradients
+from emor3_jax.types import (
+    Clock,
+    Experience,
+    NoClock,
+    Samples,
+    bucket,
+    stack_parts,
+)
+
+Metrics = dict[str, jax.Array]
+
+
+class UpdateSpec(NamedTuple):
+    """Settings of one update; hashable, a static argument.
+
+    Attributes:
+      policy: with the rematerialisation of the update.
+      optimizer: optax transformation.
+      loss: the loss to minimise.
+      logprobs: settings of scoring.
+      micro_batches: their number, must divide the prompts of an update.
+      kl_coef: weight of the KL, at the start where it adapts.
+    """
+
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    loss: PolicyLoss | ImitationLoss
+    logprobs: LogprobSpec
+    micro_batches: int
+    kl_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Settings of a step around its updates.
+
+    Attributes:
+      num_updates: number of updates, must divide the prompts of a step.
+      response_lengths: rising padded lengths of scoring and update.
+      pack: short responses of a group share a row, where the attention can.
+      advantage: name of the estimator.
+      std: standard deviation that it divides by, "population" or "sample".
+      weights: name of a score → its weight in the reward.
+      use_reference: score the responses under the reference.
+      recompute: compute the log-probabilities of the policy that sampled once more.
+      kl_penalty: estimate of the KL that is taken off the reward; "" for none.
+      adapt_kl: from coefficient and KL of a step to the coefficient of the next, or None.
+    """
+
+    num_updates: int
+    response_lengths: tuple[int, ...]
+    pack: bool
+    advantage: str = "grpo"
+    std: str = "population"
+    weights: tuple[tuple[str, float], ...] = ()
+    use_reference: bool = False
+    recompute: bool = False
+    kl_penalty: str = ""
+    adapt_kl: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+class Learner:
+    """Scores experience and updates the policy.
+
+    Attributes:
+      spec: settings of an update.
+      step: settings of a step.
+      suppressed: bool[V], ids that the sampler could not draw.
+      reference: the policy that the KL is measured from.
+      lora: base of the adapters, or None where the weights themselves are trained.
+      kl_coef: float32[], weight of the KL; changes with the steps if `step.adapt_kl`.
+    """
+
+    def __init__(
+        self,
+        spec: UpdateSpec,
+        step: StepSpec,
+        mesh: Mesh,
+        suppressed: np.ndarray,
+        *,
+        reference: Reference,
+        lora: Lora | None = None,
+    ) -> None:
+        """Joins the settings with the parameters that stay.
+
+        Args:
+          spec, step, suppressed, reference, lora: see the attributes.
+          mesh: of the devices.
+        """
+        self.spec, self.step, self.suppressed = spec, step, suppressed
+        self.reference, self.lora, self._mesh = reference, lora, mesh
+        self.kl_coef = jnp.float32(spec.kl_coef) if step.adapt_kl else spec.kl_coef
+
+    def init(self, trained: dict) -> TrainState:
+        """Returns the state before the first update.
+
+        Args:
+          trained: parameters or adapters that updates change; donated to the first one.
+        """
+        return TrainState.create(trained, self.spec.optimizer)
+
+    def params(self, state: TrainState) -> dict:
+        """Returns the parameters of the policy as it is now."""
+        return self.lora.merge(state.params) if self.lora else state.params
+
+    def score(
+        self,
+        params: dict,
+        prompts: Prompts,
+        experience: Experience,
+        clock: Clock | None = None,
+    ) -> tuple[Experience, Metrics]:
+        """Adds log-probabilities, the KL in the reward, and advantages to the experience of a step.
+
+        Args:
+          params: of the policy that sampled.
+          prompts: of the experience, for their ids.
+          experience: of the rollout.
+          clock: told of the phases "reference" and "old".
+
+        Returns:
+          The experience with trimmed responses, and metrics: `policy/kl` where it is in the reward,
+          `policy/kl_coef` where it adapts, `policy/sampler_gap` where the log-probabilities are
+          recomputed.
+        """
+        clock, step, info = clock or NoClock(), self.step, {}
+        experience = self.pack(experience)
+        batch, samples = experience.batch, experience.samples
+        logprobs = partial(
+            response_logprobs,
+            batch=batch,
+            samples=samples,
+            packing=experience.packing,
+            suppressed=self.suppressed,
+            policy=self.spec.policy,
+            spec=self.spec.logprobs,
+            count=step.num_updates * self.spec.micro_batches,
+        )
+        ref_logprobs = old_logprobs = None
+        if step.use_reference:
+            features = self.reference.features(batch, prompts.ids)
+            features = shard_whole(features, self._mesh)
+            ref_logprobs = logprobs(self.reference.params, features=features)
+            clock.mark("reference", ref_logprobs)
+        if step.recompute:
+            old_logprobs = logprobs(params)
+            info["policy/sampler_gap"] = mean_gap(old_logprobs, samples)
+            clock.mark("old", old_logprobs)
+        rewards = experience.rewards
+        if ref_logprobs is not None and step.kl_penalty:
+            old = samples.logprobs if old_logprobs is None else old_logprobs
+            each, info["policy/kl"] = penalty(step.kl_penalty, old, ref_logprobs, samples.mask)
+            rewards, ref_logprobs = rewards - self.kl_coef * each, None
+        terms = RewardTerms(
+            rewards, experience.scores.named(), dict(step.weights), experience.greedy
+        )
+        if step.adapt_kl:
+            info["policy/kl_coef"] = self.kl_coef
+        return experience._replace(
+            rewards=rewards,
+            ref_logprobs=ref_logprobs,
+            old_logprobs=old_logprobs,
+            advantages=advantages.estimate(step.advantage, terms, std=step.std),
+        ), info
+
+    def pack(self, experience: Experience) -> Experience:
+        """Trims the padding of responses, and plans which of them share a row."""
+        lengths = jax.device_get(hosts.everywhere(experience.samples.lengths))
+        samples = trim(experience.samples, int(lengths.max()), self.step.response_lengths)
+        plan = None
+        # Kernels know nothing of responses within a row.
+        if self.step.pack and self.spec.policy.compute.attention == "xla":
+            plan = packing.plan(lengths, samples.tokens.shape[-1], self.step.response_lengths)
+        return experience._replace(samples=samples, packing=shard_whole(plan, self._mesh))
+
+    def update(self, state: TrainState, part: Experience) -> tuple[TrainState, Metrics]:
+        """Takes one optimizer step.
+
+        Args:
+          state: parameters and optimizer state; donated.
+          part: some prompts of a step, with all that the loss needs.
+
+        Returns:
+          The new state and metrics: those of the loss, `grad_norm`, `skipped`, and `entropy` if
+          asked for. All but the loss are means over the tokens that count.
+        """
+        read = Experience(
+            part.batch, part.samples, None, None, None, None,
+            part.old_logprobs, part.ref_logprobs, part.advantages, part.packing,
+        )  # fmt: skip
+        kl_coef = self.kl_coef if self.step.adapt_kl else None
+        return update(state, read, self.suppressed, kl_coef, self.lora, spec=self.spec)
+
+    def after_step(self, state: TrainState, step: int, info: Metrics, updates: list) -> None:
+        """Adapts the KL coefficient, and lets the reference follow the policy.
+
+        Args:
+          state: after the updates.
+          step: number of steps that are done.
+          info: as `score` returned it.
+          updates: metrics of each update.
+        """
+        if self.step.adapt_kl:
+            kl = info.get("policy/kl")
+            if kl is None:
+                kl = sum(metrics["kl"] for metrics in updates) / len(updates)
+            self.kl_coef = self.step.adapt_kl(self.kl_coef, kl)
+        self.reference.follow(step, state.params)
+
+    def checkpoint(self, state: TrainState) -> Any:
+        """Returns the arrays that a checkpoint holds: the state, and a reference that follows."""
+        if not self.reference.follows:
+            return state
+        return {"state": state, "reference": self.reference.params}
+
+    def progress(self) -> dict[str, Any]:
+        """Returns the JSON that a checkpoint holds beside the arrays."""
+        found: dict[str, Any] = {"kl_coef": float(self.kl_coef)} if self.step.adapt_kl else {}
+        return found | ({"reference": True} if self.reference.follows else {})
+
+    def restore(self, arrays: Any, progress: dict[str, Any]) -> TrainState:
+        """Goes on from what `checkpoint` and `progress` returned; returns the state."""
+        if self.step.adapt_kl:
+            self.kl_coef = jnp.float32(progress.get("kl_coef", self.kl_coef))
+        if not self.reference.follows:
+            return arrays
+        self.reference.params = arrays["reference"]
+        return arrays["state"]
+
+
+@jax.jit
+def mean_gap(logprobs: jax.Array, samples: Samples) -> jax.Array:
+    """Returns the mean distance of log-probabilities, float32[B, G, T], from the sampler's."""
+    gap = jnp.where(samples.mask, jnp.abs(logprobs - samples.logprobs), 0.0)
+    return jnp.sum(gap) / jnp.sum(samples.lengths)
+
+
+def trim(samples: Samples, longest: int, sizes: tuple[int, ...]) -> Samples:
+    """Cuts padding off the end: the smallest of `sizes` that holds the longest response.
+
+    Args:
+      samples: of length T.
+      longest: length of the longest response, at most T.
+      sizes: rising lengths; T itself is used if none of them is enough.
+    """
+    t = samples.tokens.shape[-1]
+    size = min(bucket(longest, (*sizes, t)), t)
+    return samples._replace(
+        tokens=samples.tokens[..., :size], logprobs=samples.logprobs[..., :size]
+    )
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames="state")
+def update(
+    state: TrainState,
+    part: Experience,
+    suppressed: jax.Array,
+    kl_coef: jax.Array | None,
+    lora: Lora | None,
+    *,
+    spec: UpdateSpec,
+) -> tuple[TrainState, Metrics]:
+    """Takes one optimizer step on a loss that is summed over micro-batches.
+
+    Args:
+      state: parameters and optimizer state; donated.
+      part: batch, samples, packing, and what `spec.loss` needs.
+      suppressed: bool[V], ids that the sampler could not draw.
+      kl_coef: float32[], weight of the KL where it adapts; None takes `spec.kl_coef`.
+      lora: base of the adapters, where the state's parameters are these.
+      spec: settings.
+    """
+    loss = spec.loss
+    weights = loss.weights(part.samples.mask, part.samples.ended)
+
+    def loss_fn(params: dict, micro: tuple) -> tuple[jax.Array, Metrics]:
+        part, weight = micro
+        params = params if lora is None else lora.overlay(params)
+        score = score_responses(
+            spec.policy,
+            params,
+            part.batch,
+            part.samples,
+            spec.logprobs,
+            suppressed,
+            part.packing,
+            entropy=loss.entropy,
+        )
+        sampler = part.samples.logprobs
+        tokens = Tokens(
+            logprobs=score.logprobs,
+            old=sampler if part.old_logprobs is None else part.old_logprobs,
+            sampler=sampler,
+            ref=part.ref_logprobs,
+            advantages=part.advantages,
+            weights=weight,
+        )
+        value, metrics = loss(tokens, spec.kl_coef if kl_coef is None else kl_coef)
+        if loss.entropy:
+            metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
+        return value, metrics
+
+    micro = stack_parts((part, weights), spec.micro_batches)
+    grads, metrics = accumulate(loss_fn, state.params, micro)
+    metrics = loss.summarise(metrics, weights.sum())
+    state, applied = apply_gradients(state, grads, spec.optimizer)
+    return state, metrics | applied

@@ -1,0 +1,154 @@
+"""The reference policy, from which the KL is measured, and its cache of vision features.
+
+| `reference.kind` | the reference |
+|---|---|
+| frozen | the policy that training started from |
+| refresh | the policy itself as it was every `reference.every` steps |
+| average | `decay * reference + (1 - decay) * policy` after every step |
+| none | there is none, nor any KL |
+
+Deviations, numbered:
+ 1. The release has the frozen one alone.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax.models.params import Params, cast_matrices
+from emor3_jax.models.policy import Policy
+from emor3_jax.parallel.mesh import shard_rows
+from emor3_jax.types import Batch, Images, take
+
+
+class Reference:
+    """Parameters of the reference and how they follow the policy.
+
+    Attributes:
+      params: as they are kept; empty without a reference.
+      follows: they change, and so belong into checkpoints.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        kind: str = "frozen",
+        *,
+        every: int = 1,
+        decay: float = 0.0,
+        dtype: Any = jnp.float32,
+        cache: "FeatureCache | None" = None,
+    ) -> None:
+        """Takes the parameters that training starts from.
+
+        Args:
+          params: of the policy; kept as they are, or cast, but never changed.
+          kind: see the module.
+          every, decay: of the kinds "refresh" and "average".
+          dtype: of the matrices.
+          cache: of vision features, or None.
+        """
+        self._kind, self._every, self._decay = kind, every, decay
+        self._dtype, self._cache = jnp.dtype(dtype), cache
+        self.follows = kind in ("refresh", "average")
+        self.params: Params = {}
+        if kind != "none":
+            same = self._dtype == jnp.float32
+            self.params = params if same else cast_matrices(params, self._dtype)
+
+    def features(self, batch: Batch, ids: Sequence[str]) -> np.ndarray | None:
+        """Returns vision features of a batch, float[B, N, D] on the host.
+
+        None if none are kept; the pass over the responses then computes them itself.
+
+        Args:
+          batch: B prompts on the devices.
+          ids: of their rows.
+        """
+        return self._cache.of(self.params, batch, ids) if self._cache else None
+
+    def counters(self) -> dict[str, float]:
+        """Returns the counts of the kept features; {} if none are kept."""
+        return self._cache.counters() if self._cache else {}
+
+    def follow(self, step: int, params: Params) -> None:
+        """Lets the reference follow the policy after a step.
+
+        Args:
+          step: the one that has been done.
+          params: of the policy, which may be donated to the next update.
+        """
+        if self._kind == "refresh" and step % self._every == 0:
+            self.params = cast_matrices(params, self._dtype)
+        elif self._kind == "average":
+            self.params = _average(self.params, params, self._decay)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _average(reference: Params, params: Params, decay: float) -> Params:
+    return jax.tree.map(lambda r, p: decay * r + (1.0 - decay) * p, reference, params)
+
+
+class FeatureCache:
+    """Vision features under a tower that does not change, kept on the host while they fit.
+
+    An image is read again in each epoch, and a frozen tower gives it the same features each time.
+    The features of a row are kept until the bound is reached; those of later rows are computed each
+    time.
+
+    Attributes:
+      bytes: kept now.
+      hits, misses: rows found and rows computed so far.
+    """
+
+    def __init__(self, policy: Policy, limit: int, micro_prompts: int) -> None:
+        """Keeps nothing yet.
+
+        Args:
+          policy: the policy.
+          limit: bytes to keep at most.
+          micro_prompts: prompts whose images are encoded at once.
+        """
+        self._policy, self._limit, self._micro = policy, limit, micro_prompts
+        self._kept: dict[tuple[str, int], np.ndarray] = {}
+        self.bytes = self.hits = self.misses = 0
+
+    def of(self, params: Params, batch: Batch, ids: Sequence[str]) -> np.ndarray:
+        """Returns the features of a batch's images, float[B, N, D] on the host.
+
+        Args:
+          params: of the reference.
+          batch: B prompts on the devices.
+          ids: of their rows; the same id is the same image.
+        """
+        # Padding changes the number of an image's slots, so it is part of the key.
+        windows = batch.images.mask.shape[2]
+        found = {i: self._kept.get((row, windows)) for i, row in enumerate(ids)}
+        missing = [i for i, value in found.items() if value is None]
+        self.hits, self.misses = self.hits + len(ids) - len(missing), self.misses + len(missing)
+        for start in range(0, len(missing), self._micro):
+            rows = missing[start : start + self._micro]
+            # One shape, whatever is missing.
+            filled = np.asarray((rows * self._micro)[: self._micro])
+            values = np.asarray(encode(params, take(batch.images, filled), policy=self._policy))
+            for i, value in zip(rows, values, strict=False):
+                found[i] = value
+                if (ids[i], windows) not in self._kept and self.bytes + value.nbytes <= self._limit:
+                    self._kept[ids[i], windows] = np.copy(value)
+                    self.bytes += value.nbytes
+        return np.stack([found[i] for i in range(len(ids))])
+
+    def counters(self) -> dict[str, float]:
+        """Returns `reference/cache_{hits,misses,bytes}`: rows so far, and what is kept now."""
+        names = ("hits", "misses", "bytes")
+        return {f"reference/cache_{name}": float(getattr(self, name)) for name in names}
+
+
+@partial(jax.jit, static_argnames="policy")
+def encode(params: Params, images: Images, *, policy: Policy) -> jax.Array:
+    """Returns the features of each prompt's images, float[B, N, D]."""
+    return shard_rows(0, policy.encode_images(params, images))

@@ -1,0 +1,81 @@
+"""Folders of policies in Hugging Face's format, on disk or on the hub."""
+
+import json
+import re
+from pathlib import Path
+
+from emor3_jax.models.errors import ShapesError
+from emor3_jax.models.family import FAMILIES
+from emor3_jax.models.policy import Policy
+
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+"""Files of a repository that are downloaded: no weights in other formats."""
+
+
+def find(name: str | Path) -> Path:
+    """Returns the folder of a policy, downloading it first if the name is one of the hub's.
+
+    Args:
+      name: as `load` takes it. A folder of that name wins over the hub.
+
+    Raises:
+      FileNotFoundError: if it is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    match = _HUB_ID.fullmatch(str(name))
+    if match is None:
+        raise FileNotFoundError(f"there is no folder {name}, and an id on the hub is 'owner/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, revision = match.groups()
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {name}, and the hub gave no policy of that name: {error}"
+        ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns whether a name has the form of an id on the hub."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def published(name: str) -> Policy | None:
+    """Returns a policy that is published on the hub under an id, without any download."""
+    for family in FAMILIES.values():
+        if (shapes := family.published.get(name.partition("@")[0])) is not None:
+            return Policy(family, shapes)
+    return None
+
+
+def parse_config(data: dict) -> Policy:
+    """Returns the policy that the contents of a `config.json` describe.
+
+    Raises:
+      ShapesError: if its family is unknown, or it asks for something that is not implemented.
+    """
+    family = FAMILIES.get(data.get("model_type"))
+    if family is None:
+        known = ", ".join(map(repr, FAMILIES))
+        raise ShapesError(
+            f"config.json has model_type={data.get('model_type')!r}; only {known} "
+            "policies can be loaded"
+        )
+    return Policy(family, family.shapes(data))
+
+
+def read_config(folder: str | Path) -> Policy:
+    """Reads the `config.json` of a folder; raises as `load`."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a folder in Hugging Face's format")
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ShapesError(f"{path} is not JSON: {error}") from error
+    return parse_config(data)

@@ -1,0 +1,109 @@
+"""Parameters as a plain nested dict of arrays: casts, weight sync, layouts of layers, counts.
+
+Layers are stacked along the first axis. Leaves named `kernel` or `embedding` are matrices.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax.models.layers import Dtype
+from emor3_jax.parallel.mesh import gather, keep_layout, path_of
+
+Params = dict[str, Any]
+
+
+def cast_for_decoding(params: Params, dtype: Dtype) -> Params:
+    """Returns the parameters as decoding reads them, once a step so that no token pays for it.
+
+    Matrices have the compute type, as `cast_matrices` says, and are whole on every device but for
+    the axes that `tensor` shards (`parallel.mesh.RULES`).
+
+    Args:
+      params: float32 master parameters.
+      dtype: compute type; if the parameters already have it on one device, they are returned
+        unchanged.
+    """
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    if kinds == {jnp.dtype(dtype)} and jax.sharding.get_abstract_mesh().size <= 1:
+        return params
+    return weight_sync(params, jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def cast_matrices(params: Params, dtype: Dtype) -> Params:
+    """Returns the parameters with matrices in the compute type, sharded as before.
+
+    Each use would round them so. Norms and biases, which are added in float32, stay as they are.
+    The result shares no memory with the argument.
+
+    Args:
+      params: float32 master parameters.
+      dtype: compute type.
+    """
+    return jax.tree.map(jnp.copy, keep_layout(_cast(params, dtype)))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def weight_sync(params: Params, dtype: Dtype) -> Params:
+    """Casts and reshards for decoding: `cast_for_decoding`, always."""
+    before: jax.Array | None = None
+
+    def reshard(path: tuple, leaf: jax.Array) -> jax.Array:
+        nonlocal before
+        # One after the other: gathered all at once, they would take the memory of a second copy.
+        if before is not None:
+            leaf, _ = jax.lax.optimization_barrier((leaf, before))
+        before = gather(leaf, path_of(path))
+        return before
+
+    return jax.tree_util.tree_map_with_path(reshard, keep_layout(_cast(params, dtype)))
+
+
+def _cast(params: Params, dtype: Dtype) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, params
+    )
+
+
+@jax.jit
+def unroll(params: Params) -> Params:
+    """Returns the parameters with the decoder's layers apart, for `Policy.decode`.
+
+    Args:
+      params: with the layers stacked, as everything else reads them.
+    """
+    decoder = dict(params["model"])
+    layers = decoder.pop("layers")
+    count = jax.tree.leaves(layers)[0].shape[0]
+    apart = {f"layers_{i}": jax.tree.map(lambda x: x[i], layers) for i in range(count)}  # noqa: B023
+    return params | {"model": decoder | apart}
+
+
+def leaves(tree: Params) -> Iterator[tuple[str, Any]]:
+    """Yields the path and the value of each parameter."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield "/".join(key.key for key in path), leaf
+
+
+def parameter_overview(params: Params) -> str:
+    """Returns a table of all parameters: path, shape, size; the total last."""
+    rows = [
+        (path, "x".join(map(str, leaf.shape)), f"{int(np.prod(leaf.shape)):,}")
+        for path, leaf in leaves(params)
+    ]
+    rows.append(("total", "", f"{count_params(params):,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        f"{path:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}"
+        for path, shape, count in rows
+    )
+
+
+def count_params(params: Params) -> int:
+    """Returns the number of parameters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

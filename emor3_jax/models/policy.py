@@ -1,0 +1,404 @@
+"""The policy as pure functions of its parameters.
+
+`params` is a plain nested dict of float32 arrays: `visual` (the tower), `model` (the decoder with
+its embedding), and `lm_head` where the head is not tied to the embedding. Norms, softmax and rope
+are computed in float32, whatever the compute type.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.family import Family, Shapes
+from emor3_jax.models.layers import DEFAULT, Compute, Dtype, Group, two_rows
+from emor3_jax.models.params import Params
+from emor3_jax.models.processor import ImageLayout
+from emor3_jax.parallel.mesh import by_rows
+from emor3_jax.types import Images, Prompt
+
+_SUPPRESSED = -1e30
+"""Logit of a suppressed token: finite, so that 0 * log(0) in the entropy is 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A policy of one family and size, without its parameters; hashable, a static argument.
+
+    Attributes:
+      family: architecture.
+      shapes: sizes and special ids.
+      compute: settings of the arithmetic.
+    """
+
+    family: Family
+    shapes: Shapes
+    compute: Compute = DEFAULT
+
+    @property
+    def dtype(self) -> Dtype:
+        """Compute type."""
+        return self.compute.dtype
+
+    @property
+    def layout(self) -> ImageLayout:
+        """Layout of images and positions."""
+        return self.family.layout(self.shapes)
+
+    def with_compute(self, **changes: Any) -> "Policy":
+        """Returns the policy with other settings of the arithmetic, see `layers.Compute`."""
+        return dataclasses.replace(self, compute=self.compute._replace(**changes))
+
+    def init(self, key: jax.Array) -> Params:
+        """Returns fresh parameters: kernels of unit gain, embeddings of standard deviation 0.02.
+
+        Args:
+          key: PRNG key.
+        """
+        visual, decoder, head, embedding = jax.random.split(key, 4)
+        tokens = jnp.zeros((1, 1, 1), jnp.int32)
+        params = {
+            "visual": self.family.init_tower(self.shapes, visual),
+            "model": self.family.decoder(self.shapes, Compute()).init(
+                decoder, tokens, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1), bool)
+            )["params"],
+        }
+        normal = nn.initializers.normal(0.02)
+        size = self.shapes.vocab_size, self.shapes.hidden_size
+        params["model"]["embed_tokens"]["embedding"] = normal(embedding, size)
+        if not self.shapes.tie_word_embeddings:
+            params["lm_head"] = {"kernel": normal(head, size[::-1])}
+        return params
+
+    def param_shapes(self) -> Params:
+        """Returns the tree of parameters as `jax.ShapeDtypeStruct`s, without computing anything."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def encode_images(self, params: Params, images: Images) -> jax.Array:
+        """Runs the vision tower.
+
+        Args:
+          params: of the policy.
+          images: in window layout.
+
+        Returns:
+          float[B, N, D], features of the merged slots of each prompt's images; those of padding
+          are undefined.
+        """
+        return self.family.encode_images(self.shapes, self.compute, params, images)
+
+    def prefill(self, params: Params, prompt: Prompt, images: Images | None) -> KV:
+        """Returns keys and values of prompts with their images."""
+        features = None if images is None else self.encode_images(params, images)
+        return self.read_prompt(params, prompt, features)[1]
+
+    def read_prompt(
+        self,
+        params: Params,
+        prompt: Prompt,
+        image_features: jax.Array | None,
+    ) -> tuple[jax.Array, KV]:
+        """Runs the decoder over prompts, each token attending to those before it.
+
+        Args:
+          params: of the policy.
+          prompt: right padded.
+          image_features: from `encode_images`; None if no prompt has an image.
+
+        Returns:
+          float[B, P, D] after the final norm (undefined at padding), and the keys and values, through
+          which gradients flow.
+        """
+        hidden, (k, v) = self._decoder(keep_keys=True).apply(
+            {"params": params["model"]},
+            prompt.tokens[:, None],
+            prompt.positions[:, None],
+            jnp.asarray(prompt.mask)[:, None],
+            image_features=image_features,
+            image_slots=prompt.image_slots[:, None],
+        )
+        return hidden[:, 0], KV(k[:, :, 0], v[:, :, 0], jnp.asarray(prompt.mask))
+
+    def extend(
+        self,
+        params: Params,
+        prefix: KV | None,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        *,
+        cache_size: int | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs `G` continuations of each prompt; each sees its prompt and, causally, itself.
+
+        Args:
+          params: of the policy.
+          prefix: the prompts' keys and values; never copied for each continuation.
+          tokens: int32[B, G, S], text only.
+          positions: int32[B, G, S], rope positions.
+          mask: bool[B, G, S], True for tokens that may be attended to.
+          cache_size: `C`, at least S; also return a cache whose first S slots are filled.
+
+        Returns:
+          float[B, G, S, D] after the final norm, and the cache if asked for.
+
+        Raises:
+          ValueError: if the cache is too small.
+        """
+        s = tokens.shape[-1]
+        if cache_size is not None and cache_size < s:
+            raise ValueError(f"cache_size={cache_size} is smaller than the {s} tokens to keep")
+        hidden, keys = self._decoder(keep_keys=cache_size is not None).apply(
+            {"params": params["model"]},
+            tokens,
+            jnp.broadcast_to(positions[..., None], (*positions.shape, 3)),
+            jnp.asarray(mask),
+            prefix=prefix,
+        )
+        if cache_size is None:
+            return hidden, None
+
+        def grow(x: jax.Array, axis: int) -> jax.Array:
+            return jnp.pad(x, [(0, (cache_size - s) * (i == axis)) for i in range(x.ndim)])
+
+        return hidden, Cache(grow(keys[0], 5), grow(keys[1], 4), grow(jnp.asarray(mask), 2))
+
+    def extend_group(
+        self,
+        params: Params,
+        prompt: Prompt,
+        image_features: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """Runs prompts together with their `G` continuations: `read_prompt` and `extend` in one.
+
+        Each layer works on both at once, so its weights are read, and over a mesh gathered, once,
+        and their gradient is summed over devices once.
+
+        Args:
+          params: of the policy.
+          prompt: right padded.
+          image_features: from `encode_images`.
+          tokens, positions, mask: int32, int32 and bool[B, G, S], see `extend`.
+          segments: int32[B, G, S], tokens of one see nothing of the others but the prompt; None for
+            one segment.
+
+        Returns:
+          float[B, G, S, D] after the final norm, of the continuations.
+        """
+        group = Group(prompt.tokens.shape[1], tokens.shape[1])
+        rope_positions = jnp.broadcast_to(positions[..., None], (*positions.shape, 3))
+        hidden, _ = self._decoder(group=group).apply(
+            {"params": params["model"]},
+            group.join(prompt.tokens[:, None], tokens),
+            group.join(prompt.positions[:, None], rope_positions),
+            group.join(jnp.asarray(prompt.mask)[:, None], jnp.asarray(mask)),
+            image_features=image_features,
+            image_slots=prompt.image_slots[:, None],
+            segments=segments,
+        )
+        return hidden
+
+    def decode(
+        self,
+        params: Params,
+        prefix: KV | None,
+        cache: Cache,
+        tokens: jax.Array,
+        positions: jax.Array,
+        slot: jax.Array,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs one token of each continuation and adds it to the cache.
+
+        Args:
+          params: of the policy; layers stacked, or apart (`params.unroll`) with a cache to match.
+          prefix: the prompts' keys and values.
+          cache: the continuations so far; `slot` must be masked.
+          tokens: int32[B, G].
+          positions: int32[B, G], rope positions.
+          slot: int32[], where the keys and values of these tokens go.
+
+        Returns:
+          float[B, G, D] after the final norm, and the cache with `slot` filled.
+        """
+        b, g = tokens.shape
+        unrolled = "layers" not in params["model"]
+        hidden, keys = self._decoder(keep_keys=True, unrolled=unrolled).apply(
+            {"params": params["model"]},
+            tokens[..., None],
+            jnp.broadcast_to(positions[..., None, None], (b, g, 1, 3)),
+            jnp.ones((b, g, 1), bool),
+            prefix=prefix,
+            cache=cache,
+        )
+        if unrolled:
+            # Always 0, but known only once all layers have read the cache: XLA writes in place.
+            slot += jnp.minimum(jnp.abs(hidden[0, 0, 0, 0]).astype(jnp.int32), 0)
+
+        def write(old: Any, new: Any, axis: int) -> Any:
+            def update(x: jax.Array, y: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(
+                    x, y.astype(x.dtype), slot, axis % x.ndim
+                )
+
+            return jax.tree.map(update, old, new)
+
+        cache = Cache(
+            write(cache.k, keys[0], -1),
+            write(cache.v, keys[1], -2),
+            write(cache.mask, jnp.ones((b, g, 1), bool), -1),
+        )
+        return hidden[:, :, 0], cache
+
+    def extend_each(
+        self,
+        params: Params,
+        prefix: KV | None,
+        cache: Cache,
+        tokens: jax.Array,
+        positions: jax.Array,
+    ) -> jax.Array:
+        """Runs the same N short texts behind every continuation; each sees that and itself.
+
+        Args:
+          params: of the policy.
+          prefix: the prompts' keys and values.
+          cache: the continuations.
+          tokens: int32[N, L].
+          positions: int32[B, G], rope position of the first of them.
+
+        Returns:
+          float[B, G, N, L, D] after the final norm.
+        """
+        n, size = tokens.shape
+        b, g = positions.shape
+        place = jnp.tile(jnp.arange(size), n)
+        where = positions[..., None, None] + jnp.broadcast_to(place[:, None], (n * size, 3))
+        hidden, _ = self._decoder().apply(
+            {"params": params["model"]},
+            jnp.broadcast_to(tokens.reshape(-1), (b, g, n * size)),
+            where,
+            jnp.ones((b, g, n * size), bool),
+            prefix=prefix,
+            cache=cache,
+            segments=jnp.broadcast_to(jnp.repeat(jnp.arange(n), size), (b, g, n * size)),
+        )
+        return hidden.reshape(b, g, n, size, -1)
+
+    def _decoder(self, **options: Any) -> nn.Module:
+        return self.family.decoder(self.shapes, self.compute, **options)
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Returns float32[..., V] of final hidden states float[..., D]."""
+        return _logits(self.shapes.tie_word_embeddings, self._head(params)[0], hidden)
+
+    def _head(self, params: Params) -> tuple[jax.Array, str]:
+        """Returns the output matrix, and its path."""
+        if self.shapes.tie_word_embeddings:
+            return params["model"]["embed_tokens"]["embedding"], "model/embed_tokens/embedding"
+        return params["lm_head"]["kernel"], "lm_head/kernel"
+
+    def logprobs(
+        self,
+        params: Params,
+        hidden: jax.Array,
+        targets: jax.Array,
+        *,
+        suppressed: jax.Array | None = None,
+        temperature: float = 1.0,
+        chunk: int = 1024,
+        entropy: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the log-probability of each target without ever holding the logits of all tokens.
+
+        The last axis is cut, so that the batch may stay cut over devices: about `chunk` tokens (at
+        least one column of all rows) have logits at once, recomputed in the backward pass.
+
+        Args:
+          params: of the policy.
+          hidden: float[..., S, D] final hidden states.
+          targets: int32[..., S].
+          suppressed: bool[V], ids of probability zero; the log-probability of one is about -1e30.
+          temperature: divides the logits.
+          chunk: tokens whose logits exist at once.
+          entropy: also return the entropy of each distribution.
+
+        Returns:
+          float32[..., S], and the entropy in the same shape, or None.
+        """
+        tied = self.shapes.tie_word_embeddings
+        size = max(1, chunk // math.prod(hidden.shape[:-2]))
+
+        def own(head: jax.Array, hidden: jax.Array, targets: jax.Array, axis: str | None) -> Any:
+            return _chunked_logprobs(
+                tied, head, hidden, targets, suppressed, temperature, size, entropy, axis
+            )
+
+        return by_rows(own, *self._head(params), hidden, targets)
+
+
+def _logits(tied: bool, head: jax.Array, hidden: jax.Array) -> jax.Array:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    equation = "nd,vd->nv" if tied else "nd,dv->nv"
+    head = head.astype(hidden.dtype)
+    scores = jnp.einsum(equation, two_rows(rows), head, preferred_element_type=jnp.float32)
+    return scores[: len(rows)].reshape(*hidden.shape[:-1], -1)
+
+
+def _chunked_logprobs(
+    tied: bool,
+    head: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    suppressed: jax.Array | None,
+    temperature: float,
+    size: int,
+    entropy: bool,
+    axis: str | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`Policy.logprobs` of some rows, `size` columns at a time; `axis` cuts the vocabulary."""
+    *lead, s, _ = hidden.shape
+    rows = math.prod(lead)
+    size = min(s, size)
+    chunks = -(-s // size)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = x.reshape(rows, s, *x.shape[len(lead) + 1 :])
+        x = jnp.pad(x, ((0, 0), (0, chunks * size - s), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+
+    def over_vocabulary(x: jax.Array) -> jax.Array:
+        return x.sum(axis=-1) if axis is None else jax.lax.psum(x.sum(axis=-1), axis)
+
+    def score(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+        states, wanted = piece
+        scores = _logits(tied, head, states) / temperature
+        count = scores.shape[-1]
+        first = 0 if axis is None else count * jax.lax.axis_index(axis)
+        if suppressed is not None:
+            own = jax.lax.dynamic_slice(suppressed, (first,), (count,))
+            scores = jnp.where(own, _SUPPRESSED, scores)
+        most = jax.lax.stop_gradient(scores.max(axis=-1))
+        most = most if axis is None else jax.lax.pmax(most, axis)
+        total = most + jnp.log(over_vocabulary(jnp.exp(scores - most[..., None])))
+        # A comparison instead of a gather: fuses.
+        chosen = first + jnp.arange(count) == wanted[..., None]
+        logprob = over_vocabulary(jnp.where(chosen, scores, 0.0)) - total
+        if not entropy:
+            return logprob, None
+        scores = scores - total[..., None]
+        return logprob, -over_vocabulary(jnp.exp(scores) * scores)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :s].reshape(*lead, s)
+
+    pieces = (cut(hidden), cut(targets))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(score), pieces))

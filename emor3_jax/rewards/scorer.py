@@ -1,0 +1,159 @@
+"""Scores of responses to rows of one label set, given as arrays, as tokens or as text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from emor3_jax.parallel import hosts
+from emor3_jax.rewards.automaton import token_bytes
+from emor3_jax.rewards.questions import QUESTIONS
+from emor3_jax.rewards.reward import Reward
+from emor3_jax.rewards.rules import LabelError, check_labels
+from emor3_jax.rewards.tables import cut_spans, make_tables
+from emor3_jax.types import Batch, Replies, ReplyProbs, Samples, Scores
+
+Tokens = tuple[jax.Array, jax.Array]
+
+
+class Scorer:
+    """A reward for one tokenizer and label set.
+
+    Attributes:
+      tokenizer: a byte-level BPE tokenizer.
+      labels: the label set.
+      reward: rules and weights.
+      tables: the rules as token tables.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        profile: str = "paper",
+        coherence_target: str = "label",
+        *,
+        reward: Reward | None = None,
+        cache: str | Path = "",
+    ) -> None:
+        """Builds the tables, or reads them from disk.
+
+        Args:
+          tokenizer: a byte-level BPE tokenizer.
+          labels: the label set.
+          profile: "paper" or "release".
+          coherence_target: "label", or "answer": the response's own boxed answer.
+          reward: replaces the two before it.
+          cache: folder where tables are kept; "" keeps none.
+
+        Raises:
+          TokenizerError: if the tokenizer is not byte-level.
+          LabelError: if the labels cannot be told apart.
+          PatternError: if a pattern cannot be read.
+          ValueError: if `profile` or `coherence_target` is unknown.
+        """
+        self.tokenizer, self.labels = tokenizer, check_labels(labels)
+        self.reward = reward or Reward(profile, coherence_target)
+        self.tables = make_tables(tokenizer, labels, self.reward.patterns, cache)
+
+    def score(self, batch: Batch, samples: Samples, replies: Replies | ReplyProbs | None) -> Scores:
+        """Scores the responses to a batch."""
+        texts = self._score_texts(batch, samples)
+        return self.reward(self.tables, batch.answers, batch.grades, samples, replies, texts)
+
+    def score_tokens(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        answers: Sequence[str],
+        coherence_replies: Tokens | None = None,
+        consistency_replies: Tokens | None = None,
+    ) -> dict[str, jax.Array]:
+        """Scores responses given as tokens.
+
+        Args:
+          tokens: int32[n, T].
+          lengths: int32[n].
+          answers: the true label of each.
+          coherence_replies: tokens int32[n, R] and lengths int32[n] of the replies.
+          consistency_replies: likewise. Without both of them the reflection is switched off.
+
+        Returns:
+          "format", "accuracy", "coherence", "consistency", "overall": float32[n].
+
+        Raises:
+          LabelError: if an answer is not in the label set.
+          ValueError: if only one kind of replies is given.
+        """
+        if (coherence_replies is None) != (consistency_replies is None):
+            raise ValueError("give both kinds of replies, or none to switch the reflection off")
+        indices = []
+        for answer in answers:
+            if answer.strip().lower() not in self.labels:
+                raise LabelError(f"answer {answer!r} is not one of {', '.join(self.labels)}")
+            indices.append(self.labels.index(answer.strip().lower()))
+        replies = None
+        if coherence_replies is not None and consistency_replies is not None:
+            spans = cut_spans(self.tables, tokens, lengths)
+            given = {"coherence": coherence_replies, "consistency": consistency_replies}
+            judged = {name: spans[QUESTIONS[name].span] for name in given}
+            replies = Replies(
+                {name: _as_samples(*reply) for name, reply in given.items()},
+                {name: span.found[:, None] for name, span in judged.items()},
+                {name: span.lengths[:, None] for name, span in judged.items()},
+            )
+        label = jnp.asarray(indices, jnp.int32)
+        grades = jax.nn.one_hot(label, len(self.labels))
+        scores = self.reward(self.tables, label, grades, _as_samples(tokens, lengths), replies)
+        return {
+            name: scores.named()[name][:, 0]
+            for name in ("format", "accuracy", *QUESTIONS, "overall")
+        }
+
+    def score_text(
+        self,
+        responses: Sequence[str],
+        answers: Sequence[str],
+        coherence_replies: Sequence[str] | None = None,
+        consistency_replies: Sequence[str] | None = None,
+    ) -> dict[str, jax.Array]:
+        """Scores responses given as text; otherwise as `score_tokens`."""
+        return self.score_tokens(
+            *self._spell(responses),
+            answers,
+            None if coherence_replies is None else self._spell(coherence_replies),
+            None if consistency_replies is None else self._spell(consistency_replies),
+        )
+
+    def _spell(self, texts: Sequence[str]) -> Tokens:
+        """Writes texts as byte tokens, in lengths rounded up so that few shapes are compiled."""
+        single = {t[0]: i for i, t in enumerate(token_bytes(self.tokenizer)) if len(t) == 1}
+        codes = [text.encode("utf-8", "replace") for text in texts]
+        size = 1 << max(4, max(map(len, codes), default=1).bit_length())
+        tokens = np.zeros((len(codes), size), np.int32)
+        for i, code in enumerate(codes):
+            tokens[i, : len(code)] = [single[b] for b in code]
+        return jnp.asarray(tokens), jnp.asarray([len(c) for c in codes], jnp.int32)
+
+    def _score_texts(self, batch: Batch, samples: Samples) -> dict[str, np.ndarray]:
+        """Returns the terms that are functions of the text, float32[B, G] each."""
+        terms = [term for term in self.reward.terms if term.text]
+        if not terms:
+            return {}
+        tokens, lengths, answers = hosts.fetch((samples.tokens, samples.lengths, batch.answers))
+        scores = {term.name: np.zeros(lengths.shape, np.float32) for term in terms}
+        for at in np.ndindex(lengths.shape):
+            text = self.tokenizer.decode(tokens[at][: lengths[at]], skip_special_tokens=True)
+            for term in terms:
+                scores[term.name][at] = term.text(text, self.labels[answers[at[0]]])
+        return scores
+
+
+def _as_samples(tokens: jax.Array, lengths: jax.Array) -> Samples:
+    """Returns one response a prompt, from int32[n, T] and int32[n]."""
+    tokens, lengths = jnp.asarray(tokens)[:, None], jnp.asarray(lengths)[:, None]
+    logprobs = jnp.zeros(tokens.shape, jnp.float32)
+    return Samples(tokens, logprobs, lengths, jnp.ones(lengths.shape, bool))

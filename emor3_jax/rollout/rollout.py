@@ -1,0 +1,172 @@
+"""The rollout: prompts in, experience out. Sample responses, ask the reflections, score all.
+
+    experience = rollout(params, batch, key)
+
+A few prompts at a time leave the engine (`rollout.engine`), and the policy is asked about their
+responses while their keys are still there; then other prompts are admitted. The arrays stay on the
+device.
+
+Deviations, numbered:
+ 1. Where a response has no text to judge, the paper's profile scores 0 and the release's scores as
+    its stand-in reply "None" would (`emor3_jax.rewards`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from emor3_jax.models.cache import KV
+from emor3_jax.models.params import cast_for_decoding
+from emor3_jax.models.policy import Policy
+from emor3_jax.rewards.scorer import Scorer
+from emor3_jax.rollout.engine import ALL_AT_ONCE, Admission, Engine, Finished, Plan
+from emor3_jax.rollout.reflect import Reflection, reflect
+from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.types import (
+    Batch,
+    Clock,
+    Experience,
+    NoClock,
+    Replies,
+    ReplyProbs,
+    Samples,
+    iterate_parts,
+    join,
+    take,
+)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Samples, reflects and scores for one label set; holds no parameters.
+
+    Attributes:
+      policy: the policy.
+      scorer: of the label set.
+      suppressed: bool[V], ids that a response may never contain.
+      sampling: of the responses.
+      group_size: G, responses to each prompt.
+      reflection: the questions; None asks none.
+      plan: number of prompts in flight at once.
+      greedy: also reward one greedy response to each prompt.
+      num_shards: number of equal parts that the devices cut the prompts into.
+    """
+
+    policy: Policy
+    scorer: Scorer
+    suppressed: np.ndarray
+    sampling: Sampling
+    group_size: int = 1
+    reflection: Reflection | None = None
+    plan: Plan = ALL_AT_ONCE
+    greedy: bool = False
+    num_shards: int = 1
+
+    def __call__(
+        self, params: dict, batch: Batch, key: jax.Array, clock: Clock | None = None
+    ) -> Experience:
+        """Samples `group_size` responses to each prompt, asks the questions, scores.
+
+        Args:
+          params: of the policy; cast once for all tokens to the compute type.
+          batch: B prompts on the devices.
+          key: PRNG key.
+          clock: told of each phase ("rollout", "reflect", "reward") and the arrays that end it.
+        """
+        clock, greedy = clock or NoClock(), None
+        if self.greedy:
+            sampling = self.sampling._replace(temperature=0.0)
+            greedy = self._play(params, batch, key, self._engine(1, sampling), clock).rewards
+        engine = self._engine(self.group_size, self.sampling)
+        return self._play(params, batch, key, engine, clock)._replace(greedy=greedy)
+
+    def respond(self, params: dict, batch: Batch, key: jax.Array) -> tuple[KV, Samples]:
+        """Samples responses to each prompt at once; returns the prompts' keys and values too."""
+        engine = self._engine(self.group_size, self.sampling, ALL_AT_ONCE)
+        params = cast_for_decoding(params, self.policy.dtype)
+        (finished,) = self._sample(params, batch, key, engine)
+        return finished.prefix, finished.samples
+
+    def reflect(
+        self,
+        params: dict,
+        batch: Batch,
+        finished: Finished,
+        key: jax.Array,
+    ) -> Replies | ReplyProbs | None:
+        """Asks the questions about responses; None if reflection is switched off.
+
+        Args:
+          params: of the policy.
+          batch: the prompts of the step.
+          finished: some of its prompts, or all, with their responses.
+          key: PRNG key.
+        """
+        if self.reflection is None:
+            return None
+        rows = np.asarray(finished.row, np.int32)
+        shared = take((batch.shared_length, batch.shared_position), rows)
+        return reflect(
+            self.policy,
+            params,
+            self.reflection,
+            self.scorer.tables,
+            (finished.prefix, *shared),
+            finished.samples,
+            (key, rows),
+            self.suppressed,
+        )
+
+    def _engine(self, group_size: int, sampling: Sampling, plan: Plan | None = None) -> Engine:
+        plan = plan or self.plan
+        return Engine(self.policy, sampling, plan, group_size, self.num_shards, self.suppressed)
+
+    def _play(
+        self, params: dict, batch: Batch, key: jax.Array, engine: Engine, clock: Clock
+    ) -> Experience:
+        params = cast_for_decoding(params, self.policy.dtype)
+        sampling_key, reflection_key = jax.random.split(key)
+        found, rows = [], []
+        for finished in self._sample(params, batch, sampling_key, engine):
+            clock.mark("rollout", finished.samples)
+            replies = self.reflect(params, batch, finished, reflection_key)
+            clock.mark("reflect", replies)
+            found.append((finished.samples, replies))
+            rows.append(finished.row)
+        samples, replies = _in_order(found, np.concatenate(rows))
+        scores = self.scorer.score(batch, samples, replies)
+        rewards = self.scorer.reward.shape(scores, samples)
+        clock.mark("reward", rewards)
+        return Experience(batch, samples, replies, scores, rewards)
+
+    def _sample(
+        self, params: dict, batch: Batch, key: jax.Array, engine: Engine
+    ) -> Iterator[Finished]:
+        prompts = len(batch.last_token)
+        _, refill = engine.sizes(prompts)
+        waves = prompts // refill
+
+        def admissions() -> Iterator[Admission]:
+            for wave, part in enumerate(iterate_parts(batch, waves)):
+                rows = np.arange(wave, prompts, waves, dtype=np.int32)
+                prefix = prefill(params, part, policy=self.policy)
+                yield Admission(rows, part.last_token, part.next_position, prefix)
+
+        return engine.run(params, admissions(), prompts, key)
+
+
+@partial(jax.jit, static_argnames="policy")
+def prefill(params: dict, batch: Batch, *, policy: Policy) -> KV:
+    """Returns keys and values of the prompts of a batch."""
+    return policy.prefill(params, batch.prompt, batch.images)
+
+
+def _in_order(found: list, rows: np.ndarray) -> Any:
+    """Joins results for some prompts each, in the order of the prompts."""
+    if len(found) == 1 and (rows == np.arange(len(rows))).all():
+        return found[0]
+    return join(found, np.argsort(rows))

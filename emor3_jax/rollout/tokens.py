@@ -1,0 +1,27 @@
+"""Special tokens of generation: those that end a response, and those that never occur in one."""
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+
+def suppressed_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Returns bool[V], ids that a response may never contain.
+
+    These are the image and vision ids (a sampled image token has no image), the other special
+    tokens that do not end a turn, and the ids of a padded vocabulary that stand for nothing.
+
+    Args:
+      vocab_size: V, rows of the policy's embedding.
+      tokenizer: of the policy.
+    """
+    suppressed = np.ones(vocab_size, bool)
+    suppressed[: min(len(tokenizer), vocab_size)] = False
+    suppressed[list(tokenizer.added_tokens_decoder)] = True
+    suppressed[list(stop_ids(tokenizer))] = False
+    return suppressed
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the ids that end a response: the end of the turn and the end of the text."""
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    return tuple(i for i in ids if i is not None)

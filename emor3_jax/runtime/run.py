@@ -1,0 +1,365 @@
+"""A run of a program that trains: everything around the algorithm.
+
+run = Run.open("train", config, workdir)
+learner, state = …
+state = run.start(learner, state)            # resumes; evaluates before the first step
+for step, prompts in run.steps():            # ends on a stop signal
+    …
+    run.record(step, observed, updates, info)
+    run.evaluate(step, params)
+    run.save(step, learner, state)
+return run.finish(params)
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from emor3_jax import account as flops_model
+from emor3_jax import prepare
+from emor3_jax.data.batch import Prompts
+from emor3_jax.evaluation.evaluation import evaluate
+from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json
+from emor3_jax.io import report
+from emor3_jax.io.checkpoints import Checkpoints
+from emor3_jax.io.console import Console, duration
+from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
+from emor3_jax.learner.learner import Learner
+from emor3_jax.models import LoadedPolicy, save
+from emor3_jax.parallel import hosts
+from emor3_jax.parallel.mesh import check_batch, make_mesh
+from emor3_jax.prepare.checks import validate
+from emor3_jax.rl.update import TrainState
+from emor3_jax.rollout.rollout import Rollout
+from emor3_jax.runtime import job
+from emor3_jax.runtime.step_log import Observed, StepRecord, progress_line
+from emor3_jax.types import Batch
+
+Results = dict[str, dict[str, Evaluation]]
+
+
+class Run:
+    """A run in its folder, from its start or from its last checkpoint to `config.steps`.
+
+    Attributes:
+      config, workdir: of the run.
+      say: prints a line.
+      mesh: of the devices.
+      policy: loaded; its parameters are gone once `start` was called.
+      data: of the run.
+      clock: of the phases of a step.
+    """
+
+    def __init__(self, program: str, config: ConfigDict, workdir: Path) -> None:
+        """Checks the config, loads the policy onto the mesh and opens the data.
+
+        Args:
+          program: name in front of printed lines.
+          config: see `emor3_jax.config.default`.
+          workdir: folder of the run, made if it does not exist.
+
+        Raises:
+          ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
+        """
+        validate(config)
+        self.config, self.workdir, self.say = config, workdir, Console(program)
+        self._compiles = job.start_jax(config.log.compile_cache)
+        job.check_hosts(config)
+        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        # For attention kernels, which must be told the part of a batch that is a device's.
+        jax.set_mesh(self.mesh)
+        for section in ("rollout", "policy_update", "evaluate"):
+            check_batch(self.mesh, f"{section}.prompts", config[section].prompts)
+        for field in ("slots", "refill"):
+            check_batch(self.mesh, f"rollout.{field}", config.rollout[field])
+        micro_prompts = config.policy_update.micro_prompts
+        check_batch(self.mesh, "policy_update.micro_prompts", micro_prompts)
+        if hosts.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+        self.say(f"loading the policy {config.policy.path}")
+        self.policy = prepare.load_policy(config, self.say, self.mesh)
+        self.say("opening the data")
+        self.data = prepare.open_data(config, self.policy, self.mesh)
+        job.keep_config(config, workdir)
+        self.say("building the reward tables")
+        self._rollouts = {
+            name: prepare.make_evaluation_rollout(config, self.policy, self.data.labels[name])
+            for name in self.data.evaluate
+        }
+        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        latest = self._checkpoints.latest()
+        self._progress: dict[str, Any] = {}
+        if latest is not None:
+            self._progress = self._checkpoints.progress(latest)
+        self._step = latest or 0
+        self._writer = MetricWriter(workdir, first_step=self._step + (latest is not None))
+        self._stop, self.clock = StopSignal(), PhaseClock()
+        self._pace = Pace(self._step, config.steps)
+        self._pending: StepRecord | None = None
+        self._meter: Callable[[Observed], float] | None = None
+        self._rollout: Rollout | None = None
+        self._counters: Callable[[], dict[str, float]] = dict
+        self._last = self._step >= config.steps
+        self._upcoming: Prompts | None = None
+        self._position: Any = None
+        first = self._step + 3
+        self._traced = range(first, first + config.log.profile_steps)
+
+    def put(self, batch: Batch) -> Batch:
+        """Puts a batch of host arrays on the devices."""
+        return prepare.put_batch(batch, self.mesh, self.config)
+
+    def start(
+        self,
+        learner: Learner,
+        state: TrainState,
+        rollout: Rollout | None = None,
+        counters: Callable[[], dict[str, float]] = dict,
+    ) -> TrainState:
+        """Returns the state to begin with: this one, or that of the newest checkpoint.
+
+        Without a checkpoint, the policy is evaluated first.
+
+        Args:
+          learner: gets back what it kept beside the state.
+          state: as before the first step.
+          rollout: of the steps, whose FLOPs are counted and whose samples are shown.
+          counters: returns counts at the time of logging.
+        """
+        self._counters, self._rollout = counters, rollout
+        if rollout is not None:
+            self._meter = prepare.make_meter(self.config, rollout)
+        # State and reference alone hold parameters from here on.
+        self.policy = LoadedPolicy(self.policy.policy, {}, self.policy.processor)
+        if self._step or self._progress:
+            self.say(f"going on from the checkpoint of step {self._step}")
+            arrays = learner.checkpoint(state)
+            arrays, _ = self._checkpoints.restore(self._step, arrays, self.mesh)
+            state = learner.restore(arrays, self._progress)
+            del arrays
+            self.data.train.set_state(self._progress["data"])
+        else:
+            names = tuple(self.config.evaluate.sets)
+            self.say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
+            before = self._evaluate(learner.params(state), names, 0)
+            self._progress = {"before": to_json(before)}
+            self._writer.write(0, evaluation_metrics(before))
+            self.say(evaluation_line(before))
+        self.say(f"training to step {self.config.steps}; the first step compiles")
+        self._pace = Pace(self._step, self.config.steps)
+        self.clock.restart()
+        return state
+
+    def key(self, step: int) -> jax.Array:
+        """Returns the PRNG key of a step."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), step - 1)
+
+    def steps(self) -> Iterator[tuple[int, Prompts]]:
+        """Yields the number of each step and its prompts, to the last step or a stop signal."""
+        if not self._last:
+            self._upcoming = next(self.data.train)
+        while not self._last:
+            if self._step + 1 in self._traced[:1]:
+                jax.profiler.start_trace(str(self.workdir / "profile"))
+            yield self._step + 1, self._upcoming
+
+    def record(
+        self,
+        step: int,
+        observed: Observed,
+        updates: list[dict[str, jax.Array]],
+        info: dict[str, jax.Array | float],
+    ) -> None:
+        """Records a step whose updates are on their way; logs the one before, and reads ahead.
+
+        Args:
+          step: its number.
+          observed: arrays of the rollout.
+          updates: metrics of each update.
+          info: further metrics.
+        """
+        self.clock.mark("update", updates)
+        self._step = step
+        # The device is busy now: meanwhile the host logs the step before and reads on.
+        self._flush()
+        self._position, started = self.data.train.get_state(), time.perf_counter()
+        self._upcoming = next(self.data.train) if step < self.config.steps else None
+        waited = time.perf_counter() - started
+        self._pending = StepRecord(step, observed, updates, info, waited, self.clock.lap())
+        # Agreed upon once a step, so that what ends the loop also saves, on all hosts.
+        self._last = hosts.agree(self._stop.requested) or step == self.config.steps
+        if step in self._traced and (self._last or step == self._traced[-1]):
+            jax.block_until_ready(updates)
+            jax.profiler.stop_trace()
+            place = self.workdir / "profile"
+            self.say(f"profile of steps {self._traced[0]} to {step}: {place}")
+
+    def evaluate(self, step: int, params: Callable[[], dict]) -> None:
+        """Evaluates on rows of the first set where a step is due.
+
+        Args:
+          step: steps done.
+          params: returns the policy's.
+        """
+        config = self.config
+        names = tuple(config.evaluate.sets)[:1]
+        if step % config.evaluate.every or step >= config.steps or not names:
+            return
+        now = self._evaluate(params(), names, step, config.evaluate.during)
+        self.say(evaluation_line(now))
+        self._flush(evaluation_metrics(now))
+        self.clock.restart()
+
+    def save(self, step: int, learner: Learner, state: TrainState) -> None:
+        """Writes a checkpoint where a step is due, and after the last one."""
+        if not self._last and step % self.config.checkpoint.every:
+            return
+        self._flush()
+        progress = self._progress | {"data": self._position} | learner.progress()
+        self._checkpoints.save(step, learner.checkpoint(state), progress)
+        self.clock.restart()
+
+    def finish(self, params: Callable[[], dict]) -> Results:
+        """Ends the run: evaluates, writes the report and the policy's folder, closes what is open.
+
+        Args:
+          params: returns those of the trained policy.
+
+        Returns:
+          {"before": {data set: Evaluation}, "after": {…}}; empty if the run was asked to stop.
+        """
+        self.clock.close()
+        self._stop.restore()
+        self._checkpoints.close()
+        if self._step != self.config.steps:
+            self._writer.close()
+            step = self._step
+            self.say(f"stopped after step {step} as asked; start again with this workdir to go on")
+            return {}
+        names, workdir, trained = tuple(self.config.evaluate.sets), self.workdir, params()
+        self.say("evaluating after training")
+        before = from_json(self._progress["before"])
+        after = self._evaluate(trained, names, self._step)
+        self._writer.add_events(self._step, evaluation_metrics(after))
+        self._writer.close()
+        metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
+        if hosts.is_first():
+            (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            images = {name: self.data.image(name) for name in names}
+            report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
+        save(LoadedPolicy(self.policy.policy, trained, self.policy.processor), workdir / "policy")
+        for line in report.before_after_table(before, after).splitlines():
+            self.say(line)
+        self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
+        return {"before": before, "after": after}
+
+    def _flush(self, evaluations: dict[str, float] | None = None) -> None:
+        """Logs the step that is still to be logged; waits for its arrays."""
+        if self._pending is None:
+            return
+        config, done, self._pending = self.config, self._pending, None
+        values = done.metrics() | memory() | self.data.counters() | self._counters()
+        values |= evaluations or {}
+        if self._meter is not None:
+            device = self.mesh.devices.flat[0].device_kind
+            needed = self._meter(done.observed)
+            seconds = values["time/step_s"]
+            values |= flops_model.throughput(needed, seconds, device, self.mesh.devices.size)
+        values["compile/count"] = float(self._compiles.count)
+        self._writer.write(done.step, values)
+        if done.step % config.log.every == 0 or done.step == config.steps:
+            self.say(progress_line(done.step, config.steps, values, self._pace.left(done.step)))
+        due = done.step % config.log.samples_every == 0 or done.step == 1
+        if self._rollout is not None and hosts.is_first() and due:
+            shown = done.read(self._rollout.scorer, report.SAMPLES)
+            page = self.workdir / "samples" / f"{done.step:06d}.html"
+            report.write_samples(page, done.step, shown, self.data.image("train"))
+
+    def _evaluate(
+        self, params: dict, names: tuple[str, ...], step: int, limit: int = 0
+    ) -> dict[str, Evaluation]:
+        """Evaluates a policy, and writes each response to `workdir/predictions/<step>`.
+
+        Args:
+          params: of the policy.
+          names: of the evaluation sets.
+          step: steps done.
+          limit: at most so many rows of each; 0 is all.
+        """
+        found = {}
+        for name in names:
+            path = self.workdir / "predictions" / f"{step:06d}" / f"{name}.jsonl"
+            rows = self.data.evaluate[name]
+            with prediction_file(path) as record:
+                found[name] = evaluate(
+                    self._rollouts[name],
+                    params,
+                    rows.take(limit) if limit else rows,
+                    self.config.seed,
+                    put=self.put,
+                    keep=report.SAMPLES,
+                    graded=self.config.evaluate.sets[name].graded,
+                    record=record,
+                )
+        return found
+
+
+class StopSignal:
+    """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second kills."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._request) for number in numbers}
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def restore(self) -> None:
+        """Restores the handlers of before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Pace:
+    """Estimates the remaining time from the mean of the steps so far."""
+
+    def __init__(self, first: int, last: int) -> None:
+        """Starts now.
+
+        Args:
+          first: steps done before.
+          last: the step that it ends with.
+        """
+        self._first, self._last, self._started = first, last, time.perf_counter()
+
+    def left(self, step: int) -> str:
+        """Returns the time that is left after a step, for people to read."""
+        spent = time.perf_counter() - self._started
+        return duration(spent / (step - self._first) * (self._last - step))
+
+
+def evaluation_metrics(results: dict[str, Evaluation]) -> dict[str, float]:
+    """Returns `eval/<data set>/<metric>` → value."""
+    return {
+        f"eval/{name}/{metric}": value
+        for name, result in results.items()
+        for metric, value in result.metrics.items()
+    }
+
+
+def evaluation_line(results: dict[str, Evaluation]) -> str:
+    """Returns the main metrics of each data set in one line."""
+    shown = ("accuracy", "format", "coherence", "consistency", "decoupling")
+    return "; ".join(
+        f"{name}: " + "  ".join(f"{m} {r.metrics[m]:.3f}" for m in shown if m in r.metrics)
+        for name, r in results.items()
+    )

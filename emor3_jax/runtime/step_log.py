@@ -1,0 +1,141 @@
+"""The log of a step: metrics, a progress line, and a gallery of samples.
+
+A step is logged while the device works on the next one; until then its arrays may still be
+computed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from emor3_jax.evaluation.records import Sample, read_sample
+from emor3_jax.io.metrics import Lap
+from emor3_jax.parallel import hosts
+from emor3_jax.rewards.scorer import Scorer
+from emor3_jax.rl.advantages import zero_std_fraction
+from emor3_jax.types import Batch, Experience
+
+PHASES = ("rollout", "reflect", "reward", "reference", "update")
+
+
+class Observed(NamedTuple):
+    """Arrays of a step that each host reads, asked for before the device updates.
+
+    Attributes:
+      ids: of the prompts of all hosts.
+      batch: this host's prompts, as host arrays.
+      experience: samples, replies and scores of all hosts.
+      answers: int32[B], index of the label, of all hosts.
+      rewards: float32[B, G], of all hosts; None without scores.
+    """
+
+    ids: tuple[str, ...]
+    batch: Batch
+    experience: Experience
+    answers: jax.Array
+    rewards: jax.Array | None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32[B, G], of the responses."""
+        return jax.device_get(self.experience.samples.lengths)
+
+
+def observe(ids: tuple[str, ...], batch: Batch, experience: Experience) -> Observed:
+    """Returns the arrays of a step that its log reads; does not wait for them.
+
+    Args:
+      ids: of the prompts of all hosts.
+      batch: this host's prompts, as host arrays.
+      experience: of the step, with its batch on the devices.
+    """
+    read = experience.samples, experience.replies, experience.scores, experience.batch.answers
+    *read, answers = hosts.everywhere(read)
+    rewards = hosts.everywhere(experience.rewards)
+    return Observed(ids, batch, Experience(None, *read, None), answers, rewards)
+
+
+class StepRecord(NamedTuple):
+    """A step that is to be logged.
+
+    Attributes:
+      step: its number, from 1 on.
+      observed: arrays of the rollout.
+      updates: metrics of each update.
+      info: further metrics, numbers or arrays.
+      data_seconds: time that was waited for data.
+      phases: time on the device by phase.
+    """
+
+    step: int
+    observed: Observed
+    updates: list[dict[str, jax.Array]]
+    info: dict[str, jax.Array | float]
+    data_seconds: float
+    phases: Lap
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the metrics by name; waits for the arrays."""
+        seconds = self.phases.read()
+        step_seconds = sum(seconds.values())
+        scores, ended, updates, info, rewards = jax.device_get(
+            (
+                self.observed.experience.scores,
+                self.observed.experience.samples.ended,
+                self.updates,
+                self.info,
+                self.observed.rewards,
+            )
+        )
+        # Supervised fine-tuning may lack a response; its length is then 0.
+        lengths = self.observed.lengths
+        there = lengths[lengths > 0]
+        values = {
+            f"policy/{name}": float(np.mean([metrics[name] for metrics in updates]))
+            for name in updates[0].keys() - {"moved"}
+        }
+        values |= {f"time/{phase}_s": value for phase, value in seconds.items()}
+        values |= {
+            "response/length_mean": float(there.mean()) if there.size else 0.0,
+            "time/data_s": self.data_seconds,
+            "time/step_s": step_seconds,
+            "throughput/responses_per_s": there.size / step_seconds,
+            "throughput/tokens_per_s": float(there.sum()) / step_seconds,
+        }
+        if scores is not None:
+            values |= {f"reward/{k}": float(np.mean(v)) for k, v in scores.named().items()}
+            values["group/zero_std_fraction"] = float(zero_std_fraction(rewards))
+            values["response/truncated_fraction"] = float(1 - ended.mean())
+            # Before the first update of a step, the policy is the one that sampled.
+            values["policy/sampler_gap"] = float(updates[0]["moved"])
+        return values | {name: float(value) for name, value in info.items()}
+
+    def read(self, scorer: Scorer, count: int) -> list[Sample]:
+        """Decodes the first response to each of a few prompts."""
+        answers, experience = jax.device_get((self.observed.answers, self.observed.experience))
+        ids = self.observed.ids[:count]
+        return [
+            read_sample(scorer, row_id, answers[i], (i, 0), experience)
+            for i, row_id in enumerate(ids)
+        ]
+
+
+def progress_line(step: int, steps: int, values: dict[str, float], left: str) -> str:
+    """Returns the main metrics of a step in one line."""
+    if "reward/overall" not in values:
+        return (
+            f"step {step}/{steps}  loss {values['policy/loss']:.3f}  "
+            f"{values['time/step_s']:.2f} s  left {left}"
+        )
+    reward = "  ".join(
+        f"{name} {values[f'reward/{name}']:.2f}"
+        for name in ("format", "accuracy", "coherence", "consistency")
+    )
+    phases = "  ".join(
+        f"{name} {values[f'time/{name}_s']:.2f}" for name in PHASES if f"time/{name}_s" in values
+    )
+    return (
+        f"step {step}/{steps}  reward {values['reward/overall']:.3f} ({reward})  "
+        f"kl {values['policy/kl']:.3f}  {values['time/step_s']:.2f} s ({phases})  left {left}"
+    )

@@ -1,0 +1,290 @@
+"""The arrays that flow between rollout, rewards, learner and evaluation.
+
+Every leaf of a batch starts with its `B` prompts, so that any row operation is one `jax.tree.map`
+(`take`, `split`, `concatenate`). Shapes use the project's letters: `B` prompts, `G` responses to
+each, `P` prompt tokens, `T` response tokens, `I` images of a prompt, `W` attention windows of an
+image, `L` patches of a window, `K` labels.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emor3_jax.parallel.mesh import shard_rows
+
+Array = jax.Array | np.ndarray
+
+NOTHING_TO_JUDGE = -3
+"""`Scores.inferred` of a response without a text for the coherence question, or not asked."""
+
+
+class Images(NamedTuple):
+    """Images cut into patches, the patches grouped by attention window and padded to `L` slots.
+
+    The patches that the merger joins are neighbours (`slot // merge_unit` is one merged slot), and
+    a window holds `L = (window_size / patch_size) ** 2` patches. Padding slots have `mask` False.
+
+    Attributes:
+      patches: float32[B, I, W, L, 3 * temporal_patch_size * patch_size**2], as the image processor
+        of transformers flattens a patch (channel, time, row, column).
+      coords: int32[B, I, W, L, 2], row and column of the patch in its image.
+      mask: bool[B, I, W, L], True where a patch is real.
+    """
+
+    patches: Array
+    coords: Array
+    mask: Array
+
+
+class Prompt(NamedTuple):
+    """Prompt tokens, right padded, with their positions and image slots precomputed.
+
+    Attributes:
+      tokens: int32[B, P].
+      positions: int32[B, P, 3], rope positions (temporal, height, width).
+      mask: bool[B, P].
+      image_slots: int32[B, P], for an image token the index of its feature among the merged slots
+        of its own prompt, flattened over [I, W * L / merge_unit]; -1 for a text token.
+    """
+
+    tokens: Array
+    positions: Array
+    mask: Array
+    image_slots: Array
+
+
+class Batch(NamedTuple):
+    """The rows that one step reads.
+
+    Attributes:
+      prompt: all tokens of each prompt but the last, [B, P].
+      last_token: int32[B], the last token of each prompt, from which a response is sampled.
+      next_position: int32[B], its rope position.
+      images: one image a prompt, [B, 1, W, L].
+      shared_length: int32[B], leading tokens, system turn and image, that the consistency question
+        has in common with the prompt.
+      shared_position: int32[B], the rope position that follows them.
+      answers: int32[B], index of the label.
+      grades: float32[B, K], the accuracy of each label as an answer: 1 for the row's label and 0
+        for the others, or its share among raters over the largest share (soft labels).
+      weight: float32[B], 1; 0 for a row that only fills the last batch of an evaluation.
+    """
+
+    prompt: Prompt
+    last_token: Array
+    next_position: Array
+    images: Images
+    shared_length: Array
+    shared_position: Array
+    answers: Array
+    grades: Array
+    weight: Array
+
+
+class Samples(NamedTuple):
+    """Generated tokens.
+
+    Attributes:
+      tokens: int32[B, G, T], 0 after the end.
+      logprobs: float32[B, G, T], under the sampler's distribution, 0 after the end.
+      lengths: int32[B, G], the end-of-sequence token included.
+      ended: bool[B, G], False where the response was cut at T tokens.
+    """
+
+    tokens: Array
+    logprobs: Array
+    lengths: Array
+    ended: Array
+
+    @property
+    def mask(self) -> jax.Array:
+        """bool[B, G, T], True for the tokens that were generated."""
+        return jnp.arange(self.tokens.shape[-1]) < self.lengths[..., None]
+
+
+class Replies(NamedTuple):
+    """Sampled reflections: the policy's replies to the questions about its own responses.
+
+    Each field is a dict by the name of the question.
+
+    Attributes:
+      samples: the replies, [B, G, R].
+      found: bool[B, G], True where there was a text to judge.
+      lengths: int32[B, G], tokens of that text.
+    """
+
+    samples: dict[str, Samples]
+    found: dict[str, Array]
+    lengths: dict[str, Array]
+
+
+class ReplyProbs(NamedTuple):
+    """Reflection probabilities, instead of sampled reflections.
+
+    Each field is a dict by the name of the question.
+
+    Attributes:
+      probs: float32[B, G, K'], probability of each meaning among all: the labels of coherence, yes
+        and no of consistency.
+      found: bool[B, G], True where there was a text to judge.
+      lengths: int32[B, G], tokens of that text.
+    """
+
+    probs: dict[str, Array]
+    found: dict[str, Array]
+    lengths: dict[str, Array]
+
+
+class Scores(NamedTuple):
+    """Scores of responses, float32[B, G] each but for `answer` and `inferred`.
+
+    Attributes:
+      overall, format, accuracy: in [0, 1] (release: overall up to 1.1); accuracy is graded where
+        the data set has soft labels (`Batch.grades`).
+      reflections: name of a question → score in [0, 1]; where none is asked 0 (paper) or 1
+        (release).
+      answer: int32[B, G], index of the boxed label, -1 where there is none.
+      inferred: int32[B, G], index of the label that the policy inferred from s1..s2, negative
+        where the reply was no label, `NOTHING_TO_JUDGE` where it was not asked.
+      terms: name → custom reward terms before their weights.
+    """
+
+    overall: Array
+    format: Array
+    accuracy: Array
+    reflections: dict[str, Array]
+    answer: Array
+    inferred: Array
+    terms: dict[str, Array]
+
+    def named(self) -> dict[str, Array]:
+        """Returns the scores by name, reflections and custom reward terms among them."""
+        names = ("overall", "format", "accuracy")
+        return {name: getattr(self, name) for name in names} | self.reflections | self.terms
+
+
+class Packing(NamedTuple):
+    """Positions of response tokens, [B, G, T], in R rows of C columns for each group.
+
+    Attributes:
+      source: int32[B, R, C], index of the token in its group, counted over [G * T]; -1 for none.
+      place: int32[B, G], index of the first token of each response, counted over [R * C].
+    """
+
+    source: Array
+    place: Array
+
+
+class Experience(NamedTuple):
+    """A batch with all that a step finds out about it; what is not there yet is None.
+
+    Attributes:
+      batch: the prompts on the devices; None once the step has split them.
+      samples: their responses, [B, G, T].
+      replies: the reflections; None without reflection.
+      scores: of the responses.
+      rewards: float32[B, G], what advantages compare.
+      greedy: float32[B, 1], the reward of a greedy response to each prompt (ReMax).
+      old_logprobs: float32[B, G, T], recomputed under the policy that sampled.
+      ref_logprobs: float32[B, G, T], under the reference.
+      advantages: float32[B, G].
+      packing: positions of the responses in fewer rows.
+    """
+
+    batch: Batch | None
+    samples: Samples
+    replies: Replies | ReplyProbs | None
+    scores: Scores
+    rewards: Array
+    greedy: Array | None = None
+    old_logprobs: Array | None = None
+    ref_logprobs: Array | None = None
+    advantages: Array | None = None
+    packing: Packing | None = None
+
+
+class Clock(Protocol):
+    """Measures the phases of a step, see `io.metrics.PhaseClock`."""
+
+    def mark(self, phase: str, arrays: Any) -> None:
+        """Marks the arrays with which a phase ends."""
+
+
+class NoClock:
+    """Measures nothing."""
+
+    def mark(self, phase: str, arrays: Any) -> None:
+        """Ignores the end of a phase."""
+
+
+def bucket(size: int, sizes: Sequence[int]) -> int:
+    """Returns the smallest of rising `sizes` that holds `size`, the last one if none does."""
+    return next((s for s in sizes if size <= s), sizes[-1])
+
+
+def take(tree: Any, rows: Array) -> Any:
+    """Returns any rows of arrays.
+
+    Args:
+      tree: pytree of arrays, [B, …] each.
+      rows: int32[R].
+    """
+    return _take(tree, np.asarray(rows, np.int32))
+
+
+def split(tree: Any, count: int) -> list[Any]:
+    """Splits arrays into equal parts: rows `i, count + i, …` make part `i`.
+
+    Each device takes from its own rows, so a batch that is sharded over devices stays in place.
+
+    Args:
+      tree: pytree of arrays, [B, …] each.
+      count: number of parts; must divide B.
+    """
+    return list(iterate_parts(tree, count))
+
+
+def iterate_parts(tree: Any, count: int) -> Iterator[Any]:
+    """Yields the parts of `split`, each made when it is asked for."""
+    if count == 1:
+        yield tree
+        return
+    for part in range(count):
+        yield _part(tree, np.int32(part), count=count)
+
+
+def stack_parts(tree: Any, count: int) -> Any:
+    """Returns the parts of `split` stacked, [count, B / count, …], inside a jitted program."""
+
+    def stack(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(stack, tree)
+
+
+def join(trees: list[Any], rows: Array) -> Any:
+    """Returns rows of several trees of arrays, counted through all of them."""
+    return _join(trees, np.asarray(rows, np.int32))
+
+
+@jax.jit
+def _take(tree: Any, rows: jax.Array) -> Any:
+    return jax.tree.map(lambda x: shard_rows(0, jnp.take(x, rows, axis=0)), tree)
+
+
+@partial(jax.jit, static_argnames="count")
+def _part(tree: Any, part: jax.Array, *, count: int) -> Any:
+    def every(x: jax.Array) -> jax.Array:
+        parts = jnp.asarray(x).reshape(len(x) // count, count, *x.shape[1:])
+        return shard_rows(0, jnp.take(parts, part, axis=1))
+
+    return jax.tree.map(every, tree)
+
+
+@jax.jit
+def _join(trees: list[Any], rows: jax.Array) -> Any:
+    return jax.tree.map(lambda *x: shard_rows(0, jnp.concatenate(x)[rows]), *trees)
