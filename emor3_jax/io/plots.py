@@ -46,26 +46,28 @@ def accuracy_intervals(
     Returns:
       The figure, None if no evaluation has an interval.
     """
-    rows = [
-        (name, each.metrics, colour)
-        for name in after
-        for each, colour in ((before.get(name), _BEFORE), (after[name], _AFTER))
-        if each is not None and "accuracy_low" in each.metrics
-    ]
+    rows, middles, y = [], {}, 0.0
+    for name in after:
+        start = y
+        for each, colour in ((before.get(name), _BEFORE), (after[name], _AFTER)):
+            if each is not None and "accuracy_low" in each.metrics:
+                rows.append((y, each.metrics, colour))
+                y += 1
+        if y > start:
+            middles[name] = (start + y - 1) / 2
+            y += 0.5
     if not rows:
         return None
-    figure, axes = _new(_WIDTH, 0.8 + 0.3 * len(rows))
-    for y, (_, metrics, colour) in enumerate(rows):
+    figure, axes = _new(_WIDTH, 0.8 + 0.26 * y)
+    for y, metrics, colour in rows:
         low, middle, high = (
             100 * metrics[key] for key in ("accuracy_low", "accuracy", "accuracy_high")
         )
         axes.plot([low, high], [y, y], color=colour, linewidth=3)
         axes.plot([middle], [y], "o", color=colour)
         axes.annotate(f"{middle:.1f}", (high, y), (6, 0), textcoords="offset points", va="center")
-    # A data set's name stands at its last row, which is `after`.
-    named = {name: y for y, (name, _, _) in enumerate(rows)}
-    axes.set_yticks(list(named.values()), list(named), parse_math=False)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(list(middles.values()), list(middles), parse_math=False)
+    axes.set_ylim(y + 0.5, -0.5)
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy, % of rows")
     axes.grid(axis="x", color="#dddddd")
@@ -127,12 +129,16 @@ def bars(
     """
     figure, axes = _new(_WIDTH, 0.8 + 0.26 * len(labels))
     drawn = axes.barh(range(len(labels)), values, color=_AFTER)
-    axes.bar_label(drawn, [f"{value:.1f}".removesuffix(".0") for value in values], padding=3)
+    whole = all(float(value).is_integer() for value in values)
+    axes.bar_label(drawn, fmt="{:.0f}" if whole else "{:.1f}", padding=3)
     axes.set_yticks(range(len(labels)), labels, parse_math=False)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(0, limit)
     axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    if whole:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    # Above the axis, since a figure of one bar is too low for a rotated label.
+    axes.set_title(ylabel, loc="left", fontsize=10)
     return figure
 
 
@@ -197,12 +203,14 @@ def to_svg(figure: "Figure", description: str) -> Markup:
             format="svg",
             metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
             transparent=True,
+            bbox_inches="tight",
+            pad_inches=0.05,
         )
     svg = out.getvalue()
     # Without the XML prologue, and without the names of groups, which every figure repeats.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
-    width = round(96 * _MIN_SCALE * figure.get_figwidth())
-    named = f'<svg role="img" aria-label="{escape(description)}" style="min-width: {width}px"'
+    width = _MIN_SCALE * float(re.search(r'width="([\d.]+)pt"', svg)[1])
+    named = f'<svg role="img" aria-label="{escape(description)}" style="min-width: {width:.0f}pt"'
     return Markup(svg.replace("<svg", named, 1))
 
 

@@ -64,9 +64,9 @@ def test_bars_have_their_values() -> None:
     figure = plots.bars(["joy", "fear"], [200 / 3, 40], "F1, %", "label", 100)
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([200 / 3, 40])
-    assert [text.get_text() for text in axes.texts] == ["66.7", "40"]
+    assert [text.get_text() for text in axes.texts] == ["66.7", "40.0"]
     assert axes.get_xlim() == (0, 100) and axes.yaxis_inverted()
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("F1, %", "label")
+    assert (axes.get_xlabel(), axes.get_title(loc="left")) == ("F1, %", "label")
 
 
 def test_curves_leave_out_what_was_not_measured() -> None:
