@@ -37,10 +37,6 @@ $(VENV)/installed-parity: $(VENV)/installed-test
 	$(RUN) -m pip install --quiet --editable '.[parity]'
 	touch $@
 
-$(VENV)/installed-bench: $(VENV)/installed
-	$(RUN) -m pip install --quiet --editable '.[bench]'
-	touch $@
-
 $(VENV)/installed-peers: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable '.[peers]'
 	touch $@
@@ -74,7 +70,7 @@ compile-matrix: $(VENV)/installed-compile
 parity: $(VENV)/installed-parity
 	$(PYTEST) --dist worksteal tests/parity
 
-bench: $(VENV)/installed-bench
+bench: setup
 	$(RUN) -m benchmarks.grouped
 	$(RUN) -m benchmarks.rewards
 	$(RUN) -m benchmarks.input

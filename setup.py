@@ -7,7 +7,9 @@ setup(
     version="0.1.0",
     description="EMO-R3 in JAX: reflective reinforcement learning for visual emotion reasoning",
     packages=find_packages(include=["emor3_jax", "emor3_jax.*"]),
-    package_data={"emor3_jax": ["data/templates/*.txt", "embedded/templates/*.txt"]},
+    package_data={
+        "emor3_jax": ["data/templates/*.txt", "embedded/templates/*.txt", "io/templates/*.j2"]
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.11",
@@ -19,8 +21,10 @@ setup(
         "tensorflow-datasets>=4.9.10",
         # tensorflow-datasets imports it without saying so.
         "importlib_resources",
-        # transformers renders chat templates with it, and does not ask for it.
+        # Reports; transformers renders chat templates with it, and does not ask for it.
         "jinja2>=3.1",
+        "markupsafe",
+        "matplotlib>=3.11",
         "grain>=0.2.18,<0.3",
         "ml_collections>=1.1",
         "absl-py",
@@ -45,7 +49,6 @@ setup(
             "libtpu==0.0.52",
         ],
         "parity": ["torch==2.13.0", "mathruler", "pylatexenc", "trl==1.16.0"],
-        "bench": ["matplotlib"],
         # What the benchmarks run beside; these versions worked together.
         "peers": [
             "torch==2.13.0",

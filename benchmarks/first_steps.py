@@ -5,7 +5,7 @@
 
 reads what `emor3_jax.evaluate` and `emor3_jax.train` leave, for policies that learned from
 `emor3_jax.embedded.faces`. With `--shared`, it leaves out the rows whose pictures
-`emor3_jax.data.inspect` found in another set too, as it does with FER-2013's parts. With
+`emor3_jax.inspect` found in another set too, as it does with FER-2013's parts. With
 `--against`, it counts the rows that are right in one file alone.
 """
 

@@ -5,7 +5,7 @@ python -m emor3_jax.train --config=configs/emoset.py --workdir=runs/emoset \\
     --config.evaluate.sets.emoset.path=EmoSet-118K --config.evaluate.sets.emotion6.path=Emotion6
 
 Both folders as their authors publish them (docs/data.md). Look at the data first, with the same
-flags: python -m emor3_jax.data.inspect --config=configs/emoset.py …
+flags: python -m emor3_jax.inspect --config=configs/emoset.py …
 
 For one machine with 4 chips or GPUs of 95 GB; not compiled for any yet, so whether it fits in
 memory is not known (configs/qwen2_5_vl_3b.py).

@@ -14,9 +14,8 @@ from ml_collections import ConfigDict
 from tiny_run import SMALL
 
 from configs import cpu_demo
-from emor3_jax import evaluate
+from emor3_jax import evaluate, inspect
 from emor3_jax.config import dataset
-from emor3_jax.data import inspect
 from emor3_jax.data.labels import LABEL_SETS
 from emor3_jax.embedded import tasks
 from emor3_jax.embedded.base_policy import model_config

@@ -10,8 +10,6 @@ import emor3_jax
 
 PACKAGE = Path(emor3_jax.__file__).parent
 PROGRAMS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-# A program that lies beside what it shows; no library may import it.
-INSPECT = PACKAGE / "data" / "inspect.py"
 
 
 def _imports(file: Path) -> set[str]:
@@ -44,9 +42,7 @@ def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
     files = sorted((PACKAGE / part).rglob("*.py"))
     assert files
     for file in files:
-        if file != INSPECT:
-            assert not _imports(file) & (RULES[part] | PROGRAMS), file
-            assert "data.inspect" not in file.read_text(), file
+        assert not _imports(file) & (RULES[part] | PROGRAMS), file
 
 
 def test_imports_are_found_in_every_form(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
 from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.models import read_config
+from emor3_jax.models.family import Shapes as Config
 from emor3_jax.models.qwen2_5_vl.processor import Processor
 from emor3_jax.models.qwen2_5_vl.published import published
-from emor3_jax.models.family import Shapes as Config
 from emor3_jax.prepare.checks import validate
 from emor3_jax.runtime import cli
 

@@ -4,8 +4,8 @@ Numbers of tokens and patches may be whole numbers, and then all results are, or
 """
 
 import dataclasses
-
 from typing import Any as VisionConfig
+
 from emor3_jax.models.family import Shapes as Config
 
 Number = int | float

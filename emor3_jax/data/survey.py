@@ -1,7 +1,7 @@
-"""What is in a data set, as the policy will read it: counted without decoding any picture.
+"""Statistics of a data set as the pipeline will read it, without decoding any image.
 
-Sizes come from the heads of the files, so damage behind a head shows only when a picture is read.
-Everything else is what the pipeline does with the rows.
+Sizes come from the file headers, so damage behind a header shows only when an image is read.
+Everything else follows the pipeline's own treatment of the rows.
 """
 
 import collections
@@ -32,11 +32,11 @@ class Survey(NamedTuple):
       labels: label → usable rows.
       left_out: reason → rows, of the reasons that occur.
       index: int64[n], the usable rows.
-      sizes: int32[n, 2], height and width of their pictures in pixels.
+      sizes: int32[n, 2], height and width of their images in pixels.
       resized: int32[n, 2], the same as the policy sees them.
       image_tokens: int32[n].
       prompt_tokens: int32[n], of the whole prompt but its last token, as prompts are padded.
-      windows: int32[n], attention windows of the picture.
+      windows: int32[n], attention windows of the image.
       questions: number of different questions.
     """
 
@@ -85,7 +85,7 @@ def survey(
     for at, (row, (height, width)) in enumerate(zip(index, sizes, strict=True)):
         question = texts[row].question
         if question not in lengths:
-            # One image token stands for the picture, and the last token is not padded.
+            # One image token stands for the image, and the last token is not padded.
             rendered = render_prompt(processor.tokenizer, template, question, labels, 1)
             lengths[question] = len(rendered) - 2
         shape = _shape(int(height), int(width), encoder)
@@ -120,20 +120,20 @@ def survey(
 
 
 def _shape(height: int, width: int, encoder: Encoder) -> tuple[tuple[int, int], int, int] | None:
-    """Returns resized height and width, image tokens and windows; None for no picture."""
+    """Returns resized height and width, image tokens and windows; None if there is no image."""
     try:
         return encoder.processor.read_sizes(height, width)
     except (ImageError, ZeroDivisionError):
         return None
 
 
-class Fill(NamedTuple):
-    """How batches fill their padded shapes.
+class Padding(NamedTuple):
+    """Padded batch shapes and the share of padding in them.
 
     Attributes:
       shapes: (P, W) → batches.
-      token_waste: share of padded prompt tokens that hold none, in [0, 1].
-      window_waste: share of padded image windows that hold none, in [0, 1].
+      token_waste: share of padded prompt tokens that are padding, in [0, 1].
+      window_waste: share of padded image windows that are padding, in [0, 1].
     """
 
     shapes: dict[tuple[int, int], int]
@@ -141,17 +141,17 @@ class Fill(NamedTuple):
     window_waste: float
 
 
-def fill(
+def measure_padding(
     found: Survey,
     batches: Iterable[Sequence[int]],
     prompt_lengths: Sequence[int],
     image_windows: Sequence[int],
-) -> Fill:
-    """Pads batches as the pipeline does and counts what is empty.
+) -> Padding:
+    """Pads batches as the pipeline does and counts the padding.
 
     Args:
       found: the rows' sizes.
-      batches: rows of each batch; rows that the survey left out are passed over.
+      batches: rows of each batch; rows that the survey left out are skipped.
       prompt_lengths, image_windows: rising choices.
     """
     at = {int(row): i for i, row in enumerate(found.index)}
@@ -168,7 +168,7 @@ def fill(
         real += (tokens.sum(), windows.sum())
         padded += (p * len(rows), w * len(rows))
     waste = 1 - real / np.maximum(padded, 1) if padded.any() else np.zeros(2)
-    return Fill(dict(sorted(shapes.items())), float(waste[0]), float(waste[1]))
+    return Padding(dict(sorted(shapes.items())), float(waste[0]), float(waste[1]))
 
 
 def histogram(values: np.ndarray, bars: int = BARS) -> list[tuple[int, int, int]]:
@@ -183,8 +183,8 @@ def histogram(values: np.ndarray, bars: int = BARS) -> list[tuple[int, int, int]
     ]
 
 
-def to_dict(found: Survey, filled: Fill) -> dict[str, Any]:
-    """Returns what a survey found as plain data that fits JSON."""
+def to_dict(found: Survey, padding: Padding) -> dict[str, Any]:
+    """Returns a survey as plain data for JSON."""
     pixels = found.sizes.astype(np.int64).prod(axis=1)
     return {
         "rows": found.rows,
@@ -196,25 +196,25 @@ def to_dict(found: Survey, filled: Fill) -> dict[str, Any]:
         "image_tokens": histogram(found.image_tokens),
         "image_tokens_total": int(found.image_tokens.sum()),
         "prompt_tokens": histogram(found.prompt_tokens),
-        "shapes": {f"{p} tokens, {w} windows": n for (p, w), n in filled.shapes.items()},
-        "token_waste": filled.token_waste,
-        "window_waste": filled.window_waste,
+        "shapes": {f"{p} tokens, {w} windows": n for (p, w), n in padding.shapes.items()},
+        "token_waste": padding.token_waste,
+        "window_waste": padding.window_waste,
     }
 
 
-def small_picture(encoded: bytes, resized: tuple[int, int], side: int = 336) -> bytes:
-    """Returns a picture upright and in the proportions that the policy sees, as a small JPEG.
+def thumbnail(encoded: bytes, resized: tuple[int, int], side: int = 336) -> bytes:
+    """Returns an image upright and in the policy's aspect ratio, as a small JPEG.
 
     Args:
-      encoded: the picture.
+      encoded: the image.
       resized: height and width in pixels.
       side: of the result, at most.
     """
-    with Image.open(io.BytesIO(encoded)) as picture:
-        down, across = resized
-        scale = min(1.0, side / max(down, across))
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-        small = upright.resize((round(across * scale), round(down * scale)))
+    with Image.open(io.BytesIO(encoded)) as image:
+        height, width = resized
+        scale = min(1.0, side / max(height, width))
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        small = upright.resize((round(width * scale), round(height * scale)))
     out = io.BytesIO()
     small.save(out, "JPEG", quality=85)
     return out.getvalue()

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from emor3_jax.data.generic import FilesSource
-from emor3_jax.data.leakage import look_of, prints, shared
+from emor3_jax.data.leakage import dhash, fingerprints, shared
 from emor3_jax.data.sources import Texts
 
 
@@ -15,19 +15,19 @@ def scene(seed: int, side: int = 96) -> Image.Image:
     return Image.fromarray(cells).resize((side, side), Image.BICUBIC).convert("RGB")
 
 
-def saved(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
 @pytest.fixture
 def source(tmp_path):
-    """Makes a source of encoded pictures; None is a file that is missing."""
+    """Makes a source of encoded images; None is a file that is missing."""
 
-    def make(name: str, pictures: list[bytes | None]) -> FilesSource:
-        files = [tmp_path / f"{name}{i}" for i in range(len(pictures))]
-        for file, data in zip(files, pictures, strict=True):
+    def make(name: str, images: list[bytes | None]) -> FilesSource:
+        files = [tmp_path / f"{name}{i}" for i in range(len(images))]
+        for file, data in zip(files, images, strict=True):
             if data is not None:
                 file.write_bytes(data)
         texts = [Texts("?", "joy", f"{name}{i}") for i in range(len(files))]
@@ -39,21 +39,21 @@ def source(tmp_path):
 def test_exact_copies_are_found_by_bytes(source):
     a = source("a", [saved(scene(i)) for i in range(5)])
     b = source("b", [saved(scene(9)), saved(scene(3)), None, b"damaged"])
-    assert shared(prints(a, False), prints(b, False)) == [("a3", "b1")]
-    assert shared(prints(a, True), prints(b, True)) == [("a3", "b1")]
+    assert shared(fingerprints(a, False), fingerprints(b, False)) == [("a3", "b1")]
+    assert shared(fingerprints(a, True), fingerprints(b, True)) == [("a3", "b1")]
 
 
-def test_copies_that_were_saved_anew_or_scaled_are_found_by_look(source):
+def test_reencoded_or_scaled_copies_are_found_by_dhash(source):
     a = source("a", [saved(scene(i)) for i in range(60)])
     copies = [saved(scene(7), "JPEG", quality=60), saved(scene(50).resize((160, 128)))]
     b = source("b", [*copies, *(saved(scene(i)) for i in range(100, 160))])
-    assert shared(prints(a, False), prints(b, False)) == []
-    assert shared(prints(a, True), prints(b, True)) == [("a7", "b0"), ("a50", "b1")]
+    assert shared(fingerprints(a, False), fingerprints(b, False)) == []
+    assert shared(fingerprints(a, True), fingerprints(b, True)) == [("a7", "b0"), ("a50", "b1")]
 
 
-def test_flat_and_damaged_pictures_have_no_look(source):
+def test_flat_and_damaged_images_have_no_dhash(source):
     white, grey = (saved(Image.new("RGB", (40, 40), (x, x, x))) for x in (255, 128))
-    assert look_of(white) is None and look_of(b"damaged") is None
-    assert look_of(saved(scene(0))) is not None
+    assert dhash(white) is None and dhash(b"damaged") is None
+    assert dhash(saved(scene(0))) is not None
     a, b = source("a", [white, b"x"]), source("b", [grey, white, b"y"])
-    assert shared(prints(a, True), prints(b, True)) == [("a0", "b1")]
+    assert shared(fingerprints(a, True), fingerprints(b, True)) == [("a0", "b1")]

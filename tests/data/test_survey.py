@@ -7,7 +7,7 @@ from PIL import Image
 from emor3_jax.data.encode import Encoder
 from emor3_jax.data.pipeline import eval_batches
 from emor3_jax.data.sources import ParquetSource
-from emor3_jax.data.survey import fill, histogram, small_picture, survey, to_dict
+from emor3_jax.data.survey import histogram, measure_padding, survey, thumbnail, to_dict
 
 TEMPLATE = "{question} {labels}"
 LENGTHS, WINDOWS = (60, 120, 240), (1, 4)
@@ -15,7 +15,7 @@ LENGTHS, WINDOWS = (60, 120, 240), (1, 4)
 
 @pytest.fixture
 def source(tmp_path, make):
-    """Three pictures of 16 x 16, two of 32 x 32, and six rows that are left out."""
+    """Three images of 16 x 16, two of 32 x 32, and six rows that are left out."""
 
     def images(side: tuple[int, int]) -> list[dict]:
         return [{"bytes": make["png"](0, *side), "path": None}]
@@ -70,7 +70,7 @@ def test_rows_are_counted_as_the_pipeline_counts_them(found, source, config, pro
     assert found.image_tokens.tolist() == [4, 4, 4, 16, 16]
     windows = batch.images.mask.any(axis=2).sum(axis=1)
     assert windows[kept].tolist() == found.windows.tolist()
-    # A picture that is missing or damaged is "unreadable" by its head.
+    # The survey counts an image that is missing or has a damaged header as unreadable.
     left_out = {k: n for k, n in batches.stats.counts().items() if n}
     assert left_out.pop("missing_field") == 1
     left_out["unreadable_image"] += 1
@@ -83,11 +83,11 @@ def test_padding_by_hand(found):
     tokens = np.array([50, 60, 61, 120, 240])
     measured = found._replace(prompt_tokens=tokens, windows=np.array([1, 1, 1, 4, 3]))
     # Batches pad to (60, 1), (120, 4), (240, 4); row 9 was left out.
-    filled = fill(measured, [[0, 1], [2, 3], [9, 4]], LENGTHS, WINDOWS)
-    assert filled.shapes == {(60, 1): 1, (120, 4): 1, (240, 4): 1}
-    assert filled.token_waste == pytest.approx(1 - (110 + 181 + 240) / (120 + 240 + 240))
-    assert filled.window_waste == pytest.approx(1 - (2 + 5 + 3) / (2 + 8 + 4))
-    numbers = to_dict(measured, filled)
+    padding = measure_padding(measured, [[0, 1], [2, 3], [9, 4]], LENGTHS, WINDOWS)
+    assert padding.shapes == {(60, 1): 1, (120, 4): 1, (240, 4): 1}
+    assert padding.token_waste == pytest.approx(1 - (110 + 181 + 240) / (120 + 240 + 240))
+    assert padding.window_waste == pytest.approx(1 - (2 + 5 + 3) / (2 + 8 + 4))
+    numbers = to_dict(measured, padding)
     assert numbers["usable"] == 5 and numbers["image_tokens_total"] == 44
     assert numbers["shapes"]["120 tokens, 4 windows"] == 1
 
@@ -104,6 +104,6 @@ def test_histograms_by_hand():
     assert histogram(np.array([], int)) == []
 
 
-def test_pictures_of_the_sheet_are_small_and_in_proportion(make):
-    small = Image.open(io.BytesIO(small_picture(make["png"](0, 100, 400), (56, 672), 336)))
+def test_thumbnails_are_small_and_in_proportion(make):
+    small = Image.open(io.BytesIO(thumbnail(make["png"](0, 100, 400), (56, 672), 336)))
     assert small.size == (336, 28) and small.format == "JPEG"

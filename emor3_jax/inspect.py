@@ -1,0 +1,263 @@
+"""Show the data of a config before training on it.
+
+    python -m emor3_jax.inspect --config=configs/cpu_demo.py [--workdir=runs/inspect]
+        [--samples=12] [--leakage=bytes|dhash|none] [--config.key=value …]
+
+Builds named data sets that are not built yet. Prints, for each data set: rows, rows left out by
+reason, label balance, histograms of image sizes, image tokens and prompt lengths, the padded batch
+shapes and their share of padding; then the images that any two of the sets share.
+`workdir/inspect.json` has the same numbers. `workdir/inspect.html` plots them and shows samples
+with the exact text that the policy will read.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from emor3_jax import prepare
+from emor3_jax.data.encode import REASONS, Encoder, Skip
+from emor3_jax.data.leakage import fingerprints, shared
+from emor3_jax.data.pipeline import TrainBatches
+from emor3_jax.data.prompts import IMAGE_TOKEN, PromptTemplates, reflection_parts
+from emor3_jax.data.sources import Source
+from emor3_jax.data.survey import Survey, measure_padding, survey, thumbnail, to_dict
+from emor3_jax.io import pages, plots
+from emor3_jax.io.console import Console
+from emor3_jax.models import Policy
+from emor3_jax.prepare.checks import validate
+from emor3_jax.runtime import cli, job
+
+# Training batches whose padding is measured.
+_BATCHES = 200
+# Characters of the longest printed bar.
+_BAR = 30
+# Shared images that are printed by name.
+_NAMED = 5
+
+_HISTOGRAMS = {
+    "pixels": "pixels of an image",
+    "image_tokens": "image tokens",
+    "prompt_tokens": "prompt tokens",
+}
+
+
+def main(
+    config: ConfigDict, workdir: Path, samples: int = 12, leakage: str = "bytes"
+) -> dict[str, Any]:
+    """Prints and writes the contents of a config's data sets.
+
+    Args:
+      config: see `emor3_jax.config.default`.
+      workdir: folder for inspect.json and inspect.html.
+      samples: rows of each data set in inspect.html.
+      leakage: comparison of images: "bytes", "dhash" (decodes every image; "look" is its former
+        name), or "none".
+
+    Returns:
+      {"sets": {name: …}, "shared": {"a, b": pairs of ids}}, as written.
+
+    Raises:
+      ConfigError, DataError: as training would.
+    """
+    validate(config)
+    say = Console("inspect")
+    job.start_jax("")
+    policy = prepare.read_policy(config, say)
+    say("opening the data")
+    data = prepare.open_data(config, policy)
+    templates = prepare.load_templates(config)
+    lengths, windows = tuple(config.data.prompt_lengths), tuple(config.data.image_windows)
+    found: dict[str, Any] = {"sets": {}, "shared": {}}
+    sections = []
+    for name, source in data.sources.items():
+        labels = data.labels[name]
+        described = config.data.train if name == "train" else config.evaluate.sets[name]
+        encoder = Encoder(
+            policy.processor,
+            templates.set,
+            labels,
+            max(lengths),
+            max(windows),
+            described.graded,
+            config.data.long_prompts == "cut",
+        )
+        seen = survey(
+            source,
+            policy.processor,
+            encoder,
+            templates.set,
+            labels,
+            max_tokens=max(lengths),
+            max_windows=max(windows),
+        )
+        batches = data.train if name == "train" else None
+        padding = measure_padding(seen, _batches(seen, batches, config), lengths, windows)
+        numbers = found["sets"][name] = to_dict(seen, padding)
+        for line in describe(name, numbers):
+            print(line)
+        picked = np.random.default_rng(config.seed).permutation(len(seen.index))[:samples]
+        sections.append(
+            {
+                "name": name,
+                "source": source.name,
+                "numbers": numbers,
+                "plots": _plots(name, numbers),
+                "questions": _questions(policy, templates, labels),
+                "samples": [_sample(seen, source, policy, encoder, i) for i in np.sort(picked)],
+            }
+        )
+    if leakage != "none":
+        say(f"looking for images in two sets, by {leakage}")
+        decode = leakage in ("dhash", "look")
+        prints = {name: fingerprints(source, decode) for name, source in data.sources.items()}
+        for a, b in itertools.combinations(prints, 2):
+            pairs = shared(prints[a], prints[b])
+            found["shared"][f"{a}, {b}"] = pairs
+            named = ", ".join(f"{x} = {y}" for x, y in pairs[:_NAMED])
+            more = ", …" if len(pairs) > _NAMED else ""
+            print(f"{a} and {b} share {len(pairs)} images{': ' if pairs else ''}{named}{more}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    (workdir / "inspect.json").write_text(text + "\n", encoding="utf-8")
+    page = pages.render(
+        "inspect.html.j2", title="The data as the policy sees it", data_sets=sections
+    )
+    (workdir / "inspect.html").write_text(page, encoding="utf-8")
+    say(f"numbers: {workdir / 'inspect.json'}   samples: {workdir / 'inspect.html'}")
+    return found
+
+
+def _batches(
+    seen: Survey, train: TrainBatches | None, config: ConfigDict
+) -> Sequence[Sequence[int]]:
+    """Returns the rows of each batch: the first batches of training, all of an evaluation."""
+    if train is not None:
+        size = config.rollout.prompts
+        return train.preview(min(_BATCHES, max(1, 2 * len(seen.index) // size)))
+    size = config.evaluate.prompts
+    return [seen.index[i : i + size].tolist() for i in range(0, len(seen.index), size)]
+
+
+def describe(name: str, numbers: dict[str, Any]) -> list[str]:
+    """Returns the printed lines of a data set.
+
+    Args:
+      name: of the data set in the config.
+      numbers: as `emor3_jax.data.survey.to_dict` returns them.
+    """
+    lines = ["", f"{name}: {numbers['rows']} rows, {numbers['usable']} usable"]
+    lines += [f"  left out, {reason}: {count}" for reason, count in numbers["left_out"].items()]
+    lines.append(f"  questions: {numbers['questions']}")
+    lines += _text_bars("labels", numbers["labels"])
+    for field in _HISTOGRAMS:
+        lines += _text_bars(field.replace("_", " "), _bins(numbers[field]))
+    lines.append(f"  image tokens in all: {numbers['image_tokens_total']}")
+    lines += _text_bars("batches by padded shape", numbers["shapes"])
+    lines.append(
+        f"  padding: {100 * numbers['token_waste']:.1f} % of prompt tokens, "
+        f"{100 * numbers['window_waste']:.1f} % of image windows"
+    )
+    return lines
+
+
+def _bins(histogram: Sequence[tuple[int, int, int]]) -> dict[str, int]:
+    return {f"{a}-{b}" if b > a else str(a): count for a, b, count in histogram}
+
+
+def _text_bars(title: str, bars: dict[str, int]) -> list[str]:
+    most = max(bars.values(), default=0)
+    total = sum(bars.values())
+    width = max(map(len, bars), default=0)
+    return [f"  {title}"] + [
+        f"    {label:>{width}} {count:>8} {100 * count / max(total, 1):5.1f} % "
+        + "█" * round(_BAR * count / max(most, 1))
+        for label, count in bars.items()
+    ]
+
+
+def _plots(name: str, numbers: dict[str, Any]) -> list[str]:
+    """Returns the histograms of a data set as SVG, those of no rows left out."""
+    histograms = [("label", numbers["labels"], "rows")]
+    histograms += [(axis, _bins(numbers[field]), "rows") for field, axis in _HISTOGRAMS.items()]
+    histograms.append(("padded batch shape", numbers["shapes"], "batches"))
+    return [
+        plots.to_svg(plots.bars(list(bins), list(bins.values()), unit, axis), f"{axis}, {name}")
+        for axis, bins, unit in histograms
+        if bins
+    ]
+
+
+def _questions(
+    policy: Policy, templates: PromptTemplates, labels: Sequence[str]
+) -> list[dict[str, str]]:
+    """Returns the text of both reflection questions, before and after the response's steps."""
+    tokenizer = policy.processor.tokenizer
+    questions = []
+    for name in ("coherence", "consistency"):
+        with_image = name == "consistency"
+        parts = reflection_parts(tokenizer, getattr(templates, name), labels, with_image)
+        head, tail = map(tokenizer.decode, parts)
+        questions.append({"name": name, "head": head, "tail": tail})
+    return questions
+
+
+def _sample(
+    seen: Survey, source: Source, policy: Policy, encoder: Encoder, index: int
+) -> dict[str, Any]:
+    """Returns a row as the policy will read it, or why it cannot be read.
+
+    Args:
+      seen: survey of the data set.
+      source: its rows.
+      policy: the policy.
+      encoder: of the data set.
+      index: of the row among the usable ones.
+    """
+    row = source[int(seen.index[index])]
+    # An image that is damaged behind its header has no tokens.
+    example = encoder((0, row))
+    if isinstance(example, Skip):
+        return {"id": row.texts.id, "fault": REASONS[example.reason]}
+    (height, width), resized = seen.sizes[index].tolist(), seen.resized[index].tolist()
+    caption = (
+        f"{row.texts.id} · label {row.texts.answer} · {width} x {height} pixels, seen as "
+        f"{resized[1]} x {resized[0]} · {seen.image_tokens[index]} image tokens · "
+        f"{len(example.tokens)} tokens{' · question cut' if example.cut else ''}"
+    )
+    return {
+        "id": row.texts.id,
+        "fault": "",
+        "image": pages.data_url(thumbnail(row.images[0], resized)),
+        "caption": caption,
+        "prompt": _fold(policy.processor.tokenizer.decode(example.tokens)),
+    }
+
+
+def _fold(prompt: str) -> list[tuple[str, int]]:
+    """Returns the segments of a prompt; a run of image tokens is one token and their number."""
+    runs = re.split(f"((?:{re.escape(IMAGE_TOKEN)})+)", prompt)
+    return [
+        (IMAGE_TOKEN, len(text) // len(IMAGE_TOKEN)) if i % 2 else (text, 0)
+        for i, text in enumerate(runs)
+    ]
+
+
+if __name__ == "__main__":
+    _samples = flags.DEFINE_integer("samples", 12, "Rows of each data set in inspect.html.")
+    _leakage = flags.DEFINE_enum(
+        "leakage",
+        "bytes",
+        ["bytes", "dhash", "look", "none"],
+        "Comparison of the images of two sets; look is a former name of dhash.",
+    )
+    cli.run(
+        lambda config, workdir: main(config, workdir, _samples.value, _leakage.value),
+        workdir="runs/inspect",
+    )

@@ -1,0 +1,40 @@
+"""HTML and Markdown pages, rendered from the Jinja2 templates in `templates/`."""
+
+import base64
+import functools
+
+import jinja2
+
+
+def render(template: str, **values: object) -> str:
+    """Returns a page.
+
+    Args:
+      template: file name in `templates/`; values are escaped in `.html.j2` files.
+      values: the template's variables.
+    """
+    return _environment().get_template(template).render(values)
+
+
+def data_url(encoded: bytes) -> str:
+    """Returns a `data:` URL of an encoded PNG or JPEG."""
+    kind = "png" if encoded.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def _number(value: float | None, spec: str = ".1f", missing: str = "–") -> str:
+    return missing if value is None else format(value, spec)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("emor3_jax.io"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = _number
+    return environment

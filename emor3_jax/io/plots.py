@@ -1,0 +1,223 @@
+"""Plots of the HTML pages: matplotlib figures, inlined as SVG.
+
+matplotlib is imported on first use, because most programs never draw. `pyplot` and its global state
+stay unused.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from emor3_jax.io.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH = 4.8
+"""Width of a figure in inches; at 96 pixels an inch it nearly fits a phone."""
+
+_MIN_SCALE = 0.7
+"""A page shrinks a figure down to this scale; a larger one then scrolls."""
+
+_BEFORE, _AFTER = "#999999", "#4477aa"
+_RIGHT, _WRONG = (0.09, 0.45, 0.27), (0.70, 0.15, 0.12)
+_CURVES = {
+    "overall": "#222222",
+    "format": "#4477aa",
+    "accuracy": "#228833",
+    "coherence": "#ee6677",
+    "consistency": "#ccbb44",
+}
+
+
+def accuracy_intervals(
+    before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
+) -> "Figure | None":
+    """Draws each data set's accuracy with its 95 % interval, `before` in grey.
+
+    Args:
+      before, after: data set → evaluation.
+
+    Returns:
+      The figure, None if no evaluation has an interval.
+    """
+    rows, middles, y = [], {}, 0.0
+    for name in after:
+        start = y
+        for each, colour in ((before.get(name), _BEFORE), (after[name], _AFTER)):
+            if each is not None and "accuracy_low" in each.metrics:
+                rows.append((y, each.metrics, colour))
+                y += 1
+        if y > start:
+            middles[name] = (start + y - 1) / 2
+            y += 0.5
+    if not rows:
+        return None
+    figure, axes = _new(_WIDTH, 0.8 + 0.26 * y)
+    for y, metrics, colour in rows:
+        low, middle, high = (
+            100 * metrics[key] for key in ("accuracy_low", "accuracy", "accuracy_high")
+        )
+        axes.plot([low, high], [y, y], color=colour, linewidth=3)
+        axes.plot([middle], [y], "o", color=colour)
+        axes.annotate(f"{middle:.1f}", (high, y), (6, 0), textcoords="offset points", va="center")
+    axes.set_yticks(list(middles.values()), list(middles), parse_math=False)
+    axes.set_ylim(y + 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, % of rows")
+    axes.grid(axis="x", color="#dddddd")
+    return figure
+
+
+def confusion_heatmap(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> "Figure":
+    """Draws a confusion matrix; a cell is as opaque as its share of the true label's rows.
+
+    Args:
+      labels: the label set, K of them.
+      confusion: int[K][K + 1], rows by true label and by answer; the last column is no label.
+    """
+    counts = np.asarray(confusion)
+    k = len(labels)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = _new(1.4 + 0.38 * (k + 1), 1.4 + 0.38 * k)
+    axes.set_aspect("equal")
+    colours = np.empty((k, k + 1, 4))
+    colours[..., :3], colours[..., 3] = _WRONG, share
+    colours[np.arange(k), np.arange(k), :3] = _RIGHT
+    axes.pcolormesh(colours, edgecolor="white", linewidth=1)
+    for (i, j), count in np.ndenumerate(counts):
+        ink = "white" if share[i, j] > 0.5 else "#222222"
+        axes.text(j + 0.5, i + 0.5, str(count), ha="center", va="center", color=ink, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_yticks(np.arange(k) + 0.5, labels, parse_math=False)
+    axes.set_xticks(
+        np.arange(k + 1) + 0.5,
+        [*labels, "no label"],
+        rotation=45,
+        ha="left",
+        rotation_mode="anchor",
+        parse_math=False,
+    )
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("true label, rows")
+    axes.set_xlabel("answer, rows")
+    return figure
+
+
+def bars(
+    labels: Sequence[str],
+    values: Sequence[float],
+    xlabel: str,
+    ylabel: str,
+    limit: float | None = None,
+) -> "Figure":
+    """Draws horizontal bars, from top to bottom.
+
+    Args:
+      labels: of the bars.
+      values: their lengths.
+      xlabel, ylabel: titles of the axes, with the unit.
+      limit: end of the value axis; None fits it to the values.
+    """
+    figure, axes = _new(_WIDTH, 0.8 + 0.26 * len(labels))
+    drawn = axes.barh(range(len(labels)), values, color=_AFTER)
+    whole = all(float(value).is_integer() for value in values)
+    axes.bar_label(drawn, fmt="{:.0f}" if whole else "{:.1f}", padding=3)
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(0, limit)
+    axes.set_xlabel(xlabel)
+    if whole:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    # Above the axis, since a figure of one bar is too low for a rotated label.
+    axes.set_title(ylabel, loc="left", fontsize=10)
+    return figure
+
+
+def reward_curves(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
+    """Draws the mean reward terms over the training steps.
+
+    Args:
+      rows: lines of metrics.jsonl.
+
+    Returns:
+      The figure, its legend with the last values; None if no training step was logged.
+    """
+    curves = {
+        name: [
+            (row["step"], row[f"reward/{name}"])
+            for row in rows
+            if row.get(f"reward/{name}") is not None
+        ]
+        for name in _CURVES
+    }
+    if not any(curves.values()):
+        return None
+    figure, axes = _new(_WIDTH, 3)
+    for name, points in curves.items():
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(
+                steps,
+                values,
+                # One point alone makes no line.
+                marker="o" if len(points) == 1 else None,
+                color=_CURVES[name],
+                label=f"{name} {values[-1]:.2f}",
+            )
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0), max(high, 1.05))
+    axes.set_xlim(left=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("mean reward")
+    axes.grid(color="#eeeeee")
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def to_svg(figure: "Figure", description: str) -> Markup:
+    """Returns a figure as an `<svg>` element; equal figures give equal text.
+
+    Args:
+      figure: is drawn.
+      description: read out by screen readers; unique in its page, since the ids of the element's
+        parts derive from it.
+    """
+    import matplotlib
+
+    # Text stays text, so that a page can be searched and is small.
+    style = {"svg.fonttype": "none", "svg.hashsalt": f"emor3_jax: {description}"}
+    out = io.StringIO()
+    with matplotlib.rc_context(style):
+        figure.savefig(
+            out,
+            format="svg",
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+            transparent=True,
+            bbox_inches="tight",
+            pad_inches=0.05,
+        )
+    svg = out.getvalue()
+    # Without the XML prologue, and without the names of groups, which every figure repeats.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    width = _MIN_SCALE * float(re.search(r'width="([\d.]+)pt"', svg)[1])
+    named = f'<svg role="img" aria-label="{escape(description)}" style="min-width: {width:.0f}pt"'
+    return Markup(svg.replace("<svg", named, 1))
+
+
+def _new(width: float, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,138 @@
+"""The program that shows the data of a config: printed lines, numbers and page."""
+
+import inspect as standard_inspect
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_run
+from ml_collections import ConfigDict
+from PIL import Image
+
+from emor3_jax import inspect
+
+
+def _jpeg(encoded: bytes) -> bytes:
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(encoded)) as image:
+        image.convert("RGB").save(out, "JPEG", quality=70)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """14 training rows, 5 of them damaged; the last 2 of 6 held-out images copy training ones."""
+    folder = tiny_run.make_folder(tmp_path_factory.mktemp("inspect"))
+    train = pq.read_table(folder / "train.parquet").to_pylist()
+    test = pq.read_table(folder / "test.parquet").to_pylist()
+    # The header is whole, the end is gone.
+    train[5]["images"][0]["bytes"] = _jpeg(train[5]["images"][0]["bytes"])[:-500]
+    test[4]["images"] = train[7]["images"]
+    test[5]["images"][0]["bytes"] = _jpeg(train[8]["images"][0]["bytes"])
+    test[5]["problem"] = "<image>which <b> $x$ ?"
+    for name, rows in (("train", train), ("test", test)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.fixture
+def config(folder) -> ConfigDict:
+    config = tiny_run.make_config(folder)
+    config.data.prompt_lengths = (80, 160)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("leakage", "copies"), [("bytes", [(7, 4)]), ("dhash", [(7, 4), (8, 5)]), ("none", None)]
+)
+def test_shared_images_are_named(config, tmp_path, capsys, leakage, copies):
+    found = inspect.main(config, tmp_path, samples=0, leakage=leakage)
+    shared = (
+        {"train, test": [(f"train.parquet:{a}", f"test.parquet:{b}") for a, b in copies]}
+        if copies
+        else {}
+    )
+    assert found["shared"] == shared
+    if copies:
+        assert (
+            f"train and test share {len(copies)} images: train.parquet:7 = test.parquet:4"
+            in capsys.readouterr().out
+        )
+
+
+def test_look_is_a_former_name_of_dhash(config, tmp_path):
+    by_name = [inspect.main(config, tmp_path, 0, leakage) for leakage in ("look", "dhash")]
+    assert by_name[0]["shared"] == by_name[1]["shared"]
+
+
+def test_page_shows_the_numbers_and_every_sample(config, tmp_path, capsys):
+    found = inspect.main(config, tmp_path, samples=20)
+    assert json.loads((tmp_path / "inspect.json").read_text()) == json.loads(json.dumps(found))
+    train = found["sets"]["train"]
+    assert (train["rows"], train["usable"]) == (14, 10)
+    lines = capsys.readouterr().out.splitlines()
+    assert "train: 14 rows, 10 usable" in lines and "test: 6 rows, 6 usable" in lines
+    page = (tmp_path / "inspect.html").read_text(encoding="utf-8")
+    # One image of training is damaged behind its header.
+    assert page.count('class="sample"') == 15
+    assert "train.parquet:5: the picture cannot be decoded" in page
+    assert "14 rows, 10 usable; left out: empty_question 1, unknown_answer 1, " in page
+    # 112 pixels are 8 patches, and 2 x 2 patches are a token.
+    assert page.count("&lt;|image_pad|&gt;<i> x 16</i>") == 15
+    assert "which &lt;b&gt; $x$ ?" in page and "<b> $x$" not in page
+    assert (
+        page.count("[the response&#39;s own steps]") + page.count("[the response's own steps]") == 4
+    )
+    for axis in ("pixels of an image", "image tokens", "prompt tokens", "label", "rows", "batches"):
+        assert f">{axis}</text>" in page
+    inspect.main(config, tmp_path / "again", samples=20)
+    assert (tmp_path / "again" / "inspect.html").read_text(encoding="utf-8") == page
+
+
+def test_lines_of_a_data_set_by_hand():
+    numbers = {
+        "rows": 5,
+        "usable": 4,
+        "left_out": {"unknown_answer": 1},
+        "questions": 2,
+        "labels": {"joy": 3, "fear": 1},
+        "pixels": [(100, 199, 4)],
+        "image_tokens": [(16, 16, 4)],
+        "image_tokens_total": 64,
+        "prompt_tokens": [],
+        "shapes": {"60 tokens, 1 windows": 2},
+        "token_waste": 0.125,
+        "window_waste": 0.0,
+    }
+    assert inspect.describe("test", numbers) == [
+        "",
+        "test: 5 rows, 4 usable",
+        "  left out, unknown_answer: 1",
+        "  questions: 2",
+        "  labels",
+        f"     joy        3  75.0 % {'█' * 30}",
+        f"    fear        1  25.0 % {'█' * 10}",
+        "  pixels",
+        f"    100-199        4 100.0 % {'█' * 30}",
+        "  image tokens",
+        f"    16        4 100.0 % {'█' * 30}",
+        "  prompt tokens",
+        "  image tokens in all: 64",
+        "  batches by padded shape",
+        f"    60 tokens, 1 windows        2 100.0 % {'█' * 30}",
+        "  padding: 12.5 % of prompt tokens, 0.0 % of image windows",
+    ]
+
+
+def test_the_standard_library_keeps_its_inspect():
+    assert not Path(standard_inspect.__file__).is_relative_to(Path(inspect.__file__).parent)
+    command = [sys.executable, "-m", "emor3_jax.inspect", "--helpshort"]
+    # absl ends with 1 after it has printed the flags.
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "--leakage: <bytes|dhash|look|none>" in result.stdout
