@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from emor3_jax import cli
 from emor3_jax.data.batch import collate
 from emor3_jax.data.encode import encode_row
 from emor3_jax.data.labels import label_set
@@ -18,6 +17,7 @@ from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.episode import Actor, stop_ids
+from emor3_jax.errors import UserError
 from emor3_jax.models import Policy, load
 from emor3_jax.rollout.generate import SamplingRule
 
@@ -99,7 +99,7 @@ def main(_: list[str]) -> None:
             temperature=FLAGS.temperature,
             dtype=FLAGS.dtype,
         )
-    except (*cli.USER_ERRORS, OSError) as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(text)
     print(f"\nemotion: {label or 'none of the labels'}")

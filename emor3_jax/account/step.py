@@ -50,6 +50,7 @@ from emor3_jax.account.cost import (
     tower_flops,
 )
 from emor3_jax.data.batch import Batch
+from emor3_jax.errors import UserError
 from emor3_jax.models.qwen2_5_vl.config import Config
 
 LAYOUTS = ("grouped", "release", "release_spread", "release_cached", "release_uncached")
@@ -71,7 +72,7 @@ PHASES = (
 """The rollout (three of them), the reflections with their replies, and the scoring passes."""
 
 
-class ShapeError(ValueError):
+class ShapeError(UserError):
     """Shapes that no step can have: names the field, its value, the rule and the way out."""
 
     def __init__(self, field: str, value: object, rule: str) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.models.qwen2_5_vl import layout, model, rope, weights
-from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError
+from emor3_jax.models.qwen2_5_vl.config import Config, ShapesError
 from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
 from emor3_jax.parallel import hosts
 
@@ -55,7 +55,7 @@ def load(
 
     Raises:
       FileNotFoundError: if there is no such folder, or a file is missing.
-      ConfigError: if `config.json` asks for something that is not implemented.
+      ShapesError: if `config.json` asks for something that is not implemented.
       WeightsError: if the tensors do not fit `config.json`.
     """
     from emor3_jax.models.qwen2_5_vl.processor import Processor
@@ -107,7 +107,7 @@ def read_config(folder: str | Path) -> Config:
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+        raise ShapesError(f"{path} is not JSON: {error}") from error
     return Config.from_hf(data)
 
 

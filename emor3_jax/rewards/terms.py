@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from emor3_jax.errors import UserError
 from emor3_jax.rewards.patterns import PatternRule
 
 BUILT_IN = ("overall", "format", "accuracy", "coherence", "consistency")
 
 
-class TermError(ValueError):
+class TermError(UserError):
     """A reward term that cannot be used."""
 
 

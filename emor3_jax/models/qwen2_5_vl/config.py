@@ -8,8 +8,10 @@ Deviations, numbered:
 import dataclasses
 from typing import Any
 
+from emor3_jax.errors import UserError
 
-class ConfigError(ValueError):
+
+class ShapesError(UserError):
     """A `config.json` that this implementation cannot run."""
 
 
@@ -43,12 +45,12 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.num_heads):
-            raise ConfigError(
+            raise ShapesError(
                 f"vision hidden_size={self.hidden_size} over num_heads={self.num_heads} must give "
                 "heads of a multiple of 4: two coordinates, each rotated in pairs"
             )
         if self.window_size % (self.patch_size * self.spatial_merge_size):
-            raise ConfigError(
+            raise ShapesError(
                 f"vision window_size={self.window_size} must be a multiple of patch_size * "
                 f"spatial_merge_size = {self.patch_size * self.spatial_merge_size}"
             )
@@ -122,21 +124,21 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.head_dim * self.num_heads != self.hidden_size:
-            raise ConfigError(
+            raise ShapesError(
                 f"hidden_size={self.hidden_size} is not num_heads={self.num_heads} * "
                 f"head_dim={self.head_dim}, which Qwen2.5-VL's decoder requires"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
+            raise ShapesError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if 2 * sum(self.mrope_section) != self.head_dim or len(self.mrope_section) != 3:
-            raise ConfigError(
+            raise ShapesError(
                 f"mrope_section={self.mrope_section} must be three numbers whose sum is half of "
                 f"head_dim={self.head_dim}"
             )
         if self.vision.out_hidden_size != self.hidden_size:
-            raise ConfigError(
+            raise ShapesError(
                 f"vision out_hidden_size={self.vision.out_hidden_size} differs from the decoder's "
                 f"hidden_size={self.hidden_size}: image features could not replace embeddings"
             )
@@ -149,10 +151,10 @@ class Config:
           data: the parsed file.
 
         Raises:
-          ConfigError: if a field is missing or asks for something that is not implemented.
+          ShapesError: if a field is missing or asks for something that is not implemented.
         """
         if data.get("model_type") != "qwen2_5_vl":
-            raise ConfigError(
+            raise ShapesError(
                 f"config.json has model_type={data.get('model_type')!r}; only 'qwen2_5_vl' "
                 "policies can be loaded"
             )
@@ -169,7 +171,7 @@ class Config:
             for name in names:
                 if source.get(name) is not None:
                     return source[name]
-            raise ConfigError(f"config.json: {where} has no {' or '.join(names)}")
+            raise ShapesError(f"config.json: {where} has no {' or '.join(names)}")
 
         def text_id(name: str) -> int | None:
             value = text.get(name, data.get(name))
@@ -265,4 +267,4 @@ class Config:
 def _refuse_unless(ok: bool, what: str, source: dict[str, Any]) -> None:
     if not ok:
         value = source.get(what.split()[-1], source)
-        raise ConfigError(f"config.json asks for {what} ({value!r}), which is not implemented")
+        raise ShapesError(f"config.json asks for {what} ({value!r}), which is not implemented")

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
+from emor3_jax.errors import UserError
 from emor3_jax.models.qwen2_5_vl.inputs import Array
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -33,11 +34,11 @@ _PROCESSOR_FILE = "processor_config.json"
 _CHAT_TEMPLATE_FILE = "chat_template.json"
 
 
-class ProcessorError(ValueError):
+class ProcessorError(UserError):
     """Settings of an image processor that are missing or not implemented."""
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """A picture that cannot be decoded or resized."""
 
 

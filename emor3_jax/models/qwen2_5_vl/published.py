@@ -3,7 +3,7 @@
 As in the `config.json` of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct.
 """
 
-from emor3_jax.models.qwen2_5_vl.config import Config, ConfigError, VisionConfig
+from emor3_jax.models.qwen2_5_vl.config import Config, ShapesError, VisionConfig
 
 # hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size, tied, vision's intermediate.
 _SHAPES = {
@@ -21,10 +21,10 @@ def published(size: str) -> Config:
       size: "3B", "7B", "32B" or "72B".
 
     Raises:
-      ConfigError: if there is no such policy.
+      ShapesError: if there is no such policy.
     """
     if size not in _SHAPES:
-        raise ConfigError(f"size={size!r}: must be one of {', '.join(_SHAPES)}")
+        raise ShapesError(f"size={size!r}: must be one of {', '.join(_SHAPES)}")
     width, hidden, layers, heads, kv_heads, vocabulary, tied, vision_hidden = _SHAPES[size]
     return Config(
         vision=VisionConfig(

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from emor3_jax.errors import UserError
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.model import Params, init_params
 from emor3_jax.models.qwen2_5_vl.naming import (
@@ -48,7 +49,7 @@ MAX_FILE_BYTES = 5 * 10**9
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Tensors of a checkpoint that do not fit its `config.json`."""
 
 
