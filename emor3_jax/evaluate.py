@@ -33,7 +33,7 @@ from emor3_jax.checks import validate
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Batch
 from emor3_jax.episode import NOTHING_TO_JUDGE, Actor, Judgement, Replies, Scores
-from emor3_jax.export import read_params
+from emor3_jax.export import read_checkpoint_params
 from emor3_jax.io import report
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
@@ -270,7 +270,9 @@ def load(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> Policy:
     step = known[-1] if step is None else step
     say(f"loading the policy of step {step} of {folder}")
     base = prepare.read_policy(config, say)
-    params = read_params(config, prepare.find_policy(config, say), checkpoints, step, mesh)
+    params = read_checkpoint_params(
+        config, prepare.find_policy(config, say), checkpoints, step, mesh
+    )
     checkpoints.close()
     attention = prepare.attention_backend(config, mesh.devices.flat[0].platform)
     return Policy(dataclasses.replace(base.config, attention=attention), params, base.processor)

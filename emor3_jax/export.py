@@ -48,7 +48,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     shapes = read_config(base)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_policy(mesh, shapes)
-    params = read_params(config, base, checkpoints, step, mesh)
+    params = read_checkpoint_params(config, base, checkpoints, step, mesh)
     checkpoints.close()
     folder = workdir / "policy"
     save(Policy(shapes, params, Processor.from_folder(base)), folder)
@@ -56,7 +56,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     return folder
 
 
-def read_params(
+def read_checkpoint_params(
     config: ConfigDict, base: Path, checkpoints: Checkpoints, step: int, mesh: Mesh
 ) -> dict:
     """Returns the policy's parameters as a checkpoint has them, adapters merged into their base.

@@ -79,18 +79,18 @@ def score_response(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tup
       tokens: int32[n, T].
       lengths: int32[n].
     """
-    format_, label, *patterns = automaton.run(tables.response, tokens, lengths)
+    format_, label, *patterns = automaton.run_automaton(tables.response, tokens, lengths)
     return format_.astype(jnp.float32), label, *(x.astype(jnp.float32) for x in patterns)
 
 
 def read_label(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Returns the label that each reply is, int32[n]: -1 another text, -2 empty or `none`."""
-    return automaton.run(tables.reply, tokens, lengths)[0]
+    return automaton.run_automaton(tables.reply, tokens, lengths)[0]
 
 
 def read_yes_no(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Returns int32[n]: 1 if the reply contains `yes`, else 0 if it contains `no`, else -1."""
-    return automaton.run(tables.yes_no, tokens, lengths)[0]
+    return automaton.run_automaton(tables.yes_no, tokens, lengths)[0]
 
 
 def cut_spans(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span, Span]:
@@ -130,7 +130,7 @@ class Scorer:
         check_profile(profile)
         if coherence_target not in ("label", "answer"):
             raise ValueError(f"coherence_target={coherence_target!r}: must be 'label' or 'answer'")
-        self.labels, self.profile = rules.check_labels(labels), profile
+        self.labels, self.profile = rules.lowercase_labels(labels), profile
         self.coherence_target = coherence_target
         self._bytes = token_bytes(tokenizer)
 
@@ -141,9 +141,9 @@ class Scorer:
             ]
             response += map(PatternRule, patterns)
             return Tables(
-                automaton.build(response, self._bytes),
-                automaton.build([rules.ReplyRule(labels)], self._bytes),
-                automaton.build([rules.YesNoRule()], self._bytes),
+                automaton.build_automaton(response, self._bytes),
+                automaton.build_automaton([rules.ReplyRule(labels)], self._bytes),
+                automaton.build_automaton([rules.YesNoRule()], self._bytes),
                 spans.build_spans(self._bytes),
             )
 
