@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
 from emor3_jax.data.prompts import PLAIN_STYLES
+from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import is_hub_id
 from emor3_jax.models.lora import TOWER
 from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
@@ -132,6 +133,9 @@ def validate(config: ConfigDict) -> None:
     need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
     sources = ("sampler", "recompute")
     need(update.old_logprobs in sources, "policy_update.old_logprobs", f"must be one of {sources}")
+    known = all(name in SINKS for name in config.log.sinks)
+    need(known, "log.sinks", f"must be some of {', '.join(map(repr, SINKS))}")
+    need("jsonl" in config.log.sinks, "log.sinks", "must hold 'jsonl', by which a run resumes")
     need(config.log.profile_steps >= 0, "log.profile_steps", "must be 0 or more")
     for name in ("evaluate.every", "checkpoint.every", "log.every", "log.samples_every"):
         section, key = name.split(".")

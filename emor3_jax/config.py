@@ -288,6 +288,9 @@ def default() -> ConfigDict:
     config.checkpoint.keep = 2
 
     config.log = ConfigDict()
+    # Where metrics are written (io/sinks): "jsonl", always, since a run resumes by it, and
+    # "tensorboard".
+    config.log.sinks = ("jsonl", "tensorboard")
     # Steps to trace for the JAX profiler, from the third of this start on, into workdir/profile.
     config.log.profile_steps = 0
     # Steps between progress lines and between sheets of samples under workdir/samples.

@@ -121,7 +121,8 @@ class Run:
                 state, reference.params = held["state"], held["reference"]
             self.data.train.set_state(self.progress["data"])
             self.step = latest
-        self.writer = MetricWriter(self.workdir, first_step=self.step + bool(self.progress))
+        config, first = self.config, self.step + bool(self.progress)
+        self.writer = MetricWriter(self.workdir, config.log.sinks, first_step=first)
         return state
 
     def save(

@@ -170,6 +170,8 @@ WRONG = [
     ("sft.responses", 0, "at least 1"),
     ("checkpoint.keep", 0, "at least 1"),
     ("log.every", 0, "at least 1"),
+    ("log.sinks", ("jsonl", "wandb"), "'tensorboard'"),
+    ("log.sinks", ("tensorboard",), "must hold 'jsonl'"),
 ]
 
 
