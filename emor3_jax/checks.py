@@ -12,6 +12,8 @@ from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import is_hub_id
 from emor3_jax.models.lora import TOWER
 from emor3_jax.models.qwen2_5_vl.attention import BACKENDS
+from emor3_jax.prepare.data import data_sets
+from emor3_jax.prepare.sources import check_kind
 from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rl.kl import ESTIMATES
 from emor3_jax.rl.losses import MEANS, RATIOS
@@ -56,6 +58,8 @@ def validate(config: ConfigDict) -> None:
     need(config.data.read_ahead >= 1, "data.read_ahead", "must be at least 1")
     rules = ("drop", "cut")
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
+    for field, each in data_sets(config).values():
+        check_kind(field, each.kind)
     trained = {"data.train": config.data.train}
     trained |= {f"data.mix.{name}": each for name, each in config.data.mix.items()}
     for field, each in trained.items():
