@@ -25,7 +25,7 @@ from emor3_jax.account.__main__ import Texts, find_policy, make_shapes
 from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.search import search
 from emor3_jax.compiler.step import compile_step
-from emor3_jax.compiler.verdict import step_flops, table, verdict
+from emor3_jax.compiler.verdict import executed_flops, table, verdict
 from emor3_jax.config import uses_reference
 from emor3_jax.models.qwen2_5_vl.shapes import Config
 from emor3_jax.parallel import topology
@@ -91,7 +91,7 @@ class Compiled:
                     "made": report.made,
                     "needed": report.needed,
                     "fits": report.fits(self.topology.chip.usable),
-                    "flops_a_step": step_flops(report.name, self.costs) / devices,
+                    "flops_a_step": executed_flops(report.name, self.costs) / devices,
                     "moved": report.moved,
                     "seconds": round(report.lowering + report.compiling, 1),
                 }

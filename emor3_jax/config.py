@@ -6,6 +6,7 @@ on the command line; an unknown key is an error that names the nearest one (`ml_
 
 from ml_collections import ConfigDict
 
+from emor3_jax.errors import UserError
 from emor3_jax.rewards.patterns import PatternError
 from emor3_jax.rewards.terms import Term, TermError, make_term
 
@@ -13,7 +14,7 @@ EMBEDDED = "embedded"
 """`policy.path` of the base policy that the package trains itself, without any download."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A field of the config is wrong: names the field, its value, the rule and the way out."""
 
     def __init__(self, field: str, value: object, rule: str) -> None:
@@ -287,6 +288,9 @@ def default() -> ConfigDict:
     config.checkpoint.keep = 2
 
     config.log = ConfigDict()
+    # Where metrics are written (io/sinks): "jsonl", always, since a run resumes by it, and
+    # "tensorboard".
+    config.log.sinks = ("jsonl", "tensorboard")
     # Steps to trace for the JAX profiler, from the third of this start on, into workdir/profile.
     config.log.profile_steps = 0
     # Steps between progress lines and between sheets of samples under workdir/samples.

@@ -18,7 +18,7 @@ from emor3_jax.io.console import Console
 from emor3_jax.models import LoadedPolicy, read_config, read_processor, save
 from emor3_jax.parallel.mesh import check_policy, make_mesh
 from emor3_jax.runtime import cli, job
-from emor3_jax.runtime.restore import read_params
+from emor3_jax.runtime.restore import read_checkpoint_params
 
 
 def export(config: ConfigDict, workdir: Path) -> Path:
@@ -45,7 +45,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     policy = read_config(base)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_policy(mesh, policy.shapes)
-    params = read_params(config, base, checkpoints, step, mesh)
+    params = read_checkpoint_params(config, base, checkpoints, step, mesh)
     checkpoints.close()
     folder = workdir / "policy"
     save(LoadedPolicy(policy, params, read_processor(base, policy)), folder)

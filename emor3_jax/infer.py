@@ -16,12 +16,12 @@ from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.embedded.emoscenes.words import QUESTION
+from emor3_jax.errors import UserError
 from emor3_jax.models import LoadedPolicy, load
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.rollout.tokens import stop_ids, suppressed_tokens
-from emor3_jax.runtime import cli
 
 
 def answer(
@@ -94,7 +94,7 @@ def main(_: list[str]) -> None:
             temperature=FLAGS.temperature,
             dtype=FLAGS.dtype,
         )
-    except (*cli.USER_ERRORS, OSError) as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(text)
     print(f"\nemotion: {label or 'none of the labels'}")

@@ -1,5 +1,7 @@
 """The command line of a program, beyond what its config checks."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,26 @@ def test_a_stopped_run_is_told_by_its_exit_status() -> None:
     assert stopped.value.code == cli.STOPPED == 75
     cli.end({"before": {}, "after": {}}, may_stop=True)
     cli.end(None, may_stop=False)
+
+
+@pytest.mark.parametrize("kind", ["UserError", "FileNotFoundError", "KeyError"])
+def test_what_the_user_can_mend_is_told_in_one_line(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text(
+        "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict()\n"
+    )
+    lines = (
+        "from emor3_jax import cli",
+        "from emor3_jax.errors import UserError",
+        "def program(config):",
+        f"    raise {kind}('steps=-1: must be 0 or more')",
+        "cli.run_without_workdir(program)",
+    )
+    config = f"--config={tmp_path / 'config.py'}"
+    ran = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), config], capture_output=True, text=True
+    )
+    if kind == "KeyError":
+        assert ran.returncode == 1 and "Traceback" in ran.stderr
+    else:
+        assert ran.returncode == 2
+        assert ran.stderr == "error: steps=-1: must be 0 or more\n"

@@ -168,8 +168,11 @@ WRONG = [
     ("reference.image_cache", -1, "0 or more"),
     ("sft.target", "answer", "'response'"),
     ("sft.responses", 0, "at least 1"),
+    ("data.train.kind", "csv", "huggingface"),
     ("checkpoint.keep", 0, "at least 1"),
     ("log.every", 0, "at least 1"),
+    ("log.sinks", ("jsonl", "wandb"), "'tensorboard'"),
+    ("log.sinks", ("tensorboard",), "must hold 'jsonl'"),
 ]
 
 

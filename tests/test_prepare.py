@@ -12,13 +12,17 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from emor3_jax import prepare
+from emor3_jax.checks import validate
 from emor3_jax.config import ConfigError, dataset, default
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.generic import FilesSource
 from emor3_jax.data.labels import LABEL_SETS, label_set
+from emor3_jax.data.sources import Texts
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.prepare.sources import SOURCES, SourceContext
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,31 @@ def test_an_unknown_kind_names_all_kinds(tmp_path):
         DataError, match=r"config\.data\.train: path='': there is no such folder\. EmoSet-118K"
     ):
         prepare.open_source(default(), "data.train", dataset(kind="emoset"))
+
+
+def test_parquet_needs_a_path():
+    with pytest.raises(ConfigError, match=r"evaluate\.sets\.a\.path='': name parquet files"):
+        prepare.open_source(default(), "evaluate.sets.a", dataset(kind="parquet"))
+
+
+def test_a_row_of_the_table_makes_a_kind_of_data(monkeypatch, tmp_path):
+    seen = []
+
+    def open_calm(described: ConfigDict, run: SourceContext):
+        seen.append(run)
+        (tmp_path / "calm.png").touch()
+        texts = [Texts(described.question, "calm", "row")]
+        return FilesSource("calm", [tmp_path / "calm.png"], texts), "calm,tense"
+
+    monkeypatch.setitem(SOURCES, "calm", open_calm)
+    config = default()
+    config.data.train = dataset(kind="calm", question="which ?")
+    config.sft.target = "response"
+    validate(config)
+    source, labels = prepare.open_source(config, "data.train", config.data.train)
+    assert labels == "calm,tense"
+    assert [texts.question for texts in source.texts()] == ["which ?"]
+    assert seen == [SourceContext("data.train", "runs/data", 112, responses=True)]
 
 
 def test_training_sets_are_mixed_in_the_labels_of_the_first(folder, tmp_path):

@@ -49,6 +49,7 @@ from emor3_jax.account.cost import (
     tower_attention_flops,
     tower_flops,
 )
+from emor3_jax.errors import UserError
 from emor3_jax.models.family import Shapes as Config
 from emor3_jax.types import Batch
 
@@ -71,7 +72,7 @@ PHASES = (
 """The rollout (three of them), the reflections with their replies, and the scoring passes."""
 
 
-class ShapeError(ValueError):
+class ShapeError(UserError):
     """Shapes that no step can have: names the field, its value, the rule and the way out."""
 
     def __init__(self, field: str, value: object, rule: str) -> None:

@@ -42,13 +42,13 @@ def table(reports: Sequence[Report], costs: Mapping[str, Cost], devices: int, us
     return "\n".join(lines)
 
 
-def step_flops(name: str, costs: Mapping[str, Cost]) -> float:
+def executed_flops(name: str, costs: Mapping[str, Cost]) -> float:
     """Returns the FLOPs that all calls of a program execute in a step, 0 where none are counted."""
     return sum(costs[phase].executed for phase in _PHASES.get(name, ()))
 
 
 def _row(report: Report, costs: Mapping[str, Cost], devices: int, usable: int) -> str:
-    flops = step_flops(report.name, costs) / devices / 1e12
+    flops = executed_flops(report.name, costs) / devices / 1e12
     cells = [
         report.name,
         str(report.calls),

@@ -21,7 +21,7 @@ BATCHES_OF_WINDOW = 16
 _KEPT_WINDOWS = 4
 
 
-class Group(NamedTuple):
+class ShuffleGroup(NamedTuple):
     """Rows that are shuffled together.
 
     Attributes:
@@ -39,7 +39,7 @@ def make_groups(
     starts: Sequence[int],
     weights: Sequence[float],
     balanced: Sequence[bool],
-) -> list[Group]:
+) -> list[ShuffleGroup]:
     """Parts rows into the groups that take turns.
 
     Args:
@@ -58,16 +58,16 @@ def make_groups(
         inside = (indices >= starts[part]) & (indices < starts[part + 1])
         if not balance:
             if inside.any():
-                groups.append(Group(indices[inside], weight))
+                groups.append(ShuffleGroup(indices[inside], weight))
             continue
         labels = np.unique(answers[inside])
         for label in labels:
             rows = indices[inside & (answers == label)]
-            groups.append(Group(rows, weight / len(labels)))
+            groups.append(ShuffleGroup(rows, weight / len(labels)))
     return groups
 
 
-def shuffled(groups: Sequence[Group], seed: int) -> grain.MapDataset:
+def shuffled(groups: Sequence[ShuffleGroup], seed: int) -> grain.MapDataset:
     """Returns the endless order of rows, a random access source of int.
 
     Args:

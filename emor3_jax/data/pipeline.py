@@ -37,7 +37,7 @@ from emor3_jax.data.batch import Example, Prompts, collate, size_of, smallest
 from emor3_jax.data.encode import REASONS, Encoder, Skip, check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
-from emor3_jax.data.order import Group, Windows, make_groups, shuffled
+from emor3_jax.data.order import ShuffleGroup, Windows, make_groups, shuffled
 from emor3_jax.data.sources import Source, sizes_of
 from emor3_jax.data.stats import RowStats
 from emor3_jax.models.errors import ImageError
@@ -110,7 +110,7 @@ class _Reader:
 class _Spare:
     """Which rows may stand in for a damaged one: its group's, then all, from a drawn one on."""
 
-    def __init__(self, groups: Sequence[Group], seed: int) -> None:
+    def __init__(self, groups: Sequence[ShuffleGroup], seed: int) -> None:
         self._groups, self._seed = [group.indices for group in groups], seed
 
     def rows(self, position: int, damaged: int) -> Iterator[int]:

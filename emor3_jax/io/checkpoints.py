@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from emor3_jax.errors import UserError
 from emor3_jax.parallel.mesh import param_shardings
 
 LAYOUT = 2
@@ -13,7 +14,7 @@ LAYOUT = 2
 Since 2 the tower's fused projection goes head by head."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that this program would read wrongly."""
 
 

@@ -1,73 +1,55 @@
-"""Metrics of a run: one JSON object a step, TensorBoard events, and a progress line."""
+"""Metrics of a run: the sinks that they are written to, time by phase, and memory."""
 
 import dataclasses
-import json
 import math
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
+from emor3_jax.io.sinks import SINKS
 from emor3_jax.parallel import hosts
 
 
 class MetricWriter:
-    """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard events.
+    """Writes metrics to sinks.
 
-    A run that goes on from a checkpoint first drops the lines written after it, so that each step
-    stands in the file once. Of several processes only the first writes.
+    A run that goes on from a checkpoint first drops what was written after it, so that each step
+    stands in a sink once. Of several processes only the first writes.
     """
 
-    def __init__(self, workdir: Path, first_step: int = 0) -> None:
-        """Opens the events, and drops the lines that are to be written again.
+    def __init__(self, workdir: Path, sinks: Sequence[str], first_step: int = 0) -> None:
+        """Opens the sinks, which drop what is to be written again.
 
         Args:
           workdir: folder of the run.
-          first_step: lines of this step and later ones are dropped.
+          sinks: names in `SINKS`.
+          first_step: metrics of this step and later ones are dropped.
         """
-        self.path = workdir / "metrics.jsonl"
-        self._events = None
-        if not hosts.is_first():
-            return
-        if self.path.exists():
-            kept = []
-            for line in self.path.read_text().splitlines():
-                try:
-                    # A line that an interrupted write cut short is no loss: its step is repeated.
-                    if json.loads(line)["step"] < first_step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue
-            self.path.write_text("".join(line + "\n" for line in kept))
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step)
+        names = sinks if hosts.is_first() else ()
+        self._sinks = {name: SINKS[name](workdir, first_step) for name in names}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one object: `step` and the values, a number that is not finite as null."""
-        if self._events is None:
-            return
+        """Writes the values of a step, a number that is not finite as None."""
         row = {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
-        # Closed each time: a mounted bucket keeps what was written only then, and the machine may
-        # be taken away at any step.
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
-        self.add_events(step, row)
+        for sink in self._sinks.values():
+            sink.write(step, row)
 
     def add_events(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Writes values to TensorBoard alone."""
-        for name, value in values.items():
-            if value is not None and self._events is not None:
-                self._events.add_scalar(name, value, step)
+        """Writes further values of a step; not to the JSON lines, which hold each step once."""
+        for name, sink in self._sinks.items():
+            if name != "jsonl":
+                sink.write(step, values)
 
     def close(self) -> None:
-        """Closes the events."""
-        if self._events is not None:
-            self._events.close()
+        """Closes the sinks."""
+        for sink in self._sinks.values():
+            sink.close()
 
 
 class PhaseClock:

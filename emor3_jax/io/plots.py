@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from emor3_jax.io.evaluation import Evaluation
+from emor3_jax.evaluation.records import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

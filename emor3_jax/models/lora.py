@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from emor3_jax.errors import UserError
+
 Params = dict[str, Any]
 
 TOWER = "visual/"
 """In front of the name of a module of the vision tower; the decoder's have none."""
 
 
-class LoraError(ValueError):
+class LoraError(UserError):
     """A module that is to be adapted does not exist."""
 
 

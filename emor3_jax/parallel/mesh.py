@@ -17,13 +17,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from emor3_jax.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 CHECK = "python -m emor3_jax.compile --config=FILE --topology=NAME"
 """The command that compiles a config for devices that are not here."""
 
 
-class MeshError(ValueError):
+class MeshError(UserError):
     """The mesh of the config does not fit the devices, the policy or a batch."""
 
 

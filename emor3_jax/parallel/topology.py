@@ -11,8 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from emor3_jax.errors import UserError
 
-class TopologyError(ValueError):
+
+class TopologyError(UserError):
     """A topology that is not known, or a machine without the TPU's compiler."""
 
 

@@ -7,9 +7,12 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
 from emor3_jax.data.prompts import PLAIN_STYLES
+from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import is_hub_id
 from emor3_jax.models.attention import BACKENDS
 from emor3_jax.models.lora import TOWER
+from emor3_jax.prepare.data import data_sets
+from emor3_jax.prepare.sources import check_kind
 from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rl.kl import ESTIMATES
 from emor3_jax.rl.losses import MEANS, SURROGATES
@@ -54,6 +57,8 @@ def validate(config: ConfigDict) -> None:
     need(config.data.read_ahead >= 1, "data.read_ahead", "must be at least 1")
     rules = ("drop", "cut")
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
+    for field, each in data_sets(config).values():
+        check_kind(field, each.kind)
     trained = {"data.train": config.data.train}
     trained |= {f"data.mix.{name}": each for name, each in config.data.mix.items()}
     for field, each in trained.items():
@@ -131,6 +136,9 @@ def validate(config: ConfigDict) -> None:
     need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
     sources = ("sampler", "recompute")
     need(update.old_logprobs in sources, "policy_update.old_logprobs", f"must be one of {sources}")
+    known = all(name in SINKS for name in config.log.sinks)
+    need(known, "log.sinks", f"must be some of {', '.join(map(repr, SINKS))}")
+    need("jsonl" in config.log.sinks, "log.sinks", "must hold 'jsonl', by which a run resumes")
     need(config.log.profile_steps >= 0, "log.profile_steps", "must be 0 or more")
     for name in ("evaluate.every", "checkpoint.every", "log.every", "log.samples_every"):
         section, key = name.split(".")

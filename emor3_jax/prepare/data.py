@@ -10,8 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from emor3_jax.config import ConfigError
-from emor3_jax.data import generic
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_map, label_set
 from emor3_jax.data.pipeline import (
@@ -22,9 +20,8 @@ from emor3_jax.data.pipeline import (
     train_batches,
 )
 from emor3_jax.data.prompts import PromptTemplates
-from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
+from emor3_jax.data.sources import Source
 from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, read_ids
-from emor3_jax.embedded.emoscenes import builder, words
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import (
@@ -32,6 +29,7 @@ from emor3_jax.parallel.mesh import (
     shard_batch,
     shard_rows,
 )
+from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
 from emor3_jax.types import Batch
 
 
@@ -98,8 +96,11 @@ def open_source(
       ConfigError: if its kind is unknown, or its path or subset cannot be used.
       DataError: if it cannot be opened.
     """
+    check_kind(field, dataset.kind)
+    wants_responses = config.sft.target == "response"
+    run = SourceContext(field, config.data.folder, config.data.scene_size, wants_responses)
     try:
-        source, own = _open_kind(config, field, dataset)
+        source, own = SOURCES[dataset.kind](dataset, run)
         wanted = labels or dataset.labels or own or PARQUET_LABELS
         if own and wanted != own:
             source = Relabelled(source, label_map(own, wanted))
@@ -111,43 +112,6 @@ def open_source(
     except DataError as error:
         raise DataError(f"config.{field}: {error}") from error
     return source, wanted
-
-
-def _open_kind(config: ConfigDict, field: str, dataset: ConfigDict) -> tuple[Source, str]:
-    """Returns the rows as they are and their own label set, "" where the data does not say it."""
-    kind, path, question = dataset.kind, dataset.path, dataset.question
-    if kind == "emoscenes":
-        built = builder.prepare(config.data.folder, config.data.scene_size)
-        source = EmoScenesSource(
-            dataset.split,
-            built.data_dir,
-            question or words.QUESTION,
-            responses=config.sft.target == "response",
-        )
-        return source, "emotion6" if dataset.split.startswith("shifted") else "mikels8"
-    if kind == "parquet":
-        if not path:
-            rule = "name parquet files, a glob, or several joined by commas"
-            raise ConfigError(f"{field}.path", path, rule)
-        return ParquetSource(path), ""
-    if kind == "jsonl":
-        return generic.open_json_lines(path, question), ""
-    if kind == "folders":
-        source = generic.open_folders(path, dataset.split, question)
-        return source, ",".join(source.labels)
-    if kind == "huggingface":
-        source = generic.HuggingFaceSource(path, dataset.split, question)
-        return source, ",".join(source.labels)
-    # tfds takes a second to import.
-    from emor3_jax.data.datasets.catalog import BUILDERS, open_dataset
-
-    if kind not in BUILDERS:
-        known = ("emoscenes", "parquet", *BUILDERS, "folders", "jsonl", "huggingface")
-        raise ConfigError(f"{field}.kind", kind, f"must be one of {', '.join(known)}")
-    source = open_dataset(
-        kind, path, dataset.split, config.data.folder, copy=dataset.copy, question=question
-    )
-    return source, source.labels
 
 
 def load_templates(config: ConfigDict) -> PromptTemplates:

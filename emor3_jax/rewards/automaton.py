@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from emor3_jax.errors import UserError
+
 OTHER = "\ufffd"
 """The character that stands for all characters that a rule does not tell apart."""
 
@@ -23,7 +25,7 @@ SPACES = tuple(c for c in map(chr, range(0x3001)) if c.isspace())
 """Unicode whitespace, Python's `\\s`."""
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """The tokenizer is not byte-level, so its tokens have no byte strings."""
 
 
@@ -225,7 +227,7 @@ def classify(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarra
     return tables, inverse.astype(np.int32)
 
 
-def build(rules: Sequence[Rule], tokens: Sequence[bytes]) -> Automaton:
+def build_automaton(rules: Sequence[Rule], tokens: Sequence[bytes]) -> Automaton:
     """Returns rules as tables over tokens.
 
     Args:
@@ -237,7 +239,9 @@ def build(rules: Sequence[Rule], tokens: Sequence[bytes]) -> Automaton:
     return Automaton(tuple(following), token_class, outputs)
 
 
-def run(automaton: Automaton, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
+def run_automaton(
+    automaton: Automaton, tokens: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, ...]:
     """Returns each rule's result for each text, int32[n]; one scan over the tokens.
 
     Args:

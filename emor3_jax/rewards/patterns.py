@@ -14,10 +14,11 @@ from collections.abc import Hashable, Sequence
 from re import _compiler, _constants, _parser
 from typing import Any, NamedTuple
 
+from emor3_jax.errors import UserError
 from emor3_jax.rewards.automaton import OTHER
 
 
-class PatternError(ValueError):
+class PatternError(UserError):
     """An expression that is wrong, or that no automaton can read."""
 
 

@@ -7,6 +7,7 @@ removed first. `Normalised` does that on the fly, in front of a rule.
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+from emor3_jax.errors import UserError
 from emor3_jax.rewards.automaton import OTHER, SPACES, Rule
 
 _DELIMITERS = "<>/"
@@ -14,11 +15,11 @@ STEPS = ("<step1>", "</step1>", "<step2>", "</step2>", "<step3>", "</step3>", "\
 NO_LABEL, NO_REPLY = -1, -2
 
 
-class LabelError(ValueError):
+class LabelError(UserError):
     """A label set that the rules cannot tell apart."""
 
 
-def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+def lowercase_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Returns the labels in lower case.
 
     Raises:
@@ -54,7 +55,7 @@ def failure(pattern: str) -> list[int]:
     return back
 
 
-def search(pattern: str, back: list[int], position: int, char: str) -> int:
+def matched_length(pattern: str, back: list[int], position: int, char: str) -> int:
     """Returns how much of `pattern` the text ends with after `char`."""
     while position and (position == len(pattern) or pattern[position] != char):
         position = back[position]
@@ -77,7 +78,7 @@ class FormatRule:
         pattern = STEPS[stage]
         if stage == 0 and pattern[position] != char:
             return (-1, 0)
-        position = search(pattern, self._back[stage], position, char)
+        position = matched_length(pattern, self._back[stage], position, char)
         return (stage + 1, 0) if position == len(pattern) else (stage, position)
 
     def output(self, state: Any) -> int:
@@ -96,14 +97,14 @@ class BoxRule:
     start: Hashable = (0, _OUT)
 
     def __init__(self, labels: Sequence[str]) -> None:
-        self._labels = {label: i for i, label in enumerate(check_labels(labels))}
+        self._labels = {label: i for i, label in enumerate(lowercase_labels(labels))}
         self._words = _Words(self._labels)
         self._back = failure(self._MARK)
         self.alphabet = (*SPACES, *self._words.alphabet)
 
     def step(self, state: Any, char: str) -> Hashable:
         position, content = state
-        position = search(self._MARK, self._back, position, char)
+        position = matched_length(self._MARK, self._back, position, char)
         if position == len(self._MARK):
             return (0, self._LEAD)
         return (position, self._content(content, char))
@@ -133,7 +134,7 @@ class ReplyRule:
     """Index of the label that the whole reply is, in any case; -2 if empty or `none`; else -1."""
 
     def __init__(self, labels: Sequence[str]) -> None:
-        self._labels = {label: i for i, label in enumerate(check_labels(labels))}
+        self._labels = {label: i for i, label in enumerate(lowercase_labels(labels))}
         self._words = _Words((*self._labels, "none"))
         self.start: Hashable = ""
         self.alphabet = self._words.alphabet

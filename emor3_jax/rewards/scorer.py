@@ -12,7 +12,7 @@ from emor3_jax.parallel import hosts
 from emor3_jax.rewards.automaton import token_bytes
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.reward import Reward
-from emor3_jax.rewards.rules import LabelError, check_labels
+from emor3_jax.rewards.rules import LabelError, lowercase_labels
 from emor3_jax.rewards.tables import cut_spans, make_tables
 from emor3_jax.types import Batch, Replies, ReplyProbs, Samples, Scores
 
@@ -55,7 +55,7 @@ class Scorer:
           PatternError: if a pattern cannot be read.
           ValueError: if `profile` or `coherence_target` is unknown.
         """
-        self.tokenizer, self.labels = tokenizer, check_labels(labels)
+        self.tokenizer, self.labels = tokenizer, lowercase_labels(labels)
         self.reward = reward or Reward(profile, coherence_target)
         self.tables = make_tables(tokenizer, labels, self.reward.patterns, cache)
 

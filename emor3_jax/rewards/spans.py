@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.rewards.automaton import SPACES, TokenizerError, classify, close
-from emor3_jax.rewards.rules import failure, search
+from emor3_jax.rewards.rules import failure, matched_length
 
 _OPEN, _COHERENCE_END, _CONSISTENCY_END = "<step1>", "</step2>", "<step2>"
 _OPENED, _COHERENCE, _CONSISTENCY = 1, 2, 4
@@ -125,7 +125,7 @@ class _Tags:
     def _search(self, state: _State, byte: int, flags: int) -> tuple[int, int, int]:
         wanted = (not flags & _OPENED, flags & _OPENED, flags & _OPENED)
         return tuple(
-            search(tag, back, at, chr(byte)) if want and at < len(tag) else at
+            matched_length(tag, back, at, chr(byte)) if want and at < len(tag) else at
             for tag, back, at, want in zip(self._tags, self._back, state, wanted, strict=False)
         )
 

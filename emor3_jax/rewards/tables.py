@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from emor3_jax.rewards import automaton, cache, rules, spans
-from emor3_jax.rewards.automaton import Automaton, token_bytes
+from emor3_jax.rewards import cache, rules, spans
+from emor3_jax.rewards.automaton import Automaton, build_automaton, run_automaton, token_bytes
 from emor3_jax.rewards.patterns import PatternRule
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.spans import Span, SpanTables
@@ -51,14 +51,14 @@ def make_tables(
       LabelError: if the labels cannot be told apart.
       PatternError: if a pattern cannot be read.
     """
-    checked, tokens = rules.check_labels(labels), token_bytes(tokenizer)
+    checked, tokens = rules.lowercase_labels(labels), token_bytes(tokenizer)
 
     def build() -> Tables:
         response = [rules.Normalised(rules.FormatRule()), rules.Normalised(rules.BoxRule(labels))]
         response += map(PatternRule, patterns)
         return Tables(
-            automaton.build(response, tokens),
-            {name: automaton.build([q.rule(labels)], tokens) for name, q in QUESTIONS.items()},
+            build_automaton(response, tokens),
+            {name: build_automaton([q.rule(labels)], tokens) for name, q in QUESTIONS.items()},
             spans.build_spans(tokens),
         )
 
@@ -81,7 +81,7 @@ def score_response(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tup
       tokens: int32[n, T].
       lengths: int32[n].
     """
-    format_, label, *patterns = automaton.run(tables.response, tokens, lengths)
+    format_, label, *patterns = run_automaton(tables.response, tokens, lengths)
     return format_.astype(jnp.float32), label, *(x.astype(jnp.float32) for x in patterns)
 
 
@@ -97,7 +97,7 @@ def read_reply(tables: Tables, question: str, tokens: jax.Array, lengths: jax.Ar
       tokens: int32[n, R].
       lengths: int32[n].
     """
-    return automaton.run(tables.replies[question], tokens, lengths)[0]
+    return run_automaton(tables.replies[question], tokens, lengths)[0]
 
 
 def cut_spans(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span, Span]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from emor3_jax.errors import UserError
 from emor3_jax.rewards.patterns import PatternRule
 
 BOXED = r"(?s)\\boxed\{.*\}"
@@ -24,7 +25,7 @@ BOXED = r"(?s)\\boxed\{.*\}"
 BUILT_IN = ("overall", "format", "accuracy", "coherence", "consistency")
 
 
-class TermError(ValueError):
+class TermError(UserError):
     """A reward term that cannot be used."""
 
 

@@ -7,32 +7,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from emor3_jax.account.step import ShapeError
-from emor3_jax.config import ConfigError
-from emor3_jax.data.errors import DataError
-from emor3_jax.io.checkpoints import CheckpointError
-from emor3_jax.models.errors import ImageError, ProcessorError, WeightsError
-from emor3_jax.models.errors import ShapesError as PolicyError
-from emor3_jax.parallel.mesh import MeshError
-from emor3_jax.parallel.topology import TopologyError
-from emor3_jax.rewards import LabelError, TokenizerError
-
-USER_ERRORS = (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    FileNotFoundError,
-    ImageError,
-    LabelError,
-    MeshError,
-    PolicyError,
-    ProcessorError,
-    ShapeError,
-    TokenizerError,
-    TopologyError,
-    WeightsError,
-)
-"""Mistakes of a config or of data: their message is all that a user needs."""
+from emor3_jax.errors import UserError
 
 STOPPED = 75
 """Exit status of a run that a signal ended before its last step: the same command goes on."""
@@ -82,8 +57,9 @@ def local_folder(path: str) -> Path:
 def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     """Parses the command line and runs a program that only prints.
 
-    An unknown `--config.key` is refused by `config_flags`, which names the nearest key. Errors in
-    `USER_ERRORS` end the program with their message and exit status 2.
+    An unknown `--config.key` is refused by `config_flags`, which names the nearest key. A
+    `UserError`, or a `FileNotFoundError` of a path that the user gave, ends the program with its
+    message and exit status 2.
 
     Args:
       program: takes the config.
@@ -94,7 +70,7 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     def main(_: Sequence[str]) -> None:
         try:
             program(config.value)
-        except USER_ERRORS as error:
+        except (UserError, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

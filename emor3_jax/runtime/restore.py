@@ -38,13 +38,15 @@ def load_evaluated(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -
     step = known[-1] if step is None else step
     say(f"loading the policy of step {step} of {folder}")
     base = prepare.read_policy(config, say)
-    params = read_params(config, prepare.find_policy(config, say), checkpoints, step, mesh)
+    params = read_checkpoint_params(
+        config, prepare.find_policy(config, say), checkpoints, step, mesh
+    )
     checkpoints.close()
     policy = prepare.with_attention(base.policy, config, mesh.devices.flat[0].platform)
     return LoadedPolicy(policy, params, base.processor)
 
 
-def read_params(
+def read_checkpoint_params(
     config: ConfigDict, base: Path, checkpoints: Checkpoints, step: int, mesh: Mesh
 ) -> dict:
     """Returns the policy's parameters as a checkpoint has them, adapters merged into their base.

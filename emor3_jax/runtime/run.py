@@ -99,7 +99,9 @@ class Run:
         if latest is not None:
             self._progress = self._checkpoints.progress(latest)
         self._step = latest or 0
-        self._writer = MetricWriter(workdir, first_step=self._step + (latest is not None))
+        self._writer = MetricWriter(
+            workdir, config.log.sinks, first_step=self._step + (latest is not None)
+        )
         self._stop, self.clock = StopSignal(), PhaseClock()
         self._pace = Pace(self._step, config.steps)
         self._pending: StepRecord | None = None

@@ -3,7 +3,7 @@ import pickle
 
 import numpy as np
 
-from emor3_jax.data.order import BATCHES_OF_WINDOW, Group, Windows, make_groups, shuffled
+from emor3_jax.data.order import BATCHES_OF_WINDOW, ShuffleGroup, Windows, make_groups, shuffled
 
 
 def first(order, count: int) -> list[int]:
@@ -23,7 +23,7 @@ def test_groups_by_part_and_label():
 
 
 def test_one_group_has_every_row_once_an_epoch_in_new_orders():
-    order = shuffled([Group(np.arange(10, 17), 1.0)], seed=3)
+    order = shuffled([ShuffleGroup(np.arange(10, 17), 1.0)], seed=3)
     rows = first(order, 21)
     epochs = [rows[i : i + 7] for i in (0, 7, 14)]
     assert all(sorted(epoch) == list(range(10, 17)) for epoch in epochs)
@@ -31,7 +31,7 @@ def test_one_group_has_every_row_once_an_epoch_in_new_orders():
 
 
 def test_groups_take_turns_by_their_weights():
-    groups = [Group(np.arange(4), 1.0), Group(np.arange(100, 130), 3.0)]
+    groups = [ShuffleGroup(np.arange(4), 1.0), ShuffleGroup(np.arange(100, 130), 3.0)]
     rows = first(shuffled(groups, seed=0), 400)
     small = [row for row in rows if row < 100]
     assert len(small) == 100
@@ -42,14 +42,14 @@ def test_groups_take_turns_by_their_weights():
 
 
 def test_groups_of_equal_rows_are_shuffled_apart():
-    groups = [Group(np.arange(20), 1.0), Group(np.arange(20), 1.0)]
+    groups = [ShuffleGroup(np.arange(20), 1.0), ShuffleGroup(np.arange(20), 1.0)]
     rows = first(shuffled(groups, seed=0), 40)
     assert rows[::2] != rows[1::2]
 
 
 def test_windows_have_the_same_rows_sorted_by_size():
     keys = np.random.default_rng(0).integers(0, 5, 1000)
-    order = shuffled([Group(np.arange(1000), 1.0)], seed=1)
+    order = shuffled([ShuffleGroup(np.arange(1000), 1.0)], seed=1)
     windows = Windows(order, keys, batch_size=4, seed=1)
     size = BATCHES_OF_WINDOW * 4
     rows = [windows[i] for i in range(3 * size)]

@@ -10,17 +10,19 @@ import pytest
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import duration
 from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
+from emor3_jax.io.sinks import SINKS
+from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh
 
 
 def test_a_run_that_goes_on_drops_later_and_torn_lines(tmp_path):
-    writer = MetricWriter(tmp_path)
+    writer = MetricWriter(tmp_path, SINKS)
     for step in range(4):
         writer.write(step, {"reward/overall": step / 2, "policy/kl": float("nan")})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')
-    writer = MetricWriter(tmp_path, first_step=2)
+    writer = MetricWriter(tmp_path, SINKS, first_step=2)
     writer.write(2, {"reward/overall": 9.0})
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
@@ -31,7 +33,7 @@ def test_a_run_that_goes_on_drops_later_and_torn_lines(tmp_path):
 
 def test_the_file_is_closed_after_each_step(tmp_path):
     # A mounted bucket keeps a file when it is closed: what is written next goes to a new one.
-    writer = MetricWriter(tmp_path)
+    writer = MetricWriter(tmp_path, SINKS)
     writer.write(0, {"policy/kl": 1.0})
     (tmp_path / "metrics.jsonl").rename(tmp_path / "first.jsonl")
     writer.write(1, {"policy/kl": 2.0})
@@ -39,6 +41,46 @@ def test_the_file_is_closed_after_each_step(tmp_path):
     for name, step in (("first", 0), ("metrics", 1)):
         (line,) = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         assert json.loads(line) == {"step": step, "policy/kl": step + 1.0}
+
+
+class ListSink:
+    """Holds what was written, in place of a sink of one's own."""
+
+    def __init__(self, workdir, first_step):
+        self.rows, self.opened, self.closed = [], (workdir, first_step), False
+
+    def write(self, step, values):
+        self.rows.append((step, dict(values)))
+
+    def close(self):
+        self.closed = True
+
+
+def test_all_sinks_are_written_and_further_values_leave_the_json_lines_alone(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setitem(SINKS, "list", lambda *given: made.append(ListSink(*given)) or made[-1])
+    writer = MetricWriter(tmp_path, ("jsonl", "list"), first_step=3)
+    writer.write(3, {"policy/kl": float("inf"), "reward/overall": np.float32(0.5)})
+    writer.add_events(3, {"evaluate/accuracy": 0.25, "evaluate/f1": None})
+    writer.close()
+    (sink,) = made
+    assert sink.opened == (tmp_path, 3) and sink.closed
+    assert sink.rows == [
+        (3, {"policy/kl": None, "reward/overall": 0.5}),
+        (3, {"evaluate/accuracy": 0.25, "evaluate/f1": None}),
+    ]
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 3, "policy/kl": null, "reward/overall": 0.5}\n'
+    assert not (tmp_path / "events").exists()
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    writer = MetricWriter(tmp_path, SINKS)
+    writer.write(0, {"policy/kl": 1.0})
+    writer.add_events(0, {"policy/kl": 1.0})
+    writer.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_phases_are_counted_by_lap_while_the_next_lap_goes_on():

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from emor3_jax.models.qwen2_5_vl.shapes import Config, ConfigError
+from emor3_jax.models.qwen2_5_vl.config import Config, ShapesError
 from emor3_jax.models.qwen2_5_vl.published import published
 from emor3_jax.models.weights import count_params, param_shapes, parameter_overview
 
@@ -69,7 +69,7 @@ def test_published_policies_have_their_published_sizes(size, count):
 
 def test_published_shapes_are_those_of_the_hubs_file():
     assert published("3B") == Config.from_hf(HUB_3B)
-    with pytest.raises(ConfigError, match="must be one of 3B, 7B"):
+    with pytest.raises(ShapesError, match="must be one of 3B, 7B"):
         published("1B")
 
 
@@ -108,5 +108,5 @@ def test_nested_form_of_transformers_5_reads_the_same():
     ],
 )
 def test_what_cannot_run_is_refused_by_name(changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ShapesError, match=message):
         Config.from_hf({**HUB_3B, **changes})

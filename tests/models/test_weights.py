@@ -185,5 +185,5 @@ def test_missing_files_are_named(tmp_path, config):
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
         weights.read_params(tmp_path, config)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(models.ConfigError, match="not JSON"):
+    with pytest.raises(models.ShapesError, match="not JSON"):
         models.read_config(tmp_path)

@@ -71,7 +71,7 @@ def read(rule, codes: list[bytes]) -> list[int]:
     for i, code in enumerate(codes):
         tokens[i, : len(code)] = list(code)
     lengths = jnp.asarray([len(code) for code in codes], jnp.int32)
-    return np.asarray(automaton.run(machine, jnp.asarray(tokens), lengths)[0]).tolist()
+    return np.asarray(automaton.run_automaton(machine, jnp.asarray(tokens), lengths)[0]).tolist()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

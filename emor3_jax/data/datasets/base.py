@@ -303,7 +303,7 @@ def check_root(builder: type[Builder], path: str | Path) -> Path:
     return root
 
 
-def build(
+def build_dataset(
     builder: type[Builder], path: str | Path, data_dir: str | Path, *, copy: bool = False
 ) -> Builder:
     """Builds a data set below `data_dir`, or finds it there.
@@ -377,7 +377,7 @@ class BuiltSource:
         """Opens a split; the records of all rows are read, the pictures not.
 
         Args:
-          built: as `build` returns it.
+          built: as `build_dataset` returns it.
           split: of the folder, or, where it has none, "whole", "train" or "test": a fifth of the
             rows, chosen by a hash of their ids, is the test split.
           question: asked instead of the builder's own; "" asks that.

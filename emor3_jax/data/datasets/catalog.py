@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from emor3_jax.data.datasets import abstract, artphoto, emoset, emotion6, fer2013, fi, webemo
-from emor3_jax.data.datasets.base import Builder, BuiltSource, build, check_root
+from emor3_jax.data.datasets.base import Builder, BuiltSource, build_dataset, check_root
 
 
 def _fer2013(root: Path) -> type[Builder]:
@@ -50,4 +50,4 @@ def open_dataset(
     chosen = BUILDERS[kind]
     if not isinstance(chosen, type):
         chosen = chosen(check_root(fer2013.Fer2013Csv, path))
-    return BuiltSource(build(chosen, path, data_dir, copy=copy), split, question)
+    return BuiltSource(build_dataset(chosen, path, data_dir, copy=copy), split, question)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emor3_jax.data.datasets.base import build
+from emor3_jax.data.datasets.base import build_dataset
 from emor3_jax.data.datasets.catalog import BUILDERS, open_dataset
 from emor3_jax.data.datasets.checks import Checks, tolerated
 from emor3_jax.data.errors import DataError
@@ -118,7 +118,7 @@ def test_equal_pictures_are_told_apart_by_where_they_are(folder, tmp_path):
     copy("awe/awe_00001", "awe/awe_00009")
     copy("fear/fear_00006", "anger/anger_00004")
     copy("disgust/disgust_00005", "disgust/disgust_00029")
-    built = build(BUILDERS["emoset"], folder, tmp_path / "data")
+    built = build_dataset(BUILDERS["emoset"], folder, tmp_path / "data")
     found = json.loads(
         (tmp_path / "data/emoset" / built.builder_config.name / "1.0.0" / "checks.json").read_text()
     )
@@ -132,7 +132,7 @@ def test_pictures_of_equal_size_and_end_need_not_be_equal(tmp_path, write):
     end = b"x" * 5000
     for label, start in (("awe", b"a"), ("fear", b"b"), ("anger", b"a")):
         (tmp_path / "FI" / label / "0.jpg").write_bytes(start + end)
-    built = build(BUILDERS["fi"], tmp_path / "FI", tmp_path / "data")
+    built = build_dataset(BUILDERS["fi"], tmp_path / "FI", tmp_path / "data")
     found = json.loads((Path(built.data_dir) / "checks.json").read_text())
     assert found["duplicate_other_label"] == ["whole/anger/0.jpg = whole/awe/0.jpg"]
     assert "duplicate" not in found

@@ -1,0 +1,93 @@
+"""The kinds of data sets that a config may name: one row of `SOURCES` opens one kind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from ml_collections import ConfigDict
+
+from emor3_jax.config import ConfigError
+from emor3_jax.data import generic
+from emor3_jax.data.datasets.catalog import BUILDERS, open_dataset
+from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
+from emor3_jax.embedded.emoscenes import builder, words
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """The facts of a run that opening its data may need.
+
+    Attributes:
+      field: path of the data set's description in the config, for errors.
+      folder: where data sets are built.
+      scene_size: side of drawn scenes in pixels.
+      responses: whether rows also need responses to learn from.
+    """
+
+    field: str
+    folder: str
+    scene_size: int
+    responses: bool
+
+
+Opened = tuple[Source, str]
+"""Rows as they are, and their label set as `label_set` takes it, "" where the data has none."""
+
+
+def _open_emoscenes(dataset: ConfigDict, run: SourceContext) -> Opened:
+    built = builder.prepare(run.folder, run.scene_size)
+    question = dataset.question or words.QUESTION
+    source = EmoScenesSource(dataset.split, built.data_dir, question, responses=run.responses)
+    return source, "emotion6" if dataset.split.startswith("shifted") else "mikels8"
+
+
+def _open_parquet(dataset: ConfigDict, run: SourceContext) -> Opened:
+    if not dataset.path:
+        rule = "name parquet files, a glob, or several joined by commas"
+        raise ConfigError(f"{run.field}.path", dataset.path, rule)
+    return ParquetSource(dataset.path), ""
+
+
+def _open_named(kind: str, dataset: ConfigDict, run: SourceContext) -> Opened:
+    where = dataset.path, dataset.split, run.folder
+    source = open_dataset(kind, *where, copy=dataset.copy, question=dataset.question)
+    return source, source.labels
+
+
+def _open_folders(dataset: ConfigDict, _: SourceContext) -> Opened:
+    source = generic.open_folders(dataset.path, dataset.split, dataset.question)
+    return source, ",".join(source.labels)
+
+
+def _open_json_lines(dataset: ConfigDict, _: SourceContext) -> Opened:
+    return generic.open_json_lines(dataset.path, dataset.question), ""
+
+
+def _open_hugging_face(dataset: ConfigDict, _: SourceContext) -> Opened:
+    source = generic.HuggingFaceSource(dataset.path, dataset.split, dataset.question)
+    return source, ",".join(source.labels)
+
+
+SOURCES: dict[str, Callable[[ConfigDict, SourceContext], Opened]] = {
+    "emoscenes": _open_emoscenes,
+    "parquet": _open_parquet,
+    **{kind: partial(_open_named, kind) for kind in BUILDERS},
+    "folders": _open_folders,
+    "jsonl": _open_json_lines,
+    "huggingface": _open_hugging_face,
+}
+"""Kind → opener of a data set, given its description in the config and the run's facts."""
+
+
+def check_kind(field: str, kind: str) -> None:
+    """Checks that a data set is of a known kind.
+
+    Args:
+      field: path of its description in the config.
+      kind: of the data set.
+
+    Raises:
+      ConfigError: listing the kinds.
+    """
+    if kind not in SOURCES:
+        raise ConfigError(f"{field}.kind", kind, f"must be one of {', '.join(SOURCES)}")
