@@ -110,8 +110,8 @@ class Policy:
           image_features: from `encode_images`; None if no prompt has an image.
 
         Returns:
-          float[B, P, D] after the final norm (undefined at padding), and the keys and values, through
-          which gradients flow.
+          float[B, P, D] after the final norm (undefined at padding), and the keys and values,
+          through which gradients flow.
         """
         hidden, (k, v) = self._decoder(keep_keys=True).apply(
             {"params": params["model"]},

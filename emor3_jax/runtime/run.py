@@ -99,9 +99,8 @@ class Run:
         if latest is not None:
             self._progress = self._checkpoints.progress(latest)
         self._step = latest or 0
-        self._writer = MetricWriter(
-            workdir, config.log.sinks, first_step=self._step + (latest is not None)
-        )
+        first = self._step + (latest is not None)
+        self._writer = MetricWriter(workdir, config.log.sinks, first_step=first)
         self._stop, self.clock = StopSignal(), PhaseClock()
         self._pace = Pace(self._step, config.steps)
         self._pending: StepRecord | None = None
@@ -111,8 +110,8 @@ class Run:
         self._last = self._step >= config.steps
         self._upcoming: Prompts | None = None
         self._position: Any = None
-        first = self._step + 3
-        self._traced = range(first, first + config.log.profile_steps)
+        traced = self._step + 3
+        self._traced = range(traced, traced + config.log.profile_steps)
 
     def put(self, batch: Batch) -> Batch:
         """Puts a batch of host arrays on the devices."""
