@@ -24,14 +24,15 @@ from emor3_jax import account, prepare
 from emor3_jax.account.__main__ import Texts, find_policy, make_shapes
 from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.search import search
-from emor3_jax.compiler.step import compile_step
+from emor3_jax.compiler.step import step_programs
 from emor3_jax.compiler.verdict import executed_flops, table, verdict
 from emor3_jax.config import uses_reference
-from emor3_jax.models.qwen2_5_vl.shapes import Config
+from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import check_batch, check_policy, make_mesh
 from emor3_jax.parallel.topology import Topology
 from emor3_jax.prepare.checks import validate
+from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli
 
 
@@ -50,7 +51,7 @@ class Compiled:
 
     topology: Topology
     config: ConfigDict
-    policy: Config
+    policy: Policy
     parts: int
     costs: dict[str, account.Cost]
     reports: list[Report]
@@ -69,7 +70,7 @@ class Compiled:
     def verdict(self) -> str:
         """Returns whether the step fits, and what to change if not."""
         usable = self.topology.chip.usable
-        return verdict(self.reports, self.config, self.policy, self.parts, usable)
+        return verdict(self.reports, self.config, self.policy.shapes, self.parts, usable)
 
     def to_json(self) -> dict[str, Any]:
         """Returns all of it as JSON; bytes and FLOPs are those of one device."""
@@ -117,10 +118,10 @@ def compile_config(
     slices = topology.parse(name)
     validate(config)
     policy, texts = find_policy(config)
-    policy = dataclasses.replace(policy, attention=prepare.attention_backend(config, "tpu"))
+    policy = policy.with_compute(attention=prepare.attention_backend(config, "tpu"))
     devices = slices.devices()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    check_policy(mesh, policy)
+    check_policy(mesh, policy.shapes)
     for field in ("prompts", "slots", "refill"):
         check_batch(mesh, f"rollout.{field}", config.rollout[field])
     for field in ("prompts", "micro_prompts"):
@@ -131,22 +132,22 @@ def compile_config(
 
     record = Recorder(mesh, wanted, say, slices.chip.usable)
     with jax.set_mesh(mesh):
-        compile_step(record, config, policy, questions(texts))
+        record.run(step_programs(mesh, config, policy, questions(texts)))
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     return Compiled(slices, config, policy, parts, costs_of(config, policy, texts), record.reports)
 
 
-def questions(texts: Texts) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the tokens around the judged text of both questions."""
-    return texts.coherence, texts.consistency
+def questions(texts: Texts) -> dict[str, tuple[int, int]]:
+    """Returns name of a question → tokens around the judged text."""
+    return {name: getattr(texts, name) for name in QUESTIONS}
 
 
-def costs_of(config: ConfigDict, policy: Config, texts: Texts) -> dict[str, account.Cost]:
+def costs_of(config: ConfigDict, policy: Policy, texts: Texts) -> dict[str, account.Cost]:
     """Returns what the longest step of a config costs, by phase."""
     update = config.policy_update
     return account.count(
-        policy,
-        make_shapes(config, policy, texts, None, None),
+        policy.shapes,
+        make_shapes(config, policy.shapes, texts, None, None),
         reference=uses_reference(config),
         old=update.old_logprobs == "recompute",
         remat=update.remat == "layers",

@@ -36,7 +36,7 @@ from emor3_jax.rollout.tokens import suppressed_tokens
 from emor3_jax.runtime import cli
 from emor3_jax.runtime.run import Results, Run
 from emor3_jax.runtime.step_log import observe
-from emor3_jax.types import Batch, Experience, Samples, split
+from emor3_jax.types import Batch, Experience, Samples
 
 
 def train(config: ConfigDict, workdir: Path) -> Results:
@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
         experience = learner.pack(examples.experience(prompts.ids, run.put(prompts.batch)))
         experience = experience._replace(samples=shard_whole(experience.samples, run.mesh))
         observed = observe(prompts.ids, prompts.batch, experience)
-        parts = split(experience, learner.step.num_updates)
+        parts = learner.split(experience)
         del experience
         updates = []
         while parts:

@@ -23,7 +23,6 @@ from emor3_jax.rollout.resample import resample
 from emor3_jax.runtime import cli
 from emor3_jax.runtime.run import Results, Run
 from emor3_jax.runtime.step_log import observe
-from emor3_jax.types import split
 
 
 def train(config: ConfigDict, workdir: Path) -> Results:
@@ -57,7 +56,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
         experience, scored = learner.score(params, prompts, experience, run.clock)
         observed = observe(prompts.ids, prompts.batch, experience)
         # Free merged weights and the whole batch before the update: both would be there twice.
-        parts = split(experience, learner.step.num_updates)
+        parts = learner.split(experience)
         del params, experience
         updates = []
         while parts:

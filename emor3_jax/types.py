@@ -233,7 +233,7 @@ def take(tree: Any, rows: Array) -> Any:
       tree: pytree of arrays, [B, …] each.
       rows: int32[R].
     """
-    return _take(tree, np.asarray(rows, np.int32))
+    return take_rows(tree, np.asarray(rows, np.int32))
 
 
 def split(tree: Any, count: int) -> list[Any]:
@@ -254,7 +254,7 @@ def iterate_parts(tree: Any, count: int) -> Iterator[Any]:
         yield tree
         return
     for part in range(count):
-        yield _part(tree, np.int32(part), count=count)
+        yield take_part(tree, np.int32(part), count=count)
 
 
 def stack_parts(tree: Any, count: int) -> Any:
@@ -268,16 +268,19 @@ def stack_parts(tree: Any, count: int) -> Any:
 
 def join(trees: list[Any], rows: Array) -> Any:
     """Returns rows of several trees of arrays, counted through all of them."""
-    return _join(trees, np.asarray(rows, np.int32))
+    return join_rows(trees, np.asarray(rows, np.int32))
 
 
 @jax.jit
-def _take(tree: Any, rows: jax.Array) -> Any:
+def take_rows(tree: Any, rows: jax.Array) -> Any:
+    """`take` of rows int32[R], jitted."""
     return jax.tree.map(lambda x: shard_rows(0, jnp.take(x, rows, axis=0)), tree)
 
 
 @partial(jax.jit, static_argnames="count")
-def _part(tree: Any, part: jax.Array, *, count: int) -> Any:
+def take_part(tree: Any, part: jax.Array, *, count: int) -> Any:
+    """One part of `split`, jitted."""
+
     def every(x: jax.Array) -> jax.Array:
         parts = jnp.asarray(x).reshape(len(x) // count, count, *x.shape[1:])
         return shard_rows(0, jnp.take(parts, part, axis=1))
@@ -286,5 +289,6 @@ def _part(tree: Any, part: jax.Array, *, count: int) -> Any:
 
 
 @jax.jit
-def _join(trees: list[Any], rows: jax.Array) -> Any:
+def join_rows(trees: list[Any], rows: jax.Array) -> Any:
+    """`join` of rows int32[R], jitted."""
     return jax.tree.map(lambda *x: shard_rows(0, jnp.concatenate(x)[rows]), *trees)

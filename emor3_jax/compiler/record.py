@@ -15,14 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from emor3_jax.compiler import hlo
-from emor3_jax.parallel.mesh import BATCH
-
-Alive = Mapping[str, Any]
-"""What lies in memory while a program runs: one of `KINDS` → a tree of abstract arrays."""
+from emor3_jax.parallel.program import Program, Programs, whole
 
 _ARRAYS = (jax.ShapeDtypeStruct, jax.Array, np.ndarray)
 
@@ -84,41 +80,42 @@ class Recorder:
         self.mesh, self.reports = mesh, []
         self._wanted, self._say, self._usable = wanted, say, usable
 
-    def __call__(
-        self,
-        name: str,
-        function: Any,
-        *args: Any,
-        alive: Alive,
-        rows: Callable[[Any], Any] | None = None,
-        calls: int = 1,
-        **options: Any,
-    ) -> Any:
-        """Compiles `function(*args, **options)`.
+    def run(self, programs: Programs) -> Any:
+        """Compiles all programs; returns the result of the whole."""
+        sent = None
+        while True:
+            try:
+                sent = self(programs.send(sent))
+            except StopIteration as end:
+                return end.value
 
-        Args:
-          name: of the program.
-          function: jitted.
-          *args: abstract arrays with their layouts, or trees of them.
-          alive: what is in memory meanwhile, arguments among it.
-          rows: from the shapes of the results to their layouts where the program is not compiled
-            or does not fit; None lays them out whole.
-          calls: how often a step runs it at most.
-          **options: further arguments, static ones among them.
+    def __call__(self, program: Program) -> Any:
+        """Compiles a program.
 
         Returns:
-          The results as abstract arrays, laid out as the compiled program lays them out.
+          The results as abstract arrays, sharded as the compiled program shards them.
         """
-        shapes = function.eval_shape(*args, **options)
-        guessed = (rows or self.whole)(shapes)
-        if not self._wanted(name):
+        shapes = program.function.eval_shape(*program.args, **program.options)
+        guessed = (program.layout or whole)(self.mesh, shapes)
+        if not self._wanted(program.name):
             return guessed
-        resident = self._resident(alive, args)
+        resident = self._resident(program.alive, program.args)
         if sum(resident.values()) > self._usable:
-            self._keep(Report(name, calls, resident, None, sum(resident.values()), {}, 0.0, 0.0))
+            self._keep(
+                Report(
+                    program.name,
+                    program.calls,
+                    resident,
+                    None,
+                    sum(resident.values()),
+                    {},
+                    0.0,
+                    0.0,
+                )
+            )
             return guessed
         started = time.perf_counter()
-        lowered = function.lower(*args, **options)
+        lowered = program.function.lower(*program.args, **program.options)
         lowering = time.perf_counter() - started
         try:
             compiled, text = _compile(lowered, self.mesh.devices.flat[0].platform)
@@ -127,8 +124,19 @@ class Recorder:
             if used is None:
                 raise
             seconds = time.perf_counter() - started - lowering
-            beside = sum(resident.values()) - sum(self._resident({}, args).values())
-            self._keep(Report(name, calls, resident, None, beside + used, {}, lowering, seconds))
+            beside = sum(resident.values()) - sum(self._resident({}, program.args).values())
+            self._keep(
+                Report(
+                    program.name,
+                    program.calls,
+                    resident,
+                    None,
+                    beside + used,
+                    {},
+                    lowering,
+                    seconds,
+                )
+            )
             return guessed
         seconds = time.perf_counter() - started - lowering
         stats = compiled.memory_analysis()
@@ -136,8 +144,8 @@ class Recorder:
         found = hlo.collectives(text, self.mesh.size)
         self._keep(
             Report(
-                name,
-                calls,
+                program.name,
+                program.calls,
                 resident,
                 made,
                 sum(resident.values()) + made,
@@ -149,24 +157,11 @@ class Recorder:
         )
         return jax.tree.map(_laid_out, shapes, compiled.output_shardings)
 
-    def whole(self, tree: Any) -> Any:
-        """Returns abstract arrays that every device holds whole."""
-        whole = NamedSharding(self.mesh, P())
-        return jax.tree.map(lambda x: _laid_out(x, whole), tree)
-
-    def by_rows(self, tree: Any, axis: int = 0) -> Any:
-        """Returns abstract arrays whose axis of the prompts is cut over `data` and `fsdp`."""
-
-        def lay(x: Any) -> Any:
-            return _laid_out(x, NamedSharding(self.mesh, P(*[None] * (axis % x.ndim), BATCH[0])))
-
-        return jax.tree.map(lay, tree)
-
     def _keep(self, report: Report) -> None:
         self.reports.append(report)
         self._say(report)
 
-    def _resident(self, alive: Alive, args: Any) -> dict[str, int]:
+    def _resident(self, alive: Mapping[str, Any], args: Any) -> dict[str, int]:
         """Returns kind → bytes of a device; an argument that `alive` does not name is data."""
         totals, seen = dict.fromkeys(KINDS, 0), set()
         for kind, tree in (*alive.items(), ("data", args)):

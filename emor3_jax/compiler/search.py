@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax.compiler.verdict import LEARNING
 
-_CACHED = ("grow cache", "decode", "take out", "fill slots")
+_CACHED = ("resize_ring", "decode", "shrink", "take_out", "admit")
 """Programs whose own memory grows with the slots; they compile in seconds."""
 
 _BESIDE = ("prefill", "coherence", "consistency")
@@ -40,7 +40,7 @@ def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]
     def slots_fit(slots: int) -> bool:
         rollout.slots = slots
         tried = compile_config(config, topology, _CACHED)
-        cache = max(r.resident["cache"] for r in tried.reports if r.name != "grow cache")
+        cache = max(r.resident["cache"] for r in tried.reports if r.name != "resize_ring")
         needed = [r.needed if r.made is not None else usable + 1 for r in tried.reports]
         return max(*needed, *(x + cache for x in beside.values())) <= usable
 

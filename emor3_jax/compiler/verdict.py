@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from emor3_jax.account import Cost
 from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import KINDS, Report
-from emor3_jax.models.qwen2_5_vl.shapes import Config
+from emor3_jax.models.family import Shapes
 
 _PHASES = {
     "prefill": ("vision", "prefill"),
@@ -63,7 +63,7 @@ def _row(report: Report, costs: Mapping[str, Cost], devices: int, usable: int) -
 
 
 def verdict(
-    reports: Sequence[Report], config: ConfigDict, policy: Config, parts: int, usable: int
+    reports: Sequence[Report], config: ConfigDict, policy: Shapes, parts: int, usable: int
 ) -> str:
     """Returns whether all programs fit and, if not, what to change.
 
@@ -94,7 +94,7 @@ def _advice(
     names: set[str],
     reports: Sequence[Report],
     config: ConfigDict,
-    policy: Config,
+    policy: Shapes,
     parts: int,
     usable: int,
 ) -> list[str]:

@@ -23,10 +23,19 @@ from emor3_jax.data.batch import Prompts
 from emor3_jax.learner import packing
 from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs, score_responses
 from emor3_jax.learner.reference import Reference
-from emor3_jax.models.lora import Lora
+from emor3_jax.models.lora import Lora, add_adapter
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_whole
+from emor3_jax.parallel.program import (
+    Program,
+    Programs,
+    as_params,
+    by_prompts,
+    first_rows,
+    mesh_of,
+    whole,
+)
 from emor3_jax.rl import advantages
 from emor3_jax.rl.advantages import RewardTerms
 from emor3_jax.rl.kl import penalty
@@ -38,7 +47,9 @@ from emor3_jax.types import (
     NoClock,
     Samples,
     bucket,
+    split,
     stack_parts,
+    take_part,
 )
 
 Metrics = dict[str, jax.Array]
@@ -183,8 +194,10 @@ class Learner:
         rewards = experience.rewards
         if ref_logprobs is not None and step.kl_penalty:
             old = samples.logprobs if old_logprobs is None else old_logprobs
-            each, info["policy/kl"] = penalty(step.kl_penalty, old, ref_logprobs, samples.mask)
-            rewards, ref_logprobs = rewards - self.kl_coef * each, None
+            rewards, info["policy/kl"] = penalise(
+                rewards, old, ref_logprobs, samples.mask, self.kl_coef, name=step.kl_penalty
+            )
+            ref_logprobs = None
         terms = RewardTerms(
             rewards, experience.scores.named(), dict(step.weights), experience.greedy
         )
@@ -194,18 +207,23 @@ class Learner:
             rewards=rewards,
             ref_logprobs=ref_logprobs,
             old_logprobs=old_logprobs,
-            advantages=advantages.estimate(step.advantage, terms, std=step.std),
+            advantages=estimate_jitted(terms, name=step.advantage, std=step.std),
         ), info
 
     def pack(self, experience: Experience) -> Experience:
         """Trims the padding of responses, and plans which of them share a row."""
         lengths = jax.device_get(hosts.everywhere(experience.samples.lengths))
-        samples = trim(experience.samples, int(lengths.max()), self.step.response_lengths)
+        sizes = (*self.step.response_lengths, experience.samples.tokens.shape[-1])
+        samples = trim(experience.samples, size=min(bucket(int(lengths.max()), sizes), sizes[-1]))
         plan = None
         # Kernels know nothing of responses within a row.
         if self.step.pack and self.spec.policy.compute.attention == "xla":
             plan = packing.plan(lengths, samples.tokens.shape[-1], self.step.response_lengths)
         return experience._replace(samples=samples, packing=shard_whole(plan, self._mesh))
+
+    def split(self, experience: Experience) -> list[Experience]:
+        """Returns the prompts of each update, with all that the loss needs."""
+        return split(_read(experience), self.step.num_updates)
 
     def update(self, state: TrainState, part: Experience) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step.
@@ -218,12 +236,96 @@ class Learner:
           The new state and metrics: those of the loss, `grad_norm`, `skipped`, and `entropy` if
           asked for. All but the loss are means over the tokens that count.
         """
-        read = Experience(
-            part.batch, part.samples, None, None, None, None,
-            part.old_logprobs, part.ref_logprobs, part.advantages, part.packing,
-        )  # fmt: skip
         kl_coef = self.kl_coef if self.step.adapt_kl else None
-        return update(state, read, self.suppressed, kl_coef, self.lora, spec=self.spec)
+        return update(state, part, self.suppressed, kl_coef, self.lora, spec=self.spec)
+
+    def programs(
+        self, state: TrainState, experience: Experience, reference: Any, rewards: RewardTerms
+    ) -> Programs:
+        """Yields every jitted program of `score`, `update` and `after_step` at the largest shapes.
+
+        Args:
+          state: before the updates, abstract.
+          experience: of the rollout, abstract.
+          reference: parameters of the reference, abstract.
+          rewards: what advantages are estimated from, abstract.
+
+        Returns:
+          The abstract state after the updates.
+        """
+        step, spec, mesh = self.step, self.spec, mesh_of(experience.samples)
+        how = {"size": experience.samples.tokens.shape[-1]}
+        samples = yield Program("trim", trim, (experience.samples,), how, layout=by_prompts)
+        experience = experience._replace(samples=samples)
+        params = yield from self._merge_programs(state)
+        how = {
+            "policy": spec.policy,
+            "spec": spec.logprobs,
+            "count": step.num_updates * spec.micro_batches,
+        }
+        scored = experience.batch, samples, None, self.suppressed
+        ref_logprobs = old_logprobs = None
+        if step.use_reference:
+            features = yield from self.reference.programs(reference, experience.batch)
+            args = (reference, *scored, features)
+            ref_logprobs = yield Program(
+                "reference", response_logprobs, args, how, layout=by_prompts
+            )
+        if step.recompute:
+            old_logprobs = yield Program(
+                "old", response_logprobs, (params, *scored), how, layout=by_prompts
+            )
+            yield Program("mean_gap", mean_gap, (old_logprobs, samples))
+        kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
+        kl_coef = whole(mesh, kl_coef) if step.adapt_kl else spec.kl_coef
+        if ref_logprobs is not None and step.kl_penalty:
+            old = samples.logprobs if old_logprobs is None else old_logprobs
+            mask = by_prompts(mesh, jax.ShapeDtypeStruct(samples.tokens.shape, bool))
+            args = rewards.rewards, old, ref_logprobs, mask, kl_coef
+            penalised, _ = yield Program(
+                "kl", penalise, args, {"name": step.kl_penalty}, layout=_penalised_layout
+            )
+            rewards, ref_logprobs = rewards._replace(rewards=penalised), None
+        how = {"name": step.advantage, "std": step.std}
+        advantage = yield Program("advantage", estimate_jitted, (rewards,), how, layout=by_prompts)
+        part = _read(
+            experience._replace(
+                old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantage
+            )
+        )
+        held: Any = part
+        if step.num_updates > 1:
+            args, how = (part, np.int32(0)), {"count": step.num_updates}
+            rows = len(part.samples.lengths) // step.num_updates
+            # The last one is cut while the others are there.
+            others = [first_rows(part, rows) for _ in range(step.num_updates - 1)]
+            part = yield Program(
+                "split", take_part, args, how, {"data": others}, by_prompts, step.num_updates
+            )
+            held = [part, *others]
+        args = state, part, self.suppressed, kl_coef if step.adapt_kl else None, self.lora
+        state, metrics = yield Program(
+            "update",
+            update,
+            args,
+            {"spec": spec},
+            {"data": held},
+            _updated_layout,
+            step.num_updates,
+        )
+        if step.adapt_kl:
+            yield Program("adapt_kl", step.adapt_kl, (kl_coef, metrics["loss"]))
+        yield from self.reference.follow_programs(reference, state.params)
+        return state
+
+    def _merge_programs(self, state: TrainState) -> Programs:
+        """Yields the programs that merge adapters; returns the policy's abstract parameters."""
+        if self.lora is None:
+            return state.params
+        for name, args in self.lora.merges(state.params).items():
+            layout = partial(_merged_layout, name)
+            yield Program(f"merge {name}", add_adapter, args, layout=layout)
+        return self.lora.base
 
     def after_step(self, state: TrainState, step: int, info: Metrics, updates: list) -> None:
         """Adapts the KL coefficient, and lets the reference follow the policy.
@@ -262,6 +364,23 @@ class Learner:
         return arrays["state"]
 
 
+def _read(experience: Experience) -> Experience:
+    """Returns the part of an experience that an update reads."""
+    return experience._replace(replies=None, scores=None, rewards=None, greedy=None)
+
+
+def _updated_layout(mesh: Mesh, result: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+    return as_params(mesh, result[0]), whole(mesh, result[1])
+
+
+def _merged_layout(path: str, mesh: Mesh, kernel: Any) -> Any:
+    return as_params(mesh, {f"{path}/kernel": kernel})[f"{path}/kernel"]
+
+
+def _penalised_layout(mesh: Mesh, result: tuple[Any, Any]) -> tuple[Any, Any]:
+    return by_prompts(mesh, result[0]), whole(mesh, result[1])
+
+
 @jax.jit
 def mean_gap(logprobs: jax.Array, samples: Samples) -> jax.Array:
     """Returns the mean distance of log-probabilities, float32[B, G, T], from the sampler's."""
@@ -269,19 +388,46 @@ def mean_gap(logprobs: jax.Array, samples: Samples) -> jax.Array:
     return jnp.sum(gap) / jnp.sum(samples.lengths)
 
 
-def trim(samples: Samples, longest: int, sizes: tuple[int, ...]) -> Samples:
-    """Cuts padding off the end: the smallest of `sizes` that holds the longest response.
+@partial(jax.jit, static_argnames="size")
+def trim(samples: Samples, *, size: int) -> Samples:
+    """Cuts padding off the end of responses.
 
     Args:
       samples: of length T.
-      longest: length of the longest response, at most T.
-      sizes: rising lengths; T itself is used if none of them is enough.
+      size: new length, at least that of the longest response and at most T.
     """
-    t = samples.tokens.shape[-1]
-    size = min(bucket(longest, (*sizes, t)), t)
     return samples._replace(
         tokens=samples.tokens[..., :size], logprobs=samples.logprobs[..., :size]
     )
+
+
+@partial(jax.jit, static_argnames="name")
+def penalise(
+    rewards: jax.Array,
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    mask: jax.Array,
+    kl_coef: jax.Array | float,
+    *,
+    name: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Takes the KL off the rewards; returns them float32[B, G], and the mean KL of a token.
+
+    Args:
+      rewards: float32[B, G].
+      logprobs, ref_logprobs: float32[B, G, T], under the policy that sampled and the reference.
+      mask: bool[B, G, T], the response tokens.
+      kl_coef: weight of the KL.
+      name: of the estimate, see `rl.kl`.
+    """
+    each, mean = penalty(name, logprobs, ref_logprobs, mask)
+    return rewards - kl_coef * each, mean
+
+
+@partial(jax.jit, static_argnames=("name", "std"))
+def estimate_jitted(terms: RewardTerms, *, name: str, std: str) -> jax.Array:
+    """Returns `rl.advantages.estimate`, jitted."""
+    return advantages.estimate(name, terms, std=std)
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")

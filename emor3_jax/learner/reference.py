@@ -22,7 +22,8 @@ import numpy as np
 from emor3_jax.models.params import Params, cast_matrices
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel.mesh import shard_rows
-from emor3_jax.types import Batch, Images, take
+from emor3_jax.parallel.program import Program, Programs, as_params, by_prompts, mesh_of
+from emor3_jax.types import Batch, Images, take, take_rows
 
 
 class Reference:
@@ -71,6 +72,43 @@ class Reference:
         """
         return self._cache.of(self.params, batch, ids) if self._cache else None
 
+    def programs(self, params: Any, batch: Batch) -> Programs:
+        """Yields the programs of `features`; returns the abstract features, None if none are kept.
+
+        Args:
+          params: of the reference, abstract.
+          batch: B prompts on the devices, abstract.
+        """
+        if self._cache is None:
+            return None
+        mesh, size = mesh_of(batch), self._cache.micro_prompts
+        rows = np.zeros(size, np.int32)
+        images = yield Program("take images", take_rows, (batch.images, rows), layout=by_prompts)
+        how = {"policy": self._cache.policy}
+        one = yield Program("encode", encode, (params, images), how, layout=by_prompts)
+        shape = (len(batch.last_token), *one.shape[1:])
+        return by_prompts(mesh, jax.ShapeDtypeStruct(shape, one.dtype))
+
+    def cast_programs(self, params: Any) -> Programs:
+        """Yields the program that makes the reference; returns its abstract parameters."""
+        if self._kind == "none" or self._dtype == jnp.float32:
+            return params
+        args = params, self._dtype
+        return (
+            yield Program(
+                "cast_matrices", cast_matrices, args, {}, {"parameters": params}, as_params
+            )
+        )
+
+    def follow_programs(self, reference: Any, params: Any) -> Programs:
+        """Yields the programs of `follow`; arguments are abstract."""
+        if self._kind == "refresh":
+            args = params, self._dtype
+            yield Program("refresh", cast_matrices, args, layout=as_params)
+        elif self._kind == "average":
+            args = reference, params, self._decay
+            yield Program("average", average, args, layout=as_params)
+
     def counters(self) -> dict[str, float]:
         """Returns the counts of the kept features; {} if none are kept."""
         return self._cache.counters() if self._cache else {}
@@ -85,11 +123,12 @@ class Reference:
         if self._kind == "refresh" and step % self._every == 0:
             self.params = cast_matrices(params, self._dtype)
         elif self._kind == "average":
-            self.params = _average(self.params, params, self._decay)
+            self.params = average(self.params, params, self._decay)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _average(reference: Params, params: Params, decay: float) -> Params:
+def average(reference: Params, params: Params, decay: float) -> Params:
+    """Returns `decay * reference + (1 - decay) * params`; the reference is donated."""
     return jax.tree.map(lambda r, p: decay * r + (1.0 - decay) * p, reference, params)
 
 
@@ -101,6 +140,8 @@ class FeatureCache:
     time.
 
     Attributes:
+      policy: the policy.
+      micro_prompts: prompts whose images are encoded at once.
       bytes: kept now.
       hits, misses: rows found and rows computed so far.
     """
@@ -113,7 +154,7 @@ class FeatureCache:
           limit: bytes to keep at most.
           micro_prompts: prompts whose images are encoded at once.
         """
-        self._policy, self._limit, self._micro = policy, limit, micro_prompts
+        self.policy, self.micro_prompts, self._limit = policy, micro_prompts, limit
         self._kept: dict[tuple[str, int], np.ndarray] = {}
         self.bytes = self.hits = self.misses = 0
 
@@ -130,11 +171,11 @@ class FeatureCache:
         found = {i: self._kept.get((row, windows)) for i, row in enumerate(ids)}
         missing = [i for i, value in found.items() if value is None]
         self.hits, self.misses = self.hits + len(ids) - len(missing), self.misses + len(missing)
-        for start in range(0, len(missing), self._micro):
-            rows = missing[start : start + self._micro]
+        for start in range(0, len(missing), self.micro_prompts):
+            rows = missing[start : start + self.micro_prompts]
             # One shape, whatever is missing.
-            filled = np.asarray((rows * self._micro)[: self._micro])
-            values = np.asarray(encode(params, take(batch.images, filled), policy=self._policy))
+            filled = np.asarray((rows * self.micro_prompts)[: self.micro_prompts])
+            values = np.asarray(encode(params, take(batch.images, filled), policy=self.policy))
             for i, value in zip(rows, values, strict=False):
                 found[i] = value
                 if (ids[i], windows) not in self._kept and self.bytes + value.nbytes <= self._limit:

@@ -48,6 +48,19 @@ class Lora(NamedTuple):
         """
         return _merge(self.base, adapters, self.scale)
 
+    def merges(self, adapters: Params) -> dict[str, tuple]:
+        """Returns path → arguments of `add_adapter`, for each kernel that is adapted."""
+        return {
+            "/".join(path): (
+                _at(self.base, path)["kernel"],
+                _at(adapters, path)["lora_a"],
+                _at(adapters, path)["lora_b"],
+                self.scale,
+            )
+            for path in _kernels(self.base)
+            if _has(adapters, path)
+        }
+
 
 def modules(params: Params) -> dict[str, tuple[str, ...]]:
     """Returns name → path of one of its kernels, for every module that can be adapted.
@@ -100,13 +113,14 @@ def _overlay(base: Params, adapters: Params, scale: jax.Array) -> Params:
 
 def _merge(base: Params, adapters: Params, scale: jax.Array) -> Params:
     if "lora_a" in adapters:
-        kernel = _add(base["kernel"], adapters["lora_a"], adapters["lora_b"], scale)
+        kernel = add_adapter(base["kernel"], adapters["lora_a"], adapters["lora_b"], scale)
         return {**base, "kernel": kernel}
     return {**base, **{name: _merge(base[name], x, scale) for name, x in adapters.items()}}
 
 
 @jax.jit
-def _add(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+def add_adapter(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns a kernel with its adapter added."""
     return kernel + scale * jnp.matmul(a, b, precision="highest")
 
 
@@ -123,6 +137,14 @@ def _kernels(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, 
 
 def _name(path: tuple[str, ...]) -> str:
     return (TOWER if path[0] == "visual" else "") + path[-1]
+
+
+def _has(params: Params, path: tuple[str, ...]) -> bool:
+    for part in path:
+        if part not in params:
+            return False
+        params = params[part]
+    return True
 
 
 def _at(params: Params, path: tuple[str, ...]) -> Params:

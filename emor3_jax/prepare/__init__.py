@@ -5,6 +5,7 @@ from emor3_jax.prepare.algorithm import (
     make_meter,
     make_step_spec,
     make_update_spec,
+    reference_settings,
 )
 from emor3_jax.prepare.data import (
     PARQUET_LABELS,
@@ -25,6 +26,7 @@ from emor3_jax.prepare.policy import (
     with_attention,
 )
 from emor3_jax.prepare.rollout import (
+    evaluation_plan,
     make_evaluation_rollout,
     make_reply_sampling,
     make_reward,
@@ -38,6 +40,7 @@ __all__ = [
     "Data",
     "attention_backend",
     "data_sets",
+    "evaluation_plan",
     "find_policy",
     "load_policy",
     "load_templates",
@@ -55,6 +58,7 @@ __all__ = [
     "open_source",
     "put_batch",
     "read_policy",
+    "reference_settings",
     "rollout_plan",
     "trained_params",
     "with_attention",

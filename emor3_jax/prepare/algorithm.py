@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,22 +60,21 @@ def make_learner(
 
 def make_reference(config: ConfigDict, loaded: LoadedPolicy) -> Reference:
     """Returns the reference of a run that starts from a policy."""
-    c, cache = config.reference, None
+    cache = None
+    if config.reference.image_cache:
+        micro_prompts = config.policy_update.micro_prompts
+        cache = FeatureCache(loaded.policy, config.reference.image_cache, micro_prompts)
+    return Reference(loaded.params, cache=cache, **reference_settings(config))
+
+
+def reference_settings(config: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of `Reference` that the config names."""
+    c = config.reference
     # Rounded as each use of it would be; but an average would not move any more, and adapters
     # share their base.
     whole = c.kind == "average" or config.policy.lora_rank
-    own = "float32" if whole else config.policy.dtype
-    if c.image_cache:
-        micro_prompts = config.policy_update.micro_prompts
-        cache = FeatureCache(loaded.policy, c.image_cache, micro_prompts)
-    return Reference(
-        loaded.params,
-        c.kind,
-        every=c.every,
-        decay=c.decay,
-        dtype=jnp.dtype(c.dtype or own),
-        cache=cache,
-    )
+    dtype = c.dtype or ("float32" if whole else config.policy.dtype)
+    return {"kind": c.kind, "every": c.every, "decay": c.decay, "dtype": jnp.dtype(dtype)}
 
 
 def make_update_spec(config: ConfigDict, policy: Policy, *, imitate: bool = False) -> UpdateSpec:

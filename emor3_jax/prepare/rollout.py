@@ -8,6 +8,7 @@ from emor3_jax.models import LoadedPolicy
 from emor3_jax.prepare.data import load_templates
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.scorer import Scorer
+from emor3_jax.rewards.terms import Term
 from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rollout.engine import Plan
 from emor3_jax.rollout.reflect import Reflection, prompt_questions
@@ -51,7 +52,6 @@ def make_evaluation_rollout(
       policy: its policy and tokenizer.
       labels: the label set.
     """
-    c = config.rollout
     asks = config.reflect.enabled or config.evaluate.reflect
     sampling = make_sampling(config, stop_ids(policy.processor.tokenizer))
     return Rollout(
@@ -61,7 +61,7 @@ def make_evaluation_rollout(
         sampling._replace(temperature=config.evaluate.temperature, top_p=config.evaluate.top_p),
         config.evaluate.votes,
         _reflection(config, policy, labels) if asks else None,
-        Plan(block=c.block, halvings=c.halvings, unroll=c.unroll),
+        evaluation_plan(config),
     )
 
 
@@ -77,8 +77,8 @@ def make_reply_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:
     return Sampling(c.max_tokens, c.temperature, c.top_p, stop)
 
 
-def make_reward(config: ConfigDict) -> Reward:
-    """Returns the reward of `config.reward`."""
+def make_reward(config: ConfigDict, terms: tuple[Term, ...] | None = None) -> Reward:
+    """Returns the reward of `config.reward`; `terms` replaces its custom reward terms."""
     c, overlong = config.reward, None
     if c.overlong and c.overlong_weight:
         overlong = config.rollout.max_tokens, c.overlong, c.overlong_weight
@@ -87,7 +87,7 @@ def make_reward(config: ConfigDict) -> Reward:
         c.coherence_target,
         c.lambda_reflect,
         c.lambda_format,
-        reward_terms(config),
+        reward_terms(config) if terms is None else terms,
         c.format,
         c.reflection,
         overlong,
@@ -98,6 +98,12 @@ def rollout_plan(config: ConfigDict) -> Plan:
     """Returns the number of prompts in flight in a training step."""
     c = config.rollout
     return Plan(c.slots, c.refill, c.block, c.halvings, c.unroll)
+
+
+def evaluation_plan(config: ConfigDict) -> Plan:
+    """Returns the same for evaluation: a batch is in flight all at once."""
+    c = config.rollout
+    return Plan(block=c.block, halvings=c.halvings, unroll=c.unroll)
 
 
 def _scorer(config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]) -> Scorer:

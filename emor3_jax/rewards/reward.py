@@ -93,17 +93,20 @@ class Reward:
           replies: the reflections, None if no question was asked.
           texts: name → float32[B, G], the terms that are functions of the text.
         """
-        return _score(self, tables, answers, grades, samples, replies, texts or {})
+        return score_jitted(self, tables, answers, grades, samples, replies, texts or {})
 
     def shape(self, scores: Scores, samples: Samples) -> jax.Array:
         """Returns the rewards that advantages compare, float32[B, G]."""
         if self.overlong is None:
             return scores.overall
-        return _shape(self.overlong, scores.overall, samples.lengths)
+        return shape_jitted(self.overlong, scores.overall, samples.lengths)
 
 
 @partial(jax.jit, static_argnums=0)
-def _shape(penalty: tuple[int, int, float], overall: jax.Array, lengths: jax.Array) -> jax.Array:
+def shape_jitted(
+    penalty: tuple[int, int, float], overall: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Returns `Reward.shape` with an over-long penalty, jitted."""
     limit, buffer, weight = penalty
     return overall + weight * overlong(lengths, limit=limit, buffer=buffer)
 
@@ -114,7 +117,7 @@ def flatten(samples: Samples) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _score(
+def score_jitted(
     reward: Reward,
     tables: Tables,
     answers: jax.Array,
@@ -123,6 +126,7 @@ def _score(
     replies: Replies | ReplyProbs | None,
     texts: dict[str, jax.Array],
 ) -> Scores:
+    """Returns `Reward.__call__`, jitted."""
     shape = samples.lengths.shape
     format_, answer, *matches = (
         x.reshape(shape) for x in score_response(tables, *flatten(samples))

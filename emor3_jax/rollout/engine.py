@@ -26,19 +26,29 @@ Deviations, numbered:
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from emor3_jax.models.cache import KV, Cache
 from emor3_jax.models.params import unroll
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_rows
+from emor3_jax.parallel.program import (
+    Program,
+    Programs,
+    by_prompts,
+    by_prompts_and_heads,
+    first_rows,
+    mesh_of,
+    whole,
+)
 from emor3_jax.rollout.sampling import Sampling, noise, sample
 from emor3_jax.types import Samples
 
@@ -222,6 +232,93 @@ class Engine:
                 sampling=sampling,
                 block=block,
             )
+
+    def programs(
+        self, params: Any, admit_programs: Callable[[dict], Programs], shapes: Any, key: Any
+    ) -> Programs:
+        """Yields the programs of `run` at their largest shapes.
+
+        Args:
+          params: of the policy, abstract.
+          admit_programs: from the arrays that are in memory to the programs that make an
+            `Admission`.
+          shapes: abstract `Admission` of all prompts together.
+          key: abstract PRNG key.
+
+        Returns:
+          Keys and values, and responses, of the prompts that leave together.
+        """
+        prompts = len(shapes.row)
+        (size, refill), length = self.sizes(prompts), self.sampling.max_tokens
+        block, waves = min(self.plan.block, length), prompts // refill
+        sizes = ring_sizes(block, length)
+        if self.plan.unroll:
+            params = yield Program("unroll", unroll, (params,))
+        how = {"responses": self.group_size, "length": length, "unroll": self.plan.unroll}
+        # In memory at its largest, beside the prompts that are admitted.
+        slots = self.abstract_slots(shapes)
+        in_flight = slots if refill < size else None
+        admission = yield from admit_programs({"cache": in_flight})
+        new = yield Program(
+            "begin", begin, (admission,), how, {"cache": [in_flight, admission]}, _lay_out, waves
+        )
+        opened = (new, size, block)
+        calls = 1 if refill < size else waves
+        yield Program("open_slots", open_slots, opened, {}, {"cache": new}, _lay_out, calls)
+        if len(sizes) > 1:
+            small = self.abstract_slots(shapes, sizes[-2])
+            yield Program(
+                "resize_ring",
+                resize_ring,
+                (small.cache, small.cursor),
+                {"places": sizes[-1]},
+                {"cache": [small.cache, small.prefix]},
+            )
+        rows = np.zeros(refill, np.int32)
+        if refill < size:
+            args = slots, new, rows
+            slots = yield Program(
+                "admit", admit, args, {}, {"cache": [slots, new]}, _lay_out, waves
+            )
+        slots = yield Program(
+            "decode",
+            decode_block,
+            (slots, key, np.int32(0), params, self.suppressed),
+            {"policy": self.policy, "sampling": self.sampling, "block": block},
+            {"cache": slots},
+            _lay_out,
+            -(-prompts // size) * -(-length // block),
+        )
+        for groups, lanes in self._shrunk(size):
+            picked = np.zeros(groups, np.int32), np.zeros((groups, lanes), np.int32)
+            yield Program("shrink", shrink, (slots, *picked), {}, {"cache": slots}, _lay_out)
+        if refill == size:
+            return slots.prefix, slots.samples
+        return (
+            yield Program(
+                "take_out", take_out, (slots, rows), {}, {"cache": slots}, _taken_layout, waves
+            )
+        )
+
+    def abstract_slots(self, shapes: Admission, places: int = 0) -> Slots:
+        """Returns abstract slots that are all taken, with a ring of `places`; 0 is the largest."""
+        size, _ = self.sizes(len(shapes.row))
+        length = self.sampling.max_tokens
+        how = {"responses": self.group_size, "length": length, "unroll": self.plan.unroll}
+        prefix = _first_prompts(shapes.prefix, size)
+        first = first_rows(shapes._replace(prefix=None), size)._replace(prefix=prefix)
+        opened = begin.eval_shape(first, **how)
+        slots = open_slots.eval_shape(opened, size, places or length)
+        return _lay_out(mesh_of(shapes.token), slots)
+
+    def _shrunk(self, size: int) -> list[tuple[int, int]]:
+        """Returns slots and lanes after the largest shrink of the batch; none if it never does."""
+        lanes = _widths(self.group_size, self.plan.halvings)[-2:]
+        least, groups = size >> self.plan.halvings, size
+        if size % (2 * self.num_shards) == 0 and size // 2 >= least:
+            groups = size // 2
+        largest = {(groups, self.group_size), (size, lanes[0])} - {(size, self.group_size)}
+        return sorted(largest, key=lambda sizes: -sizes[0] * sizes[1])[:1]
 
 
 @partial(jax.jit, static_argnames=("responses", "length", "unroll"))
@@ -505,3 +602,32 @@ def map_rows(function: Any, slots: Slots, *others: Slots) -> Slots:
 def _map_arrays(function: Any, axes: Any, *trees: Any) -> Any:
     """Applies `function(axis, array, …)` to every array; an axis may be that of a tuple's."""
     return jax.tree.map(lambda axis, *x: jax.tree.map(partial(function, axis), *x), axes, *trees)
+
+
+def _lay_out(mesh: Mesh, slots: Slots) -> Slots:
+    """Returns abstract slots, sharded as `open_slots` does."""
+    heads = slots.prefix.v.shape[2]
+    laid = map_rows(lambda axis, x: by_prompts_and_heads(mesh, x, axis, heads), slots)
+    return laid._replace(cursor=whole(mesh, slots.cursor))
+
+
+def _first_prompts(prefix: KV, count: int) -> KV:
+    """Returns the shapes of the first prompts."""
+
+    def first(x: Any, axis: int) -> jax.ShapeDtypeStruct:
+        shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return KV(*(first(x, axis) for x, axis in zip(prefix, (1, 1, 0), strict=True)))
+
+
+def _taken_layout(mesh: Mesh, taken: tuple[KV, Samples]) -> tuple[KV, Samples]:
+    """Returns abstract results of `take_out`."""
+    return prefix_layout(mesh, taken[0]), by_prompts(mesh, taken[1])
+
+
+def prefix_layout(mesh: Mesh, prefix: KV) -> KV:
+    """Returns abstract keys and values of prompts."""
+    heads = prefix.v.shape[2]
+    axes = zip(prefix, (1, 1, 0), strict=True)
+    return KV(*(by_prompts_and_heads(mesh, x, axis, heads) for x, axis in axes))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.data.prompts import PromptTemplates, reflection_parts
@@ -28,6 +29,7 @@ from emor3_jax.models.cache import KV
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_rows
+from emor3_jax.parallel.program import Program, Programs, by_prompts, whole
 from emor3_jax.rewards.questions import QUESTIONS, Question
 from emor3_jax.rewards.reward import flatten
 from emor3_jax.rewards.spans import Span
@@ -134,27 +136,32 @@ def reflect(
       suppressed: bool[V], ids never sampled.
     """
     key, rows = noise_of
-    spans = find_spans(tables, samples)
+    spans, longest = find_spans(tables, samples)
     keys = jax.random.split(key, len(reflection.questions))
     judged = [spans[prompted.question.span] for prompted in reflection.questions]
-    longest = hosts.fetch([span.lengths.max() for span in judged])
+    longest = hosts.fetch([longest[prompted.question.span] for prompted in reflection.questions])
     sizes = (*reflection.text_lengths, samples.tokens.shape[-1])
     replies: dict[str, Any] = {}
-    for i, (prompted, span, size) in enumerate(
+    for i, (prompted, span, most) in enumerate(
         zip(reflection.questions, judged, longest, strict=True)
     ):
         asked = Asked(
             *(prompts if prompted.question.with_image else (None, None, None)),
             prompted.head,
             prompted.tail,
-            span.tokens[..., : bucket(int(size), sizes)],
+            span.tokens,
             span.lengths,
         )
+        size = bucket(int(most), sizes)
         if reflection.soft:
             count = int(prompted.candidates.meaning.max()) + 1
-            reply = weigh(policy, params, asked, prompted.candidates, suppressed, count=count)
+            reply = weigh(
+                policy, params, asked, prompted.candidates, suppressed, count=count, size=size
+            )
         else:
-            reply = ask(policy, params, asked, keys[i], rows, reflection.sampling, suppressed)
+            reply = ask(
+                policy, params, asked, keys[i], rows, reflection.sampling, suppressed, size=size
+            )
         replies[prompted.question.name] = reply
     names = [prompted.question.name for prompted in reflection.questions]
     found = {name: span.found for name, span in zip(names, judged, strict=True)}
@@ -162,15 +169,53 @@ def reflect(
     return (ReplyProbs if reflection.soft else Replies)(replies, found, lengths)
 
 
+def reflect_programs(
+    policy: Policy,
+    params: Any,
+    reflection: Reflection,
+    tables: Tables,
+    prompts: tuple[Any, Any, Any],
+    samples: Samples,
+    noise_of: tuple[Any, Any],
+    suppressed: Any,
+) -> Programs:
+    """Yields the programs of `reflect` at the longest texts; arguments as there, but abstract."""
+    key, rows = noise_of
+    spans, _ = yield Program("spans", find_spans, (tables, samples), layout=_spans_layout)
+    sizes = (*reflection.text_lengths, samples.tokens.shape[-1])
+    size = bucket(samples.tokens.shape[-1], sizes)
+    replies, found, lengths = {}, {}, {}
+    for prompted in reflection.questions:
+        name, span = prompted.question.name, spans[prompted.question.span]
+        shared = prompts if prompted.question.with_image else (None, None, None)
+        asked = Asked(*shared, prompted.head, prompted.tail, span.tokens, span.lengths)
+        if reflection.soft:
+            args = policy, params, asked, prompted.candidates, suppressed
+            count = int(prompted.candidates.meaning.max()) + 1
+            program = Program(name, weigh, args, {"count": count, "size": size})
+        else:
+            args = policy, params, asked, key, rows, reflection.sampling, suppressed
+            program = Program(name, ask, args, {"size": size})
+        replies[name] = yield program._replace(layout=by_prompts)
+        found[name], lengths[name] = span.found, span.lengths
+    return (ReplyProbs if reflection.soft else Replies)(replies, found, lengths)
+
+
+def _spans_layout(mesh: Mesh, shapes: Any) -> Any:
+    spans, longest = shapes
+    return by_prompts(mesh, spans), whole(mesh, longest)
+
+
 @jax.jit
-def find_spans(tables: Tables, samples: Samples) -> tuple[Span, ...]:
-    """Returns the judged parts of responses, [B, G, …] each."""
+def find_spans(tables: Tables, samples: Samples) -> tuple[tuple[Span, ...], tuple[jax.Array, ...]]:
+    """Returns the judged parts of responses, [B, G, …] each, and the longest of each, int32[]."""
     shape = samples.lengths.shape
     spans = cut_spans(tables, *flatten(samples))
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), spans)
+    spans = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), spans)
+    return spans, tuple(span.lengths.max() for span in spans)
 
 
-@partial(jax.jit, static_argnames=("policy", "sampling"))
+@partial(jax.jit, static_argnames=("policy", "sampling", "size"))
 def ask(
     policy: Policy,
     params: dict,
@@ -179,6 +224,8 @@ def ask(
     rows: jax.Array,
     sampling: Sampling,
     suppressed: jax.Array,
+    *,
+    size: int,
 ) -> Samples:
     """Samples a reply to a question about each response.
 
@@ -189,6 +236,7 @@ def ask(
       rows: int32[B], index in the step of each prompt, for the noise.
       sampling: of the replies.
       suppressed: bool[V], ids never sampled.
+      size: padded length of the texts, at least the longest.
 
     Returns:
       The replies, [B, G, R].
@@ -198,12 +246,11 @@ def ask(
     def numbers(t: jax.Array) -> jax.Array:
         return noise(key, rows[:, None], responses, t)
 
-    return generate(
-        policy, params, open_question(policy, params, asked), numbers, sampling, suppressed
-    )
+    opening = open_question(policy, params, asked, size)
+    return generate(policy, params, opening, numbers, sampling, suppressed)
 
 
-@partial(jax.jit, static_argnames=("policy", "count"))
+@partial(jax.jit, static_argnames=("policy", "count", "size"))
 def weigh(
     policy: Policy,
     params: dict,
@@ -212,6 +259,7 @@ def weigh(
     suppressed: jax.Array,
     *,
     count: int,
+    size: int,
 ) -> jax.Array:
     """Returns the probability of each meaning of a reply among all, without sampling one.
 
@@ -221,16 +269,18 @@ def weigh(
       candidates: spellings of each meaning.
       suppressed: bool[V], ids of probability zero.
       count: K, number of meanings.
+      size: padded length of the texts, at least the longest.
 
     Returns:
       float32[B, G, K], sums to 1 over K.
     """
-    opening = open_question(policy, params, asked)
+    opening = open_question(policy, params, asked, size)
     return probabilities(policy, params, opening, candidates, count, suppressed)
 
 
-def open_question(policy: Policy, params: dict, asked: Asked) -> Opening:
-    """Returns the question about each response behind its prefix."""
+def open_question(policy: Policy, params: dict, asked: Asked, size: int) -> Opening:
+    """Returns the question about each response behind its prefix; `size` as of `ask`."""
+    asked = asked._replace(text=asked.text[..., :size])
     if asked.prefix is not None:
         tokens, lengths = join_text(asked.head, asked.text, asked.text_lengths, asked.tail)
         position = jnp.broadcast_to(asked.shared_position[:, None], lengths.shape)

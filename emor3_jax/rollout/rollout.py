@@ -17,14 +17,25 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.models.cache import KV
-from emor3_jax.models.params import cast_for_decoding
+from emor3_jax.models.params import cast_for_decoding, weight_sync
 from emor3_jax.models.policy import Policy
+from emor3_jax.parallel.program import (
+    Program,
+    Programs,
+    along,
+    as_params,
+    by_prompts,
+    first_rows,
+    mesh_of,
+)
+from emor3_jax.rewards.reward import score_jitted, shape_jitted
 from emor3_jax.rewards.scorer import Scorer
-from emor3_jax.rollout.engine import ALL_AT_ONCE, Admission, Engine, Finished, Plan
-from emor3_jax.rollout.reflect import Reflection, reflect
+from emor3_jax.rollout.engine import ALL_AT_ONCE, Admission, Engine, Finished, Plan, prefix_layout
+from emor3_jax.rollout.reflect import Reflection, reflect, reflect_programs
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.types import (
     Batch,
@@ -36,7 +47,10 @@ from emor3_jax.types import (
     Samples,
     iterate_parts,
     join,
+    join_rows,
     take,
+    take_part,
+    take_rows,
 )
 
 
@@ -120,6 +134,93 @@ class Rollout:
             (key, rows),
             self.suppressed,
         )
+
+    def programs(self, params: Any, batch: Batch, key: Any) -> Programs:
+        """Yields every jitted program of a call, at its largest shapes.
+
+        Args:
+          params: master parameters, abstract.
+          batch: B prompts in the largest buckets, abstract.
+          key: abstract PRNG key.
+
+        Returns:
+          The abstract experience.
+        """
+        engine, greedy = self._engine(self.group_size, self.sampling), None
+        if self.greedy:
+            one = self._engine(1, self.sampling)
+            played = yield from along(self._play_programs(params, batch, key, one), {}, "greedy ")
+            greedy = played.rewards
+        experience = yield from self._play_programs(params, batch, key, engine)
+        return experience._replace(greedy=greedy)
+
+    def _play_programs(self, params: Any, batch: Batch, key: Any, engine: Engine) -> Programs:
+        mesh, prompts = mesh_of(batch), len(batch.last_token)
+        kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
+        if kinds != {jnp.dtype(self.policy.dtype)} or mesh.size > 1:
+            layout = partial(as_params, gathered=True)
+            args = params, jnp.dtype(self.policy.dtype)
+            params = yield Program("weight_sync", weight_sync, args, layout=layout)
+        alive = {"parameters": params}
+        _, refill = engine.sizes(prompts)
+        waves = prompts // refill
+        part = first_rows(batch, refill)
+        rows = by_prompts(mesh, jax.ShapeDtypeStruct((refill,), jnp.int32))
+
+        def admit_programs(cache: dict) -> Programs:
+            wave = part
+            if waves > 1:
+                args = batch, np.int32(0)
+                wave = yield Program(
+                    "take_part", take_part, args, {"count": waves}, cache, by_prompts, waves
+                )
+            how = {"policy": self.policy}
+            held = {**cache, "data": wave}
+            prefix = yield Program(
+                "prefill", prefill, (params, wave), how, held, prefix_layout, waves
+            )
+            return Admission(rows, wave.last_token, wave.next_position, prefix)
+
+        prefix = prefill.eval_shape(params, batch, policy=self.policy)
+        everyone = by_prompts(mesh, jax.ShapeDtypeStruct((prompts,), jnp.int32))
+        every = Admission(everyone, everyone, everyone, prefix_layout(mesh, prefix))
+        sampled = engine.programs(params, admit_programs, every, key)
+        prefix, samples = yield from along(sampled, alive)
+        replies = None
+        if self.reflection is not None:
+            # The slots are still there; the prompts that left are in none of them.
+            alive["cache"] = engine.abstract_slots(every), prefix
+            shared = part.shared_length, part.shared_position
+            every_shared = (batch.shared_length, batch.shared_position), rows
+            shared = yield Program("take", take_rows, every_shared, {}, alive, by_prompts, waves)
+            asked = reflect_programs(
+                self.policy,
+                params,
+                self.reflection,
+                self.scorer.tables,
+                (prefix, *shared),
+                samples,
+                (key, rows),
+                self.suppressed,
+            )
+            replies = yield from along(asked, alive)
+        if waves > 1:
+            # As many arrays as there are waves, each an object of its own.
+            parts = [first_rows((samples, replies), refill) for _ in range(waves)]
+            args = parts, np.zeros(prompts, np.int32)
+            samples, replies = yield Program("join", join_rows, args, layout=by_prompts)
+        reward = self.scorer.reward
+        scores = yield Program(
+            "reward",
+            score_jitted,
+            (reward, self.scorer.tables, batch.answers, batch.grades, samples, replies, {}),
+            layout=by_prompts,
+        )
+        rewards = scores.overall
+        if reward.overlong is not None:
+            args = reward.overlong, scores.overall, samples.lengths
+            rewards = yield Program("shape", shape_jitted, args, layout=by_prompts)
+        return Experience(batch, samples, replies, scores, rewards)
 
     def _engine(self, group_size: int, sampling: Sampling, plan: Plan | None = None) -> Engine:
         plan = plan or self.plan
