@@ -36,7 +36,6 @@ LONG_SIGNATURES = dict.fromkeys(
         "learner.py:imitate",
         "learner.py:update",
         "models/qwen2_5_vl/model.py:forward_group",
-        "rl/losses.py:policy_loss",
         "rollout/engine.py:roll_out",
         "rollout/generate.py:generate",
         "rollout/likelihood.py:probabilities",

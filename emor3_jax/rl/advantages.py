@@ -8,7 +8,7 @@
 | dr_grpo | `R_i - mean` | arXiv 2503.20783 |
 | rloo | `R_i - mean of the others of the group` | arXiv 2402.14740 |
 | reinforce_pp | `(R_i - mean) / (std + ε)`, mean and std of the batch | arXiv 2501.03262 |
-| reinforce_pp_baseline | `(R_i - group mean) / (std + ε)`, std of the numerator over the batch | the same |
+| reinforce_pp_baseline | `(R_i - group mean) / (std + ε)`, batch std of the numerator | the same |
 | remax | `R_i - R of the greedy response` | arXiv 2310.10505 |
 
 Deviations, numbered:

@@ -102,7 +102,7 @@ class Tokens(NamedTuple):
     weights: jax.Array | None = None
 
     def require(self, needs: frozenset[str]) -> None:
-        """Checks that the needed arrays are there, and the shapes of all.
+        """Checks that all needed arrays are present and that shapes agree.
 
         Raises:
           ValueError: if one of `needs`, or `weights`, is None.
@@ -127,13 +127,16 @@ class Surrogate(Protocol):
     needs: ClassVar[frozenset[str]]
 
     def __call__(self, t: Tokens) -> tuple[jax.Array, Metrics]:
-        """Returns the unweighted loss of each token, float32[B, G, T], and weighted metrics."""
+        """Returns the unweighted loss of each token and metrics, which are weighted sums.
+
+        The loss is float32[B, G, T], or [B, G, 1] if all tokens of a response have the same.
+        """
         ...
 
     def conflict(self, mean: str) -> str | None:
-        """Returns the reason why these settings make no sense with a mean, None if they do.
+        """Returns the reason to refuse these settings with one of `MEANS`, or None.
 
-        It continues a sentence about `policy_update.ratio` and names the config's other fields.
+        It is a predicate of `policy_update.ratio` and names the other config fields involved.
         """
         ...
 
@@ -188,9 +191,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class Sequence(Clip):
-    """The clipped surrogate with one ratio per response, a mean over its tokens (GSPO).
+    """The clipped surrogate with one ratio per response, the geometric mean over its tokens (GSPO).
 
-    Paper: arXiv 2507.18071, of which the default clip range is. Attributes as of `Clip`.
+    The default clip range is the paper's (arXiv 2507.18071). Attributes as of `Clip`.
     """
 
     clip_low: float = 3e-4
@@ -215,8 +218,8 @@ class Sequence(Clip):
 class Group(Clip):
     """The clipped surrogate with a response's probability over its group's expectation (GEPO).
 
-    Paper: arXiv 2508.17850. The ratio is not 1 even for equal policies, so by default nothing but
-    the dual clip bounds it. Attributes as of `Clip`.
+    The ratio is not 1 even for equal policies, so by default only the dual clip bounds it
+    (arXiv 2508.17850). Attributes as of `Clip`.
     """
 
     clip_low: float = 1.0
@@ -263,7 +266,7 @@ def _length_weighted(mean: str) -> str | None:
 
 
 SURROGATES: dict[str, type[Surrogate]] = {"token": Clip, "sequence": Sequence, "group": Group}
-"""Name of the ratio in the config → surrogate, made from clip_low, clip_high and clip_dual."""
+"""Ratio in the config → surrogate, constructed from clip_low, clip_high and clip_dual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +293,7 @@ class TokenMean:
           ended: bool[B, G], false for truncated responses.
         """
         if self.mask_truncated:
-            mask &= ended[..., None]
+            mask = mask & ended[..., None]
         return token_weights(mask, self.mean, limit=self.limit)
 
     def summarise(self, metrics: Metrics, total_weight: jax.Array) -> Metrics:
@@ -302,7 +305,7 @@ class TokenMean:
         """
         if self.mean != "constant":
             return metrics
-        # Its weights do not sum to 1, which every metric but the loss needs to be a mean.
+        # The weights do not sum to 1, so all metrics but the loss are divided to become means.
         total = jnp.maximum(total_weight, 1e-9)
         return {k: x if k == "loss" else x / total for k, x in metrics.items()}
 
@@ -375,7 +378,7 @@ class ImitationLoss(TokenMean):
 
         Args:
           tokens: `logprobs` and `weights` alone are read.
-          kl_coef: ignored; there for the interface of `PolicyLoss`.
+          kl_coef: ignored; part of the interface shared with `PolicyLoss`.
         """
         tokens.require(self.needs)
         weights = tokens.weights

@@ -1,7 +1,7 @@
-"""The update: micro-batches of whole groups, exact global means, AdamW, and a guard.
+"""Optimizer step: gradient accumulation with exact global means, AdamW, and a non-finite guard.
 
-A step whose gradient norm is not finite changes nothing and is counted (`policy/skipped`), as in
-the release.
+A step whose gradient norm is not finite leaves the state unchanged and is counted
+(`policy/skipped`), as in the release.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Params = Any
 
 
 class TrainState(NamedTuple):
-    """What training changes: float32 master parameters, optimizer state, number of updates."""
+    """Training state: float32 master parameters, optimizer state, number of updates."""
 
     params: Params
     opt_state: optax.OptState
@@ -37,15 +37,15 @@ def make_optimizer(
     frozen: Callable[[tuple[Any, ...]], bool] | None = None,
     rate_of: Callable[[tuple[Any, ...]], float] | None = None,
 ) -> optax.GradientTransformation:
-    """Returns AdamW behind a clip of the global gradient norm.
+    """Returns AdamW with global gradient-norm clipping.
 
     Args:
       learning_rate: a number or an optax schedule of the update count.
       weight_decay: decoupled decay, on every trained parameter as in the release.
       max_grad_norm: the gradient is scaled down to at most this norm.
       b1, b2: Adam's decay rates.
-      frozen: names parameters that stay as they are, by their path of keys.
-      rate_of: the factor of the learning rate of parameters, by their path; None is 1 for all.
+      frozen: true for the key paths of parameters to leave unchanged; None trains all.
+      rate_of: learning-rate factor of parameters, by their key path; None is 1 for all.
     """
     adamw = optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
@@ -95,11 +95,11 @@ def accumulate(
     """Returns gradients and metrics summed over micro-batches, one at a time in memory.
 
     `loss_fn` must return sums that are already weighted over the whole update batch
-    (`losses.token_weights`), so that the result does not depend on the cut.
+    (`losses.token_weights`), so that the result does not depend on the micro-batch size.
 
     Args:
       loss_fn: (params, micro_batch) -> (loss, metrics).
-      params: the parameters to differentiate by.
+      params: the parameters to differentiate with respect to.
       micro_batches: pytree whose leaves start with the micro-batch axis.
     """
     grad_fn = jax.grad(loss_fn, has_aux=True)

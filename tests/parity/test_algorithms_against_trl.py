@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from emor3_jax.rewards.shaping import overlong
 from emor3_jax.rl import advantages, kl, losses
-from emor3_jax.rl.shaping import overlong
 
 B, G, T = 5, 4, 9
 
@@ -80,15 +80,20 @@ def trl_loss(trainer_class, draw, inputs: dict, delta: float | None = None, **op
     return loss.detach().numpy(), logprobs.grad.numpy().reshape(B, G, T)
 
 
-def our_loss(draw, advantage, mean, **options):
+def our_loss(draw, advantage, loss, kl_coef):
     """Our loss and its gradient by the log-probabilities."""
     mask, new, old, reference, *_ = draw
-    weights = losses.token_weights(jnp.asarray(mask), mean)
-    return jax.value_and_grad(
-        lambda x: losses.policy_loss(
-            x, jnp.asarray(old), jnp.asarray(advantage), weights, ref_logprobs=reference, **options
-        )[0]
-    )(jnp.asarray(new))
+    weights = loss.weights(jnp.asarray(mask), jnp.ones((B, G), bool))
+    given = losses.Tokens(
+        jnp.asarray(new),
+        old=jnp.asarray(old),
+        ref=jnp.asarray(reference),
+        advantages=jnp.asarray(advantage),
+        weights=weights,
+    )
+    return jax.value_and_grad(lambda x: loss(given._replace(logprobs=x), kl_coef)[0])(
+        given.logprobs
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,16 +125,8 @@ def test_grpo_losses(draw, compare, loss_type, mean, level, ratio, beta):
         beta=beta,
         **clips,
     )
-    found = our_loss(
-        draw,
-        advantage,
-        mean,
-        ratio=ratio,
-        clip_low=0.2,
-        clip_high=0.28,
-        clip_dual=float("inf"),
-        kl_coef=beta,
-    )
+    surrogate = losses.SURROGATES[ratio](0.2, 0.28, float("inf"))
+    found = our_loss(draw, advantage, losses.PolicyLoss(surrogate, mean=mean), beta)
     case = f"TRL loss {loss_type}, ratio of a {level}, beta {beta}"
     compare(case, found[0], wanted[0], 1e-6)
     compare(f"{case}: gradient", found[1], wanted[1], 1e-6)
@@ -145,7 +142,7 @@ def test_two_sided_clip(draw, compare):
     wanted = trl_loss(
         trl.GRPOTrainer, far, inputs, delta=2.0, importance_sampling_level="token", **options
     )
-    found = our_loss(far, advantage, "token", clip_dual=2.0, kl_coef=0.0)
+    found = our_loss(far, advantage, losses.PolicyLoss(losses.Clip(clip_dual=2.0)), 0.0)
     for name, a, b in zip(("loss", "gradient"), found, wanted, strict=True):
         compare(f"TRL two-sided clip: {name}", a, b, 1e-6)
 

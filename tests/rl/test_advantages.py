@@ -1,10 +1,16 @@
 """Group-relative advantages, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from emor3_jax.rl import advantages
+
+
+def combined(rewards, greedy=None):
+    """Rewards without separate terms."""
+    return advantages.RewardTerms(rewards, {}, {}, greedy)
 
 
 def test_population_and_sample_by_hand():
@@ -38,6 +44,18 @@ def test_zero_std_fraction():
     assert advantages.zero_std_fraction(rewards) == 0.5
 
 
+def test_numpy_rewards_are_reduced_on_the_host_to_the_same_bits():
+    rng = np.random.default_rng(0)
+    for b in (1, 3, 7, 48):
+        rewards = rng.choice([0.0, 0.1, 1.0], (b, 2)).astype(np.float32)
+        with jax.transfer_guard("disallow"):
+            found = advantages.zero_std_fraction(rewards), advantages.all_equal(rewards)
+        assert isinstance(found[0], np.float32) and isinstance(found[1], np.ndarray)
+        np.testing.assert_array_equal(found[1], advantages.all_equal(jnp.asarray(rewards)))
+        share = advantages.zero_std_fraction(jnp.asarray(rewards))
+        assert found[0] == share == jnp.mean(advantages.all_equal(jnp.asarray(rewards)))
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="std='unbiased'"):
         advantages.grpo(jnp.zeros((1, 2)), std="unbiased")
@@ -68,7 +86,7 @@ REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 2.0]]
     ],
 )
 def test_other_estimators_by_hand(name, wanted):
-    found = advantages.estimate(name, jnp.float32(REWARDS), std="sample")
+    found = advantages.estimate(name, combined(jnp.float32(REWARDS)), std="sample")
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
@@ -82,18 +100,21 @@ def test_a_baseline_tells_groups_apart():
 
 
 def test_remax_compares_with_the_greedy_response():
-    found = advantages.estimate("remax", jnp.float32(REWARDS), greedy=jnp.float32([[1.0], [0.5]]))
+    rewards = combined(jnp.float32(REWARDS), jnp.float32([[1.0], [0.5]]))
+    found = advantages.estimate("remax", rewards)
     np.testing.assert_allclose(found, [[0, -1, -1, 0], [-0.5, -0.5, -0.5, 1.5]])
     # One response is enough, since the baseline is no other one of the group.
     assert advantages.remax(jnp.float32([[1.0]]), jnp.float32([[0.25]])).tolist() == [[0.75]]
     with pytest.raises(AssertionError):
         advantages.remax(jnp.float32(REWARDS), jnp.float32([1.0, 0.5]))
+    with pytest.raises(ValueError, match="remax needs the rewards of greedy responses"):
+        advantages.estimate("remax", combined(jnp.float32(REWARDS)))
 
 
 @pytest.mark.parametrize("name", sorted(advantages.ESTIMATORS))
 def test_every_estimator_gives_nothing_where_nothing_differs(name):
     rewards = jnp.full((3, 7), 0.1, jnp.float32)
-    found = advantages.estimate(name, rewards, greedy=rewards[:, :1])
+    found = advantages.estimate(name, combined(rewards, rewards[:, :1]))
     assert found.shape == (3, 7) and not np.any(found)
 
 
@@ -101,8 +122,9 @@ def test_the_least_number_of_responses_is_what_the_config_is_told():
     for estimator in advantages.ESTIMATORS.values():
         rewards = jnp.float32([[0.0] * estimator.responses, [1.0] * estimator.responses])
         rewards = rewards.at[0, 0].set(0.5)
-        greedy = (jnp.zeros((2, 1)),) if estimator.greedy else ()
-        assert estimator.responses == 1 or np.any(estimator.function(rewards, *greedy))
+        greedy = jnp.zeros((2, 1)) if estimator.greedy else None
+        found = estimator.function(combined(rewards, greedy))
+        assert estimator.responses == 1 or np.any(found)
     with pytest.raises(ValueError, match="at least 2 responses"):
         advantages.rloo(jnp.zeros((2, 1)))
 

@@ -1,6 +1,7 @@
-"""The clipped loss and the KL estimate, by hand."""
+"""The clipped losses, the KL term and imitation, by hand."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +9,36 @@ import numpy as np
 import pytest
 
 from emor3_jax.rl import kl, losses
+from emor3_jax.rl.losses import Clip, Group, ImitationLoss, PolicyLoss, Sequence, Tokens
 
 MASK = jnp.asarray([[[1, 1, 1, 0], [1, 0, 0, 0]]], bool)
 
 
-def single(ratio, advantage, **options):
+NO_KL = PolicyLoss(Clip(), kl="off")
+
+
+def policy_loss(logprobs, old, advantages, weights, *, loss=NO_KL, ref=None, kl_coef=None):
+    """Loss and metrics of given arrays."""
+    tokens = Tokens(logprobs, old=old, ref=ref, advantages=advantages, weights=weights)
+    return loss(tokens, kl_coef)
+
+
+def single(ratio, advantage, **clips):
     """Loss and metrics of one token."""
     logprobs = jnp.log(jnp.full((1, 1, 1), ratio))
-    return losses.policy_loss(
-        logprobs, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), jnp.ones((1, 1, 1)), **options
+    return policy_loss(
+        logprobs,
+        jnp.zeros((1, 1, 1)),
+        jnp.full((1, 1), advantage),
+        jnp.ones((1, 1, 1)),
+        loss=replace(NO_KL, surrogate=Clip(**clips)),
     )
+
+
+def log_ratio(logprobs, old, mask, surrogate):
+    """Logarithm of a surrogate's ratio for tokens that count alike."""
+    weights = losses.token_weights(mask)
+    return surrogate.log_ratio(Tokens(logprobs, old=old, weights=weights))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +80,7 @@ def test_gradient_by_hand(ratio, advantage, slope):
 
     def loss(logprob):
         logprobs = jnp.full((1, 1, 1), logprob)
-        return losses.policy_loss(
+        return policy_loss(
             logprobs, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), jnp.ones((1, 1, 1))
         )[0]
 
@@ -86,12 +107,13 @@ def test_kl_pulls_towards_the_reference():
 
 def test_kl_is_added_with_its_coefficient():
     logprobs = jnp.zeros((1, 1, 2)) - 1.0
-    loss, metrics = losses.policy_loss(
+    loss, metrics = policy_loss(
         logprobs,
         logprobs,
         jnp.ones((1, 1)),
         jnp.full((1, 1, 2), 0.5),
-        ref_logprobs=logprobs + jnp.log(2.0),
+        loss=PolicyLoss(Clip(), kl="k3"),
+        ref=logprobs + jnp.log(2.0),
         kl_coef=0.5,
     )
     assert metrics["kl"] == pytest.approx(1 - np.log(2), rel=1e-4)
@@ -125,7 +147,8 @@ def test_padding_counts_for_nothing():
     weights = losses.token_weights(MASK)
 
     def loss(x, old):
-        return losses.policy_loss(x, old, jnp.ones((1, 2)), weights, ref_logprobs=old)[0]
+        given = {"loss": PolicyLoss(Clip()), "ref": old, "kl_coef": 1e-2}
+        return policy_loss(x, old, jnp.ones((1, 2)), weights, **given)[0]
 
     value, slope = jax.value_and_grad(loss)(logprobs, jnp.where(MASK, -1.0, 0.0))
     assert value == pytest.approx(-1.0)
@@ -136,11 +159,11 @@ def test_ratio_of_a_response_by_hand():
     """Tokens twice and half as likely, then one four times as likely alone."""
     moved = jnp.log(jnp.float32([[[2.0, 0.5, 4.0, 9.0], [4.0, 9.0, 9.0, 9.0]]]))
     old = jnp.where(MASK, jnp.log(0.25), 0.0)
-    found = losses.log_ratio(old + moved, old, MASK, "sequence")
+    found = log_ratio(old + moved, old, MASK, Sequence())
     np.testing.assert_allclose(jnp.exp(found), [[[4 ** (1 / 3)], [4.0]]], rtol=1e-5)
-    assert losses.log_ratio(old + moved, old, MASK).shape == MASK.shape
-    with pytest.raises(ValueError, match="ratio='batch'"):
-        losses.log_ratio(old, old, MASK, "batch")
+    assert log_ratio(old + moved, old, MASK, Clip()).shape == MASK.shape
+    with pytest.raises(KeyError, match="batch"):
+        losses.SURROGATES["batch"]
 
 
 def test_ratio_to_the_group_by_hand():
@@ -148,15 +171,15 @@ def test_ratio_to_the_group_by_hand():
     mask = jnp.asarray([[[1, 1], [1, 0]]], bool)
     old = jnp.log(jnp.float32([[[0.5, 0.125], [0.5, 7.0]]]))
     expected = (1 / 16 + 1 / 4) / (1 / 4 + 1 / 2)
-    found = losses.log_ratio(old, old, mask, "group")
+    found = log_ratio(old, old, mask, Group())
     np.testing.assert_allclose(jnp.exp(found), [[[0.25 / expected], [0.5 / expected]]], rtol=1e-5)
     # Its gradient is the ratio, over the length.
-    slope = jax.grad(lambda x: jnp.exp(losses.log_ratio(x, old, mask, "group"))[0, 0, 0])(old)
+    slope = jax.grad(lambda x: jnp.exp(log_ratio(x, old, mask, Group()))[0, 0, 0])(old)
     np.testing.assert_allclose(slope, [[[0.3, 0.3], [0, 0]]], rtol=1e-5)
     # A response that does not count is no part of the expectation, nor is an empty group.
-    alone = losses.log_ratio(old, old, mask.at[0, 0].set(False), "group")
+    alone = log_ratio(old, old, mask.at[0, 0].set(False), Group())
     assert jnp.exp(alone[0, 1, 0]) == pytest.approx(1.0)
-    nothing = jax.grad(lambda x: losses.log_ratio(x, old, mask & False, "group").sum())(old)
+    nothing = jax.grad(lambda x: log_ratio(x, old, mask & False, Group()).sum())(old)
     np.testing.assert_array_equal(nothing, jnp.zeros_like(old))
 
 
@@ -164,13 +187,11 @@ def test_a_response_is_clipped_as_a_whole():
     """GSPO: the mean of log 1.5 and log 0.9 is over 1.1, so neither token has a gradient."""
     mask = jnp.asarray([[[1, 1]]], bool)
     moved = jnp.log(jnp.float32([[[1.5, 0.9]]]))
-    options = {"ratio": "sequence", "clip_low": 0.1, "clip_high": 0.1}
+    gspo = PolicyLoss(Sequence(clip_low=0.1, clip_high=0.1), kl="off", mean="seq")
 
     def loss(x, advantage):
-        weights = losses.token_weights(mask, "seq")
-        return losses.policy_loss(
-            x, jnp.zeros_like(x), jnp.full((1, 1), advantage), weights, **options
-        )
+        weights = gspo.weights(mask, jnp.ones((1, 1), bool))
+        return policy_loss(x, jnp.zeros_like(x), jnp.full((1, 1), advantage), weights, loss=gspo)
 
     assert loss(moved, 2.0)[0] == pytest.approx(-2.2, rel=1e-5)
     assert loss(moved, 2.0)[1]["clip_fraction_high"] == 1
@@ -193,9 +214,8 @@ def test_infinite_bounds_clip_nothing():
 @pytest.mark.parametrize(("name", "value"), [("k2", np.log(2) ** 2 / 2), ("abs", np.log(2))])
 def test_kl_of_the_loss_is_a_choice(name, value):
     x = jnp.zeros((1, 1, 1))
-    loss, metrics = losses.policy_loss(
-        x, x, jnp.ones((1, 1)), x + 1, ref_logprobs=x - np.log(2), kl=name, kl_coef=0.5
-    )
+    with_kl = {"loss": PolicyLoss(Clip(), kl=name), "ref": x - np.log(2), "kl_coef": 0.5}
+    loss, metrics = policy_loss(x, x, jnp.ones((1, 1)), x + 1, **with_kl)
     assert metrics["kl"] == pytest.approx(value, rel=1e-5)
     assert loss == pytest.approx(-1 + 0.5 * value, rel=1e-5)
 
@@ -205,22 +225,23 @@ def test_kl_of_the_loss_is_a_choice(name, value):
     [("token", "token"), ("seq", "sequence"), ("seq", "group"), ("constant",) * 2],
 )
 def test_parts_of_a_batch_add_up(mean, ratio):
-    options = {"ratio": "token" if ratio == "constant" else ratio}
+    surrogate = losses.SURROGATES["token" if ratio == "constant" else ratio](0.2, 0.3, 3.0)
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     lengths = rng.integers(1, 6, (6, 4, 1))
     weights = losses.token_weights(jnp.arange(6) < lengths, mean)
     new, old, ref = draw(6, 4, 6) * 0.3, draw(6, 4, 6) * 0.3, draw(6, 4, 6) * 0.3
     advantage = draw(6, 4)
-    whole, metrics = losses.policy_loss(new, old, advantage, weights, ref_logprobs=ref, **options)
+    options = {"loss": PolicyLoss(surrogate, mean=mean), "kl_coef": 1e-2}
+    whole, metrics = policy_loss(new, old, advantage, weights, ref=ref, **options)
     for cut in (1, 2, 3):
         parts = [
-            losses.policy_loss(
+            policy_loss(
                 new[i : i + cut],
                 old[i : i + cut],
                 advantage[i : i + cut],
                 weights[i : i + cut],
-                ref_logprobs=ref[i : i + cut],
+                ref=ref[i : i + cut],
                 **options,
             )
             for i in range(0, 6, cut)
@@ -233,6 +254,86 @@ def test_parts_of_a_batch_add_up(mean, ratio):
 def test_shapes_are_checked():
     x = jnp.zeros((1, 2, 3))
     with pytest.raises(AssertionError):
-        losses.policy_loss(x, x, jnp.zeros((2, 1)), x)
+        policy_loss(x, x, jnp.zeros((2, 1)), x)
     with pytest.raises(AssertionError):
-        losses.policy_loss(x, x[..., :2], jnp.zeros((1, 2)), x)
+        policy_loss(x, x[..., :2], jnp.zeros((1, 2)), x)
+    with pytest.raises(AssertionError):
+        ImitationLoss()(Tokens(x, weights=x[..., :2]))
+
+
+def test_a_missing_array_is_named():
+    x = jnp.zeros((1, 2, 3))
+    assert PolicyLoss(Clip()).needs == {"old", "advantages", "ref"}
+    assert NO_KL.needs == {"old", "advantages"} and not ImitationLoss().needs
+    with pytest.raises(ValueError, match=r"the loss needs tokens\.ref, got None"):
+        policy_loss(x, x, jnp.zeros((1, 2)), x, loss=PolicyLoss(Clip()), kl_coef=0.1)
+    with pytest.raises(ValueError, match=r"needs tokens\.advantages, tokens\.weights, got"):
+        policy_loss(x, x, None, None)
+    with pytest.raises(ValueError, match=r"tokens\.weights"):
+        ImitationLoss()(Tokens(x))
+
+
+def test_losses_are_static_arguments():
+    """Equal settings share one compiled program; other surrogates do not."""
+    assert {PolicyLoss(Clip()), PolicyLoss(Clip()), ImitationLoss()} == {
+        PolicyLoss(Clip(0.2, 0.3, 3.0), "k3"),
+        ImitationLoss(mean="token"),
+    }
+    assert len({type_(1.0, math.inf, 3.0) for type_ in losses.SURROGATES.values()}) == 3
+    x = jnp.log(jnp.full((1, 1, 1), 1.5))
+    loss = jax.jit(policy_loss, static_argnames="loss")
+    for surrogate, wanted in ((Clip(), -2.6), (Clip(clip_high=1.0), -3.0), (Sequence(), -2.0008)):
+        given = {"loss": replace(NO_KL, surrogate=surrogate)}
+        found, _ = loss(x, jnp.zeros_like(x), jnp.full((1, 1), 2.0), jnp.ones_like(x), **given)
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_conflicts_name_the_field_to_change():
+    assert Clip().conflict("token") is Clip().conflict("constant") is None
+    assert Sequence().conflict("seq") is Group().conflict("seq") is None
+    for surrogate in (Sequence(), Group()):
+        assert "policy_update.mean='token'" in surrogate.conflict("token")
+    assert "policy_update.clip_low=0.2" in Sequence(0.2, 0.1).conflict("seq")
+    assert "policy_update.clip_high=0.3" in Group(1.0, 0.3).conflict("seq")
+
+
+def test_mismatch_to_the_old_policy_by_hand():
+    """Mean absolute difference over the tokens that count."""
+    old = jnp.where(MASK, -1.0, 0.0)
+    new = jnp.where(MASK, old + jnp.float32([0.1, -0.3, 0.0, 9.0]), 99.0)
+    weights = losses.token_weights(MASK)
+    _, metrics = policy_loss(new, old, jnp.ones((1, 2)), weights)
+    assert metrics["moved"] == pytest.approx((0.1 + 0.3 + 0.0 + 0.1) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [NO_KL, ImitationLoss()])
+def test_truncated_responses_weigh_nothing_where_masked(loss):
+    ended = jnp.asarray([[False, True]])
+    np.testing.assert_array_equal(loss.weights(MASK, ended), losses.token_weights(MASK))
+    masked = replace(loss, mask_truncated=True)
+    np.testing.assert_array_equal(masked.weights(MASK, ended), [[[0, 0, 0, 0], [1, 0, 0, 0]]])
+    constant = replace(masked, mean="constant", limit=5)
+    np.testing.assert_allclose(constant.weights(MASK, ended)[0, 1], [0.1, 0, 0, 0])
+
+
+def test_summary_turns_sums_into_means_but_keeps_the_loss():
+    sums = {"loss": jnp.float32(3.0), "kl": jnp.float32(0.5)}
+    assert NO_KL.summarise(sums, jnp.float32(1.0)) is sums
+    constant = replace(NO_KL, mean="constant").summarise(sums, jnp.float32(0.25))
+    assert constant == {"loss": 3.0, "kl": 2.0}
+    # Of a batch without any token.
+    assert replace(NO_KL, mean="constant").summarise({"kl": 0.0}, jnp.zeros(())) == {"kl": 0.0}
+
+
+def test_imitation_by_hand():
+    logprobs = jnp.where(MASK, jnp.float32([-1.0, -2.0, -3.0, 0.0]), -1e30)
+    for mean, wanted in (("token", 7 / 4), ("seq", (2.0 + 1.0) / 2), ("constant", 7 / 8)):
+        loss = ImitationLoss(mean=mean)
+        weights = loss.weights(MASK, jnp.ones((1, 2), bool))
+        found, metrics = loss(Tokens(logprobs, weights=weights), None)
+        assert found == metrics["loss"] == pytest.approx(wanted)
+        summary = loss.summarise(metrics, weights.sum())
+        # Perplexity is that of a mean over tokens, whatever the weights sum to.
+        per_token = wanted if mean == "seq" else 7 / 4
+        assert summary["perplexity"] == pytest.approx(np.exp(per_token), rel=1e-5)
+        assert summary["loss"] == found
