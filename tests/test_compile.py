@@ -45,7 +45,7 @@ def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
     done = _compile(
         "--config=configs/tpu_v4.py",
         "--topology=v4-8",
-        "--only=hand-over,decode",
+        "--only=weight_sync,decode",
         f"--json={out}",
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -53,7 +53,7 @@ def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
     assert "\nfits: at most " in done.stdout
     found = json.loads(out.read_text())
     programs = {program["name"]: program for program in found["programs"]}
-    assert list(programs) == ["hand-over", "decode"]
+    assert list(programs) == ["weight_sync", "decode"]
     decode = programs["decode"]
     # 16 slots of 2048 + 8 * 2048 tokens of 36,864 bytes, on 4 devices, and their tokens and masks.
     keys = 16 * 9 * 2048 * 36_864 // 4
@@ -64,7 +64,7 @@ def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
     # No token moves a weight: only whether all have ended, once a token.
     assert set(decode["moved"]) == {"all-reduce"} and decode["moved"]["all-reduce"] < 10_000
     # All but a quarter of the bfloat16 weights comes from the other three devices.
-    assert programs["hand-over"]["moved"]["all-gather"] == pytest.approx(
+    assert programs["weight_sync"]["moved"]["all-gather"] == pytest.approx(
         0.75 * 2 * 3_754_622_976, rel=0.01
     )
 

@@ -45,9 +45,9 @@ class Report(NamedTuple):
     resident: dict[str, int]
     made: int | None
     needed: int
-    moved: dict[str, int]
-    lowering: float
-    compiling: float
+    moved: dict[str, int] = {}  # noqa: RUF012
+    lowering: float = 0.0
+    compiling: float = 0.0
     collectives: tuple[hlo.Collective, ...] = ()
 
     def fits(self, usable: int) -> bool:
@@ -100,19 +100,13 @@ class Recorder:
         if not self._wanted(program.name):
             return guessed
         resident = self._resident(program.alive, program.args)
-        if sum(resident.values()) > self._usable:
-            self._keep(
-                Report(
-                    program.name,
-                    program.calls,
-                    resident,
-                    None,
-                    sum(resident.values()),
-                    {},
-                    0.0,
-                    0.0,
-                )
-            )
+        total = sum(resident.values())
+
+        def report(made: int | None, needed: int, **found: Any) -> Report:
+            return Report(program.name, program.calls, resident, made, needed, **found)
+
+        if total > self._usable:
+            self._keep(report(None, total))
             return guessed
         started = time.perf_counter()
         lowered = program.function.lower(*program.args, **program.options)
@@ -124,35 +118,21 @@ class Recorder:
             if used is None:
                 raise
             seconds = time.perf_counter() - started - lowering
-            beside = sum(resident.values()) - sum(self._resident({}, program.args).values())
-            self._keep(
-                Report(
-                    program.name,
-                    program.calls,
-                    resident,
-                    None,
-                    beside + used,
-                    {},
-                    lowering,
-                    seconds,
-                )
-            )
+            beside = total - sum(self._resident({}, program.args).values())
+            self._keep(report(None, beside + used, lowering=lowering, compiling=seconds))
             return guessed
         seconds = time.perf_counter() - started - lowering
         stats = compiled.memory_analysis()
         made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-        found = hlo.collectives(text, self.mesh.size)
+        collectives = hlo.collectives(text, self.mesh.size)
         self._keep(
-            Report(
-                program.name,
-                program.calls,
-                resident,
+            report(
                 made,
-                sum(resident.values()) + made,
-                hlo.moved_bytes(found),
-                lowering,
-                seconds,
-                collectives=tuple(found),
+                total + made,
+                moved=hlo.moved_bytes(collectives),
+                lowering=lowering,
+                compiling=seconds,
+                collectives=tuple(collectives),
             )
         )
         return jax.tree.map(_laid_out, shapes, compiled.output_shardings)

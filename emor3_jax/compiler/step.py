@@ -29,7 +29,7 @@ from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora
 from emor3_jax.models.policy import Policy
-from emor3_jax.parallel.program import Programs, along, as_params, by_prompts, whole
+from emor3_jax.parallel.program import Program, Programs, along, as_params, by_prompts, whole
 from emor3_jax.rewards.automaton import Automaton
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.reward import Reward
@@ -81,6 +81,7 @@ def step_programs(
         "optimizer": state.opt_state,
         "data": [batch, rollout.scorer.tables],
     }
+    yield from along(maker.put_programs(batch), kept)
     experience = yield from along(rollout.programs(base, batch, key), kept)
     found = {"data": [experience.samples, experience.replies]}
     terms = RewardTerms(
@@ -93,6 +94,7 @@ def step_programs(
     yield from along(along(updates, found), kept)
     evaluated = maker.batch(config.evaluate.prompts)
     kept["data"] = [evaluated, rollout.scorer.tables]
+    yield from along(maker.put_programs(evaluated), kept, "evaluate ")
     evaluation = maker.rollout(training=False).programs(base, evaluated, key)
     yield from along(evaluation, kept, "evaluate ")
 
@@ -174,6 +176,14 @@ class _Maker:
         meanings = len(QUESTIONS[name].meanings(("",) * self.labels))
         # Two spellings each.
         return PromptedQuestion(QUESTIONS[name], head, tail, _candidates(2 * meanings, meanings))
+
+    def put_programs(self, batch: Batch) -> Programs:
+        """Yields the program that rounds images once they are on the devices."""
+        patches = batch.images.patches
+        if self.policy.dtype != jnp.float32:
+            given = by_prompts(self.mesh, jax.ShapeDtypeStruct(patches.shape, jnp.float32))
+            args = given, self.policy.dtype
+            yield Program("cast_patches", prepare.cast_patches, args, layout=by_prompts)
 
     def batch(self, prompts: int) -> Batch:
         """Returns prompts in the largest buckets of the config."""

@@ -79,7 +79,7 @@ DEFAULT = Compute()
 """float32 on any platform."""
 
 
-class Group(NamedTuple):
+class GroupRow(NamedTuple):
     """How a prompt and its continuations lie in one row: P tokens, then G times S.
 
     Attributes:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from emor3_jax.models.cache import KV, Cache
 from emor3_jax.models.family import Family, Shapes
-from emor3_jax.models.layers import DEFAULT, Compute, Dtype, Group, two_rows
+from emor3_jax.models.layers import DEFAULT, Compute, Dtype, GroupRow, two_rows
 from emor3_jax.models.params import Params
 from emor3_jax.models.processor import ImageLayout
 from emor3_jax.parallel.mesh import by_rows
@@ -194,7 +194,7 @@ class Policy:
         Returns:
           float[B, G, S, D] after the final norm, of the continuations.
         """
-        group = Group(prompt.tokens.shape[1], tokens.shape[1])
+        group = GroupRow(prompt.tokens.shape[1], tokens.shape[1])
         rope_positions = jnp.broadcast_to(positions[..., None], (*positions.shape, 3))
         hidden, _ = self._decoder(group=group).apply(
             {"params": params["model"]},

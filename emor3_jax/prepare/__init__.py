@@ -10,6 +10,7 @@ from emor3_jax.prepare.algorithm import (
 from emor3_jax.prepare.data import (
     PARQUET_LABELS,
     Data,
+    cast_patches,
     data_sets,
     load_templates,
     open_data,
@@ -39,6 +40,7 @@ __all__ = [
     "PARQUET_LABELS",
     "Data",
     "attention_backend",
+    "cast_patches",
     "data_sets",
     "evaluation_plan",
     "find_policy",

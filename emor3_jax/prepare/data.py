@@ -206,10 +206,11 @@ def put_batch(batch: Batch, mesh: Mesh, config: ConfigDict) -> Batch:
     placed, dtype = shard_batch(batch, mesh), jnp.dtype(config.policy.dtype)
     if placed.images.patches.dtype == dtype:
         return placed
-    patches = _round(placed.images.patches, dtype)
+    patches = cast_patches(placed.images.patches, dtype)
     return placed._replace(images=placed.images._replace(patches=patches))
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _round(patches: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def cast_patches(patches: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the patches of a batch in the compute type."""
     return shard_rows(0, patches.astype(dtype))

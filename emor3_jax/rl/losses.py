@@ -11,8 +11,8 @@ geometric means of a response's token probabilities under the two:
 | name | class | ratio | paper |
 |---|---|---|---|
 | token | `Clip` | `exp(d_t)` | GRPO, arXiv 2402.03300 |
-| sequence | `Sequence` | `exp(mean of d over the response) = p_i / q_i` | GSPO, arXiv 2507.18071 |
-| group | `Group` | `p_i / (Σ q_j² / Σ q_j)`, summed over the group | GEPO, arXiv 2508.17850 |
+| sequence | `SequenceRatio` | `exp(mean of d over the response)`, `p_i / q_i` | GSPO, 2507.18071 |
+| group | `GroupRatio` | `p_i / (Σ q_j² / Σ q_j)`, summed over the group | GEPO, arXiv 2508.17850 |
 
 The mean over tokens gives every token the weight 1 / N:
 
@@ -190,7 +190,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Sequence(Clip):
+class SequenceRatio(Clip):
     """The clipped surrogate with one ratio per response, the geometric mean over its tokens (GSPO).
 
     The default clip range is the paper's (arXiv 2507.18071). Attributes as of `Clip`.
@@ -215,7 +215,7 @@ class Sequence(Clip):
 
 
 @dataclass(frozen=True)
-class Group(Clip):
+class GroupRatio(Clip):
     """The clipped surrogate with a response's probability over its group's expectation (GEPO).
 
     The ratio is not 1 even for equal policies, so by default only the dual clip bounds it
@@ -265,7 +265,11 @@ def _length_weighted(mean: str) -> str | None:
     )
 
 
-SURROGATES: dict[str, type[Surrogate]] = {"token": Clip, "sequence": Sequence, "group": Group}
+SURROGATES: dict[str, type[Surrogate]] = {
+    "token": Clip,
+    "sequence": SequenceRatio,
+    "group": GroupRatio,
+}
 """Ratio in the config → surrogate, constructed from clip_low, clip_high and clip_dual."""
 
 

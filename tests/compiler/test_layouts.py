@@ -48,7 +48,7 @@ MESHES = ("1x8x1", "2x2x2")
 def test_decoding_gathers_no_weights(found: dict[str, Any], mesh: str) -> None:
     assert found[mesh]["decode"]["gathered"] == []
     # They are gathered before, once a step.
-    assert found[mesh]["hand-over"]["gathered"]
+    assert found[mesh]["weight_sync"]["gathered"]
     assert found["weights_as_trained"]["decode"]["gathered"]
 
 

@@ -18,14 +18,15 @@ from ml_collections import ConfigDict
 
 from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import Recorder, Report
-from emor3_jax.compiler.step import abstract_state, compile_step
+from emor3_jax.compiler.step import step_programs
 from emor3_jax.config import default
-from emor3_jax.models.qwen2_5_vl import model, text, vision
+from emor3_jax.models import FAMILIES, params, policy
+from emor3_jax.models.policy import Policy
+from emor3_jax.models.qwen2_5_vl import decoder, tower
 from emor3_jax.parallel import mesh as meshes
-from emor3_jax.prepare import make_update
 
 # Widths unlike each other and unlike any length, so that a shape tells what it is.
-POLICY = tiny.make_config(
+SHAPES = tiny.make_config(
     vision=dataclasses.replace(
         tiny.VISION, depth=3, hidden_size=56, intermediate_size=72, out_hidden_size=96
     ),
@@ -37,8 +38,9 @@ POLICY = tiny.make_config(
     mrope_section=(3, 4, 5),
     tie_word_embeddings=False,
 )
-QUESTIONS = ((6, 9), (4, 7))
-LAYERS = ("hand-over", "decode", "reference", "update")
+POLICY = Policy(FAMILIES["qwen2_5_vl"], SHAPES)
+QUESTIONS = {"coherence": (6, 9), "consistency": (4, 7)}
+LAYERS = ("weight_sync", "decode", "reference", "update")
 
 
 def make_config() -> ConfigDict:
@@ -58,7 +60,7 @@ def compile_tiny(mesh: Mesh, *only: str) -> dict[str, Report]:
     """Compiles the programs of a step, all unless some are named."""
     record = Recorder(mesh, lambda name: not only or name in only)
     with jax.set_mesh(mesh):
-        compile_step(record, make_config(), POLICY, QUESTIONS)
+        record.run(step_programs(mesh, make_config(), POLICY, QUESTIONS))
     return {report.name: report for report in record.reports}
 
 
@@ -72,12 +74,12 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
       what is no weight; "passes": how often each layer of the decoder is gathered, told by one of
       its weights.
     """
-    params = abstract_state(mesh, POLICY, make_update(make_config())[0]).params
-    leaves = jax.tree.leaves(params)
-    cut = jax.tree.leaves(meshes.param_shardings(params, mesh, gathered=True))
+    shapes = POLICY.param_shapes()
+    leaves = jax.tree.leaves(shapes)
+    cut = jax.tree.leaves(meshes.param_shardings(shapes, mesh, gathered=True))
     shapes = [x.shape for x in leaves]
     shapes += [s.shard_shape(x.shape) for x, s in zip(leaves, cut, strict=True)]
-    layers = {POLICY.num_layers, POLICY.vision.depth}
+    layers = {SHAPES.num_layers, SHAPES.vision.depth}
     scanned = [s for s in shapes if len(s) == 3 and s[0] in layers]
     others = [s for s in shapes if len(s) == 2 and s[0] not in layers]
     found = report.collectives
@@ -98,27 +100,27 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
             if c.kind == "all-gather" and "attn" in c.source and c not in weights
         ],
         "passes": sum(c.times for c in weights if "/layers/mlp/up_proj" in c.source)
-        / POLICY.num_layers,
+        / SHAPES.num_layers,
     }
 
 
 @contextlib.contextmanager
 def weights_as_trained() -> Iterator[None]:
     """Decoding reads weights that are cut over `fsdp`."""
-    with mock.patch.object(model, "gather", lambda x, path: x):
+    with mock.patch.object(params, "gather", lambda x, path: x):
         yield
 
 
 @contextlib.contextmanager
 def whole_stacks() -> Iterator[None]:
     """The tower's layers are gathered all at once."""
-    encode = model.encode_images
+    encode = Policy.encode_images
 
-    def faulty(config: Any, params: Any, *args: Any, **options: Any) -> jax.Array:
+    def faulty(self: Policy, params: Any, images: Any) -> jax.Array:
         whole = jax.lax.with_sharding_constraint(params["visual"], P())
-        return encode(config, {**params, "visual": whole}, *args, **options)
+        return encode(self, {**params, "visual": whole}, images)
 
-    with mock.patch.object(model, "encode_images", faulty):
+    with mock.patch.object(Policy, "encode_images", faulty):
         yield
 
 
@@ -129,7 +131,7 @@ def head_in_the_loop() -> Iterator[None]:
     def faulty(function: Callable, weight: jax.Array, path: str, *rows: jax.Array) -> Any:
         return function(weight, *rows, axis=None)
 
-    with mock.patch.object(model, "by_rows", faulty):
+    with mock.patch.object(policy, "by_rows", faulty):
         yield
 
 
@@ -137,8 +139,8 @@ def head_in_the_loop() -> Iterator[None]:
 def features_cut() -> Iterator[None]:
     """Activations are cut as the compiler likes."""
     with (
-        mock.patch.object(text, "keep_rows", lambda x: x),
-        mock.patch.object(vision, "keep_rows", lambda x: x),
+        mock.patch.object(decoder, "keep_rows", lambda x: x),
+        mock.patch.object(tower, "keep_rows", lambda x: x),
     ):
         yield
 
@@ -150,7 +152,7 @@ def parts_first() -> Iterator[None]:
     def faulty(qkv: jax.Array, heads: int) -> jax.Array:
         return jax.numpy.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, heads, -1), -3, 0)
 
-    with mock.patch.object(vision, "_split", faulty):
+    with mock.patch.object(tower, "_split", faulty):
         yield
 
 
@@ -159,17 +161,17 @@ def prompts_first() -> Iterator[None]:
     """The layers run over the prompts, and then anew over the responses."""
 
     def faulty(
-        config: Any, params: Any, prompt: Any, features: Any, *rest: Any, **options: Any
+        self: Policy, params: Any, prompt: Any, features: Any, *rest: Any, **options: Any
     ) -> jax.Array:
-        _, prefix = model.forward_prompt(config, params, prompt, features, images_by_prompt=True)
-        return model.forward_continuation(config, params, prefix, *rest)[0]
+        _, prefix = self.read_prompt(params, prompt, features)
+        return self.extend(params, prefix, *rest)[0]
 
-    with mock.patch.object(model, "forward_group", faulty):
+    with mock.patch.object(Policy, "extend_group", faulty):
         yield
 
 
 FAULTS = {
-    weights_as_trained: ((1, 8, 1), "hand-over", "decode"),
+    weights_as_trained: ((1, 8, 1), "weight_sync", "decode"),
     whole_stacks: ((1, 8, 1), "reference"),
     features_cut: ((1, 8, 1), "reference"),
     parts_first: ((2, 2, 2), "reference"),

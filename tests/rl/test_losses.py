@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from emor3_jax.rl import kl, losses
-from emor3_jax.rl.losses import Clip, Group, ImitationLoss, PolicyLoss, Sequence, Tokens
+from emor3_jax.rl.losses import Clip, GroupRatio, ImitationLoss, PolicyLoss, SequenceRatio, Tokens
 
 MASK = jnp.asarray([[[1, 1, 1, 0], [1, 0, 0, 0]]], bool)
 
@@ -159,7 +159,7 @@ def test_ratio_of_a_response_by_hand():
     """Tokens twice and half as likely, then one four times as likely alone."""
     moved = jnp.log(jnp.float32([[[2.0, 0.5, 4.0, 9.0], [4.0, 9.0, 9.0, 9.0]]]))
     old = jnp.where(MASK, jnp.log(0.25), 0.0)
-    found = log_ratio(old + moved, old, MASK, Sequence())
+    found = log_ratio(old + moved, old, MASK, SequenceRatio())
     np.testing.assert_allclose(jnp.exp(found), [[[4 ** (1 / 3)], [4.0]]], rtol=1e-5)
     assert log_ratio(old + moved, old, MASK, Clip()).shape == MASK.shape
     with pytest.raises(KeyError, match="batch"):
@@ -171,15 +171,15 @@ def test_ratio_to_the_group_by_hand():
     mask = jnp.asarray([[[1, 1], [1, 0]]], bool)
     old = jnp.log(jnp.float32([[[0.5, 0.125], [0.5, 7.0]]]))
     expected = (1 / 16 + 1 / 4) / (1 / 4 + 1 / 2)
-    found = log_ratio(old, old, mask, Group())
+    found = log_ratio(old, old, mask, GroupRatio())
     np.testing.assert_allclose(jnp.exp(found), [[[0.25 / expected], [0.5 / expected]]], rtol=1e-5)
     # Its gradient is the ratio, over the length.
-    slope = jax.grad(lambda x: jnp.exp(log_ratio(x, old, mask, Group()))[0, 0, 0])(old)
+    slope = jax.grad(lambda x: jnp.exp(log_ratio(x, old, mask, GroupRatio()))[0, 0, 0])(old)
     np.testing.assert_allclose(slope, [[[0.3, 0.3], [0, 0]]], rtol=1e-5)
     # A response that does not count is no part of the expectation, nor is an empty group.
-    alone = log_ratio(old, old, mask.at[0, 0].set(False), Group())
+    alone = log_ratio(old, old, mask.at[0, 0].set(False), GroupRatio())
     assert jnp.exp(alone[0, 1, 0]) == pytest.approx(1.0)
-    nothing = jax.grad(lambda x: log_ratio(x, old, mask & False, Group()).sum())(old)
+    nothing = jax.grad(lambda x: log_ratio(x, old, mask & False, GroupRatio()).sum())(old)
     np.testing.assert_array_equal(nothing, jnp.zeros_like(old))
 
 
@@ -187,7 +187,7 @@ def test_a_response_is_clipped_as_a_whole():
     """GSPO: the mean of log 1.5 and log 0.9 is over 1.1, so neither token has a gradient."""
     mask = jnp.asarray([[[1, 1]]], bool)
     moved = jnp.log(jnp.float32([[[1.5, 0.9]]]))
-    gspo = PolicyLoss(Sequence(clip_low=0.1, clip_high=0.1), kl="off", mean="seq")
+    gspo = PolicyLoss(SequenceRatio(clip_low=0.1, clip_high=0.1), kl="off", mean="seq")
 
     def loss(x, advantage):
         weights = gspo.weights(mask, jnp.ones((1, 1), bool))
@@ -282,7 +282,11 @@ def test_losses_are_static_arguments():
     assert len({type_(1.0, math.inf, 3.0) for type_ in losses.SURROGATES.values()}) == 3
     x = jnp.log(jnp.full((1, 1, 1), 1.5))
     loss = jax.jit(policy_loss, static_argnames="loss")
-    for surrogate, wanted in ((Clip(), -2.6), (Clip(clip_high=1.0), -3.0), (Sequence(), -2.0008)):
+    for surrogate, wanted in (
+        (Clip(), -2.6),
+        (Clip(clip_high=1.0), -3.0),
+        (SequenceRatio(), -2.0008),
+    ):
         given = {"loss": replace(NO_KL, surrogate=surrogate)}
         found, _ = loss(x, jnp.zeros_like(x), jnp.full((1, 1), 2.0), jnp.ones_like(x), **given)
         assert found == pytest.approx(wanted, rel=1e-5)
@@ -290,11 +294,11 @@ def test_losses_are_static_arguments():
 
 def test_conflicts_name_the_field_to_change():
     assert Clip().conflict("token") is Clip().conflict("constant") is None
-    assert Sequence().conflict("seq") is Group().conflict("seq") is None
-    for surrogate in (Sequence(), Group()):
+    assert SequenceRatio().conflict("seq") is GroupRatio().conflict("seq") is None
+    for surrogate in (SequenceRatio(), GroupRatio()):
         assert "policy_update.mean='token'" in surrogate.conflict("token")
-    assert "policy_update.clip_low=0.2" in Sequence(0.2, 0.1).conflict("seq")
-    assert "policy_update.clip_high=0.3" in Group(1.0, 0.3).conflict("seq")
+    assert "policy_update.clip_low=0.2" in SequenceRatio(0.2, 0.1).conflict("seq")
+    assert "policy_update.clip_high=0.3" in GroupRatio(1.0, 0.3).conflict("seq")
 
 
 def test_mismatch_to_the_old_policy_by_hand():

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from emor3_jax.models.attention import Own, Shared, attend, slots_last
 from emor3_jax.models.cache import KV, Cache
-from emor3_jax.models.layers import DEFAULT, Compute, Dense, Group, Mlp, RMSNorm, rematerialised
+from emor3_jax.models.layers import DEFAULT, Compute, Dense, GroupRow, Mlp, RMSNorm, rematerialised
 from emor3_jax.models.qwen2_5_vl import rope
 from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
 from emor3_jax.parallel.mesh import keep_rows
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     shapes: Qwen25VLShapes
     compute: Compute
-    group: Group | None = None
+    group: GroupRow | None = None
 
     @nn.compact
     def __call__(
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
 
 def _attend_group(
-    group: Group,
+    group: GroupRow,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -110,7 +110,7 @@ class DecoderLayer(nn.Module):
     shapes: Qwen25VLShapes
     compute: Compute
     keep_keys: bool
-    group: Group | None = None
+    group: GroupRow | None = None
 
     @nn.compact
     def __call__(
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
     compute: Compute = DEFAULT
     keep_keys: bool = False
     unrolled: bool = False
-    group: Group | None = None
+    group: GroupRow | None = None
 
     @nn.compact
     def __call__(

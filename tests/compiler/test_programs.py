@@ -1,0 +1,48 @@
+"""The programs that a run compiles are those that its objects foretell."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+BUILT_IN = {
+    # Weights and adapters of a run's start, one tensor at a time (models/weights.py).
+    "<lambda>",
+    "place",
+    "copy",
+    # Eager operations on keys and scalars.
+    "_threefry_fold_in",
+    "_threefry_seed",
+    "_threefry_split",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "dynamic_slice",
+    "gather",
+    "slice",
+    "squeeze",
+    "stage",
+    "unstack",
+}
+"""Programs that are no part of a step, or that hold no more than a key or a scalar."""
+
+
+@pytest.mark.parametrize("case", ["plain", "everything_else", "adapters"])
+def test_every_program_of_a_real_step_is_foretold(case: str, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("real_step.py")), str(tmp_path), case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    compiled, foretold = set(found["compiled"]), set(found["foretold"])
+    assert compiled - foretold <= BUILT_IN
+    # The step was one of those that shrink, admit and take out.
+    assert {"shrink", "admit", "take_out", "_resize", "decode_block", "update"} <= compiled
