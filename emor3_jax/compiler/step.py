@@ -29,7 +29,15 @@ from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora
 from emor3_jax.models.policy import Policy
-from emor3_jax.parallel.program import Program, Programs, along, as_params, by_prompts, whole
+from emor3_jax.parallel.program import (
+    Program,
+    Programs,
+    along,
+    as_params,
+    by_prompts,
+    single,
+    whole,
+)
 from emor3_jax.rewards.automaton import Automaton
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.reward import Reward
@@ -39,6 +47,7 @@ from emor3_jax.rl.advantages import ESTIMATORS, RewardTerms
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.likelihood import Candidates
 from emor3_jax.rollout.reflect import PromptedQuestion, Reflection
+from emor3_jax.rollout.resample import compare_groups
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.types import Batch, Prompt
 
@@ -83,6 +92,9 @@ def step_programs(
     }
     yield from along(maker.put_programs(batch), kept)
     experience = yield from along(rollout.programs(base, batch, key), kept)
+    if config.rollout.resample:
+        args = (experience.rewards,)
+        yield from along(single(Program("compare_groups", compare_groups, args)), kept)
     found = {"data": [experience.samples, experience.replies]}
     terms = RewardTerms(
         experience.rewards,

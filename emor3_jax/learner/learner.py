@@ -193,9 +193,9 @@ class Learner:
             clock.mark("old", old_logprobs)
         rewards = experience.rewards
         if ref_logprobs is not None and step.kl_penalty:
-            old = samples.logprobs if old_logprobs is None else old_logprobs
+            old = samples if old_logprobs is None else samples._replace(logprobs=old_logprobs)
             rewards, info["policy/kl"] = penalise(
-                rewards, old, ref_logprobs, samples.mask, self.kl_coef, name=step.kl_penalty
+                rewards, old, ref_logprobs, self.kl_coef, name=step.kl_penalty
             )
             ref_logprobs = None
         terms = RewardTerms(
@@ -279,9 +279,8 @@ class Learner:
         kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
         kl_coef = whole(mesh, kl_coef) if step.adapt_kl else spec.kl_coef
         if ref_logprobs is not None and step.kl_penalty:
-            old = samples.logprobs if old_logprobs is None else old_logprobs
-            mask = by_prompts(mesh, jax.ShapeDtypeStruct(samples.tokens.shape, bool))
-            args = rewards.rewards, old, ref_logprobs, mask, kl_coef
+            old = samples if old_logprobs is None else samples._replace(logprobs=old_logprobs)
+            args = rewards.rewards, old, ref_logprobs, kl_coef
             penalised, _ = yield Program(
                 "kl", penalise, args, {"name": step.kl_penalty}, layout=_penalised_layout
             )
@@ -404,9 +403,8 @@ def trim(samples: Samples, *, size: int) -> Samples:
 @partial(jax.jit, static_argnames="name")
 def penalise(
     rewards: jax.Array,
-    logprobs: jax.Array,
+    samples: Samples,
     ref_logprobs: jax.Array,
-    mask: jax.Array,
     kl_coef: jax.Array | float,
     *,
     name: str,
@@ -415,12 +413,12 @@ def penalise(
 
     Args:
       rewards: float32[B, G].
-      logprobs, ref_logprobs: float32[B, G, T], under the policy that sampled and the reference.
-      mask: bool[B, G, T], the response tokens.
+      samples: responses with their log-probabilities under the policy that sampled.
+      ref_logprobs: float32[B, G, T], under the reference.
       kl_coef: weight of the KL.
       name: of the estimate, see `rl.kl`.
     """
-    each, mean = penalty(name, logprobs, ref_logprobs, mask)
+    each, mean = penalty(name, samples.logprobs, ref_logprobs, samples.mask)
     return rewards - kl_coef * each, mean
 
 

@@ -57,6 +57,11 @@ def along(programs: Programs, alive: Mapping[str, Any], prefix: str = "") -> Pro
         sent = yield program._replace(name=prefix + program.name, alive=both)
 
 
+def single(program: Program) -> Programs:
+    """Yields one program; returns its results."""
+    return (yield program)
+
+
 def mesh_of(tree: Any) -> Mesh:
     """Returns the mesh of abstract arrays."""
     return jax.tree.leaves(tree)[0].sharding.mesh

@@ -14,6 +14,7 @@ Deviations, numbered:
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.data.batch import Prompts, pick_prompts
@@ -48,15 +49,16 @@ def resample(
       `resample/reward_all` (mean reward over all rollouts).
     """
     size, first = len(prompts.ids), experience
-    useless = np.array(all_equal(experience.rewards))
-    rounds, dropped, surplus, rewards = 1, 0, 0, [experience.rewards]
+    useless, mean = map(np.array, compare_groups(experience.rewards))
+    rounds, dropped, surplus, means = 1, 0, 0, [mean]
     while useless.any() and rounds <= tries:
         more = next(data)
         # Far from the keys that a rollout splits its own into.
         extra = rollout(put(more.batch), jax.random.fold_in(key, 2**32 - 1 - rounds))
         rounds += 1
-        rewards.append(extra.rewards)
-        useful, free = np.flatnonzero(~np.asarray(all_equal(extra.rewards))), useless.nonzero()[0]
+        equal, mean = map(np.array, compare_groups(extra.rewards))
+        means.append(mean)
+        useful, free = np.flatnonzero(~equal), useless.nonzero()[0]
         used = min(len(useful), len(free))
         dropped += size - len(useful) + used
         surplus += len(useful) - used
@@ -77,6 +79,12 @@ def resample(
             "resample/dropped": float(dropped),
             "resample/surplus": float(surplus),
             "resample/left": float(useless.sum()),
-            "resample/reward_all": float(np.mean([np.mean(x) for x in rewards])),
+            "resample/reward_all": float(np.mean(means)),
         },
     )
+
+
+@jax.jit
+def compare_groups(rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns bool[B], groups whose rewards are all equal, and the mean reward float32[]."""
+    return all_equal(rewards), jnp.mean(rewards)
