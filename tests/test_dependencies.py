@@ -38,6 +38,7 @@ RULES = {
     "rollout": {"rewards", "rl", "embedded", "io"},
     "data": {"rewards", "rl", "rollout", "io", "embedded"},
     "io": {"rewards", "rl", "rollout", "data", "embedded", "prepare"},
+    "flops": {"rewards", "rl", "rollout", "data", "embedded", "io", "prepare"},
 }
 
 EXCEPTIONS = {
