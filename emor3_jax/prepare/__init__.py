@@ -18,7 +18,7 @@ from emor3_jax.prepare.data import (
 )
 from emor3_jax.prepare.policy import (
     attention_backend,
-    find_policy,
+    ensure_policy,
     load_policy,
     make_lora,
     read_policy,
@@ -40,8 +40,8 @@ __all__ = [
     "Data",
     "attention_backend",
     "data_sets",
+    "ensure_policy",
     "evaluation_plan",
-    "find_policy",
     "load_policy",
     "load_templates",
     "make_evaluation_rollout",
