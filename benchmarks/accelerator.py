@@ -12,7 +12,7 @@ and pictures made on the device:
   places of the ring, since a mask says which count; a prompt's keys still once for its G responses,
   by one product (what the compiler makes of it is seen among the kernels).
 * prefill, reference (log-probabilities) and update (loss, gradient and AdamW of float32 master
-  weights, micro-batches accumulated): the FLOPs that the model needs (`emor3_jax.account`), and
+  weights, micro-batches accumulated): the FLOPs that the model needs (`emor3_jax.flops`), and
   with those that rematerialisation repeats, beside the measured product.
 
 Then each runs once under the profiler, for its longest kernels. One table, row by row, so that a
@@ -40,8 +40,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax import episode, learner, models
-from emor3_jax.account import Cost, Shapes, count, peak_flops
-from emor3_jax.account.cost import read
+from emor3_jax.flops import Cost, StepShapes, peak_flops, phase_costs
+from emor3_jax.flops.cost import decoder_flops
 from emor3_jax.models.cache import KV
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
@@ -223,7 +223,7 @@ def decode(config: Config, sizes: Sizes, unroll: bool) -> Job:
         engine._decode,
         (slots, jax.random.key(0), np.int32(0), given, np.zeros(config.vocab_size, bool)),
         {"config": config, "rule": rule, "block": sizes.block, "dtype": DTYPE},
-        read(config, 1, before=p + cached, logits=1).times(b * g * sizes.block),
+        decoder_flops(config, 1, before=p + cached, logits=1).times(b * g * sizes.block),
         again,
         sizes.block,
         {"least": fixed + b * g * cached * token, "asked for": fixed + b * g * places * token},
@@ -240,8 +240,8 @@ def make_job(name: str, config: Config, sizes: Sizes, unroll: bool, remat: str) 
     batch, samples = make_batch(config, sizes, b), make_samples(config, (b, g, t), t)
     patches = batch.images.mask.sum() // b
     shared = _START + patches // config.vision.merge_unit
-    shapes = Shapes(b, g, sizes.prompt + 1, t, patches, shared)
-    costs = count(config, shapes, remat=remat == "layers")
+    shapes = StepShapes(b, g, sizes.prompt + 1, t, patches, shared)
+    costs = phase_costs(config, shapes, remat=remat == "layers")
     if name == "prefill":
         cost, static = costs["vision"] + costs["prefill"], {"config": config, "dtype": DTYPE}
         return Job(episode._prefill, (cast, batch), static, cost)

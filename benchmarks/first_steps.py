@@ -4,7 +4,7 @@
         RUN/predictions/fer2013.jsonl …
 
 reads what `emor3_jax.evaluate` and `emor3_jax.train` leave, for policies that learned from
-`emor3_jax.embedded.faces`. With `--shared`, it leaves out the rows whose pictures
+`emor3_jax.embedded.faces.tasks`. With `--shared`, it leaves out the rows whose pictures
 `emor3_jax.inspect` found in another set too, as it does with FER-2013's parts. With
 `--against`, it counts the rows that are right in one file alone.
 """
@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emor3_jax.embedded import faces
-from emor3_jax.io.evaluation import wilson
+from emor3_jax.embedded.faces import tasks
+from emor3_jax.evaluation.metrics import wilson
 
 
 class FirstSteps(NamedTuple):
@@ -53,7 +53,7 @@ def first_steps(path: Path, left_out: Set[str] = frozenset()) -> FirstSteps:
         if row["id"] in left_out:
             continue
         for each in row["responses"]:
-            said = faces.described(each["response"].split("</step1>")[0])
+            said = tasks.described(each["response"].split("</step1>")[0])
             answer, label = each["answer"], row["label"]
             found.append((answer == label, said == label, said is not None and said == answer))
     if not found:

@@ -25,8 +25,8 @@ from emor3_jax.data.generic import open_json_lines
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.pipeline import TrainBatches, train_batches
 from emor3_jax.data.prompts import PromptTemplates
-from emor3_jax.embedded import tasks
 from emor3_jax.embedded.base_policy import model_config
+from emor3_jax.embedded.emoscenes import tasks
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl import model

@@ -1,6 +1,6 @@
 """EMO-R3 and its rivals on real faces: parquet files in the release's schema, a small policy.
 
-First a base policy, which learns to look at faces before anything else; then training from it, by
+First a base policy, which starts with vision pretraining on faces; then training from it, by
 EMO-R3, or by GRPO (`:grpo`) or SFT on labels (`:sft`) as in `configs/table.py`:
 
 python -m emor3_jax.embedded.base_policy --config=configs/fer2013.py:base --workdir=runs/fer_base \\
@@ -40,7 +40,7 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
         config.look.erase = 0.2
         config.steps = 900
         config.learning_rate = 1.5e-3
-        # What it sees is not to be forgotten over what it says.
+        # Training on QA examples must not undo vision pretraining.
         config.rates.tower = 0.1
         return config
     if row not in table.ROWS:

@@ -20,18 +20,19 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from emor3_jax import account, prepare
-from emor3_jax.account.__main__ import Texts, find_policy, make_shapes
+from emor3_jax import prepare
 from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.search import search
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.compiler.verdict import executed_flops, table, verdict
 from emor3_jax.config import uses_reference
+from emor3_jax.flops import Cost, phase_costs
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import check_batch, check_policy, make_mesh
 from emor3_jax.parallel.topology import Topology
 from emor3_jax.prepare.checks import validate
+from emor3_jax.prepare.shapes import TemplateTokens, make_step_shapes, read_policy_shapes
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli
 
@@ -53,7 +54,7 @@ class Compiled:
     config: ConfigDict
     policy: Policy
     parts: int
-    costs: dict[str, account.Cost]
+    costs: dict[str, Cost]
     reports: list[Report]
 
     @property
@@ -117,7 +118,7 @@ def compile_config(
     """
     slices = topology.parse(name)
     validate(config)
-    policy, texts = find_policy(config)
+    policy, texts = read_policy_shapes(config)
     policy = policy.with_compute(attention=prepare.attention_backend(config, "tpu"))
     devices = slices.devices()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
@@ -137,17 +138,17 @@ def compile_config(
     return Compiled(slices, config, policy, parts, costs_of(config, policy, texts), record.reports)
 
 
-def questions(texts: Texts) -> dict[str, tuple[int, int]]:
+def questions(texts: TemplateTokens) -> dict[str, tuple[int, int]]:
     """Returns name of a question → tokens around the judged text."""
     return {name: getattr(texts, name) for name in QUESTIONS}
 
 
-def costs_of(config: ConfigDict, policy: Policy, texts: Texts) -> dict[str, account.Cost]:
+def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[str, Cost]:
     """Returns what the longest step of a config costs, by phase."""
     update = config.policy_update
-    return account.count(
+    return phase_costs(
         policy.shapes,
-        make_shapes(config, policy.shapes, texts, None, None),
+        make_step_shapes(config, policy.shapes, texts),
         reference=uses_reference(config),
         old=update.old_logprobs == "recompute",
         remat=update.remat == "layers",

@@ -314,7 +314,7 @@ def base_policy() -> ConfigDict:
     config.data.limit = 8000
     # Side of an image in pixels, best a multiple of a token's, which is twice `model.patch`.
     config.data.size = 112
-    # How strongly pictures are turned, moved and relit; 0 leaves them as they are.
+    # Strength of the random turn, shift, scale and light of images; 0 leaves them unchanged.
     config.data.warp = 0.0
 
     config.model = ConfigDict()
@@ -330,16 +330,17 @@ def base_policy() -> ConfigDict:
     config.model.heads = 6
     config.model.kv_heads = 2
 
-    # Before the lessons, naming the emotion of a picture from the picture alone; 0 steps for none.
+    # Vision pretraining, before the QA examples: predict the emotion from the image alone; 0 steps
+    # for none.
     config.look = ConfigDict()
     config.look.steps = 0
     config.look.batch = 256
     config.look.learning_rate = 5e-3
     config.look.warmup_steps = 80
     config.look.weight_decay = 0.03
-    # Pictures are mixed in pairs by shares of Beta(mix, mix); 0 mixes none.
+    # Images are mixed in pairs by shares of Beta(mix, mix); 0 disables mixup.
     config.look.mix = 0.0
-    # Chance of a picture to have a rectangle of it hidden.
+    # Probability that an image has a random rectangle erased.
     config.look.erase = 0.0
 
     config.steps = 380
@@ -347,7 +348,7 @@ def base_policy() -> ConfigDict:
     config.learning_rate = 2e-3
     config.warmup_steps = 30
     config.weight_decay = 0.02
-    # Factor of the learning rate of the vision tower in the lessons, once it has learned to look.
+    # Factor on the learning rate of the vision tower while training on QA examples.
     config.rates = ConfigDict()
     config.rates.tower = 1.0
     # Folder of compiled programs; "" keeps none.

@@ -41,7 +41,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     if step is None:
         rule = f"there is no checkpoint yet under {workdir / 'checkpoints'}; train first"
         raise ConfigError("checkpoint.every", config.checkpoint.every, rule)
-    base = prepare.find_policy(config, say)
+    base = prepare.ensure_policy(config, say)
     policy = read_config(base)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_policy(mesh, policy.shapes)

@@ -17,8 +17,8 @@ from configs import cpu_demo
 from emor3_jax import evaluate, inspect
 from emor3_jax.config import dataset
 from emor3_jax.data.labels import LABEL_SETS
-from emor3_jax.embedded import tasks
 from emor3_jax.embedded.base_policy import model_config
+from emor3_jax.embedded.emoscenes import tasks
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl import model

@@ -6,7 +6,7 @@ import pytest
 from tiny import make_config
 
 from emor3_jax.data.prompts import PromptTemplates
-from emor3_jax.embedded import tasks
+from emor3_jax.embedded.emoscenes import tasks
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.episode import Actor
 from emor3_jax.types import Batch, ReplyProbs, Samples

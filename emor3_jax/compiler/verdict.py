@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from emor3_jax.account import Cost
 from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import KINDS, Report
+from emor3_jax.flops import Cost
 from emor3_jax.models.family import Shapes
 
 _PHASES = {
@@ -18,7 +18,7 @@ _PHASES = {
     "old": ("old",),
     "update": ("update",),
 }
-"""Program → the phases of the account whose arithmetic it does."""
+"""Program → the phases of `flops.PHASES` that it executes."""
 
 LEARNING = ("reference", "old", "update")
 """Programs whose temporaries grow with the micro-batch; those of the rollout, with the slots."""

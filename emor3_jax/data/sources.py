@@ -266,60 +266,6 @@ class ParquetSource:
         return read_texts(row_id, row["problem"], row["answer"], shares, said)
 
 
-class EmoScenesSource:
-    """One split of EmoScenes, asking the same question of every picture."""
-
-    def __init__(
-        self, split: str, data_dir: str | Path, question: str, responses: bool = False
-    ) -> None:
-        """Opens a split that `emor3_jax.embedded.emoscenes.builder.prepare` has drawn.
-
-        Args:
-          split: train, validation, test, pretrain, shifted_pretrain or shifted_test.
-          data_dir: where it was drawn.
-          question: what is asked of each picture.
-          responses: also write what there is to learn of each scene.
-
-        Raises:
-          DataError: if there is no such data set or split.
-        """
-        from emor3_jax.embedded.emoscenes import builder
-
-        self.name = f"emoscenes/{split}"
-        self._question, self._responses = question, responses
-        try:
-            self._records = builder.load(split, data_dir)
-        except (FileNotFoundError, ValueError) as error:
-            raise DataError(f"split={split!r} in {data_dir}: {error}") from error
-        self._index: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Row:
-        record = self._records[index]
-        return Row([record["image"]], self._texts(record))
-
-    def texts(self) -> Iterator[Texts]:
-        """Yields the texts of all rows, in order."""
-        for index in range(len(self)):
-            yield self._texts(self._records[index])
-
-    def find(self, row_id: str) -> int:
-        """Returns the index of the row with this id; raises KeyError if there is none."""
-        if not self._index:
-            self._index = {texts.id: index for index, texts in enumerate(self.texts())}
-        return self._index[row_id]
-
-    def _texts(self, record: dict) -> Texts:
-        row_id, said = record["image_id"].decode(), ()
-        if self._responses:
-            from emor3_jax.embedded.emoscenes.responses import right_responses
-
-            said = right_responses(record["scene"].decode(), row_id)
-        return Texts(self._question, record["label"].decode(), row_id, responses=said)
-
-
 def _expand(path: str) -> list[Path]:
     files: list[Path] = []
     for part in path.split(","):

@@ -1,12 +1,13 @@
-"""The loss and the arrays that the tiny base policy is trained with.
+"""The loss, the arrays and the loop that train the tiny base policy.
 
-Everything asked about one image is a group: one vision pass and one pass over the shared prefix
+All questions about one image are a group: one vision pass and one pass over the shared prefix
 (system turn and image), then each question with its reply continues from there. Questions
 without an image continue from the constant text prefix, once for the batch.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +16,23 @@ import optax
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
-from emor3_jax.embedded.tasks import Task
+from emor3_jax.embedded.tasks import QAExample
+from emor3_jax.io.console import Console, duration
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.config import Config
 from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
 from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
+from emor3_jax.rl.update import TrainState
 
-NAME_WEIGHT = 12.0
-"""Weight of a picture's name, one token beside some hundred of its lessons."""
+LABEL_WEIGHT = 12.0
+"""Loss weight of an image's label, one token beside some hundred reply tokens."""
 
 
-class Lesson(NamedTuple):
-    """Questions and replies of one kind, `G` to each image.
+class QATokens(NamedTuple):
+    """Tokenised QA examples of one kind, `G` to each image.
 
     Attributes:
-      tokens: int32[B, G, S], question and reply as they follow the prefix, right padded.
+      tokens: int32[B, G, S], question and reply as they follow the prefix, right-padded.
       lengths: int32[B, G].
       starts: int32[B, G], index of the reply's first token, over 0.
       weights: float32[B, G], loss weight of each of the reply's tokens.
@@ -42,18 +45,18 @@ class Lesson(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Padded size of a lesson: S tokens, of which the reply takes at most R."""
+    """Padded size of examples of one kind: S tokens, of which the reply takes at most R."""
 
     tokens: int
     reply: int
 
 
-class Frame(NamedTuple):
-    """What is the same for every image of one size: the prefixes, and the position after them.
+class Prefixes(NamedTuple):
+    """The constant prefixes for all images of one size.
 
     Attributes:
       prompt: the shared prefix with an image, B = 1; `image_slots` of the first image.
-      position: the rope position that follows it.
+      position: the RoPE position that follows it.
       text: the shared prefix without an image, B = 1; its length is the position after it.
     """
 
@@ -62,12 +65,12 @@ class Frame(NamedTuple):
     text: Prompt
 
 
-def make_frame(
+def make_prefixes(
     tokenizer: PreTrainedTokenizerBase,
     grid: tuple[int, int, int],
     slots: np.ndarray,
     config: Config,
-) -> Frame:
+) -> Prefixes:
     """Returns the constant prefixes for images of one grid.
 
     Args:
@@ -80,7 +83,7 @@ def make_frame(
     tokens = tokens[: shared_length(tokenizer, tokens)]
     prompt, position = make_prompt(tokens, grid, slots, config)
     text = np.asarray(reflection_parts(tokenizer, "{text}", (), with_image=False)[0], np.int32)
-    return Frame(
+    return Prefixes(
         prompt,
         position,
         Prompt(
@@ -95,11 +98,11 @@ def make_frame(
 def make_prompt(
     tokens: Sequence[int], grid: tuple[int, int, int], slots: np.ndarray, config: Config
 ) -> tuple[Prompt, int]:
-    """Returns tokens with one image as a prompt, B = 1, and the rope position that follows.
+    """Returns tokens with one image as a prompt, B = 1, and the RoPE position that follows.
 
     Args:
       tokens: with one image token for each of `slots`.
-      grid, slots, config: as of `make_frame`.
+      grid, slots, config: as of `make_prefixes`.
     """
     tokens = np.asarray(tokens, np.int32)
     positions, position = prompt_positions(tokens, [grid], config)
@@ -110,40 +113,43 @@ def make_prompt(
     return prompt, position
 
 
-def make_lesson(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], size: Size) -> Lesson:
-    """Tokenises tasks about one image: what follows the prefix of `Frame`.
+def tokenize_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[QAExample], size: Size
+) -> QATokens:
+    """Tokenises examples about one image, without the prefix of `Prefixes`.
 
     Args:
       tokenizer: of the policy.
-      tasks: G of them, all with or all without an image.
-      size: what a question and its reply must fit.
+      examples: G of them, all with or all without an image.
+      size: the padded size.
 
     Returns:
-      The lesson without the B axis.
+      The tokens without the B axis.
 
     Raises:
-      ValueError: if a task does not fit.
+      ValueError: if an example does not fit `size`.
     """
     tail = reflection_parts(tokenizer, "{text}", (), with_image=False)[1]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokens = np.zeros((len(tasks), size.tokens), np.int32)
-    lengths, starts = np.zeros(len(tasks), np.int32), np.zeros(len(tasks), np.int32)
-    for g, task in enumerate(tasks):
-        question, reply = tokenizer([task.question, task.reply], add_special_tokens=False).input_ids
+    tokens = np.zeros((len(examples), size.tokens), np.int32)
+    lengths, starts = np.zeros(len(examples), np.int32), np.zeros(len(examples), np.int32)
+    for g, example in enumerate(examples):
+        texts = [example.question, example.reply]
+        question, reply = tokenizer(texts, add_special_tokens=False).input_ids
         question, reply = [*question, *tail], [*reply, end]
         n = len(question) + len(reply)
         if n > size.tokens or len(reply) > size.reply:
             raise ValueError(
-                f"a task of kind {task.kind!r} takes {n} tokens, {len(reply)} for the reply, over "
-                f"{tuple(size)} of its lesson: {task.question!r} {task.reply!r}"
+                f"an example of kind {example.kind!r} takes {n} tokens, {len(reply)} for the "
+                f"reply, over its size {tuple(size)}: {example.question!r} {example.reply!r}"
             )
         tokens[g, :n] = question + reply
         lengths[g], starts[g] = n, len(question)
-    weights = np.asarray([task.weight for task in tasks], np.float32)
-    return Lesson(tokens, lengths, starts, weights)
+    weights = np.asarray([example.weight for example in examples], np.float32)
+    return QATokens(tokens, lengths, starts, weights)
 
 
-def see(
+def forward_images(
     config: Config,
     params: dict,
     prompt: Prompt,
@@ -151,7 +157,7 @@ def see(
     *,
     dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, KV]:
-    """Runs tower and decoder over the same prompt with each of the images.
+    """Runs vision tower and decoder over the same prompt with each of the images.
 
     Args:
       config, params: the policy.
@@ -174,62 +180,92 @@ def see(
 def loss(
     config: Config,
     params: dict,
-    frame: Frame,
+    prefixes: Prefixes,
     images: Images,
-    about_images: Sequence[tuple[Lesson, Size]],
-    about_text: tuple[Lesson, Size],
-    names: jax.Array | None = None,
+    about_images: Sequence[tuple[QATokens, Size]],
+    about_text: tuple[QATokens, Size],
+    labels: jax.Array | None = None,
     *,
     dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the mean negative log-likelihood of the replies, and how often each is right.
+    """Returns the mean negative log-likelihood of the replies, and the share of correct ones.
 
     Args:
       config, params: the policy.
-      frame: the constant prefixes.
+      prefixes: the constant prefixes.
       images: one image a row.
-      about_images: lessons that continue from the image, with their sizes.
-      about_text: the lesson that continues from the text prefix, with its size.
-      names: int32[B], a token that the end of each image predicts too, so that a policy which has
-        learned to look (`embedded.look`) does not forget it; None for none.
+      about_images: examples that continue from the image, with their sizes.
+      about_text: examples that continue from the text prefix, with their size.
+      labels: int32[B], a token to predict at the end of each image too, so that the policy does
+        not forget its vision pretraining (`embedded.faces.vision_pretraining`); None for none.
       dtype: compute type of the layers.
 
     Returns:
-      The loss float32[], and `exact`: for each lesson float32[G], the share of replies whose every
-      token is the likeliest one.
+      The loss float32[], and `exact`: for each kind of example float32[G], the share of replies of
+      which every token is the likeliest one.
     """
-    hidden, seen = see(config, params, frame.prompt, images, dtype=dtype)
-    _, told = model.forward_prompt(config, params, frame.text, None, dtype=dtype)
-    flat = Lesson(*(x.reshape(1, -1, *x.shape[2:]) for x in about_text[0]))
-    parts = [(seen, frame.position, *lesson) for lesson in about_images]
-    parts.append((told, frame.text.tokens.shape[1], flat, about_text[1]))
+    hidden, image_kv = forward_images(config, params, prefixes.prompt, images, dtype=dtype)
+    _, text_kv = model.forward_prompt(config, params, prefixes.text, None, dtype=dtype)
+    flat = QATokens(*(x.reshape(1, -1, *x.shape[2:]) for x in about_text[0]))
+    groups = [(image_kv, prefixes.position, *each) for each in about_images]
+    groups.append((text_kv, prefixes.text.tokens.shape[1], flat, about_text[1]))
     total, weight, exact = 0.0, 0.0, []
-    if names is not None:
-        scores = model.logits(config, params, hidden[:, -1])
-        wrong = optax.softmax_cross_entropy_with_integer_labels(scores, names)
-        total, weight = NAME_WEIGHT * jnp.sum(wrong), NAME_WEIGHT * len(names)
-    for prefix, position, lesson, size in parts:
-        b, g, s = lesson.tokens.shape
+    if labels is not None:
+        logits = model.logits(config, params, hidden[:, -1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        total, weight = LABEL_WEIGHT * jnp.sum(losses), LABEL_WEIGHT * len(labels)
+    for prefix, position, examples, size in groups:
+        b, g, s = examples.tokens.shape
         hidden, _ = model.forward_continuation(
             config,
             params,
             prefix,
-            lesson.tokens[..., :-1],
+            examples.tokens[..., :-1],
             jnp.broadcast_to(position + jnp.arange(s - 1), (b, g, s - 1)),
-            jnp.arange(s - 1) < lesson.lengths[..., None],
+            jnp.arange(s - 1) < examples.lengths[..., None],
             dtype=dtype,
         )
-        # Only replies are predicted, so only they are worth logits.
-        place = lesson.starts[..., None] + jnp.arange(size.reply)
-        weights = jnp.where(place < lesson.lengths[..., None], lesson.weights[..., None], 0.0)
-        place = jnp.minimum(place, s - 1)
-        wanted = jnp.take_along_axis(lesson.tokens, place, axis=-1)
-        hidden = jnp.take_along_axis(hidden, place[..., None] - 1, axis=2)
-        scores = model.logits(config, params, hidden)
-        logprobs = jnp.take_along_axis(jax.nn.log_softmax(scores), wanted[..., None], axis=-1)
+        # Only replies are predicted, so only they need logits.
+        index = examples.starts[..., None] + jnp.arange(size.reply)
+        weights = jnp.where(index < examples.lengths[..., None], examples.weights[..., None], 0.0)
+        index = jnp.minimum(index, s - 1)
+        targets = jnp.take_along_axis(examples.tokens, index, axis=-1)
+        hidden = jnp.take_along_axis(hidden, index[..., None] - 1, axis=2)
+        logits = model.logits(config, params, hidden)
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
         total -= jnp.sum(weights * logprobs[..., 0])
         weight += jnp.sum(weights)
-        right = (jnp.argmax(scores, axis=-1) == wanted) | (weights == 0)
-        exact.append(jnp.mean(jnp.all(right, axis=-1), axis=0))
+        correct = (jnp.argmax(logits, axis=-1) == targets) | (weights == 0)
+        exact.append(jnp.mean(jnp.all(correct, axis=-1), axis=0))
     exact[-1] = jnp.mean(exact[-1], keepdims=True)
     return total / weight, {"exact": exact}
+
+
+def fit(
+    stage: str,
+    steps: int,
+    step: Callable[[TrainState], tuple[TrainState, dict[str, Any]]],
+    state: TrainState,
+    say: Console,
+) -> TrainState:
+    """Takes all steps of a stage, and prints the loss of every twentieth.
+
+    Args:
+      stage: its name, for the console.
+      steps: number of steps, at least 1.
+      step: takes one; its metrics hold `loss`.
+      state: the initial one.
+      say: the console.
+    """
+    say(f"{stage}: compiling the training step")
+    state, metrics = step(state)
+    say(f"{stage}: step 1/{steps}  loss {float(metrics['loss']):.3f}")
+    started = time.perf_counter()
+    for count in range(2, steps + 1):
+        state, metrics = step(state)
+        if count % 20 == 0 or count == steps:
+            loss = float(metrics["loss"])
+            pace = (time.perf_counter() - started) / (count - 1)
+            left = duration(pace * (steps - count))
+            say(f"{stage}: step {count}/{steps}  loss {loss:.3f}  {pace:.2f} s/step  left {left}")
+    return state

@@ -19,7 +19,7 @@ from emor3_jax.prepare.data import (
 )
 from emor3_jax.prepare.policy import (
     attention_backend,
-    find_policy,
+    ensure_policy,
     load_policy,
     make_lora,
     read_policy,
@@ -42,8 +42,8 @@ __all__ = [
     "attention_backend",
     "cast_patches",
     "data_sets",
+    "ensure_policy",
     "evaluation_plan",
-    "find_policy",
     "load_policy",
     "load_templates",
     "make_evaluation_rollout",

@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from emor3_jax import account
 from emor3_jax.config import uses_reference
+from emor3_jax.flops import QuestionTokens, mean_shapes, step_flops
 from emor3_jax.learner.learner import Learner, StepSpec, UpdateSpec
 from emor3_jax.learner.logprobs import LogprobSpec
 from emor3_jax.learner.reference import FeatureCache, Reference
@@ -183,12 +183,12 @@ def _group(path: tuple) -> str:
 def make_meter(config: ConfigDict, rollout: Rollout) -> Callable[[Observed], float]:
     """Returns a function from the arrays of a step to the FLOPs that the model needs for it."""
 
-    def questions(replies: object) -> Iterator[account.Question]:
+    def questions(replies: object) -> Iterator[QuestionTokens]:
         for prompted in rollout.reflection.questions:
             name, candidates = prompted.question.name, prompted.candidates
             soft = isinstance(replies, ReplyProbs)
             lengths = candidates.lengths if soft else replies.samples[name].lengths
-            yield account.Question(
+            yield QuestionTokens(
                 len(prompted.head),
                 float(np.mean(replies.lengths[name])),
                 len(prompted.tail),
@@ -200,13 +200,13 @@ def make_meter(config: ConfigDict, rollout: Rollout) -> Callable[[Observed], flo
         # On the host: else a mean would wait behind the running update.
         replies = jax.device_get(observed.experience.replies)
         asked = () if replies is None else questions(replies)
-        shapes = account.shapes_of(observed.batch, observed.lengths, *asked)
+        shapes = mean_shapes(observed.batch, observed.lengths, *asked)
         # Hosts hold as many rows each, so the mean over all rows is that of their means.
         names = "prompt_tokens", "patches", "shared_tokens"
         means = hosts.exchange([getattr(shapes, name) for name in names])
         shapes = shapes._replace(**dict(zip(names, np.mean(means, axis=0), strict=True)))
         recompute = config.policy_update.old_logprobs == "recompute"
-        return account.step_flops(
+        return step_flops(
             rollout.policy.shapes,
             shapes,
             reference=uses_reference(config),

@@ -24,10 +24,10 @@ def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> L
 
     Raises:
       ConfigError: if the image sizes contradict each other, or the attention has no kernel here.
-      FileNotFoundError, WeightsError: as `find_policy` and `emor3_jax.models.load`.
+      FileNotFoundError, WeightsError: as `ensure_policy` and `emor3_jax.models.load`.
       MeshError: if the mesh cannot cut the policy.
     """
-    folder = find_policy(config, say)
+    folder = ensure_policy(config, say)
     check_policy(mesh, read_config(folder).shapes)
     loaded = load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
     policy = with_attention(loaded.policy, config, mesh.devices.flat[0].platform)
@@ -39,9 +39,9 @@ def read_policy(config: ConfigDict, say: Callable[[str], None]) -> LoadedPolicy:
 
     Raises:
       ConfigError: if the image sizes contradict each other.
-      FileNotFoundError: as `find_policy`.
+      FileNotFoundError: as `ensure_policy`.
     """
-    folder = find_policy(config, say)
+    folder = ensure_policy(config, say)
     policy = read_config(folder)
     return LoadedPolicy(policy, {}, _sized(config, read_processor(folder, policy)))
 
@@ -84,7 +84,7 @@ def attention_backend(config: ConfigDict, platform: str) -> str:
     return chosen
 
 
-def find_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
+def ensure_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
     """Returns the policy's folder; trains the embedded base policy if that is asked for and absent.
 
     Args:

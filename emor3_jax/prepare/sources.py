@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from emor3_jax.config import ConfigError
 from emor3_jax.data import generic
 from emor3_jax.data.datasets.catalog import BUILDERS, open_dataset
-from emor3_jax.data.sources import EmoScenesSource, ParquetSource, Source
+from emor3_jax.data.sources import ParquetSource, Source
 from emor3_jax.embedded.emoscenes import builder, words
+from emor3_jax.embedded.emoscenes.source import EmoScenesSource
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def load_evaluated(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -
     say(f"loading the policy of step {step} of {folder}")
     base = prepare.read_policy(config, say)
     params = read_checkpoint_params(
-        config, prepare.find_policy(config, say), checkpoints, step, mesh
+        config, prepare.ensure_policy(config, say), checkpoints, step, mesh
     )
     checkpoints.close()
     policy = prepare.with_attention(base.policy, config, mesh.devices.flat[0].platform)

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from emor3_jax import account as flops_model
+from emor3_jax import flops
 from emor3_jax import prepare
 from emor3_jax.data.batch import Prompts
 from emor3_jax.evaluation.evaluation import evaluate
@@ -272,7 +272,7 @@ class Run:
             device = self.mesh.devices.flat[0].device_kind
             needed = self._meter(done.observed)
             seconds = values["time/step_s"]
-            values |= flops_model.throughput(needed, seconds, device, self.mesh.devices.size)
+            values |= flops.throughput(needed, seconds, device, self.mesh.devices.size)
         values["compile/count"] = float(self._compiles.count)
         self._writer.write(done.step, values)
         if done.step % config.log.every == 0 or done.step == config.steps:

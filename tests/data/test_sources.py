@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.sources import EmoScenesSource, ParquetSource, sizes_of
-from emor3_jax.embedded.emoscenes import builder
+from emor3_jax.data.sources import ParquetSource, sizes_of
 
 
 @pytest.fixture
@@ -108,19 +107,6 @@ def test_images_of_another_type_are_refused(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"column 'images' is binary, not a list"):
         ParquetSource(tmp_path / "a.parquet")
-
-
-def test_emoscenes(tmp_path):
-    builder.prepare(tmp_path, 112, {"train": 5, "test": 2})
-    source = EmoScenesSource("train", tmp_path, "which ?")
-    assert len(source) == 5
-    for index, texts in enumerate(source.texts()):
-        row = source[index]
-        assert row.texts == texts and source.find(texts.id) == index
-        assert texts.question == "which ?"
-        assert Image.open(io.BytesIO(row.images[0])).size == (112, 112)
-    with pytest.raises(DataError, match="split='validation'"):
-        EmoScenesSource("validation", tmp_path, "which ?")
 
 
 def test_shares_are_read_with_the_row_and_with_the_texts_alone(tmp_path, make):

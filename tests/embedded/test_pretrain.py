@@ -1,4 +1,4 @@
-"""The loss of the base policy's lessons: what counts in it, and how much."""
+"""The loss of QA examples: its terms and their weights."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from emor3_jax.embedded import pretrain
-from emor3_jax.embedded.pretrain import Frame, Lesson, Size
+from emor3_jax.embedded.pretrain import Prefixes, QATokens, Size
 from emor3_jax.models.qwen2_5_vl import layout, model
 from emor3_jax.types import Images, Prompt
 
@@ -24,10 +24,10 @@ def _images(count: int) -> tuple[Images, np.ndarray]:
     return layout.pad_images(rows, 1), rows[0].slot_of_token
 
 
-def _lesson(rows: int, count: int, seed: int, weight: float) -> Lesson:
+def _examples(rows: int, count: int, seed: int, weight: float) -> QATokens:
     rng = np.random.default_rng(seed)
     shape = (rows, count)
-    return Lesson(
+    return QATokens(
         rng.integers(1, 60, (*shape, SIZE.tokens)).astype(np.int32),
         np.full(shape, 5, np.int32),
         np.full(shape, 3, np.int32),
@@ -35,7 +35,7 @@ def _lesson(rows: int, count: int, seed: int, weight: float) -> Lesson:
     )
 
 
-def _loss(names: np.ndarray | None) -> tuple[float, list, jax.Array]:
+def _loss(labels: np.ndarray | None) -> tuple[float, list, jax.Array]:
     images, slots = _images(2)
     prompt, position = pretrain.make_prompt([5, 9, 70, 10], (1, 2, 2), slots, CONFIG)
     text = Prompt(
@@ -44,11 +44,13 @@ def _loss(names: np.ndarray | None) -> tuple[float, list, jax.Array]:
         np.ones((1, 2), bool),
         np.full((1, 2), -1, np.int32),
     )
-    frame = Frame(prompt, position, text)
-    about_images = ((_lesson(2, 1, 1, 1.0), SIZE), (_lesson(2, 3, 2, 2.0), SIZE))
-    about_text = (_lesson(2, 1, 3, 4.0), SIZE)
-    value, metrics = pretrain.loss(CONFIG, PARAMS, frame, images, about_images, about_text, names)
-    hidden, _ = pretrain.see(CONFIG, PARAMS, prompt, images)
+    prefixes = Prefixes(prompt, position, text)
+    about_images = ((_examples(2, 1, 1, 1.0), SIZE), (_examples(2, 3, 2, 2.0), SIZE))
+    about_text = (_examples(2, 1, 3, 4.0), SIZE)
+    value, metrics = pretrain.loss(
+        CONFIG, PARAMS, prefixes, images, about_images, about_text, labels
+    )
+    hidden, _ = pretrain.forward_images(CONFIG, PARAMS, prompt, images)
     return float(value), metrics["exact"], model.logits(CONFIG, PARAMS, hidden[:, -1])
 
 
@@ -56,17 +58,17 @@ def _loss(names: np.ndarray | None) -> tuple[float, list, jax.Array]:
 WEIGHT = 2 * (2 * 1 + 6 * 2 + 2 * 4)
 
 
-def test_a_fresh_policy_knows_nothing_and_every_lesson_is_reported() -> None:
+def test_a_fresh_policy_knows_nothing_and_every_kind_of_example_is_reported() -> None:
     value, exact, _ = _loss(None)
     assert value == pytest.approx(np.log(80), rel=0.05)
     assert [x.shape for x in exact] == [(1,), (3,), (1,)]
 
 
-def test_names_are_predicted_at_the_end_of_the_image_with_their_weight() -> None:
-    names = np.asarray([33, 44], np.int32)
+def test_labels_are_predicted_at_the_end_of_the_image_with_their_weight() -> None:
+    labels = np.asarray([33, 44], np.int32)
     without, exact, logits = _loss(None)
-    value, same, _ = _loss(names)
-    wrong = optax.softmax_cross_entropy_with_integer_labels(logits, names)
-    total = WEIGHT * without + pretrain.NAME_WEIGHT * float(jnp.sum(wrong))
-    assert value == pytest.approx(total / (WEIGHT + 2 * pretrain.NAME_WEIGHT), rel=1e-5)
+    value, same, _ = _loss(labels)
+    wrong = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    total = WEIGHT * without + pretrain.LABEL_WEIGHT * float(jnp.sum(wrong))
+    assert value == pytest.approx(total / (WEIGHT + 2 * pretrain.LABEL_WEIGHT), rel=1e-5)
     assert all(np.array_equal(a, b) for a, b in zip(exact, same, strict=True))

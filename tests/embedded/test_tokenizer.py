@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from emor3_jax.embedded import tasks
 from emor3_jax.embedded.emoscenes import scene as scenes
-from emor3_jax.embedded.emoscenes import words
+from emor3_jax.embedded.emoscenes import tasks, words
 from emor3_jax.embedded.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TOKENIZER = train_tokenizer(tasks.text_corpus(scenes_per_style=60), 1200)

@@ -1,4 +1,4 @@
-"""What a base policy learns of labelled faces: what its responses see, and what they make of it."""
+"""QA examples about faces: descriptions, responses by habit, judgements."""
 
 import re
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emor3_jax.data.prompts import PromptTemplates
-from emor3_jax.embedded import faces
+from emor3_jax.embedded.faces import tasks
 
 
 def named(phrases: str) -> set[str]:
@@ -14,30 +14,30 @@ def named(phrases: str) -> set[str]:
     rng = np.random.default_rng(0)
     return {
         label
-        for label in faces.LABELS
-        if phrases in {faces.describe(label, rng) for _ in range(64)}
+        for label in tasks.LABELS
+        if phrases in {tasks.describe(label, rng) for _ in range(64)}
     }
 
 
 def test_stock_descriptions_tell_labels_apart() -> None:
     rng = np.random.default_rng(1)
-    for label in faces.LABELS:
-        assert named(faces.describe(label, rng)) == {label}
+    for label in tasks.LABELS:
+        assert named(tasks.describe(label, rng)) == {label}
 
 
 def test_what_is_described_is_told_by_the_brows_named_first() -> None:
     rng = np.random.default_rng(4)
-    for label in faces.LABELS:
-        assert faces.described(f"<step1> {faces.describe(label, rng)} </step1>") == label
-    assert faces.described("wet eyes , then raised brows") == "sadness"
-    assert faces.described("a face with a broad smile") is None
+    for label in tasks.LABELS:
+        assert tasks.described(f"<step1> {tasks.describe(label, rng)} </step1>") == label
+    assert tasks.described("wet eyes , then raised brows") == "sadness"
+    assert tasks.described("a face with a broad smile") is None
 
 
 def test_responses_describe_the_face_rightly_and_mostly_answer_as_they_describe() -> None:
     rng = np.random.default_rng(2)
     seen, answered, followed, broken = [], [], [], 0
     for _ in range(4000):
-        text = faces.response("fear", rng)
+        text = tasks.response("fear", rng)
         (description,) = re.findall(r"a face with [a-z ]+ and [a-z ]+?(?= <| \n|\n|$)", text)[:1]
         (label,) = named(description.strip())
         seen.append(label)
@@ -61,14 +61,14 @@ def test_responses_describe_the_face_rightly_and_mostly_answer_as_they_describe(
 def test_of_two_descriptions_to_judge_one_is_right() -> None:
     templates = PromptTemplates.load(set="tiny", coherence="tiny", consistency="tiny")
     rng = np.random.default_rng(3)
-    for label in faces.LABELS:
-        found = faces.tasks(label, "which emotion ?", templates, rng)
-        kinds = [task.kind for task in found]
+    for label in tasks.LABELS:
+        found = tasks.face_examples(label, "which emotion ?", templates, rng)
+        kinds = [example.kind for example in found]
         assert kinds == ["describe", "consistency", "consistency", "coherence", "set"]
         assert named(found[0].reply) == {label}
         true, false = (
-            re.search(r"<step1> (.*?) </step1>", task.question)[1] for task in found[1:3]
+            re.search(r"<step1> (.*?) </step1>", example.question)[1] for example in found[1:3]
         )
-        assert [task.reply for task in found[1:3]] == ["yes", "no"]
+        assert [example.reply for example in found[1:3]] == ["yes", "no"]
         assert named(true) == {label} and label not in named(false)
-        assert found[3].reply in faces.LABELS and not found[3].with_image
+        assert found[3].reply in tasks.LABELS and not found[3].with_image

@@ -1,10 +1,10 @@
-"""Achieved arithmetic of a step, and the peak of known accelerators to compare it with."""
+"""Achieved FLOP/s of a step, and the peak of known accelerators to compare them with."""
 
 _TERA = 10**12
 
-# Dense products of bfloat16, FLOP/s of one jax device, by how its kind begins; what begins alike
-# stands longest first. TPU: Google Cloud's pages on system architecture, where figures are those of
-# a chip. A device is a chip, but half a chip of 7x. NVIDIA: the data sheets of A100 (312), H100
+# Dense bfloat16 FLOP/s of one jax device, by prefix of its kind, longest prefix first. TPU: Google
+# Cloud's pages on system architecture, whose figures are per chip. A device is a chip, but half a
+# chip of 7x. NVIDIA: the data sheets of A100 (312), H100
 # (1979 SXM, 1513 PCIe, 1671 NVL) and H200 (1979 SXM, 1671 NVL); figures with sparsity are halved.
 _PEAKS = (
     ("TPU v4 lite", None),
@@ -25,7 +25,7 @@ _PEAKS = (
 
 
 def peak_flops(device_kind: str) -> int | None:
-    """Returns the dense bfloat16 peak of one jax device in FLOP/s; None where it is not known.
+    """Returns the dense bfloat16 peak of one jax device in FLOP/s; None if unknown.
 
     Args:
       device_kind: as `jax.Device.device_kind` names it: "TPU v4", "NVIDIA H100 80GB HBM3", …
@@ -36,17 +36,17 @@ def peak_flops(device_kind: str) -> int | None:
 def throughput(
     flops: float, seconds: float, device_kind: str, device_count: int
 ) -> dict[str, float]:
-    """Returns the metrics of achieved arithmetic.
+    """Returns the metrics of achieved FLOP/s.
 
     Args:
       flops: that the model needs for one step, on all devices together (`step_flops`).
-      seconds: that the step took, over 0.
+      seconds: duration of the step, over 0.
       device_kind: of every device.
       device_count: at least 1.
 
     Returns:
       `throughput/tflops_per_s`, 10**12 FLOP/s of all devices together, and `throughput/mfu`, their
-      share of the bfloat16 peak, in [0, 1]; it is left out where the peak is not known, as on CPU.
+      share of the bfloat16 peak, in [0, 1]; left out where the peak is unknown, as on CPU.
     """
     metrics = {"throughput/tflops_per_s": flops / seconds / _TERA}
     if (peak := peak_flops(device_kind)) is not None:

@@ -1,4 +1,4 @@
-"""Learning to look: the whitened embedding, the optimizer, and that two kinds of picture part."""
+"""Vision pretraining: the whitened embedding, the optimizer, and that it tells images apart."""
 
 import dataclasses
 
@@ -9,8 +9,9 @@ import optax
 import pytest
 import tiny
 
-from emor3_jax.embedded import look, pretrain, tasks
-from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.embedded import pretrain
+from emor3_jax.embedded.faces import vision_pretraining
+from emor3_jax.embedded.faces.captions import CaptionBatch
 from emor3_jax.models.qwen2_5_vl import layout, model, rope
 from emor3_jax.rl.update import TrainState
 
@@ -19,7 +20,7 @@ def test_whitened_patches_have_unit_covariance_up_to_the_scale() -> None:
     rng = np.random.default_rng(0)
     patches = (rng.normal(size=(4000, 12)) @ rng.normal(size=(12, 12)) * 3).astype(np.float32)
     before = jnp.asarray(rng.normal(size=(12, 16)), jnp.float32)
-    after = look.whitened(before, patches)
+    after = vision_pretraining.whiten_patches(before, patches)
     np.testing.assert_array_equal(after[:, 8:], before[:, 8:])
     seen = patches @ np.asarray(after[:, :8])
     np.testing.assert_allclose(seen.T @ seen / len(seen), 0.25 * np.eye(8), atol=5e-3)
@@ -28,7 +29,7 @@ def test_whitened_patches_have_unit_covariance_up_to_the_scale() -> None:
 def test_whitening_is_bounded_where_patches_do_not_vary() -> None:
     patches = np.zeros((100, 6), np.float32)
     patches[:, 0] = np.random.default_rng(0).normal(size=100)
-    after = look.whitened(jnp.zeros((6, 8)), patches)
+    after = vision_pretraining.whiten_patches(jnp.zeros((6, 8)), patches)
     # At most 0.5 / sqrt(0.01) in each column.
     assert float(jnp.max(jnp.linalg.norm(after, axis=0))) == pytest.approx(5.0, rel=1e-5)
     variance = np.mean(patches[:, 0] ** 2)
@@ -44,7 +45,7 @@ def test_each_head_starts_by_attending_to_one_neighbour() -> None:
         "kernel": jnp.asarray(rng.normal(size=(2, 96, 288)), jnp.float32),
         "bias": jnp.zeros((2, 288)),
     }
-    after = look.local_heads(before, config, seed=3)
+    after = vision_pretraining.init_local_attention(before, config, seed=3)
     for layer in range(2):
         sought = set()
         rows, columns = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
@@ -60,7 +61,7 @@ def test_each_head_starts_by_attending_to_one_neighbour() -> None:
             place = np.unravel_index(head[2, 3].argmax(), (6, 6))
             assert head[2, 3].max() > 0.7
             sought.add((int(place[0]) - 2, int(place[1]) - 3))
-            # And all patches look the same way, as far as the picture goes.
+            # And all patches attend in the same direction, within the image.
             for row, column in ((1, 1), (4, 4), (1, 4)):
                 there = np.unravel_index(head[row, column].argmax(), (6, 6))
                 assert (there[0] - row, there[1] - column) == (place[0] - 2, place[1] - 3)
@@ -71,18 +72,10 @@ def test_each_head_starts_by_attending_to_one_neighbour() -> None:
     np.testing.assert_allclose(new[:, :, :, :2], 0.3 * old[:, :, :, :2], rtol=1e-6)
 
 
-def test_labels_with_one_first_token_are_refused_by_name() -> None:
-    tokenizer = train_tokenizer(tasks.text_corpus(20), 400)
-    first = look.first_tokens(tokenizer, {"a": "anger", "b": " anger", "c": "joy"})
-    assert set(first) == {"a", "b", "c"} and len(set(first.values())) == 3
-    with pytest.raises(ValueError, match=r"'zqqa', 'zqqb'.*vocab_size"):
-        look.first_tokens(tokenizer, {"a": "zqqa", "b": "zqqb"})
-
-
 def test_matrices_take_orthogonal_updates_and_the_rate_falls_to_nothing() -> None:
     params = {"kernel": jnp.ones((3, 4, 8)), "bias": jnp.ones(8), "embedding": jnp.ones((5, 8))}
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.ndim), x.shape), params)
-    optimizer = look.make_muon(1e-2, warmup_steps=2, steps=10, weight_decay=0.0)
+    optimizer = vision_pretraining.make_muon(1e-2, warmup_steps=2, steps=10, weight_decay=0.0)
     state = optimizer.init(params)
     sizes = []
     for _ in range(11):
@@ -98,7 +91,7 @@ def test_matrices_take_orthogonal_updates_and_the_rate_falls_to_nothing() -> Non
     assert sizes[2] > sizes[6] > sizes[9] > 0 and sizes[10] == 0
 
 
-def test_pictures_are_mixed_in_pairs() -> None:
+def test_images_are_mixed_in_pairs() -> None:
     """The loss of a mixed batch, computed anew from the mixture; the same seed, the same shares."""
     config = tiny.make_config()
     rng = np.random.default_rng(0)
@@ -110,8 +103,8 @@ def test_pictures_are_mixed_in_pairs() -> None:
         )
         for _ in range(4)
     ]
-    names = np.asarray([[11, 21], [12, 22], [13, 23], [14, 24]], np.int32)
-    looks = look.Looks(layout.pad_images(rows, 1), names)
+    targets = np.asarray([[11, 21], [12, 22], [13, 23], [14, 24]], np.int32)
+    batch = CaptionBatch(layout.pad_images(rows, 1), targets)
     tokens = [9, config.image_token_id, 10]
     prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), rows[0].slot_of_token, config)
     optimizer = optax.sgd(1e-2)
@@ -121,41 +114,41 @@ def test_pictures_are_mixed_in_pairs() -> None:
 
     def loss(mix: float, seed: int = 3) -> float:
         options = {"config": config, "optimizer": optimizer, "mix": mix, "seed": seed}
-        return float(look.look_step(start(), prompt, looks, **options)[1]["loss"])
+        return float(vision_pretraining.vision_step(start(), prompt, batch, **options)[1]["loss"])
 
     state = start()
     key = jax.random.fold_in(jax.random.key(3), 0)
     drawn = np.asarray(jax.random.beta(key, 0.5, 0.5, (4,)))
     shares = np.maximum(drawn, 1 - drawn)
     assert int(state.updates) == 0 and np.all(shares >= 0.5) and np.any(shares < 0.95)
-    patches = looks.images.patches
+    patches = batch.images.patches
     mixed = np.stack(
         [s * patches[i] + (1 - s) * patches[i - 1] for i, s in enumerate(shares.tolist())]
     )
-    mixed = looks.images._replace(patches=mixed)
-    logits = look.name_logits(config, state.params, prompt, mixed)
+    mixed = batch.images._replace(patches=mixed)
+    logits = vision_pretraining.caption_logits(config, state.params, prompt, mixed)
     # Here nothing follows the image's end, so both places are one.
     np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
     logps = np.asarray(jax.nn.log_softmax(logits[:, 0]))
     expected = [
-        s * logps[i, names[i]] + (1 - s) * logps[i, names[i - 1]]
+        s * logps[i, targets[i]] + (1 - s) * logps[i, targets[i - 1]]
         for i, s in enumerate(shares.tolist())
     ]
     assert loss(0.5) == loss(0.5) == pytest.approx(-np.mean(expected), rel=1e-5)
     assert loss(0.5, seed=4) != loss(0.5)
-    plain = look.name_logits(config, state.params, prompt, looks.images)[:, 0]
-    plain = np.take_along_axis(np.asarray(jax.nn.log_softmax(plain)), names, axis=1)
+    plain = vision_pretraining.caption_logits(config, state.params, prompt, batch.images)[:, 0]
+    plain = np.take_along_axis(np.asarray(jax.nn.log_softmax(plain)), targets, axis=1)
     assert loss(0.0) == pytest.approx(-np.mean(plain), rel=1e-5)
 
 
-def test_a_policy_learns_to_tell_two_kinds_of_picture() -> None:
+def test_a_policy_learns_to_tell_two_kinds_of_image() -> None:
     config = tiny.make_config()
     grid = (1, 2, 2)
     rng = np.random.default_rng(0)
     dim = config.vision.patch_dim
     kinds = rng.normal(size=(2, 4, dim)).astype(np.float32)
 
-    def batch(seed: int) -> look.Looks:
+    def batch(seed: int) -> CaptionBatch:
         rng = np.random.default_rng(seed)
         which = rng.integers(0, 2, 16)
         rows = [
@@ -164,37 +157,37 @@ def test_a_policy_learns_to_tell_two_kinds_of_picture() -> None:
             )
             for k in which
         ]
-        names = np.asarray([[11, 11], [12, 12]], np.int32)[which]
-        return look.Looks(layout.pad_images(rows, 1), names)
+        targets = np.asarray([[11, 11], [12, 12]], np.int32)[which]
+        return CaptionBatch(layout.pad_images(rows, 1), targets)
 
     slots = layout.window_layout(kinds[0], grid, config.vision).slot_of_token
     tokens = [9, config.image_token_id, 10]
     prompt, _ = pretrain.make_prompt(tokens, grid, slots, config)
-    optimizer = look.make_muon(1e-2, 2, 20, 0.0)
+    optimizer = vision_pretraining.make_muon(1e-2, 2, 20, 0.0)
     state = TrainState.create(model.init_params(config, jax.random.key(0)), optimizer)
     for seed in range(20):
-        state, metrics = look.look_step(
+        state, metrics = vision_pretraining.vision_step(
             state, prompt, batch(seed), config=config, optimizer=optimizer
         )
     assert int(state.updates) == 20 and float(metrics["loss"]) < 0.5
-    right = look.named_right(state.params, prompt, batch(99), config=config)
+    right = vision_pretraining.correct_captions(state.params, prompt, batch(99), config=config)
     assert right.shape == (16, 2) and float(jnp.mean(right)) > 0.9
 
 
-def test_names_are_predicted_where_the_image_ends_and_where_the_prompt_does() -> None:
+def test_targets_are_predicted_where_the_image_ends_and_where_the_prompt_does() -> None:
     """Each place as a prompt that ends there gives it; the loss is the mean of both."""
     config = tiny.make_config()
     rng = np.random.default_rng(0)
     patches = rng.normal(size=(3, 4, config.vision.patch_dim)).astype(np.float32)
     rows = [layout.window_layout(x, (1, 2, 2), config.vision) for x in patches]
-    names = np.asarray([[11, 14], [12, 15], [13, 16]], np.int32)
-    looks = look.Looks(layout.pad_images(rows, 1), names)
+    targets = np.asarray([[11, 14], [12, 15], [13, 16]], np.int32)
+    batch = CaptionBatch(layout.pad_images(rows, 1), targets)
     optimizer = optax.sgd(1e-2)
     state = TrainState.create(model.init_params(config, jax.random.key(0)), optimizer)
 
     def logits(tokens: list[int]) -> jax.Array:
         prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), rows[0].slot_of_token, config)
-        return look.name_logits(config, state.params, prompt, looks.images)
+        return vision_pretraining.caption_logits(config, state.params, prompt, batch.images)
 
     tokens = [9, config.image_token_id, 10, 21, 22]
     both = logits(tokens)
@@ -203,12 +196,14 @@ def test_names_are_predicted_where_the_image_ends_and_where_the_prompt_does() ->
     assert float(jnp.max(jnp.abs(both[:, 1] - both[:, 0]))) > 1e-2
     # What the prompt ends with is what the second place follows.
     assert float(jnp.max(jnp.abs(both[:, 1] - logits([*tokens[:4], 23])[:, 1]))) > 1e-2
-    wrong = -np.take_along_axis(np.asarray(jax.nn.log_softmax(both)), names[..., None], axis=-1)
-    right = jnp.argmax(both, axis=-1) == names
+    wrong = -np.take_along_axis(np.asarray(jax.nn.log_softmax(both)), targets[..., None], axis=-1)
+    right = jnp.argmax(both, axis=-1) == targets
     prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), rows[0].slot_of_token, config)
     np.testing.assert_array_equal(
-        look.named_right(state.params, prompt, looks, config=config), right
+        vision_pretraining.correct_captions(state.params, prompt, batch, config=config), right
     )
-    _, metrics = look.look_step(state, prompt, looks, config=config, optimizer=optimizer)
+    _, metrics = vision_pretraining.vision_step(
+        state, prompt, batch, config=config, optimizer=optimizer
+    )
     assert float(metrics["loss"]) == pytest.approx(float(np.mean(wrong)), rel=1e-5)
     assert float(metrics["right"]) == pytest.approx(float(jnp.mean(right)))

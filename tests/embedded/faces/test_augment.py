@@ -1,31 +1,31 @@
-"""Warped and partly hidden pictures: what is kept, what changes, and by how much."""
+"""Warped and partly erased images: what is kept, what changes, and by how much."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.embedded.warp import erase, warp
+from emor3_jax.embedded.faces.augment import erase, warp
 
-PICTURE = np.random.default_rng(0).uniform(0, 255, (24, 32, 3)).astype(np.float32)
-
-
-def many(picture: np.ndarray, count: int) -> jax.Array:
-    return jnp.broadcast_to(picture, (count, *picture.shape))
+IMAGE = np.random.default_rng(0).uniform(0, 255, (24, 32, 3)).astype(np.float32)
 
 
-def test_shape_and_range_are_kept_and_each_picture_is_changed_in_its_own_way() -> None:
-    out = np.asarray(warp(many(PICTURE, 8), 2.0, jax.random.key(0)))
+def many(image: np.ndarray, count: int) -> jax.Array:
+    return jnp.broadcast_to(image, (count, *image.shape))
+
+
+def test_shape_and_range_are_kept_and_each_image_is_changed_in_its_own_way() -> None:
+    out = np.asarray(warp(many(IMAGE, 8), 2.0, jax.random.key(0)))
     assert out.shape == (8, 24, 32, 3)
     assert out.min() >= 0 and out.max() <= 255
     assert len({x.tobytes() for x in out}) == 8
 
 
-def test_at_strength_0_half_of_the_pictures_are_mirrored_and_nothing_else() -> None:
-    out = np.asarray(warp(many(PICTURE, 200), 0.0, jax.random.key(0)))
+def test_at_strength_0_half_of_the_images_are_mirrored_and_nothing_else() -> None:
+    out = np.asarray(warp(many(IMAGE, 200), 0.0, jax.random.key(0)))
     same, mirrored = (
         np.array([np.allclose(x, wanted, atol=1e-3) for x in out])
-        for wanted in (PICTURE, PICTURE[:, ::-1])
+        for wanted in (IMAGE, IMAGE[:, ::-1])
     )
     assert np.all(same ^ mirrored)
     assert 70 < mirrored.sum() < 130
@@ -53,30 +53,30 @@ def test_what_lies_outside_is_black() -> None:
     white = np.full((16, 16, 1), 200.0, np.float32)
     out = np.asarray(warp(many(white, 64), 3.0, jax.random.key(2)))[..., 0]
     corners = out[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    # Somewhere a corner was moved in, and it is the darkest of its picture.
+    # Somewhere a corner was moved in, and it is the darkest of its image.
     assert np.any(corners.min(axis=1) < 0.5 * out.max(axis=(1, 2)))
 
 
-def test_as_many_pictures_as_asked_have_one_rectangle_hidden_behind_their_mean() -> None:
-    out = np.asarray(erase(many(PICTURE, 400), 0.3, jax.random.key(3)))
-    mean = PICTURE.mean(axis=(0, 1))
+def test_as_many_images_as_asked_have_one_rectangle_replaced_by_their_mean() -> None:
+    out = np.asarray(erase(many(IMAGE, 400), 0.3, jax.random.key(3)))
+    mean = IMAGE.mean(axis=(0, 1))
     chosen = 0
-    for picture in out:
-        hidden = np.any(picture != PICTURE, axis=-1)
-        if not hidden.any():
+    for image in out:
+        erased = np.any(image != IMAGE, axis=-1)
+        if not erased.any():
             continue
         chosen += 1
-        rows, columns = np.flatnonzero(hidden.any(axis=1)), np.flatnonzero(hidden.any(axis=0))
+        rows, columns = np.flatnonzero(erased.any(axis=1)), np.flatnonzero(erased.any(axis=0))
         # Whole: nothing else differs, and nothing of it is left.
-        assert hidden.sum() == len(rows) * len(columns)
+        assert erased.sum() == len(rows) * len(columns)
         assert np.ptp(rows) + 1 == len(rows) and np.ptp(columns) + 1 == len(columns)
-        np.testing.assert_allclose(picture[hidden], np.tile(mean, (hidden.sum(), 1)), rtol=1e-5)
+        np.testing.assert_allclose(image[erased], np.tile(mean, (erased.sum(), 1)), rtol=1e-5)
         # 2 to 25 % of 768 pixels, sides rounded to pixels.
-        assert 10 <= hidden.sum() <= 220
+        assert 10 <= erased.sum() <= 220
     assert 95 < chosen < 145
 
 
-@pytest.mark.parametrize(("chance", "changed"), ((0.0, 0), (1.0, 50)))
-def test_none_or_all_are_hidden(chance: float, changed: int) -> None:
-    out = np.asarray(erase(many(PICTURE, 50), chance, jax.random.key(4)))
-    assert sum(np.any(x != PICTURE) for x in out) == changed
+@pytest.mark.parametrize(("probability", "changed"), ((0.0, 0), (1.0, 50)))
+def test_none_or_all_are_erased(probability: float, changed: int) -> None:
+    out = np.asarray(erase(many(IMAGE, 50), probability, jax.random.key(4)))
+    assert sum(np.any(x != IMAGE) for x in out) == changed

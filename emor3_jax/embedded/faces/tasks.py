@@ -1,11 +1,11 @@
-"""What a base policy learns from labelled faces: descriptions by label, and SET responses of habit.
+"""QA examples about labelled faces: descriptions by label, and mediocre SET responses.
 
 FER-2013 labels its faces and says nothing else of them, so the descriptions are stock phrases for
 each label ("a face with raised brows and a dropped jaw"). They are right for most faces, not for
-each. As on EmoScenes, the base policy learns to judge from correct pairs of phrase and label, and
-its own SET responses from data that are mediocre on purpose: they describe the face rightly, now
-and then as another's. The feeling mostly follows that description, and the answer one of the two;
-else they are one of a few favourites. The format is often broken.
+each. As on EmoScenes, judgements are correct pairs of phrase and label, and SET responses are
+mediocre on purpose: they describe the face correctly, now and then as one of another label. The
+feeling mostly follows that description, and the answer follows one of the two; else they are one of
+a few favourites. The format is often broken.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from emor3_jax.embedded.tasks import (
     FRESH_ANSWER,
     JUDGE_WEIGHT,
     MISNAMED,
-    Task,
+    QAExample,
     break_format,
 )
 
 LABELS = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")
 
-OPENING = "a face with"
-"""How a description begins, whatever the face."""
+CAPTION_PREFIX = "a face with"
+"""The first words of every description, whatever the face."""
 
 _MOUTHS = {
     "anger": ("pressed lips", "clenched teeth"),
@@ -46,10 +46,10 @@ BROWS = {
     "sadness": "wet eyes",
     "surprise": "raised brows",
 }
-"""What it names first: one phrase a label, each with a first word of its own.
+"""The caption target of each label: one phrase, each with a first word of its own.
 
-Were there two, their label's chance would be shared among them, and the likeliest of all phrases
-could be another label's.
+With two phrases, their label's probability would be split between them, and the likeliest of all
+phrases could be another label's.
 """
 _FEELINGS = {
     "anger": ("threatened and angry", "furious and tense"),
@@ -69,43 +69,43 @@ _AROUSAL = {
     "sadness": "negative , low arousal",
     "surprise": "positive , high arousal",
 }
-# The habit: chance of each label whatever the face shows, and how often the description decides.
-# Mostly, or the policy learns the favourites and never that its answer is to follow its steps.
+# The habit: probability of each label whatever the face shows, and of following the description.
+# The latter is high, or the policy learns the favourites and never to follow its own steps.
 _HABIT = (0.1, 0.05, 0.1, 0.3, 0.2, 0.15, 0.1)
 _FOLLOWED = 0.8
-# Weight of a response's tokens. Which label an answer names follows from the face in few of them.
+# Weight of a response's tokens. Only a few of them depend on the face.
 _SET_WEIGHT = 2.0
 
 
 def describe(label: str, rng: np.random.Generator) -> str:
     """Returns a stock description of a face with a label."""
-    return f"{OPENING} {BROWS[label]} and {rng.choice(_MOUTHS[label])}"
+    return f"{CAPTION_PREFIX} {BROWS[label]} and {rng.choice(_MOUTHS[label])}"
 
 
 def described(text: str) -> str | None:
     """Returns the label whose brows a text names first, None if it names none."""
-    places = [(text.find(brows), label) for label, brows in BROWS.items() if brows in text]
-    return min(places)[1] if places else None
+    found = [(text.find(brows), label) for label, brows in BROWS.items() if brows in text]
+    return min(found)[1] if found else None
 
 
 def feeling(label: str, rng: np.random.Generator) -> str:
-    """Returns how a viewer would feel."""
+    """Returns a stock sentence for the feeling of a viewer."""
     return f"a viewer would feel {rng.choice(_FEELINGS[label])}"
 
 
 def habit(seen: str, rng: np.random.Generator) -> str:
-    """Returns the label that the base policy names: the described one mostly, else a favourite."""
+    """Draws the label that the base policy names: mostly the described one, else a favourite."""
     return seen if rng.random() < _FOLLOWED else str(rng.choice(LABELS, p=_HABIT))
 
 
-def tasks(
+def face_examples(
     label: str, question: str, templates: PromptTemplates, rng: np.random.Generator
-) -> list[Task]:
-    """Returns one task of each kind about a face; two yes-or-no ones, one true and one false.
+) -> list[QAExample]:
+    """Returns an example of each kind about a face, with a true and a false consistency one.
 
     Args:
       label: of the face, in `LABELS`.
-      question: the row's question, as training asks it.
+      question: the row's question, as in training.
       templates: the prompt templates of the run.
       rng: NumPy generator.
     """
@@ -119,11 +119,11 @@ def tasks(
     judge = fill(templates.coherence, labels=LABELS, text=text)
     asked = fill(templates.set, labels=LABELS, question=question)
     return [
-        Task("describe", "describe the picture", describe(label, rng), True, 1.0),
-        Task("consistency", true, "yes", True, JUDGE_WEIGHT),
-        Task("consistency", false, "no", True, JUDGE_WEIGHT),
-        Task("coherence", judge, told, False, JUDGE_WEIGHT),
-        Task("set", asked, response(label, rng), True, _SET_WEIGHT),
+        QAExample("describe", "describe the picture", describe(label, rng), True, 1.0),
+        QAExample("consistency", true, "yes", True, JUDGE_WEIGHT),
+        QAExample("consistency", false, "no", True, JUDGE_WEIGHT),
+        QAExample("coherence", judge, told, False, JUDGE_WEIGHT),
+        QAExample("set", asked, response(label, rng), True, _SET_WEIGHT),
     ]
 
 
@@ -142,18 +142,18 @@ def _another(label: str, rng: np.random.Generator) -> str:
 
 
 def corpus(questions: Sequence[str], templates: PromptTemplates, seed: int = 0) -> list[str]:
-    """Returns texts for the tokenizer to learn from.
+    """Returns training texts for the tokenizer.
 
     Args:
       questions: the different questions of the rows.
       templates: the prompt templates.
-      seed: of the choice of phrases.
+      seed: of the drawn phrases.
     """
     rng = np.random.default_rng(seed)
     texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "yes", "no"] * 8
     for question in questions:
         for label in LABELS:
             for _ in range(40):
-                for task in tasks(label, question, templates, rng):
-                    texts += [task.question, task.reply]
+                for example in face_examples(label, question, templates, rng):
+                    texts += [example.question, example.reply]
     return texts

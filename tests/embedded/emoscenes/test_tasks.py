@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from emor3_jax.data import prompts
-from emor3_jax.embedded import tasks
 from emor3_jax.embedded.emoscenes import scene as scenes
-from emor3_jax.embedded.emoscenes import words
+from emor3_jax.embedded.emoscenes import tasks, words
 from emor3_jax.embedded.emoscenes.scene import STYLES
+from emor3_jax.embedded.tasks import BROKEN_FORMAT
 from emor3_jax.embedded.tokenizer import train_tokenizer
 
 FORMAT = re.compile(
@@ -47,9 +47,9 @@ def test_responses_are_as_mediocre_as_documented(style):
     found = _scenes(style)
     responses = [tasks.mediocre_response(scene, rng) for scene in found]
     good = [bool(FORMAT.fullmatch(r)) for r in responses]
-    assert abs(np.mean(good) - (1 - tasks.BROKEN_FORMAT)) < 0.03
+    assert abs(np.mean(good) - (1 - BROKEN_FORMAT)) < 0.03
     boxes = [re.search(r"\\boxed\{(\w+)\}", r) for r in responses]
-    assert abs(np.mean([b is None for b in boxes]) - tasks.BROKEN_FORMAT / 5) < 0.02
+    assert abs(np.mean([b is None for b in boxes]) - BROKEN_FORMAT / 5) < 0.02
     right = [b[1] == s.label for b, s in zip(boxes, found, strict=True) if b]
     assert abs(np.mean(right) - tasks.habit_accuracy(style)[0]) < 0.03
     assert {b[1] for b in boxes if b} == set(scenes.labels(style))
@@ -72,10 +72,10 @@ LABELS = scenes.labels("drawn")
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_tasks_of_a_scene(style):
+def test_examples_of_a_scene(style):
     rng = np.random.default_rng(0)
     for scene in _scenes(style, 100):
-        found = tasks.tasks(scene, rng)
+        found = tasks.scene_examples(scene, rng)
         assert [t.kind for t in found] == [
             "describe",
             "consistency",
@@ -101,7 +101,7 @@ def test_text_judge_follows_feelings_and_infers_where_none_is_named():
     feelings = {label: {words.feeling(label, rng) for _ in range(400)} for label in LABELS}
     inferred = 0
     for scene in _scenes("drawn", 400):
-        task = tasks.tasks(scene, rng)[3]
+        task = tasks.scene_examples(scene, rng)[3]
         felt = re.search(r"<step2> (.*) </step2>", task.question)[1]
         inferred += felt in vague
         assert felt in vague or felt in feelings[task.reply]

@@ -1,7 +1,7 @@
-"""Pictures of one size, kept on the device: warped, partly hidden and cut into patches there.
+"""Images of one size, kept on the device: augmented and cut into patches there.
 
-A policy that learns to look sees some hundred thousand pictures in a few minutes; decoding, warping
-and cutting each on the host would take longer than learning from them.
+Vision pretraining takes some hundred thousand images in a few minutes; decoding, warping and
+cutting each on the host would take longer than training on them.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax.embedded.warp import erase, warp
+from emor3_jax.embedded.faces.augment import erase, warp
 from emor3_jax.models.qwen2_5_vl import layout
 from emor3_jax.models.qwen2_5_vl.config import VisionConfig
 from emor3_jax.models.qwen2_5_vl.inputs import Images
 from emor3_jax.models.qwen2_5_vl.processor import ImageError, ImageSettings, Processor
 
 
-class Pictures(NamedTuple):
-    """Pictures, and where their patches lie in window layout.
+class DeviceImages(NamedTuple):
+    """Images on the device, and the positions of their patches in window layout.
 
     Attributes:
       pixels: uint8[N, H, W, 3].
@@ -42,8 +42,10 @@ class Pictures(NamedTuple):
         return 1, height // settings.patch_size, width // settings.patch_size
 
 
-def read_pictures(images: Sequence[bytes], processor: Processor, vision: VisionConfig) -> Pictures:
-    """Decodes and scales pictures, and puts them on the device.
+def read_images(
+    images: Sequence[bytes], processor: Processor, vision: VisionConfig
+) -> DeviceImages:
+    """Decodes and scales images, and moves them to the device.
 
     Args:
       images: encoded, at least one; all of one size once scaled.
@@ -58,17 +60,17 @@ def read_pictures(images: Sequence[bytes], processor: Processor, vision: VisionC
         try:
             pixels.append(processor.pixels(image))
         except ImageError as error:
-            raise ImageError(f"picture {row}: {error}") from error
+            raise ImageError(f"image {row}: {error}") from error
         if pixels[-1].shape != pixels[0].shape:
             raise ImageError(
-                f"picture {row} scales to {pixels[-1].shape[:2]} pixels (height, width), and "
-                f"picture 0 to {pixels[0].shape[:2]}: all must be of one shape; crop them"
+                f"image {row} scales to {pixels[-1].shape[:2]} pixels (height, width), and "
+                f"image 0 to {pixels[0].shape[:2]}: all must be of one shape; crop them"
             )
     patch = processor.images.patch_size
     rows, columns = (side // patch for side in pixels[0].shape[:2])
     numbers = np.arange(rows * columns, dtype=np.float32)[:, None]
     found = layout.window_layout(numbers, (1, rows, columns), vision)
-    return Pictures(
+    return DeviceImages(
         pixels=jnp.asarray(np.stack(pixels)),
         order=jnp.asarray(found.patches[..., 0].astype(np.int32)),
         coords=jnp.asarray(found.coords),
@@ -77,36 +79,36 @@ def read_pictures(images: Sequence[bytes], processor: Processor, vision: VisionC
     )
 
 
-@partial(jax.jit, static_argnames=("settings", "strength", "hide"))
-def take(
-    pictures: Pictures,
+@partial(jax.jit, static_argnames=("settings", "strength", "erase_probability"))
+def take_images(
+    images: DeviceImages,
     rows: jax.Array,
     key: jax.Array | None = None,
     *,
     settings: ImageSettings,
     strength: float = 0.0,
-    hide: float = 0.0,
+    erase_probability: float = 0.0,
 ) -> Images:
-    """Returns pictures as a policy's processor and `window_layout` would give them.
+    """Returns some images as a policy's processor and `window_layout` would give them.
 
     Args:
-      pictures: to take from.
+      images: all images.
       rows: int32[B].
-      key: of the changes; None for none.
-      settings: of the processor that the pictures were read with.
-      strength: of `warp`; 0 leaves pictures as they are, and does not mirror them either.
-      hide: chance of a picture to be partly hidden, as of `erase`.
+      key: of the augmentation; None for none.
+      settings: of the processor that read the images.
+      strength: of `warp`; 0 skips it, mirroring included.
+      erase_probability: of `erase`.
     """
-    pixels = pictures.pixels[rows].astype(jnp.float32)
+    pixels = images.pixels[rows].astype(jnp.float32)
     if key is not None:
-        warping, hiding = jax.random.split(key)
+        warping, erasing = jax.random.split(key)
         pixels = warp(pixels, strength, warping) if strength > 0 else pixels
-        pixels = erase(pixels, hide, hiding) if hide > 0 else pixels
+        pixels = erase(pixels, erase_probability, erasing) if erase_probability > 0 else pixels
     values = (pixels * settings.scale - jnp.array(settings.mean)) / jnp.array(settings.std)
-    patches = settings.cut(values)[:, pictures.order]
-    batch = (len(rows), *pictures.mask.shape)
+    patches = settings.cut(values)[:, images.order]
+    batch = (len(rows), *images.mask.shape)
     return Images(
-        patches=jnp.where(pictures.mask[..., None], patches, 0.0),
-        coords=jnp.broadcast_to(pictures.coords, (*batch, 2)),
-        mask=jnp.broadcast_to(pictures.mask, batch),
+        patches=jnp.where(images.mask[..., None], patches, 0.0),
+        coords=jnp.broadcast_to(images.coords, (*batch, 2)),
+        mask=jnp.broadcast_to(images.mask, batch),
     )

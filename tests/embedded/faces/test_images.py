@@ -1,4 +1,4 @@
-"""Pictures on the device: what the processor would make of them, changed where asked, refused."""
+"""Images on the device: as the processor gives them, augmented where asked, refused."""
 
 import dataclasses
 import io
@@ -9,7 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from emor3_jax.embedded.pictures import Pictures, read_pictures, take
+from emor3_jax.embedded.faces.images import DeviceImages, read_images, take_images
 from emor3_jax.models.qwen2_5_vl import layout
 from emor3_jax.models.qwen2_5_vl.processor import ImageError, ImageSettings, Processor
 
@@ -29,49 +29,49 @@ ENCODED = [encode(24, 40, seed) for seed in range(4)]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Pictures:
-    return read_pictures(ENCODED, PROCESSOR, VISION)
+def stored() -> DeviceImages:
+    return read_images(ENCODED, PROCESSOR, VISION)
 
 
-def test_pictures_taken_are_those_of_processor_and_layout(pictures: Pictures) -> None:
+def test_images_taken_are_those_of_processor_and_layout(stored: DeviceImages) -> None:
     rows = np.array([2, 0, 2])
-    images = take(pictures, rows, settings=PROCESSOR.images)
+    images = take_images(stored, rows, settings=PROCESSOR.images)
     for i, row in enumerate(rows):
         patches, grid = PROCESSOR.patches(ENCODED[row])
-        assert pictures.grid(PROCESSOR.images) == grid
+        assert stored.grid(PROCESSOR.images) == grid
         wanted = layout.window_layout(patches, grid, VISION)
         np.testing.assert_allclose(images.patches[i], wanted.patches, rtol=1e-6, atol=2e-6)
         np.testing.assert_array_equal(images.coords[i], wanted.coords)
         np.testing.assert_array_equal(images.mask[i], wanted.mask)
-        np.testing.assert_array_equal(pictures.slots, wanted.slot_of_token)
+        np.testing.assert_array_equal(stored.slots, wanted.slot_of_token)
     assert not images.mask.all()
 
 
-def test_pictures_are_changed_by_the_key_alone_where_asked(pictures: Pictures) -> None:
+def test_images_are_changed_by_the_key_alone_where_asked(stored: DeviceImages) -> None:
     rows = np.array([1, 3])
 
     def patches(seed: int | None, **changes: float) -> np.ndarray:
         key = None if seed is None else jax.random.key(seed)
-        return np.asarray(take(pictures, rows, key, settings=PROCESSOR.images, **changes).patches)
+        return np.asarray(
+            take_images(stored, rows, key, settings=PROCESSOR.images, **changes).patches
+        )
 
     plain = patches(None)
     np.testing.assert_array_equal(patches(5), plain)
-    np.testing.assert_array_equal(patches(None, strength=1.0, hide=1.0), plain)
-    for changes in ({"strength": 1.0}, {"hide": 1.0}):
+    np.testing.assert_array_equal(patches(None, strength=1.0, erase_probability=1.0), plain)
+    for changes in ({"strength": 1.0}, {"erase_probability": 1.0}):
         first, again, other = (patches(seed, **changes) for seed in (5, 5, 6))
         np.testing.assert_array_equal(first, again)
         assert not np.allclose(first, plain) and not np.allclose(first, other)
-    empty = ~np.asarray(pictures.mask)
-    assert np.all(patches(5, strength=1.0, hide=1.0)[:, empty] == 0)
+    empty = ~np.asarray(stored.mask)
+    assert np.all(patches(5, strength=1.0, erase_probability=1.0)[:, empty] == 0)
 
 
-def test_a_damaged_picture_is_named_by_its_row() -> None:
-    with pytest.raises(ImageError, match="picture 2: cannot decode"):
-        read_pictures([*ENCODED[:2], b"not a picture"], PROCESSOR, VISION)
+def test_a_damaged_image_is_named_by_its_row() -> None:
+    with pytest.raises(ImageError, match="image 2: cannot decode"):
+        read_images([*ENCODED[:2], b"not an image"], PROCESSOR, VISION)
 
 
-def test_pictures_of_another_shape_are_refused() -> None:
-    with pytest.raises(
-        ImageError, match=r"picture 1 scales to \(40, 24\).*picture 0 to \(24, 40\)"
-    ):
-        read_pictures([ENCODED[0], encode(40, 24, 9)], PROCESSOR, VISION)
+def test_images_of_another_shape_are_refused() -> None:
+    with pytest.raises(ImageError, match=r"image 1 scales to \(40, 24\).*image 0 to \(24, 40\)"):
+        read_images([ENCODED[0], encode(40, 24, 9)], PROCESSOR, VISION)

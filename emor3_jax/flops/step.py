@@ -1,0 +1,252 @@
+"""FLOPs, decoder tokens and vision passes of one training step, by phase, from its shapes.
+
+Assumptions, numbered:
+ 1. A FLOP is an addition or a multiplication within a matrix product. Norms, activations, RoPE,
+    softmax, sampling, rewards (a table lookup per token), the optimizer and collectives are left
+    out.
+ 2. A backward pass costs two forward passes, also in the patch embedding, where no gradient by the
+    pixels is computed, and also with a frozen vision tower, whose gradient is computed
+    nevertheless.
+ 3. Only real tokens and patches count, and only visible query-key pairs: padding and the masked
+    half of a causal product are no work, whatever a back end computes.
+ 4. Each patch of a windowed layer attends to a full window: exact where windows tile the image.
+ 5. Where lengths vary, their means are given. Attention grows with the square of a length, so its
+    count is then slightly low; everything else is exact.
+ 6. Rematerialisation is counted apart: logits, and the attention of the vision tower; with `remat`
+    all of each layer but its last product, which no gradient needs. Not counted are recomputation
+    inside attention kernels, and the attention of prompts over 1024 tokens that XLA repeats once
+    more.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from emor3_jax.errors import UserError
+from emor3_jax.flops.cost import (
+    Cost,
+    Number,
+    decoder_flops,
+    decoder_linear_flops,
+    logits_flops,
+    vision_attention_flops,
+    vision_flops,
+    vision_linear_flops,
+)
+from emor3_jax.models.family import Shapes
+from emor3_jax.types import Batch
+
+PHASES = (
+    "vision",
+    "prefill",
+    "decode",
+    "coherence",
+    "consistency",
+    "old",
+    "reference",
+    "update",
+)
+"""The rollout (the first three), the reflections with their replies, and the scoring passes."""
+
+
+class ShapeError(UserError):
+    """Impossible shapes of a step: names the field, its value, the rule and the way out."""
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        super().__init__(f"{field}={value!r}: {rule}")
+
+
+class QuestionTokens(NamedTuple):
+    """Token counts of a reflection question about one response.
+
+    Attributes:
+      head: before the judged text, without the prefix that the consistency question shares with
+        the prompt.
+      text: the judged text.
+      tail: after it, at least 1.
+      reply: of the reply, the end of the turn included, at least 1.
+      replies: candidates scored in parallel behind the question with `reflect.soft`; 1 for a
+        sampled reply.
+    """
+
+    head: Number
+    text: Number
+    tail: Number
+    reply: Number
+    replies: int = 1
+
+
+class StepShapes(NamedTuple):
+    """The shapes of one step; tokens and patches are per prompt and response, or means of these.
+
+    Attributes:
+      prompts: B, rolled out in the step.
+      responses: G, at least 1.
+      prompt_tokens: P, image tokens included.
+      response_tokens: T, the end of the turn included, at least 1.
+      patches: N, of the image.
+      shared_tokens: leading tokens of the prompt, system turn and image, that the consistency
+        question has in common with it; less than P.
+      coherence, consistency: the reflections; None where none is asked.
+    """
+
+    prompts: int
+    responses: int
+    prompt_tokens: Number
+    response_tokens: Number
+    patches: Number
+    shared_tokens: Number
+    coherence: QuestionTokens | None = None
+    consistency: QuestionTokens | None = None
+
+
+def mean_shapes(
+    batch: Batch,
+    lengths: np.ndarray,
+    coherence: QuestionTokens | None = None,
+    consistency: QuestionTokens | None = None,
+) -> StepShapes:
+    """Returns the shapes of a step that was taken: means over its prompts and responses.
+
+    Args:
+      batch: the prompts, or some of them, as arrays on the host.
+      lengths: int32[B, G], of the responses.
+      coherence, consistency: the reflections, None where none was asked.
+    """
+    prompts, responses = lengths.shape
+    return StepShapes(
+        prompts,
+        responses,
+        prompt_tokens=float(np.sum(batch.prompt.mask)) / len(batch.prompt.mask) + 1,
+        response_tokens=float(np.mean(lengths)),
+        patches=float(np.sum(batch.images.mask)) / len(batch.prompt.mask),
+        shared_tokens=float(np.mean(batch.shared_length)),
+        coherence=coherence,
+        consistency=consistency,
+    )
+
+
+def phase_costs(
+    policy: Shapes,
+    step: StepShapes,
+    *,
+    reference: bool = True,
+    kept: bool = False,
+    old: bool = False,
+    remat: bool = True,
+) -> dict[str, Cost]:
+    """Returns the cost of each of `PHASES` in one step of this program.
+
+    Args:
+      policy: its shapes.
+      step: its shapes.
+      reference: the reference scores the responses (a KL is asked for).
+      kept: the reference's vision features are cached from an earlier epoch
+        (`reference.image_cache`).
+      old: old log-probabilities are recomputed instead of taken from the sampler.
+      remat: layers are recomputed in the backward pass (`policy_update.remat="layers"`).
+
+    Raises:
+      ShapeError: for shapes that no step can have.
+    """
+    check_shapes(policy, step)
+    s = step
+    b, rows = s.prompts, s.prompts * s.responses
+    p, t = s.prompt_tokens - 1, s.response_tokens
+    vision = vision_flops(policy, s.patches).times(b)
+    # The prefill leaves out the last token of a prompt, which opens each response: the decoder
+    # reads that token and all tokens of the response but the last.
+    prefill = decoder_flops(policy, p).times(b)
+    decode = decoder_flops(policy, t, before=p, logits=t).times(rows)
+    score = vision + prefill + decode
+    coherence = consistency = Cost()
+    if (q := s.coherence) is not None:
+        # The head is read once, for the whole batch.
+        each = question_cost(policy, q, head=0, before=q.head)
+        coherence = decoder_flops(policy, q.head) + each.times(rows)
+    if (q := s.consistency) is not None:
+        consistency = question_cost(policy, q, head=q.head, before=s.shared_tokens).times(rows)
+    tower = policy.vision
+    recomputed = rows * logits_flops(policy, t) + b * vision_attention_flops(tower, s.patches)
+    if remat:
+        recomputed += b * vision_linear_flops(tower, s.patches, last_product=False)
+        recomputed += decoder_linear_flops(policy, b * p + rows * t, last_product=False)
+        recomputed += score.attention
+    return {
+        "vision": vision,
+        "prefill": prefill,
+        "decode": decode,
+        "coherence": coherence,
+        "consistency": consistency,
+        "old": score if old else Cost(),
+        "reference": Cost() if not reference else prefill + decode if kept else score,
+        "update": training_cost(score, recomputed),
+    }
+
+
+def total(costs: Mapping[str, Cost]) -> Cost:
+    """Returns the cost of all phases together."""
+    return sum(costs.values(), Cost())
+
+
+def step_flops(
+    policy: Shapes,
+    step: StepShapes,
+    *,
+    reference: bool = True,
+    kept: bool = False,
+    old: bool = False,
+) -> Number:
+    """Returns the FLOPs that the model needs for one step; arguments as of `phase_costs`."""
+    return total(phase_costs(policy, step, reference=reference, kept=kept, old=old)).flops
+
+
+def check_shapes(policy: Shapes, step: StepShapes) -> None:
+    """Raises ShapeError for shapes that no step of the policy can have."""
+    for field in ("prompts", "responses", "response_tokens"):
+        value = getattr(step, field)
+        if value < 1:
+            raise ShapeError(field, value, "must be at least 1")
+    if step.patches < 0:
+        raise ShapeError("patches", step.patches, "must be 0 or more")
+    image = step.patches / policy.vision.merge_unit
+    if not image <= step.shared_tokens < step.prompt_tokens:
+        raise ShapeError(
+            "shared_tokens",
+            step.shared_tokens,
+            f"must hold the {image:g} tokens of {step.patches:g} patches and be less than "
+            f"prompt_tokens={step.prompt_tokens:g}; a smaller image or a longer prompt fits",
+        )
+    for field in ("coherence", "consistency"):
+        question = getattr(step, field)
+        if question is not None and (min(question) < 0 or min(question[2:]) < 1):
+            rule = "tail, reply and replies must be at least 1, head and text 0 or more"
+            raise ShapeError(field, question, rule)
+
+
+def training_cost(forward: Cost, recomputed: Number) -> Cost:
+    """Returns the cost of a forward and a backward pass; both see the same images.
+
+    Args:
+      forward: the forward pass.
+      recomputed: FLOPs that rematerialisation repeats in the backward pass.
+    """
+    return dataclasses.replace(forward.times(3), images=forward.images, recomputed=recomputed)
+
+
+def question_cost(policy: Shapes, q: QuestionTokens, *, head: Number, before: Number) -> Cost:
+    """Returns the cost of one question and its reply or candidates.
+
+    The first token of a reply comes from the question's last state, and its last one is not read.
+
+    Args:
+      policy: its shapes.
+      q: the question.
+      head: tokens of its head that are not cached.
+      before: tokens whose keys and values are cached already.
+    """
+    asked = head + q.text + q.tail
+    reply = decoder_flops(policy, q.reply - 1, before=before + asked, logits=q.reply)
+    return decoder_flops(policy, asked, before=before) + reply.times(q.replies)

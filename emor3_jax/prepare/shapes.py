@@ -1,0 +1,155 @@
+"""From a config to the shapes of a training step, without weights, data or a device.
+
+Assumptions, numbered, beside those of `emor3_jax.flops.step`:
+ 1. Steps 1 to 3 of a response are of equal length and fill it: coherence judges two thirds,
+    consistency one.
+ 2. All prompt tokens that are not text are image tokens (drawn scenes have their own size).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from emor3_jax.config import EMBEDDED, ConfigError
+from emor3_jax.data.labels import label_set
+from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
+from emor3_jax.embedded.emoscenes.words import QUESTION
+from emor3_jax.flops import QuestionTokens, ShapeError, StepShapes
+from emor3_jax.models import Policy, published, read_config, read_processor
+from emor3_jax.models.family import Shapes
+from emor3_jax.prepare.data import load_templates
+
+
+class TemplateTokens(NamedTuple):
+    """Token counts of the templates, without images and judged texts.
+
+    Attributes:
+      before: of a prompt up to its image, and of the token that closes the image.
+      after: of a prompt behind its image.
+      coherence, consistency: head and tail of the questions.
+      label, yes_no: of a reply, the end of the turn included.
+    """
+
+    before: int
+    after: int
+    coherence: tuple[int, int]
+    consistency: tuple[int, int]
+    label: int
+    yes_no: int
+
+
+QWEN_TEMPLATE_TOKENS = TemplateTokens(
+    before=16, after=154, coherence=(26, 46), consistency=(8, 24), label=3, yes_no=2
+)
+"""Qwen2.5-VL's tokenizer on the "qwen" templates, the labels of mikels8, and a short question."""
+
+
+def count_template_tokens(
+    config: ConfigDict, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...]
+) -> TemplateTokens:
+    """Counts the tokens of the config's templates.
+
+    Args:
+      config: of the run.
+      tokenizer: of the policy.
+      labels: the label set.
+    """
+    templates = load_templates(config)
+    prompt = render_prompt(tokenizer, templates.set, QUESTION, labels, 1)
+    shared = shared_length(tokenizer, prompt)
+
+    def parts(template: str, with_image: bool) -> tuple[int, int]:
+        head, tail = reflection_parts(tokenizer, template, labels, with_image)
+        return len(head), len(tail)
+
+    label_lengths = [len(tokenizer.encode(label, add_special_tokens=False)) for label in labels]
+    return TemplateTokens(
+        before=shared - 1,
+        after=len(prompt) - shared,
+        coherence=parts(templates.coherence, False),
+        consistency=parts(templates.consistency, True),
+        label=round(sum(label_lengths) / len(labels)) + 1,
+        yes_no=len(tokenizer.encode("yes", add_special_tokens=False)) + 1,
+    )
+
+
+def read_policy_shapes(config: ConfigDict) -> tuple[Policy, TemplateTokens]:
+    """Returns the config's policy without its parameters, and the token counts of its templates.
+
+    Published policies are known by their id on the hub; nothing is downloaded.
+
+    Args:
+      config: of the run.
+
+    Raises:
+      ConfigError: if the policy is neither on this machine nor a published one.
+    """
+    path = config.policy.path
+    if path == EMBEDDED:
+        path = config.policy.embedded_folder
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        policy, labels = read_config(folder), label_set(config.data.train.labels)
+        tokenizer = read_processor(folder, policy).tokenizer
+        return policy, count_template_tokens(config, tokenizer, labels)
+    if (policy := published(path)) is not None:
+        return policy, QWEN_TEMPLATE_TOKENS
+    rule = (
+        "is not on this machine; name a published policy, "
+        "--config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct, or train the embedded one first"
+    )
+    raise ConfigError("policy.path", config.policy.path, rule)
+
+
+def make_step_shapes(
+    config: ConfigDict,
+    policy: Shapes,
+    texts: TemplateTokens,
+    prompt_tokens: int | None = None,
+    response_tokens: int | None = None,
+) -> StepShapes:
+    """Returns the shapes of a step of the config.
+
+    Args:
+      config: of the run.
+      policy: its shapes.
+      texts: token counts of its templates.
+      prompt_tokens: P; None takes the longest prompt, or that of a drawn scene.
+      response_tokens: T; None takes `rollout.max_tokens`.
+
+    Raises:
+      ShapeError: if the text of a prompt leaves no token for the image.
+    """
+    around = texts.before + texts.after
+    if prompt_tokens is None and config.data.train.kind == "emoscenes":
+        vision = policy.vision
+        side = config.data.scene_size // (vision.patch_size * vision.spatial_merge_size)
+        prompt_tokens = around + side**2
+    elif prompt_tokens is None:
+        prompt_tokens = max(config.data.prompt_lengths)
+    image = prompt_tokens - around
+    if image < 1:
+        rule = f"the text of a prompt takes {around} tokens, and the image needs some; raise it"
+        raise ShapeError("prompt_tokens", prompt_tokens, rule)
+    t = config.rollout.max_tokens if response_tokens is None else response_tokens
+    coherence = consistency = None
+    if config.reflect.enabled:
+        # Each label, yes and no are scored in two spellings, see `rollout.reflect`.
+        labels = 2 * len(label_set(config.data.train.labels)) if config.reflect.soft else 1
+        yes_no = 4 if config.reflect.soft else 1
+        head, tail = texts.coherence
+        coherence = QuestionTokens(head, 2 * t // 3, tail, texts.label, labels)
+        head, tail = texts.consistency
+        consistency = QuestionTokens(head, t // 3, tail, texts.yes_no, yes_no)
+    return StepShapes(
+        config.rollout.prompts,
+        config.rollout.responses,
+        prompt_tokens,
+        t,
+        image * policy.merge_unit,
+        texts.before + image,
+        coherence,
+        consistency,
+    )

@@ -1,0 +1,204 @@
+"""The cost of a step: by hand, and against all products of the real programs."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+from support.tiny_flops import STEP, TINY, policy_of, prompt_shapes
+
+from emor3_jax.flops import (
+    PHASES,
+    Cost,
+    QuestionTokens,
+    ShapeError,
+    StepShapes,
+    mean_shapes,
+    phase_costs,
+    step_flops,
+    total,
+)
+from emor3_jax.flops.cost import decoder_flops
+from emor3_jax.learner.logprobs import LogprobSpec, score_responses
+from emor3_jax.models.params import Params
+from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
+from emor3_jax.rollout.generate import Opening, generate
+from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.types import Batch, Images, Prompt, Samples
+
+
+def test_the_grouped_step_by_hand() -> None:
+    costs = phase_costs(TINY, STEP)
+    assert tuple(costs) == PHASES
+    assert costs["vision"] == Cost(0, 2, 2, 2 * 25088, 2 * 24576)
+    # 11 tokens of each prompt; 1 + … + 11 = 66 pairs.
+    assert costs["prefill"] == Cost(22, 0, 0, 22 * 1728, 2 * 66 * 64)
+    # 6 responses of 5 tokens, which see 11 of the prompt and themselves: 5*11 + 15 = 70 pairs.
+    assert costs["decode"] == Cost(30, 0, 0, 30 * (1728 + 320), 6 * 70 * 64)
+    # The head of 3 once (6 pairs). 6 questions of 6 more (6*3 + 21 = 39 pairs), then 1 token of the
+    # reply (9 + 1 pairs), and logits of its 2.
+    assert costs["coherence"] == Cost(45, 0, 0, 45 * 1728 + 12 * 320, 64 * (6 + 6 * 49))
+    # 6 questions of 5 behind 9 shared tokens (45 + 15 pairs), 1 token of the reply (15 pairs).
+    assert costs["consistency"] == Cost(36, 0, 0, 36 * 1728 + 12 * 320, 6 * 75 * 64)
+    assert costs["old"] == Cost()
+    # 22 + 30 tokens: 50176 + 38016 + 61440 and 49152 + 8448 + 26880.
+    assert costs["reference"] == Cost(52, 2, 2, 149632, 84480)
+    # Recomputed: logits 30*320, attention of the tower 49152 twice, its layers without the last
+    # product 2*32*448, those of the decoder 52 * 2*2*(192+160), attention of the decoder 35328.
+    assert costs["update"] == Cost(156, 2, 6, 3 * 149632, 3 * 84480, 245120)
+    without = phase_costs(TINY, STEP, remat=False)["update"]
+    assert without == dataclasses.replace(costs["update"], recomputed=9600 + 49152)
+
+
+def test_candidate_replies_by_hand() -> None:
+    # 4 candidates of 3: 2 tokens of each are read (9+1 and 9+2 pairs), logits of 3 of each.
+    question = QuestionTokens(head=3, text=4, tail=2, reply=3, replies=4)
+    grouped = phase_costs(TINY, STEP._replace(coherence=question))["coherence"]
+    assert grouped.tokens == 3 + 6 * (6 + 4 * 2)
+    assert grouped.linear == grouped.tokens * 1728 + 6 * 4 * 3 * 320
+    assert grouped.attention == 64 * (6 + 6 * (39 + 4 * 21))
+
+
+def test_phases_that_are_switched_off_cost_nothing() -> None:
+    plain = STEP._replace(coherence=None, consistency=None)
+    costs = phase_costs(TINY, plain, reference=False)
+    assert costs["coherence"] == costs["consistency"] == costs["reference"] == Cost()
+    assert phase_costs(TINY, STEP, old=True)["old"] == phase_costs(TINY, STEP)["reference"]
+    kept = phase_costs(TINY, STEP, kept=True)["reference"]
+    assert kept + phase_costs(TINY, STEP)["vision"] == phase_costs(TINY, STEP)["reference"]
+    assert step_flops(TINY, STEP) == total(phase_costs(TINY, STEP)).flops
+
+
+# The products of the real programs, from their jaxprs: exact, in all layers, forward and backward.
+
+
+def _products(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """FLOPs of all products, those in a loop as often as it turns; of branches the costliest."""
+    flops = 0
+    for each in jaxpr.eqns:
+        if each.primitive.name == "dot_general":
+            (contracted, _), _ = each.params["dimension_numbers"]
+            left, out = each.invars[0].aval.shape, each.outvars[0].aval.shape
+            flops += 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+        elif each.primitive.name == "cond":
+            flops += max(_products(branch.jaxpr) for branch in each.params["branches"])
+        else:
+            turns = each.params["length"] if each.primitive.name == "scan" else 1
+            for inner in jax.tree.leaves(list(each.params.values()), is_leaf=_is_jaxpr):
+                if _is_jaxpr(inner):
+                    flops += turns * _products(getattr(inner, "jaxpr", inner))
+    return flops
+
+
+def _is_jaxpr(x: object) -> bool:
+    return isinstance(x, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
+
+
+def _score(shapes: Qwen25VLShapes, s: StepShapes, remat: bool) -> Callable[[Params], jax.Array]:
+    """The scoring pass as a function of the parameters."""
+    b, g, t = s.prompts, s.responses, s.response_tokens
+    policy = policy_of(shapes).with_compute(remat="layers" if remat else "none")
+    abstract = prompt_shapes(b, s.prompt_tokens - 1), policy.layout.abstract_images(b, 1)
+    prompt, images = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    rows = jnp.zeros(b, jnp.int32)
+    batch = Batch(prompt, rows, rows, images, *[None] * 5)
+    samples = Samples(jnp.zeros((b, g, t), jnp.int32), None, jnp.full((b, g), t), None)
+    spec = LogprobSpec(temperature=1.0, chunk=1024)
+    suppressed = jnp.zeros(shapes.vocab_size, bool)
+
+    def score(params: Params) -> jax.Array:
+        return score_responses(policy, params, batch, samples, spec, suppressed).logprobs.sum()
+
+    return score
+
+
+def _masked(config: Qwen25VLShapes, s: StepShapes) -> int:
+    """FLOPs of pairs that XLA computes and masks, in one scoring pass."""
+    p, t, rows = s.prompt_tokens - 1, s.response_tokens, s.prompts * s.responses
+    pairs = s.prompts * p * (p - 1) // 2 + rows * t * (t - 1) // 2
+    return 4 * config.num_layers * config.hidden_size * pairs
+
+
+# One window of 16 patches a picture, so that all layers of the tower see the same.
+SCORED = STEP._replace(patches=16, shared_tokens=5, response_tokens=7)
+
+
+def test_the_scoring_pass_has_the_products_that_are_counted() -> None:
+    found = _products(
+        jax.make_jaxpr(_score(TINY, SCORED, False))(policy_of(TINY).param_shapes()).jaxpr
+    )
+    assert found == phase_costs(TINY, SCORED)["reference"].flops + _masked(TINY, SCORED)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_update_has_the_products_that_are_counted(remat: bool) -> None:
+    traced = jax.make_jaxpr(jax.value_and_grad(_score(TINY, SCORED, remat)))(
+        policy_of(TINY).param_shapes()
+    )
+    needed, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    # The gradient by the pixels, a product like the patch embedding's, is not computed.
+    pixels = 2 * SCORED.prompts * SCORED.patches * TINY.vision.patch_dim * TINY.vision.hidden_size
+    expected = phase_costs(TINY, SCORED, remat=remat)["update"].executed - pixels
+    assert _products(needed) == expected + (3 + remat) * _masked(TINY, SCORED)
+
+
+def test_prefill_and_a_decoded_token_have_the_products_that_are_counted() -> None:
+    b, g, t, p = 2, 3, 5, STEP.prompt_tokens - 1
+    policy, sampling = policy_of(TINY), Sampling(t, 1.0, 1.0, (0,))
+
+    def roll_out(params: Params, prompt: Prompt) -> jax.Array:
+        _, prefix = policy.read_prompt(params, prompt, None)
+        one = jnp.ones((b, g), jnp.int32)
+        opening = Opening(prefix, jnp.ones((b, g, 1), jnp.int32), one, one)
+        suppressed = jnp.zeros(TINY.vocab_size, bool)
+        return generate(
+            policy, params, opening, lambda _: jnp.zeros((b, g)), sampling, suppressed
+        ).logprobs
+
+    jaxpr = jax.make_jaxpr(roll_out)(policy.param_shapes(), prompt_shapes(b, p)).jaxpr
+    costs = phase_costs(TINY, STEP)
+    # The prompts; a token behind them; and a loop, counted once, whose token sees all of the cache.
+    once = costs["prefill"] + decoder_flops(TINY, 2, logits=2).times(b * g)
+    pairs = b * p * p + b * g * ((p + 1) + (p + t + 1))
+    assert _products(jaxpr) == once.linear + 64 * pairs
+    assert costs["decode"].linear == decoder_flops(TINY, 1, logits=1).linear * b * g * t
+
+
+def test_shapes_of_a_step_are_its_means() -> None:
+    batch = Batch(
+        prompt=Prompt(*[None] * 2, np.arange(12) < np.array([[9], [6]]), None),
+        last_token=None,
+        next_position=None,
+        images=Images(
+            None, None, np.arange(16).reshape(1, 1, 16) < np.array([8, 12])[:, None, None]
+        ),
+        shared_length=np.array([4, 5]),
+        shared_position=None,
+        answers=None,
+        grades=None,
+        weight=None,
+    )
+    found = mean_shapes(batch, np.array([[3, 6, 6], [9, 1, 2]]), STEP.coherence)
+    assert found == StepShapes(2, 3, 8.5, 4.5, 10.0, 4.5, STEP.coherence, None)
+    assert step_flops(TINY, found) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"responses": 0}, "responses=0: must be at least 1"),
+        ({"response_tokens": 0}, "response_tokens=0: must be at least 1"),
+        ({"patches": -4}, "patches=-4: must be 0 or more"),
+        ({"shared_tokens": 7}, "shared_tokens=7: must hold the 8 tokens of 32 patches"),
+        ({"shared_tokens": 12}, "shared_tokens=12: .* less than prompt_tokens=12"),
+        ({"coherence": QuestionTokens(1, 1, 0, 1)}, "coherence=.*: tail, reply and replies"),
+    ],
+)
+def test_shapes_that_no_step_can_have_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ShapeError, match=f"^{message}"):
+        phase_costs(TINY, STEP._replace(**change))

@@ -1,0 +1,71 @@
+"""A policy and a step small enough to count their FLOPs by hand, and arguments without values."""
+
+import jax
+import jax.numpy as jnp
+
+from emor3_jax.flops import QuestionTokens, StepShapes
+from emor3_jax.models import Policy
+from emor3_jax.models.qwen2_5_vl.family import QWEN2_5_VL
+from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes, Qwen25VLVisionShapes
+from emor3_jax.types import Prompt
+
+TINY = Qwen25VLShapes(
+    vision=Qwen25VLVisionShapes(
+        depth=2,
+        hidden_size=4,
+        intermediate_size=6,
+        num_heads=1,
+        patch_size=1,
+        temporal_patch_size=2,
+        spatial_merge_size=2,
+        window_size=4,
+        fullatt_block_indexes=(1,),
+        out_hidden_size=8,
+    ),
+    vocab_size=20,
+    hidden_size=8,
+    intermediate_size=10,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mrope_section=(1, 1, 0),
+    tie_word_embeddings=True,
+)
+
+# 32 patches are 8 tokens of the prompt.
+STEP = StepShapes(
+    prompts=2,
+    responses=3,
+    prompt_tokens=12,
+    response_tokens=5,
+    patches=32,
+    shared_tokens=9,
+    coherence=QuestionTokens(head=3, text=4, tail=2, reply=2),
+    consistency=QuestionTokens(head=1, text=2, tail=2, reply=2),
+)
+
+# The sums of TINY, used below:
+# decoder, a token: q 8*8, k 8*4, v 8*4, o 8*8, three of 8*10: 432 a layer, 864 in all: 1728 FLOPs.
+#   Logits of a token: 2*8*20 = 320. A pair of query and key: 2 layers * 4 * 8 = 64.
+# tower, a patch: embedding 6*4 = 24; two layers of 4*4*4 + 3*4*6 = 136; merger (16*16 + 16*8) / 4
+#   patches = 96: together 392, so 784 FLOPs; a picture 32 * 784 = 25088.
+#   Attention: 16 keys in a window, 32 in the full layer: 4*4*32 * (16+32) = 24576 a picture.
+
+
+def array(*shape: int, dtype: type = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def prompt_shapes(b: int, p: int) -> Prompt:
+    ints = {"dtype": jnp.int32}
+    return Prompt(
+        array(b, p, **ints),
+        array(b, p, 3, **ints),
+        array(b, p, dtype=bool),
+        array(b, p, **ints),
+    )
+
+
+def policy_of(shapes: Qwen25VLShapes) -> Policy:
+    return Policy(QWEN2_5_VL, shapes)
