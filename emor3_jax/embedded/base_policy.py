@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from emor3_jax import cli
 from emor3_jax.config import ConfigError
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.dataset import PretrainDataset
@@ -30,11 +29,10 @@ from emor3_jax.embedded.faces.vision_pretraining import evaluate_captions, pretr
 from emor3_jax.embedded.loader import ExampleLoader, QABatch
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.io.console import Console
-from emor3_jax.models import Policy, load, save
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models import LoadedPolicy, Policy, load, parse_config, save
+from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
+from emor3_jax.runtime import cli
 
 DATASETS: dict[str, Callable[[ConfigDict], PretrainDataset]] = {
     "emoscenes": drawn_scenes,
@@ -45,75 +43,80 @@ DATASETS: dict[str, Callable[[ConfigDict], PretrainDataset]] = {
 Sizes = tuple[pretrain.Size, pretrain.Size, pretrain.Size]
 
 
-def model_config(config: ConfigDict, tokenizer: Any) -> Config:
-    """Returns the shapes of the policy: Qwen2.5-VL's architecture, small."""
-    width, heads = config.model.width, config.model.heads
-    head_dim = width // heads
-    vision = VisionConfig(
-        depth=config.model.vision_layers,
-        hidden_size=config.model.vision_width,
-        intermediate_size=2 * config.model.vision_width,
-        num_heads=config.model.vision_heads,
-        patch_size=config.model.patch,
-        temporal_patch_size=2,
-        spatial_merge_size=2,
-        window_size=config.model.window,
-        fullatt_block_indexes=(config.model.vision_layers - 1,),
-        out_hidden_size=width,
-    )
-    spatial = 3 * head_dim // 16
-    return Config(
-        vision=vision,
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_layers=config.model.layers,
-        num_heads=heads,
-        num_kv_heads=config.model.kv_heads,
-        head_dim=head_dim,
-        rope_theta=1e4,
-        mrope_section=(head_dim // 2 - 2 * spatial, spatial, spatial),
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        **special_ids(tokenizer),
-    )
+def small_policy(config: ConfigDict, tokenizer: Any) -> Policy:
+    """Returns a small policy of Qwen2.5-VL's architecture.
+
+    Args:
+      config: see `emor3_jax.config.base_policy`.
+      tokenizer: of the policy.
+    """
+    c = config.model
+    vision = {
+        "depth": c.vision_layers,
+        "hidden_size": c.vision_width,
+        "intermediate_size": 2 * c.vision_width,
+        "num_heads": c.vision_heads,
+        "patch_size": c.patch,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": c.window,
+        "fullatt_block_indexes": [c.vision_layers - 1],
+        "out_hidden_size": c.width,
+    }
+    half = c.width // c.heads // 2
+    spatial = 3 * half // 8
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": c.width,
+        "intermediate_size": 2 * c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "rope_scaling": {"type": "mrope", "mrope_section": [half - 2 * spatial, spatial, spatial]},
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+    }
+    ids = special_ids(tokenizer)
+    return parse_config({"model_type": "qwen2_5_vl", "vision_config": vision, **text, **ids})
 
 
-@partial(jax.jit, static_argnames=("config", "sizes", "optimizer"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("policy", "sizes", "optimizer"), donate_argnames="state")
 def train_step(
     state: TrainState,
     prefixes: pretrain.Prefixes,
     batch: QABatch,
     *,
-    config: Config,
+    policy: Policy,
     sizes: Sizes,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Takes one optimizer step; returns the new state and `loss`, `exact`, `grad_norm`."""
 
     def loss_fn(params: dict) -> tuple[jax.Array, dict[str, Any]]:
-        return _loss(config, sizes, params, prefixes, batch)
+        return _loss(policy, sizes, params, prefixes, batch)
 
     (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state, applied = apply_gradients(state, grads, optimizer)
     return state, {"loss": value, **metrics, **applied}
 
 
-@partial(jax.jit, static_argnames=("config", "sizes"))
+@partial(jax.jit, static_argnames=("policy", "sizes"))
 def exact_replies(
-    params: dict, prefixes: pretrain.Prefixes, batch: QABatch, *, config: Config, sizes: Sizes
+    params: dict, prefixes: pretrain.Prefixes, batch: QABatch, *, policy: Policy, sizes: Sizes
 ) -> list[jax.Array]:
     """Returns the share of exactly right replies of each kind, as in `pretrain.loss`."""
-    return _loss(config, sizes, params, prefixes, batch)[1]["exact"]
+    return _loss(policy, sizes, params, prefixes, batch)[1]["exact"]
 
 
 def _loss(
-    config: Config, sizes: Sizes, params: dict, prefixes: pretrain.Prefixes, batch: QABatch
+    policy: Policy, sizes: Sizes, params: dict, prefixes: pretrain.Prefixes, batch: QABatch
 ) -> tuple[jax.Array, dict[str, Any]]:
     about_images = ((batch.responses, sizes[0]), (batch.questions, sizes[1]))
     about_text = (batch.texts, sizes[2])
     return pretrain.loss(
-        config, params, prefixes, batch.images, about_images, about_text, batch.labels
+        policy, params, prefixes, batch.images, about_images, about_text, batch.labels
     )
 
 
@@ -149,17 +152,17 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         tokenizer = train_tokenizer(dataset.corpus, config.model.vocab_size)
     pixels = config.data.size**2
     settings = ImageSettings(pixels, pixels, patch_size=config.model.patch)
-    shapes = model_config(config, tokenizer)
-    if before and before.config != shapes:
+    policy = small_policy(config, tokenizer)
+    if before and before.policy != policy:
         raise ConfigError(
             "model", config.model.to_dict(), f"is not the shape of {looked}; delete that folder"
         )
-    processor = Processor(tokenizer, settings)
+    processor = Processor(tokenizer, settings, policy.layout)
     targets = caption_targets(dataset, tokenizer) if looked else None
-    images = read_images(dataset.images, processor, shapes.vision)
+    images = read_images(dataset.images, processor)
     labels = None if targets is None else targets[:, 0]
-    loader = ExampleLoader(dataset, processor, shapes, images, labels, config.data.warp)
-    params = model.init_params(shapes, jax.random.key(config.seed))
+    loader = ExampleLoader(dataset, processor, policy, images, labels, config.data.warp)
+    params = policy.init(jax.random.key(config.seed))
     count = sum(x.size for x in jax.tree.leaves(params))
     say(f"{count / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {len(dataset.images)} images")
 
@@ -170,13 +173,13 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
             params = before.params
         else:
             params = pretrain_vision(config, captions, params, say)
-            save(Policy(shapes, params, processor), looked)
+            save(LoadedPolicy(policy, params, processor), looked)
         scores["look"], scores["begin"] = evaluate_captions(config, captions, params)
         say(f"held-out labels right: {scores['look']:.3f}, first words: {scores['begin']:.3f}")
     params, found = pretrain_qa(config, loader, params, say)
     scores |= found
     say("held-out replies exactly right: " + "  ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-    save(Policy(shapes, params, processor), folder)
+    save(LoadedPolicy(policy, params, processor), folder)
     say(f"saved {folder}")
     return scores
 
@@ -219,7 +222,7 @@ def pretrain_qa(
       The new parameters, and the shares of exactly right held-out replies: describe, consistency,
       coherence.
     """
-    sizes, shapes = loader.dataset.sizes, loader.shapes
+    sizes, policy = loader.dataset.sizes, loader.policy
     prefixes = loader.prefixes()
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.05 * config.learning_rate
@@ -234,13 +237,13 @@ def pretrain_qa(
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         return train_step(
-            state, prefixes, next(batches), config=shapes, sizes=sizes, optimizer=optimizer
+            state, prefixes, next(batches), policy=policy, sizes=sizes, optimizer=optimizer
         )
 
     state = TrainState.create(params, optimizer)
     state = pretrain.fit("QA examples", config.steps, step, state, say)
     exact = [
-        exact_replies(state.params, prefixes, batch, config=shapes, sizes=sizes)
+        exact_replies(state.params, prefixes, batch, policy=policy, sizes=sizes)
         for batch in loader.held_out_batches(256, config.seed)
     ]
     _, questions, texts = (np.mean(kind, axis=0) for kind in zip(*exact, strict=True))

@@ -10,9 +10,9 @@ import numpy as np
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.dataset import PretrainDataset
 from emor3_jax.embedded.faces.images import DeviceImages, take_images
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import Images
-from emor3_jax.models.qwen2_5_vl.processor import Processor
+from emor3_jax.models import Policy
+from emor3_jax.models.processor import Processor
+from emor3_jax.types import Images
 
 
 class QABatch(NamedTuple):
@@ -37,7 +37,7 @@ class ExampleLoader(NamedTuple):
     Attributes:
       dataset: images and QA examples.
       processor: of the policy.
-      shapes: of the policy.
+      policy: the policy.
       images: those of the dataset, on the device.
       labels: int32[N], the first token of each image's label; None if it is not to be predicted.
       warp: strength of `augment.warp` on the images that are trained on; 0 leaves them unchanged.
@@ -45,7 +45,7 @@ class ExampleLoader(NamedTuple):
 
     dataset: PretrainDataset
     processor: Processor
-    shapes: Config
+    policy: Policy
     images: DeviceImages
     labels: np.ndarray | None = None
     warp: float = 0.0
@@ -53,7 +53,7 @@ class ExampleLoader(NamedTuple):
     def prefixes(self) -> pretrain.Prefixes:
         """Returns the constant prefixes of the examples."""
         return pretrain.make_prefixes(
-            self.processor.tokenizer, self.grid, self.images.slots, self.shapes
+            self.processor.tokenizer, self.grid, self.images.slots, self.policy
         )
 
     @property

@@ -18,11 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
 from emor3_jax.embedded.tasks import QAExample
 from emor3_jax.io.console import Console, duration
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.config import Config
-from emor3_jax.models.qwen2_5_vl.inputs import KV, Images, Prompt
-from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
+from emor3_jax.models import Policy
+from emor3_jax.models.cache import KV
 from emor3_jax.rl.update import TrainState
+from emor3_jax.types import Images, Prompt
 
 LABEL_WEIGHT = 12.0
 """Loss weight of an image's label, one token beside some hundred reply tokens."""
@@ -69,7 +68,7 @@ def make_prefixes(
     tokenizer: PreTrainedTokenizerBase,
     grid: tuple[int, int, int],
     slots: np.ndarray,
-    config: Config,
+    policy: Policy,
 ) -> Prefixes:
     """Returns the constant prefixes for images of one grid.
 
@@ -77,11 +76,11 @@ def make_prefixes(
       tokenizer: of the policy.
       grid: (1, h, w) in patches.
       slots: int32[n], merged slot of each image token, as `window_layout` gives it.
-      config: of the policy.
+      policy: the policy.
     """
     tokens = render_prompt(tokenizer, "{question}", "?", (), len(slots))
     tokens = tokens[: shared_length(tokenizer, tokens)]
-    prompt, position = make_prompt(tokens, grid, slots, config)
+    prompt, position = make_prompt(tokens, grid, slots, policy)
     text = np.asarray(reflection_parts(tokenizer, "{text}", (), with_image=False)[0], np.int32)
     return Prefixes(
         prompt,
@@ -96,17 +95,17 @@ def make_prefixes(
 
 
 def make_prompt(
-    tokens: Sequence[int], grid: tuple[int, int, int], slots: np.ndarray, config: Config
+    tokens: Sequence[int], grid: tuple[int, int, int], slots: np.ndarray, policy: Policy
 ) -> tuple[Prompt, int]:
     """Returns tokens with one image as a prompt, B = 1, and the RoPE position that follows.
 
     Args:
       tokens: with one image token for each of `slots`.
-      grid, slots, config: as of `make_prefixes`.
+      grid, slots, policy: as of `make_prefixes`.
     """
     tokens = np.asarray(tokens, np.int32)
-    positions, position = prompt_positions(tokens, [grid], config)
-    image = tokens == config.image_token_id
+    positions, position = policy.layout.positions(tokens, [grid])
+    image = tokens == policy.shapes.image_token_id
     image_slots = np.full(len(tokens), -1, np.int32)
     image_slots[image] = slots
     prompt = Prompt(*(x[None] for x in (tokens, positions, np.ones_like(image), image_slots)))
@@ -150,80 +149,68 @@ def tokenize_examples(
 
 
 def forward_images(
-    config: Config,
+    policy: Policy,
     params: dict,
     prompt: Prompt,
     images: Images,
-    *,
-    dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, KV]:
     """Runs vision tower and decoder over the same prompt with each of the images.
 
     Args:
-      config, params: the policy.
+      policy, params: the policy.
       prompt: B = 1, with one image.
       images: one a row.
-      dtype: compute type of the layers.
 
     Returns:
-      As `model.forward_prompt`, a row for each image.
+      As `Policy.read_prompt`, a row for each image.
     """
-    rows = images.mask.shape[0]
-    merged = images.mask.shape[1] * images.mask.shape[2] // config.vision.spatial_merge_size**2
-    slots = prompt.image_slots + merged * jnp.arange(rows)[:, None]
+    rows = len(images.mask)
     alike = Prompt(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in prompt))
-    alike = alike._replace(image_slots=jnp.where(prompt.image_slots >= 0, slots, -1))
-    features = model.encode_images(config, params, images, dtype=dtype)
-    return model.forward_prompt(config, params, alike, features, dtype=dtype)
+    return policy.read_prompt(params, alike, policy.encode_images(params, images))
 
 
 def loss(
-    config: Config,
+    policy: Policy,
     params: dict,
     prefixes: Prefixes,
     images: Images,
     about_images: Sequence[tuple[QATokens, Size]],
     about_text: tuple[QATokens, Size],
     labels: jax.Array | None = None,
-    *,
-    dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the mean negative log-likelihood of the replies, and the share of correct ones.
 
     Args:
-      config, params: the policy.
+      policy, params: the policy.
       prefixes: the constant prefixes.
       images: one image a row.
       about_images: examples that continue from the image, with their sizes.
       about_text: examples that continue from the text prefix, with their size.
       labels: int32[B], a token to predict at the end of each image too, so that the policy does
         not forget its vision pretraining (`embedded.faces.vision_pretraining`); None for none.
-      dtype: compute type of the layers.
 
     Returns:
       The loss float32[], and `exact`: for each kind of example float32[G], the share of replies of
       which every token is the likeliest one.
     """
-    hidden, image_kv = forward_images(config, params, prefixes.prompt, images, dtype=dtype)
-    _, text_kv = model.forward_prompt(config, params, prefixes.text, None, dtype=dtype)
+    hidden, image_kv = forward_images(policy, params, prefixes.prompt, images)
+    _, text_kv = policy.read_prompt(params, prefixes.text, None)
     flat = QATokens(*(x.reshape(1, -1, *x.shape[2:]) for x in about_text[0]))
     groups = [(image_kv, prefixes.position, *each) for each in about_images]
     groups.append((text_kv, prefixes.text.tokens.shape[1], flat, about_text[1]))
     total, weight, exact = 0.0, 0.0, []
     if labels is not None:
-        logits = model.logits(config, params, hidden[:, -1])
+        logits = policy.logits(params, hidden[:, -1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         total, weight = LABEL_WEIGHT * jnp.sum(losses), LABEL_WEIGHT * len(labels)
     for prefix, position, examples, size in groups:
         b, g, s = examples.tokens.shape
-        hidden, _ = model.forward_continuation(
-            config,
+        hidden, _ = policy.extend(
             params,
             prefix,
             examples.tokens[..., :-1],
             jnp.broadcast_to(position + jnp.arange(s - 1), (b, g, s - 1)),
             jnp.arange(s - 1) < examples.lengths[..., None],
-            dtype=dtype,
         )
         # Only replies are predicted, so only they need logits.
         index = examples.starts[..., None] + jnp.arange(size.reply)
@@ -231,7 +218,7 @@ def loss(
         index = jnp.minimum(index, s - 1)
         targets = jnp.take_along_axis(examples.tokens, index, axis=-1)
         hidden = jnp.take_along_axis(hidden, index[..., None] - 1, axis=2)
-        logits = model.logits(config, params, hidden)
+        logits = policy.logits(params, hidden)
         logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
         total -= jnp.sum(weights * logprobs[..., 0])
         weight += jnp.sum(weights)

@@ -77,6 +77,9 @@ class Family(Protocol):
     ) -> jax.Array:
         """Runs the vision tower: float[B, N, D]."""
 
+    def vision_table(self, shapes: Shapes, coords: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns cosine and sine of the tower's rope at rows and columns int32[..., 2]."""
+
     def decoder(self, shapes: Shapes, compute: Compute, **options: Any) -> nn.Module:
         """Returns the decoder, see `qwen2_5_vl.decoder.Decoder` for its options and arguments."""
 

@@ -22,8 +22,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from emor3_jax import flops
-from emor3_jax import prepare
+from emor3_jax import flops, prepare
 from emor3_jax.data.batch import Prompts
 from emor3_jax.evaluation.evaluation import evaluate
 from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json

@@ -11,7 +11,7 @@ from emor3_jax.data.prompts import IMAGE_TOKEN
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.dataset import PretrainDataset
 from emor3_jax.embedded.loader import ExampleLoader, batch_key
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.types import Images, Prompt
 
 
 class CaptionBatch(NamedTuple):
@@ -86,7 +86,7 @@ class CaptionLoader(NamedTuple):
         slots, prefix = self.rows.images.slots, self.rows.dataset.caption_prefix
         text = f"<|vision_start|>{IMAGE_TOKEN * len(slots)}<|vision_end|>{prefix}"
         tokens = self.rows.processor.tokenizer(text, add_special_tokens=False).input_ids
-        return pretrain.make_prompt(tokens, self.rows.grid, slots, self.rows.shapes)[0]
+        return pretrain.make_prompt(tokens, self.rows.grid, slots, self.rows.policy)[0]
 
     def shifted_prompts(self, seed: int) -> Iterator[Prompt]:
         """Yields `prompt` endlessly, with a random gap in the RoPE positions before the prefix.

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.embedded.faces.augment import erase, warp
-from emor3_jax.models.qwen2_5_vl import layout
-from emor3_jax.models.qwen2_5_vl.config import VisionConfig
-from emor3_jax.models.qwen2_5_vl.inputs import Images
-from emor3_jax.models.qwen2_5_vl.processor import ImageError, ImageSettings, Processor
+from emor3_jax.models.errors import ImageError
+from emor3_jax.models.processor import ImageSettings, Processor
+from emor3_jax.types import Images
 
 
 class DeviceImages(NamedTuple):
@@ -42,15 +41,12 @@ class DeviceImages(NamedTuple):
         return 1, height // settings.patch_size, width // settings.patch_size
 
 
-def read_images(
-    images: Sequence[bytes], processor: Processor, vision: VisionConfig
-) -> DeviceImages:
+def read_images(images: Sequence[bytes], processor: Processor) -> DeviceImages:
     """Decodes and scales images, and moves them to the device.
 
     Args:
       images: encoded, at least one; all of one size once scaled.
       processor: of the policy.
-      vision: for the window layout.
 
     Raises:
       ImageError: if one cannot be decoded or is of another size; names its row.
@@ -69,13 +65,15 @@ def read_images(
     patch = processor.images.patch_size
     rows, columns = (side // patch for side in pixels[0].shape[:2])
     numbers = np.arange(rows * columns, dtype=np.float32)[:, None]
-    found = layout.window_layout(numbers, (1, rows, columns), vision)
+    layout = processor.layout
+    found = layout.arrange(numbers, (1, rows, columns))
+    one = jax.tree.map(lambda x: x[0, 0], layout.collate([found.image], found.bucket))
     return DeviceImages(
         pixels=jnp.asarray(np.stack(pixels)),
-        order=jnp.asarray(found.patches[..., 0].astype(np.int32)),
-        coords=jnp.asarray(found.coords),
-        mask=jnp.asarray(found.mask),
-        slots=found.slot_of_token,
+        order=jnp.asarray(one.patches[..., 0].astype(np.int32)),
+        coords=jnp.asarray(one.coords),
+        mask=jnp.asarray(one.mask),
+        slots=found.slots,
     )
 
 
@@ -105,8 +103,8 @@ def take_images(
         pixels = warp(pixels, strength, warping) if strength > 0 else pixels
         pixels = erase(pixels, erase_probability, erasing) if erase_probability > 0 else pixels
     values = (pixels * settings.scale - jnp.array(settings.mean)) / jnp.array(settings.std)
-    patches = settings.cut(values)[:, images.order]
-    batch = (len(rows), *images.mask.shape)
+    patches = settings.cut(values)[:, None, images.order]
+    batch = (len(rows), 1, *images.mask.shape)
     return Images(
         patches=jnp.where(images.mask[..., None], patches, 0.0),
         coords=jnp.broadcast_to(images.coords, (*batch, 2)),

@@ -32,10 +32,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 from emor3_jax.embedded.faces.captions import CaptionBatch, CaptionLoader
 from emor3_jax.embedded.pretrain import fit, forward_images
 from emor3_jax.io.console import Console
-from emor3_jax.models.qwen2_5_vl import model, rope
-from emor3_jax.models.qwen2_5_vl.config import Config, VisionConfig
-from emor3_jax.models.qwen2_5_vl.inputs import Images, Prompt
+from emor3_jax.models import Policy
 from emor3_jax.rl.update import TrainState, apply_gradients
+from emor3_jax.types import Images, Prompt
 
 WHITENED = 8192
 """Number of images whose patches determine the whitening."""
@@ -65,22 +64,25 @@ def whiten_patches(kernel: jax.Array, patches: np.ndarray) -> jax.Array:
     return kernel.at[:, : first.shape[1]].set(first)
 
 
-def init_local_attention(qkv: dict, config: VisionConfig, seed: int) -> dict:
+def init_local_attention(qkv: dict, policy: Policy, seed: int) -> dict:
     """Returns query and key parameters with which each head attends to one neighbour of a patch.
 
     Each head draws one of the 3 x 3 neighbours; heads of a layer differ as far as these suffice.
 
     Args:
       qkv: `kernel` float32[layers, C, 3 * C] and `bias` float32[layers, 3 * C], head by head.
-      config: of the tower; its heads have 8 components or more.
+      policy: the policy; heads of its tower have 8 components or more.
       seed: of the draw.
     """
-    layers, heads, dim = len(qkv["bias"]), config.num_heads, config.head_dim
+    vision = policy.shapes.vision
+    layers, heads, dim = len(qkv["bias"]), vision.num_heads, vision.head_dim
     neighbours = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), axis=-1).reshape(-1, 2)
     rng = np.random.default_rng(seed)
     order = rng.permuted(np.tile(np.arange(9), (layers, 1)), axis=1)
     offsets = neighbours[np.resize(order.T, (heads, layers)).T]
-    cosine, sine = (np.asarray(x) for x in rope.vision_table(jnp.asarray(offsets), config))
+    cosine, sine = (
+        np.asarray(x) for x in policy.family.vision_table(policy.shapes, jnp.asarray(offsets))
+    )
     # After RoPE, a key has the angle of its own position, and a query that of the neighbour.
     fast = np.arange(dim // 2) % (dim // 4) < 2
     size = np.where(fast, np.sqrt(_NEARNESS * dim**0.5), 0.0)
@@ -139,26 +141,26 @@ def _matrix(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | No
     return MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
 
 
-def caption_logits(config: Config, params: dict, prompt: Prompt, images: Images) -> jax.Array:
+def caption_logits(policy: Policy, params: dict, prompt: Prompt, images: Images) -> jax.Array:
     """Returns the next-token logits float32[B, 2, V] after the image and after the whole prompt.
 
     Args:
-      config, params: the policy.
+      policy, params: the policy.
       prompt: `<|vision_start|>`, image, `<|vision_end|>`, and maybe more; B = 1.
       images: one a row.
     """
-    hidden, _ = forward_images(config, params, prompt, images)
+    hidden, _ = forward_images(policy, params, prompt, images)
     image_end = jnp.max(jnp.where(prompt.image_slots[0] >= 0, jnp.arange(hidden.shape[1]), 0)) + 1
-    return model.logits(config, params, jnp.stack([hidden[:, image_end], hidden[:, -1]], axis=1))
+    return policy.logits(params, jnp.stack([hidden[:, image_end], hidden[:, -1]], axis=1))
 
 
-@partial(jax.jit, static_argnames=("config", "optimizer", "mix"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("policy", "optimizer", "mix"), donate_argnames="state")
 def vision_step(
     state: TrainState,
     prompt: Prompt,
     batch: CaptionBatch,
     *,
-    config: Config,
+    policy: Policy,
     optimizer: optax.GradientTransformation,
     mix: float = 0.0,
     seed: int = 0,
@@ -169,7 +171,7 @@ def vision_step(
       state: of the policy; its count of updates and `seed` seed the mixup.
       prompt: as of `caption_logits`.
       batch: the images, of one size, and targets.
-      config: the policy's shapes.
+      policy: the policy.
       optimizer: that of `state`.
       mix: each image is mixed with the one before it in the batch by a share of Beta(mix, mix),
         the larger share its own; 0 disables mixup.
@@ -185,12 +187,12 @@ def vision_step(
         drawn = jax.random.beta(key, mix, mix, shares.shape)
         shares = jnp.maximum(drawn, 1 - drawn)
     others = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), batch)
-    patches = shares[:, None, None, None]
+    patches = shares[:, None, None, None, None]
     patches = patches * batch.images.patches + (1 - patches) * others.images.patches
     images = batch.images._replace(patches=patches)
 
     def loss_fn(params: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = caption_logits(config, params, prompt, images)
+        logits = caption_logits(policy, params, prompt, images)
         loss = sum(
             share[:, None] * optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             for share, targets in ((shares, batch.targets), (1 - shares, others.targets))
@@ -202,12 +204,12 @@ def vision_step(
     return state, {"loss": loss, **metrics, **applied}
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames="policy")
 def correct_captions(
-    params: dict, prompt: Prompt, batch: CaptionBatch, *, config: Config
+    params: dict, prompt: Prompt, batch: CaptionBatch, *, policy: Policy
 ) -> jax.Array:
     """Returns bool[B, 2]: the targets are the likeliest tokens, at each position."""
-    return _correct(caption_logits(config, params, prompt, batch.images), batch)
+    return _correct(caption_logits(policy, params, prompt, batch.images), batch)
 
 
 def _correct(logits: jax.Array, batch: CaptionBatch) -> jax.Array:
@@ -225,7 +227,7 @@ def pretrain_vision(
       params: of the policy, as initialised.
       say: the console.
     """
-    shapes = captions.rows.shapes
+    policy = captions.rows.policy
     stage = config.look
     batches = captions.batches(stage.batch, config.seed)
     prompts = captions.shifted_prompts(config.seed)
@@ -233,7 +235,7 @@ def pretrain_vision(
     patches = np.concatenate([np.asarray(x.patches)[np.asarray(x.mask)] for x in images])
     visual = params["visual"]
     embed = {"kernel": whiten_patches(visual["patch_embed"]["kernel"], patches)}
-    qkv = init_local_attention(visual["blocks"]["attn"]["qkv"], shapes.vision, config.seed)
+    qkv = init_local_attention(visual["blocks"]["attn"]["qkv"], policy, config.seed)
     blocks = visual["blocks"] | {"attn": visual["blocks"]["attn"] | {"qkv": qkv}}
     params = params | {"visual": visual | {"patch_embed": embed, "blocks": blocks}}
     optimizer = make_muon(stage.learning_rate, stage.warmup_steps, stage.steps, stage.weight_decay)
@@ -241,7 +243,7 @@ def pretrain_vision(
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         return vision_step(
             *(state, next(prompts), next(batches)),
-            config=shapes,
+            policy=policy,
             optimizer=optimizer,
             mix=stage.mix,
             seed=config.seed,
@@ -265,7 +267,7 @@ def evaluate_captions(
     """
     prompt = captions.prompt()
     correct = [
-        correct_captions(params, prompt, batch, config=captions.rows.shapes)
+        correct_captions(params, prompt, batch, policy=captions.rows.policy)
         for batch in captions.held_out_batches(config.look.batch)
     ]
     label, caption = np.mean(np.concatenate(correct), axis=0)

@@ -14,6 +14,7 @@ from emor3_jax.models.qwen2_5_vl import naming
 from emor3_jax.models.qwen2_5_vl.decoder import Decoder
 from emor3_jax.models.qwen2_5_vl.layout import Qwen25VLLayout
 from emor3_jax.models.qwen2_5_vl.published import PUBLISHED
+from emor3_jax.models.qwen2_5_vl.rope import vision_table
 from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
 from emor3_jax.models.qwen2_5_vl.tower import VisionTower
 from emor3_jax.types import Images
@@ -50,6 +51,12 @@ class Qwen25VL:
     ) -> jax.Array:
         """Runs the vision tower: float[B, N, D]."""
         return VisionTower(shapes.vision, compute).apply({"params": params["visual"]}, images)
+
+    def vision_table(
+        self, shapes: Qwen25VLShapes, coords: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns cosine and sine of the tower's rope at rows and columns int32[..., 2]."""
+        return vision_table(coords, shapes.vision)
 
     def decoder(self, shapes: Qwen25VLShapes, compute: Compute, **options: Any) -> Decoder:
         """Returns the decoder."""
