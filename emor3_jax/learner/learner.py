@@ -134,7 +134,7 @@ class Learner:
         """
         self.spec, self.step, self.suppressed = spec, step, suppressed
         self.reference, self.lora, self._mesh = reference, lora, mesh
-        self.kl_coef = jnp.float32(spec.kl_coef) if step.adapt_kl else spec.kl_coef
+        self.kl_coef = np.float32(spec.kl_coef) if step.adapt_kl else spec.kl_coef
 
     def init(self, trained: dict) -> TrainState:
         """Returns the state before the first update.
@@ -356,7 +356,7 @@ class Learner:
     def restore(self, arrays: Any, progress: dict[str, Any]) -> TrainState:
         """Goes on from what `checkpoint` and `progress` returned; returns the state."""
         if self.step.adapt_kl:
-            self.kl_coef = jnp.float32(progress.get("kl_coef", self.kl_coef))
+            self.kl_coef = np.float32(progress.get("kl_coef", self.kl_coef))
         if not self.reference.follows:
             return arrays
         self.reference.params = arrays["reference"]

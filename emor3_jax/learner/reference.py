@@ -47,7 +47,8 @@ class Reference:
         """Takes the parameters that training starts from.
 
         Args:
-          params: of the policy; kept as they are, or cast, but never changed.
+          params: of the policy; kept as they are, or cast, but never changed. {} if only
+            `programs` are asked for.
           kind: see the module.
           every, decay: of the kinds "refresh" and "average".
           dtype: of the matrices.
@@ -58,7 +59,7 @@ class Reference:
         self.follows = kind in ("refresh", "average")
         self.params: Params = {}
         if kind != "none":
-            same = self._dtype == jnp.float32
+            same = self._dtype == jnp.float32 or not params
             self.params = params if same else cast_matrices(params, self._dtype)
 
     def features(self, batch: Batch, ids: Sequence[str]) -> np.ndarray | None:

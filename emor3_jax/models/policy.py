@@ -76,7 +76,7 @@ class Policy:
 
     def param_shapes(self) -> Params:
         """Returns the tree of parameters as `jax.ShapeDtypeStruct`s, without computing anything."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def encode_images(self, params: Params, images: Images) -> jax.Array:
         """Runs the vision tower.
