@@ -30,7 +30,7 @@ SLICES = (
 )
 SIZES = ("3b", "7b")
 PROGRAMS = (
-    *("hand-over", "decode", "grow cache", "update"),
+    *("weight_sync", "decode", "resize_ring", "update"),
     *("prefill", "coherence", "consistency", "reference"),
 )
 """Those that take memory, the most telling first; `emor3_jax.compile` has the others too."""
@@ -142,16 +142,16 @@ def _traffic_table(found: Results) -> list[str]:
     lines = [
         "## What collectives move",
         "",
-        "GiB that each device receives in all updates of a step, and in a hand-over of weights;",
+        "GiB that each device receives in all updates of a step, and in a weight sync;",
         "TFLOP of a device in the updates of a step. Empty: refused for its size, not counted.",
         "",
-        f"| policy | slice | devices | {' | '.join(kinds)} | all | hand-over | TFLOP |",
+        f"| policy | slice | devices | {' | '.join(kinds)} | all | weight_sync | TFLOP |",
         f"|---|---|---:|{'---:|' * len(kinds)}---:|---:|---:|",
     ]
     for size in SIZES:
         for name in SLICES:
             cell = found.get((size, name), {})
-            if "update" not in cell or "hand-over" not in cell:
+            if "update" not in cell or "weight_sync" not in cell:
                 continue
             row = cell["update"]
             # Nothing is known of a program that does not fit: it has no compiled text.
@@ -159,7 +159,7 @@ def _traffic_table(found: Results) -> list[str]:
             if row["moved"]:
                 sizes = [row["calls"] * row["moved"].get(kind, 0) / 2**30 for kind in kinds]
                 moved, total = [f"{x:,.1f}" for x in sizes], f"{sum(sizes):,.0f}"
-            handed = sum(cell["hand-over"]["moved"].values()) / 2**30
+            handed = sum(cell["weight_sync"]["moved"].values()) / 2**30
             lines.append(
                 f"| {size.upper()} | {name} | {row['devices']} "
                 f"| {' | '.join(moved)} | {total} | {f'{handed:.1f}' if handed else ''} "

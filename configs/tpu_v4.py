@@ -9,7 +9,7 @@ python -m emor3_jax.train --config=configs/tpu_v4.py --workdir=DIR \\
 What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the 3B fits a
 v4-8 (4 chips), where growing the cache needs the most of all its programs, 28.63 of 30.75 GiB a
 device; the 7B a v4-32 (16 chips), where the reflection on consistency does, 22.61. It does not fit
-a v4-16 (the hand-over needs 31.38). More: docs/results/compile.md.
+a v4-16 (the weight sync needs 31.38). More: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ python -m emor3_jax.train --config=configs/tpu_v6e.py --workdir=DIR \\
 
 What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
 the 3B need at most 24.34 of 31.24 GiB a device on a v6e-8, those of the 7B 23.50 on a v6e-16. The
-7B does not fit a v6e-8 (the hand-over needs 31.38). More: docs/results/compile.md.
+7B does not fit a v6e-8 (the weight sync needs 31.38). More: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict

@@ -37,19 +37,19 @@ def test_a_page_of_nothing_says_so() -> None:
 
 
 def _lines(update: dict[str, Any], handed: dict[str, Any]) -> list[str]:
-    text = page({("3b", "v4-16"): {"update": update, "hand-over": handed}})
+    text = page({("3b", "v4-16"): {"update": update, "weight_sync": handed}})
     return [line for line in text.splitlines() if line.startswith("| 3B | v4-16 ")]
 
 
 def test_traffic_is_that_of_all_calls_and_its_sum_stands_beside_it() -> None:
     gib = 2**30
     update = _row("update", {"all-gather": 3 * gib, "all-reduce": gib // 2}, True)
-    fit, traffic = _lines(update, _row("hand-over", {"all-gather": gib}, True))
+    fit, traffic = _lines(update, _row("weight_sync", {"all-gather": gib}, True))
     assert "fits, as far as run" in fit
     assert traffic == "| 3B | v4-16 | 8 | 6.0 | 0.0 | 1.0 | 0.0 | 0.0 | 7 | 1.0 | 3 |"
 
 
 def test_a_refused_program_shows_no_traffic_rather_than_none_moved() -> None:
-    fit, traffic = _lines(_row("update", {}, False), _row("hand-over", {}, False))
+    fit, traffic = _lines(_row("update", {}, False), _row("weight_sync", {}, False))
     assert "**20.0**" in fit and "does not fit" in fit
     assert traffic == "| 3B | v4-16 | 8 |  |  |  |  |  |  |  | 3 |"

@@ -9,6 +9,7 @@ import pytest
 
 from emor3_jax.compiler.record import Recorder, device_bytes
 from emor3_jax.parallel import mesh as meshes
+from emor3_jax.parallel.program import Program, along, by_prompts, whole
 
 
 @pytest.fixture
@@ -17,19 +18,19 @@ def record() -> Recorder:
 
 
 def array(record: Recorder, *shape: int, dtype: type = jnp.float32) -> jax.ShapeDtypeStruct:
-    return record.whole(jax.ShapeDtypeStruct(shape, dtype))
+    return whole(record.mesh, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def test_each_array_counts_once_wherever_it_stands(record: Recorder) -> None:
     weights, cache, other = array(record, 10, 3), array(record, 5), array(record, 7)
     out = record(
-        "double",
-        jax.jit(lambda params, x, n: (params["w"] @ x[:3] + n, x)),
-        {"w": weights},
-        cache,
-        np.int32(2),
-        alive={"parameters": [weights, weights], "optimizer": [other], "cache": cache},
-        calls=4,
+        Program(
+            "double",
+            jax.jit(lambda params, x, n: (params["w"] @ x[:3] + n, x)),
+            ({"w": weights}, cache, np.int32(2)),
+            alive={"parameters": [weights, weights], "optimizer": [other], "cache": cache},
+            calls=4,
+        )
     )
     (report,) = record.reports
     assert report.resident == {"parameters": 120, "optimizer": 28, "cache": 20, "data": 0}
@@ -44,7 +45,7 @@ def test_each_array_counts_once_wherever_it_stands(record: Recorder) -> None:
 
 def test_what_no_kind_names_is_data_and_what_is_given_up_is_not_made(record: Recorder) -> None:
     x = array(record, 1000)
-    record("add", jax.jit(lambda x: x + 1, donate_argnums=0), x, alive={})
+    record(Program("add", jax.jit(lambda x: x + 1, donate_argnums=0), (x,)))
     (report,) = record.reports
     assert report.resident["data"] == 4000
     assert report.made < 4000
@@ -54,8 +55,8 @@ def test_nothing_is_compiled_where_what_lies_there_is_too_much(record: Recorder)
     narrow = Recorder(record.mesh, usable=4003)
     add = jax.jit(lambda x: x + 1)
     small, large = array(record, 1000), array(record, 1001)
-    narrow("small", add, small, alive={})
-    out = narrow("large", add, large, alive={"optimizer": large})
+    narrow(Program("small", add, (small,)))
+    out = narrow(Program("large", add, (large,), alive={"optimizer": large}))
     fits, report = narrow.reports
     assert fits.made is not None
     assert (report.made, report.needed, report.compiling) == (None, 4004, 0.0)
@@ -64,8 +65,9 @@ def test_nothing_is_compiled_where_what_lies_there_is_too_much(record: Recorder)
 
 def test_a_program_that_is_not_wanted_only_gives_shapes(record: Recorder) -> None:
     wanted = Recorder(record.mesh, lambda name: name == "other")
-    rows = partial(wanted.by_rows, axis=1)
-    out = wanted("this", jax.jit(lambda x: x[:, :8]), array(record, 3, 16), alive={}, rows=rows)
+    layout = partial(by_prompts, axis=1)
+    cut = jax.jit(lambda x: x[:, :8])
+    out = wanted(Program("this", cut, (array(record, 3, 16),), layout=layout))
     assert wanted.reports == []
     assert out.shape == (3, 8)
     assert out.sharding.spec == jax.sharding.PartitionSpec(None, ("data", "fsdp"))
@@ -76,3 +78,18 @@ def test_bytes_of_a_device() -> None:
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None))
     assert device_bytes(jax.ShapeDtypeStruct((16, 3), jnp.bfloat16, sharding=cut)) == 2 * 3 * 2
     assert device_bytes(jax.ShapeDtypeStruct((16, 3), jnp.float32)) == 16 * 3 * 4
+
+
+def test_programs_are_sent_the_results_of_those_before(record: Recorder) -> None:
+    x, held = array(record, 4), array(record, 6)
+    double = jax.jit(lambda x: jnp.concatenate([x, x]))
+
+    def programs():
+        y = yield Program("first", double, (x,), alive={"cache": x})
+        z = yield Program("second", double, (y,))
+        return z.shape
+
+    assert record.run(along(programs(), {"cache": held}, "a ")) == (16,)
+    assert [report.name for report in record.reports] == ["a first", "a second"]
+    assert [report.resident["cache"] for report in record.reports] == [40, 24]
+    assert [report.resident["data"] for report in record.reports] == [0, 32]

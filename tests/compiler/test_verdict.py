@@ -10,8 +10,8 @@ from emor3_jax.compiler.record import Report
 from emor3_jax.compiler.search import search
 from emor3_jax.compiler.verdict import table, verdict
 from emor3_jax.config import default
-from emor3_jax.prepare.checks import validate
 from emor3_jax.flops import Cost
+from emor3_jax.prepare.checks import validate
 
 GIB = 2**30
 
