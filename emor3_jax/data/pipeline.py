@@ -11,7 +11,7 @@ nor the other rows depend on it, nor on timing.
 A position in the data is one number, the place in the endless order (`data/order.py`) where the
 next batch begins: it depends neither on the number of worker processes nor on that of hosts.
 
-With several hosts each reads the places of a batch that its devices hold; they tell each other
+With several hosts each reads the rows of a batch that its devices hold; they tell each other
 what they have left out, the ids of their rows and the size that these need, so that all hold the
 same batch, cut, in the same shape as one host would.
 
@@ -55,6 +55,33 @@ READ_AHEAD = 64
 """Rows that are read ahead, at most, by all processes: a large picture is 100 MB of patches."""
 
 
+class BatchSpec(NamedTuple):
+    """Settings of batches.
+
+    Attributes:
+      batch_size: `B`, of all hosts together.
+      prompt_lengths: rising choices of `P`.
+      image_windows: rising choices of `W`.
+      workers: processes that read and decode; 0 does it in threads of this one.
+      host_rows: rows of each batch that this host reads (`mesh.host_rows`); None is all.
+      exchange: tells other hosts of this one's rows (`hosts.exchange`).
+      graded: accuracy by soft labels (`Batch.grades`); rows without usable shares are left out.
+      cut_questions: the end of a question that makes a prompt too long is cut; else its row is left
+        out.
+      read_ahead: rows that are decoded while a batch is used, at most a batch of them.
+    """
+
+    batch_size: int
+    prompt_lengths: Sequence[int]
+    image_windows: Sequence[int]
+    workers: int = 0
+    host_rows: Sequence[int] | None = None
+    exchange: Exchange = hosts.exchange
+    graded: bool = False
+    cut_questions: bool = False
+    read_ahead: int = READ_AHEAD
+
+
 class _Read(NamedTuple):
     """What was found for one place of a batch: a row, or none, and what was left out on the way."""
 
@@ -63,9 +90,9 @@ class _Read(NamedTuple):
 
 
 class _Reader:
-    """Rows of an order by number, as grain wants them: those of this host's places, encoded.
+    """Rows of an order by number, as grain wants them: this host's rows of each batch, encoded.
 
-    Number n is place `n % len(places)` of batch `n // len(places)`, counted from `start` on.
+    Number n is row `n % len(host_rows)` of batch `n // len(host_rows)`, counted from `start` on.
     """
 
     def __init__(
@@ -75,21 +102,21 @@ class _Reader:
         order: Any,
         *,
         batch_size: int,
-        places: Sequence[int],
+        host_rows: Sequence[int],
         start: int = 0,
         end: int = sys.maxsize,
         spare: "_Spare | None" = None,
     ) -> None:
         self._source, self._encoder, self._order, self._spare = source, encoder, order, spare
-        self._batch_size, self._places = batch_size, places
+        self._batch_size, self._host_rows = batch_size, host_rows
         self._start, self._end = start, end
 
     def __len__(self) -> int:
-        return min(-(-(self._end - self._start) // self._batch_size), 2**40) * len(self._places)
+        return min(-(-(self._end - self._start) // self._batch_size), 2**40) * len(self._host_rows)
 
     def __getitem__(self, number: int) -> _Read:
-        batch, place = divmod(int(number), len(self._places))
-        position = self._start + batch * self._batch_size + int(self._places[place])
+        batch, place = divmod(int(number), len(self._host_rows))
+        position = self._start + batch * self._batch_size + int(self._host_rows[place])
         return self.read(position) if position < self._end else _Read(None)
 
     def read(self, position: int) -> _Read:
@@ -132,37 +159,28 @@ class _Rows:
         processor: Processor,
         template: str,
         labels: Sequence[str],
-        *,
-        batch_size: int,
-        prompt_lengths: Sequence[int],
-        image_windows: Sequence[int],
-        workers: int,
-        places: Sequence[int] | None,
-        exchange: Exchange,
-        graded: bool,
-        cut_questions: bool,
+        spec: BatchSpec,
         parts: "Parts | None" = None,
         sort_by_size: bool = False,
-        read_ahead: int,
     ) -> None:
         check_fit(processor)
-        self.source, self.batch_size, self.workers = source, batch_size, workers
-        self.places = list(range(batch_size) if places is None else map(int, places))
-        self._exchange = exchange
-        self._read_ahead = read_ahead
+        self.source, self.batch_size, self.workers = source, spec.batch_size, spec.workers
+        rows = range(spec.batch_size) if spec.host_rows is None else spec.host_rows
+        self.host_rows = list(map(int, rows))
+        self._exchange, self._read_ahead = spec.exchange, spec.read_ahead
         self.stats = RowStats()
         self._encoder = Encoder(
             processor,
             template,
             check_labels(tuple(labels)),
-            max(prompt_lengths),
-            max(image_windows),
-            graded,
-            cut_questions,
+            max(spec.prompt_lengths),
+            max(spec.image_windows),
+            spec.graded,
+            spec.cut_questions,
         )
         self._parts = parts or Parts((0, len(source)), (1.0,), (False,))
         self._sort_by_size = sort_by_size
-        self._sizes_of_batch = tuple(prompt_lengths), tuple(image_windows)
+        self._sizes_of_batch = tuple(spec.prompt_lengths), tuple(spec.image_windows)
         usable, answers, questions = self._scan(labels)
         self.total, self.indices = len(usable), usable
         self.groups = make_groups(usable, answers, *self._parts)
@@ -249,13 +267,13 @@ class _Rows:
         return self._batches(reader), (example for example in found if example is not None)
 
     def _reader(self, order: Any, **options: Any) -> _Reader:
-        size, places = self.batch_size, self.places
-        return _Reader(self.source, self._encoder, order, batch_size=size, places=places, **options)
+        size, own = self.batch_size, self.host_rows
+        return _Reader(self.source, self._encoder, order, batch_size=size, host_rows=own, **options)
 
     def _batches(self, rows: _Reader) -> Any:
         """Returns grain's iterator of the reads of one batch after the other."""
         threads = min(4, os.cpu_count() or 1)
-        ahead = min(len(self.places), self._read_ahead) // max(self.workers, 1)
+        ahead = min(len(self.host_rows), self._read_ahead) // max(self.workers, 1)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
         stream = grain.MapDataset.source(rows).to_iter_dataset(options)
         if self.workers:
@@ -263,7 +281,7 @@ class _Rows:
                 # grain reads its own absl flags before it starts processes.
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
-        return iter(stream.batch(len(self.places), batch_fn=list))
+        return iter(stream.batch(len(self.host_rows), batch_fn=list))
 
     def assemble(
         self, reads: Sequence[_Read], filler: Callable[[], Example | None] = lambda: None
@@ -271,11 +289,11 @@ class _Rows:
         """Makes this host's part of a batch, in the shape that all hosts agree upon.
 
         Args:
-          reads: for this host's places.
+          reads: for this host's rows of a batch.
           filler: returns what stands where there is no row, None if there is nothing.
 
         Returns:
-          The rows of this host's places, the ids of all hosts' rows, and how many rows there are.
+          This host's rows, the ids of all hosts' rows, and how many rows there are.
 
         Raises:
           DataError: if a place has no row, nor anything to stand there.
@@ -286,7 +304,7 @@ class _Rows:
         note = {
             "skips": [skip for read in reads for skip in read.skips],
             "cut": [x.id for x in found if x is not None and x.cut],
-            "rows": [[place, x.id] for place, x in zip(self.places, found, strict=True) if x],
+            "rows": [[place, x.id] for place, x in zip(self.host_rows, found, strict=True) if x],
             "size": size_of(present) if present else (0, 0),
             "empty": None in found and spare is None,
         }
@@ -301,7 +319,7 @@ class _Rows:
         batch, _ = collate(
             found,
             self._encoder.processor.layout,
-            batch_size=len(self.places),
+            batch_size=len(self.host_rows),
             filler=spare,
             **{name: (size,) for name, size in zip(names, agreed, strict=True)},
         )
@@ -430,19 +448,11 @@ def train_batches(
     processor: Processor,
     template: str,
     labels: Sequence[str],
+    spec: BatchSpec,
     *,
-    batch_size: int,
     seed: int,
-    prompt_lengths: Sequence[int],
-    image_windows: Sequence[int],
-    workers: int = 0,
-    places: Sequence[int] | None = None,
-    exchange: Exchange = hosts.exchange,
-    graded: bool = False,
-    cut_questions: bool = False,
     parts: Parts | None = None,
     sort_by_size: bool = False,
-    read_ahead: int = READ_AHEAD,
 ) -> TrainBatches:
     """Returns endless batches, reshuffled by (seed, epoch).
 
@@ -451,41 +461,15 @@ def train_batches(
       processor: of the policy.
       template: the `set` template.
       labels: the label set.
-      batch_size: `B`, of all hosts together.
+      spec: of the batches.
       seed: of the order, 0 to 2**32 - 1.
-      prompt_lengths: rising choices of `P`.
-      image_windows: rising choices of `W`.
-      workers: processes that read and decode; 0 does it in threads of this one.
-      places: which rows of each batch this host reads (`mesh.places`); None is all.
-      exchange: how hosts tell each other of their rows (`hosts.exchange`).
-      graded: whether an answer is worth its label's share among raters (`Batch.grades`); rows
-        without usable shares are left out.
-      cut_questions: whether the end of a question that makes a prompt too long is cut, rather than
-        its row left out.
       parts: how the parts of the source take turns; None is one part in its own proportions.
-      sort_by_size: whether rows of like size are put into a batch.
-      read_ahead: rows that are decoded while a batch is used, at most a batch of them.
+      sort_by_size: rows of like size are put into a batch.
 
     Raises:
       DataError: if no row can be used, or the processor does not fit the policy.
     """
-    rows = _Rows(
-        source,
-        processor,
-        template,
-        labels,
-        batch_size=batch_size,
-        prompt_lengths=prompt_lengths,
-        image_windows=image_windows,
-        workers=workers,
-        places=places,
-        exchange=exchange,
-        graded=graded,
-        cut_questions=cut_questions,
-        parts=parts,
-        sort_by_size=sort_by_size,
-        read_ahead=read_ahead,
-    )
+    rows = _Rows(source, processor, template, labels, spec, parts, sort_by_size)
     return TrainBatches(rows, seed)
 
 
@@ -494,41 +478,17 @@ def eval_batches(
     processor: Processor,
     template: str,
     labels: Sequence[str],
+    spec: BatchSpec,
     *,
-    batch_size: int,
-    prompt_lengths: Sequence[int],
-    image_windows: Sequence[int],
     limit: int = 0,
-    workers: int = 0,
-    places: Sequence[int] | None = None,
-    exchange: Exchange = hosts.exchange,
-    graded: bool = False,
-    cut_questions: bool = False,
-    read_ahead: int = READ_AHEAD,
 ) -> EvalBatches:
     """Returns each row once, in batches of equal size.
 
     Args:
-      source, processor, template, labels, batch_size, prompt_lengths, image_windows,
-        workers, places, exchange, graded, cut_questions, read_ahead: as in `train_batches`.
+      source, processor, template, labels, spec: as in `train_batches`.
       limit: at most so many rows of all hosts together, drawn once and for all; 0 is all.
 
     Raises:
       DataError: as `train_batches`.
     """
-    rows = _Rows(
-        source,
-        processor,
-        template,
-        labels,
-        batch_size=batch_size,
-        prompt_lengths=prompt_lengths,
-        image_windows=image_windows,
-        workers=workers,
-        places=places,
-        exchange=exchange,
-        graded=graded,
-        cut_questions=cut_questions,
-        read_ahead=read_ahead,
-    )
-    return EvalBatches(rows, limit)
+    return EvalBatches(_Rows(source, processor, template, labels, spec), limit)

@@ -3,7 +3,7 @@
 Every process (one a host, on TPU) runs the same program on the same global arrays and must take
 the same decisions, so what decides is either computed by all alike, fetched whole (`fetch`), or
 agreed upon (`exchange`). A process reads only the rows of a batch that its devices hold
-(`mesh.places`); the first one alone writes what is not cut over the processes (`is_first`).
+(`mesh.host_rows`); the first one alone writes what is not cut over the processes (`is_first`).
 
 `exchange` goes through JAX's coordination service, from host to host: it does not wait for what
 the devices are computing, as a collective would.

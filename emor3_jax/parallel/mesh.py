@@ -250,8 +250,8 @@ def head_axis(mesh: Mesh, heads: int) -> str | None:
     return "tensor" if heads % mesh.shape["tensor"] == 0 else None
 
 
-def places(mesh: Mesh, rows: int) -> np.ndarray:
-    """Returns which rows of a batch this process reads: int64[n], rising, those its devices hold.
+def host_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Returns the rows of a batch that this process reads, those of its devices: int64[n], rising.
 
     Processes whose devices hold the same rows, since `tensor` runs across them, read the same.
 
@@ -275,7 +275,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Makes global arrays, their first axis cut over `data` and `fsdp`, of each process's rows.
 
     Args:
-      batch: pytree of host arrays that hold this process's `places`; with one process, all rows.
+      batch: pytree of host arrays that hold this process's `host_rows`; with one process, all rows.
       mesh: the mesh.
     """
     if jax.process_count() == 1:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_map, label_set
 from emor3_jax.data.pipeline import (
+    BatchSpec,
     EvalBatches,
     Parts,
     TrainBatches,
@@ -25,7 +26,7 @@ from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, re
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import (
-    places,
+    host_rows,
     shard_batch,
     shard_rows,
 )
@@ -131,13 +132,6 @@ def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None
       ConfigError, DataError: naming the field or file, the value and the way out.
     """
     template = load_templates(config).set
-    shapes = {
-        "prompt_lengths": tuple(config.data.prompt_lengths),
-        "image_windows": tuple(config.data.image_windows),
-        "workers": config.data.workers,
-        "cut_questions": config.data.long_prompts == "cut",
-        "read_ahead": config.data.read_ahead,
-    }
     sources, named = {}, {}
     # What is built is there for the other hosts.
     with hosts.first_goes_first():
@@ -151,30 +145,31 @@ def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None
     def rows(name: str) -> tuple:
         return sources[name], policy.processor, template, labels[name]
 
-    def own(size: int) -> dict[str, np.ndarray | None]:
-        return {"places": None if mesh is None else places(mesh, size)}
+    def spec(prompts: int, dataset: ConfigDict) -> BatchSpec:
+        return BatchSpec(
+            prompts,
+            tuple(config.data.prompt_lengths),
+            tuple(config.data.image_windows),
+            workers=config.data.workers,
+            host_rows=None if mesh is None else host_rows(mesh, prompts),
+            graded=dataset.graded,
+            cut_questions=config.data.long_prompts == "cut",
+            read_ahead=config.data.read_ahead,
+        )
 
     return Data(
         train_batches(
             *rows("train"),
-            **own(config.rollout.prompts),
-            batch_size=config.rollout.prompts,
+            spec(config.rollout.prompts, config.data.train),
             seed=config.seed,
-            graded=config.data.train.graded,
             parts=parts,
             sort_by_size=config.data.sort_by_size,
-            **shapes,
         ),
         {
             name: eval_batches(
-                *rows(name),
-                **own(config.evaluate.prompts),
-                batch_size=config.evaluate.prompts,
-                limit=config.evaluate.sets[name].limit,
-                graded=config.evaluate.sets[name].graded,
-                **shapes,
+                *rows(name), spec(config.evaluate.prompts, dataset), limit=dataset.limit
             )
-            for name in config.evaluate.sets
+            for name, dataset in config.evaluate.sets.items()
         },
         labels,
         sources,
