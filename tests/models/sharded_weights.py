@@ -8,19 +8,19 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
-from conftest import make_config, strong_params
+from support import tiny
 
 from emor3_jax import models
 from emor3_jax.parallel.mesh import make_mesh, param_shardings
 
-config = make_config(tie_word_embeddings=False)
-params = strong_params(config)
+policy = tiny.make_policy(tie_word_embeddings=False)
+params = tiny.strong_params(policy)
 for shape in ((1, 8, 1), (2, 2, 2), (1, 2, 4)):
     mesh = make_mesh(*shape)
     with tempfile.TemporaryDirectory() as folder:
-        models.save(models.Policy(config, params), folder)
+        models.save(models.LoadedPolicy(policy, params), folder)
         read = models.weights.read_params(
-            folder, config, shardings=lambda shapes, mesh=mesh: param_shardings(shapes, mesh)
+            folder, policy, shardings=lambda shapes, mesh=mesh: param_shardings(shapes, mesh)
         )
         jax.tree.map(np.testing.assert_array_equal, read, params)
         wanted = param_shardings(params, mesh)
@@ -28,8 +28,8 @@ for shape in ((1, 8, 1), (2, 2, 2), (1, 2, 4)):
         assert all(jax.tree.leaves(cut))
         assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(read))
         # What lies on several devices is written as well, and bit for bit.
-        models.save(models.Policy(config, read), folder)
+        models.save(models.LoadedPolicy(policy, read), folder)
         jax.tree.map(
-            np.testing.assert_array_equal, models.weights.read_params(folder, config), params
+            np.testing.assert_array_equal, models.weights.read_params(folder, policy), params
         )
 print(f"{jax.device_count()} devices: equal")

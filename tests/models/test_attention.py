@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.models.qwen2_5_vl import attention, attention_kernels
 from emor3_jax.models.attention import Own, Shared, attend
+from emor3_jax.models.qwen2_5_vl import attention, attention_kernels
 
 B, G, HEADS, KV_HEADS, WIDTH = 2, 2, 4, 2, 8
 

@@ -4,19 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from emor3_jax.models.lora import Lora, LoraError, init_adapters, modules
-from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.types import Images, Prompt
 
-CONFIG = tiny.make_config()
+POLICY = tiny.make_policy()
 NAMES = ("q_proj", "down_proj", "visual/qkv", "visual/mlp_2")
 
 
 @pytest.fixture(scope="module")
 def base():
-    return model.init_params(CONFIG, jax.random.key(0))
+    return POLICY.init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +27,16 @@ def adapters(base):
 
 @jax.jit
 def see_and_read(params) -> jax.Array:
-    """Final states of a prompt with a picture."""
+    """Final states of a prompt with an image."""
     rng = np.random.default_rng(2)
-    coords = np.stack(np.divmod(np.arange(16), 4), -1).astype(np.int32)[None, None]
-    patches = rng.normal(size=(1, 1, 16, CONFIG.vision.patch_dim)).astype(np.float32)
-    features = model.encode_images(
-        CONFIG, params, Images(patches, coords, np.ones((1, 1, 16), bool))
-    )
+    coords = np.stack(np.divmod(np.arange(16), 4), -1).astype(np.int32)[None, None, None]
+    patches = rng.normal(size=(1, 1, 1, 16, POLICY.shapes.vision.patch_dim)).astype(np.float32)
+    features = POLICY.encode_images(params, Images(patches, coords, np.ones((1, 1, 1, 16), bool)))
     positions = np.broadcast_to(np.arange(7, dtype=np.int32)[None, :, None], (1, 7, 3))
     slots = np.asarray([[-1, 0, 1, 2, 3, -1, -1]], np.int32)
     tokens = rng.integers(8, 60, (1, 7)).astype(np.int32)
     prompt = Prompt(tokens, positions, np.ones((1, 7), bool), slots)
-    return model.forward_prompt(CONFIG, params, prompt, features)[0]
+    return POLICY.read_prompt(params, prompt, features)[0]
 
 
 def test_fresh_adapters_change_nothing(base):

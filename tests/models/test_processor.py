@@ -3,6 +3,12 @@ import json
 
 import numpy as np
 import pytest
+from emor3_jax.models.qwen2_5_vl.processor import (
+    ImageError,
+    ImageSettings,
+    Processor,
+    ProcessorError,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -11,12 +17,6 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models.qwen2_5_vl.processor import (
-    ImageError,
-    ImageSettings,
-    Processor,
-    ProcessorError,
-)
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support import tiny
 
 from emor3_jax import models
-from emor3_jax.models.qwen2_5_vl import naming, weights
+from emor3_jax.models import weights
+from emor3_jax.models.errors import ShapesError, WeightsError
+from emor3_jax.models.params import count_params, leaves
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def policy(request, build_config, build_params):
-    config = build_config(tie_word_embeddings=request.param)
-    return models.Policy(config, build_params(config))
+def loaded(request):
+    policy = tiny.make_policy(tie_word_embeddings=request.param)
+    return models.LoadedPolicy(policy, tiny.strong_params(policy))
 
 
 def _equal(a, b) -> bool:
@@ -26,37 +29,37 @@ def _equal(a, b) -> bool:
     return all(jax.tree.leaves(same))
 
 
-def to_hub(params, config) -> dict[str, np.ndarray]:
+def to_hub(params, policy) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint by their name on the hub."""
     return {
         tensor.name: weights.fetch(path, leaf, tensor)
-        for path, leaf in naming.leaves(params)
-        for tensor in naming.hub_tensors(path, leaf.shape, config)
+        for path, leaf in leaves(params)
+        for tensor in policy.family.hub_tensors(path, leaf.shape, policy.shapes)
     }
 
 
-def test_folder_round_trip_is_bit_exact(policy, tmp_path):
-    models.save(policy, tmp_path)
-    assert models.read_config(tmp_path) == policy.config
-    assert _equal(weights.read_params(tmp_path, policy.config), policy.params)
+def test_folder_round_trip_is_bit_exact(loaded, tmp_path):
+    models.save(loaded, tmp_path)
+    assert models.read_config(tmp_path) == loaded.policy
+    assert _equal(weights.read_params(tmp_path, loaded.policy), loaded.params)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {"visual.patch_embed.proj.weight", "visual.merger.mlp.2.bias"} <= names
     assert {"model.layers.1.self_attn.q_proj.bias", "model.norm.weight"} <= names
-    assert ("lm_head.weight" in names) != policy.config.tie_word_embeddings
+    assert ("lm_head.weight" in names) != loaded.shapes.tie_word_embeddings
 
 
-def test_layout_of_a_tensor_on_disk(policy):
-    tensors = to_hub(policy.params, policy.config)
-    kernel = policy.params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+def test_layout_of_a_tensor_on_disk(loaded):
+    tensors = to_hub(loaded.params, loaded.policy)
+    kernel = loaded.params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert (tensors["model.layers.1.mlp.up_proj.weight"] == kernel[1].T).all()
     embed = tensors["visual.patch_embed.proj.weight"]
     assert embed.shape == (16, 3, 2, 4, 4)
-    assert embed[5, 2, 1, 3, 0] == policy.params["visual"]["patch_embed"]["kernel"][92, 5]
+    assert embed[5, 2, 1, 3, 0] == loaded.params["visual"]["patch_embed"]["kernel"][92, 5]
 
 
-def test_other_names_several_files_and_bfloat16_are_read(policy, tmp_path):
+def test_other_names_several_files_and_bfloat16_are_read(loaded, tmp_path):
     tensors = {}
-    for name, tensor in to_hub(policy.params, policy.config).items():
+    for name, tensor in to_hub(loaded.params, loaded.policy).items():
         if name.startswith("model."):
             name = name.replace("model.", "model.language_model.", 1)
         elif name.startswith("visual."):
@@ -69,52 +72,52 @@ def test_other_names_several_files_and_bfloat16_are_read(policy, tmp_path):
         save_file({name: tensors[name] for name in part}, tmp_path / file)
         where |= dict.fromkeys(part, file)
     (tmp_path / weights.INDEX_FILE).write_text(json.dumps({"weight_map": where}))
-    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), policy.params)
-    assert _equal(weights.read_params(tmp_path, policy.config), rounded)
+    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), loaded.params)
+    assert _equal(weights.read_params(tmp_path, loaded.policy), rounded)
 
 
-def test_many_files_and_their_index_as_transformers_writes_them(policy, tmp_path):
-    models.save(policy, tmp_path, max_file_bytes=20_000)
+def test_many_files_and_their_index_as_transformers_writes_them(loaded, tmp_path):
+    models.save(loaded, tmp_path, max_file_bytes=20_000)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[1].name == f"model-00002-of-{len(files):05d}.safetensors"
     assert all(path.stat().st_size < 30_000 for path in files)
     index = json.loads((tmp_path / weights.INDEX_FILE).read_text())
-    assert index["metadata"]["total_size"] == 4 * weights.count_params(policy.params)
+    assert index["metadata"]["total_size"] == 4 * count_params(loaded.params)
     found = {name: path.name for path in files for name in load_file(path)}
     assert index["weight_map"] == found
-    assert _equal(weights.read_params(tmp_path, policy.config), policy.params)
+    assert _equal(weights.read_params(tmp_path, loaded.policy), loaded.params)
 
 
-def test_saving_leaves_no_file_of_an_earlier_policy(policy, tmp_path):
-    models.save(policy, tmp_path, max_file_bytes=20_000)
-    models.save(policy, tmp_path)
+def test_saving_leaves_no_file_of_an_earlier_policy(loaded, tmp_path):
+    models.save(loaded, tmp_path, max_file_bytes=20_000)
+    models.save(loaded, tmp_path)
     left = [path.name for path in tmp_path.iterdir()]
     assert sorted(left) == ["config.json", "model.safetensors"]
-    assert _equal(weights.read_params(tmp_path, policy.config), policy.params)
+    assert _equal(weights.read_params(tmp_path, loaded.policy), loaded.params)
 
 
 @pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16, np.float32])
-def test_types_are_kept_where_asked_for(policy, tmp_path, kind):
-    rounded = jax.tree.map(lambda x: x.astype(kind), policy.params)
-    models.save(models.Policy(policy.config, rounded), tmp_path)
+def test_types_are_kept_where_asked_for(loaded, tmp_path, kind):
+    rounded = jax.tree.map(lambda x: x.astype(kind), loaded.params)
+    models.save(models.LoadedPolicy(loaded.policy, rounded), tmp_path)
     stored = load_file(tmp_path / weights.WEIGHTS_FILE)
     assert {tensor.dtype for tensor in stored.values()} == {np.dtype(kind)}
     data = json.loads((tmp_path / "config.json").read_text())
     assert data["torch_dtype"] == np.dtype(kind).name
-    assert _equal(weights.read_params(tmp_path, policy.config, dtype=None), rounded)
-    narrow = weights.read_params(tmp_path, policy.config, dtype=jnp.bfloat16)
+    assert _equal(weights.read_params(tmp_path, loaded.policy, dtype=None), rounded)
+    narrow = weights.read_params(tmp_path, loaded.policy, dtype=jnp.bfloat16)
     assert _equal(narrow, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), rounded))
 
 
-def test_layers_of_several_types_are_read_as_the_widest(config, params, tmp_path):
-    tensors = to_hub(params, config)
+def test_layers_of_several_types_are_read_as_the_widest(policy, params, tmp_path):
+    tensors = to_hub(params, policy)
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = {
         key: tensor.astype(np.float64 if key == name else ml_dtypes.bfloat16)
         for key, tensor in tensors.items()
     }
     save_file(tensors, tmp_path / weights.WEIGHTS_FILE)
-    read = weights.read_params(tmp_path, config, dtype=None)
+    read = weights.read_params(tmp_path, policy, dtype=None)
     kernel = read["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.dtype == np.float32
     assert (kernel[1] == params["model"]["layers"]["mlp"]["up_proj"]["kernel"][1]).all()
@@ -134,11 +137,11 @@ def test_each_device_reads_its_own_part():
     assert "8 devices: equal" in done.stdout
 
 
-def test_a_tied_checkpoint_may_repeat_its_head(config, params, tmp_path):
-    tensors = to_hub(params, config)
+def test_a_tied_checkpoint_may_repeat_its_head(policy, params, tmp_path):
+    tensors = to_hub(params, policy)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    assert _equal(weights.read_params(tmp_path, config), params)
+    assert _equal(weights.read_params(tmp_path, policy), params)
 
 
 @pytest.mark.parametrize(
@@ -151,39 +154,37 @@ def test_a_tied_checkpoint_may_repeat_its_head(config, params, tmp_path):
         ({"vocab_size": 81}, r"embed_tokens.weight has shape \[80, 32\].*\[81, 32\]"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(
-    build_config, config, params, tmp_path, changes, message
-):
-    models.save(models.Policy(config, params), tmp_path)
-    with pytest.raises(weights.WeightsError, match=message):
-        weights.read_params(tmp_path, build_config(**changes))
+def test_tensors_that_do_not_fit_are_named(policy, params, tmp_path, changes, message):
+    models.save(models.LoadedPolicy(policy, params), tmp_path)
+    with pytest.raises(WeightsError, match=message):
+        weights.read_params(tmp_path, tiny.make_policy(**changes))
 
 
-def test_quantised_weights_are_refused(config, params, tmp_path):
-    tensors = to_hub(params, config)
+def test_quantised_weights_are_refused(policy, params, tmp_path):
+    tensors = to_hub(params, policy)
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].astype(np.int8)
     save_file(tensors, tmp_path / weights.WEIGHTS_FILE)
-    with pytest.raises(weights.WeightsError, match=f"{name} is stored as I8; only F64, F32"):
-        weights.read_params(tmp_path, config)
+    with pytest.raises(WeightsError, match=f"{name} is stored as I8; only F64, F32"):
+        weights.read_params(tmp_path, policy)
 
 
-def test_a_torn_or_missing_file_is_named(config, params, tmp_path):
-    models.save(models.Policy(config, params), tmp_path, max_file_bytes=20_000)
+def test_a_torn_or_missing_file_is_named(policy, params, tmp_path):
+    models.save(models.LoadedPolicy(policy, params), tmp_path, max_file_bytes=20_000)
     file = sorted(tmp_path.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(weights.WeightsError, match=f"{file.name} is not a whole safetensors file"):
-        weights.read_params(tmp_path, config)
+    with pytest.raises(WeightsError, match=f"{file.name} is not a whole safetensors file"):
+        weights.read_params(tmp_path, policy)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=f"{file.name} does not exist.*incomplete"):
-        weights.read_params(tmp_path, config)
+        weights.read_params(tmp_path, policy)
 
 
-def test_missing_files_are_named(tmp_path, config):
+def test_missing_files_are_named(tmp_path, policy):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         models.read_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
-        weights.read_params(tmp_path, config)
+        weights.read_params(tmp_path, policy)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(models.ShapesError, match="not JSON"):
+    with pytest.raises(ShapesError, match="not JSON"):
         models.read_config(tmp_path)

@@ -10,11 +10,11 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch, config, params):
+def cache(tmp_path, monkeypatch, policy, params):
     """A cache of huggingface_hub with one policy that was downloaded once."""
     repository = tmp_path / "models--Someone--Tiny-VL"
     snapshot = repository / "snapshots" / REVISION
-    models.save(models.Policy(config, params), snapshot)
+    models.save(models.LoadedPolicy(policy, params), snapshot)
     blobs = repository / "blobs"
     blobs.mkdir()
     for number, file in enumerate(sorted(snapshot.iterdir())):
@@ -29,10 +29,10 @@ def cache(tmp_path, monkeypatch, config, params):
 
 
 @pytest.mark.parametrize("name", ["Someone/Tiny-VL", "Someone/Tiny-VL@main"])
-def test_an_id_on_the_hub_is_found_in_the_cache(cache, name, config):
+def test_an_id_on_the_hub_is_found_in_the_cache(cache, name, policy):
     folder = models.find(name)
     assert folder.resolve() == cache.resolve()
-    assert models.read_config(folder) == config
+    assert models.read_config(folder) == policy
 
 
 def test_a_revision_is_found_by_its_commit(cache):

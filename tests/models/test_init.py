@@ -10,26 +10,28 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from emor3_jax import models
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models.processor import ImageSettings, Processor
 
 
 @pytest.fixture(scope="module")
-def folder(config, params, tmp_path_factory):
+def folder(policy, params, tmp_path_factory):
     tokenizer = train_tokenizer(["a quiet street in the rain"] * 4, 300)
     settings = ImageSettings(patch_size=4, min_pixels=64, max_pixels=32 * 32)
     folder = tmp_path_factory.mktemp("policy") / "made" / "on" / "the" / "way"
-    models.save(models.Policy(config, params, Processor(tokenizer, settings)), folder)
+    processor = Processor(tokenizer, settings, policy.layout)
+    models.save(models.LoadedPolicy(policy, params, processor), folder)
     return folder
 
 
-def test_load_gives_back_what_was_saved(folder, config, params):
-    policy = models.load(folder)
-    assert policy.config == config
+def test_load_gives_back_what_was_saved(folder, policy, params):
+    loaded = models.load(folder)
+    assert loaded.policy == policy
     ids = np.array([[5, 6, 7]])
-    before = models.forward_logits(models.Policy(config, params), ids, np.ones_like(ids))
-    assert (models.forward_logits(policy, ids, np.ones_like(ids)) == before).all()
+    before = models.forward_logits(models.LoadedPolicy(policy, params), ids, np.ones_like(ids))
+    assert (models.forward_logits(loaded, ids, np.ones_like(ids)) == before).all()
     text = "a quiet é street"
-    assert policy.processor.tokenizer.decode(policy.processor.tokenizer(text).input_ids) == text
+    tokenizer = loaded.processor.tokenizer
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_transformers_reads_the_same_text_and_pictures(folder):

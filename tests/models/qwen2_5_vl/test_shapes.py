@@ -1,10 +1,12 @@
 import json
 
 import pytest
+from support import tiny
 
-from emor3_jax.models.qwen2_5_vl.config import Config, ShapesError
-from emor3_jax.models.qwen2_5_vl.published import published
-from emor3_jax.models.weights import count_params, param_shapes, parameter_overview
+from emor3_jax.models import parse_config, published
+from emor3_jax.models.errors import ShapesError
+from emor3_jax.models.params import parameter_overview
+from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
 
 HUB_3B = {
     "model_type": "qwen2_5_vl",
@@ -45,37 +47,26 @@ HUB_3B = {
 
 
 def test_the_published_3b_has_its_published_size():
-    config = Config.from_hf(HUB_3B)
-    assert config.head_dim == 128
-    assert config.vision.window_patches == 64
-    assert parameter_overview(param_shapes(config)).splitlines()[-1].split() == [
+    policy = parse_config(HUB_3B)
+    assert policy.shapes.head_dim == 128
+    assert policy.shapes.vision.window_patches == 64
+    assert parameter_overview(policy.param_shapes()).splitlines()[-1].split() == [
         "total",
         "3,754,622,976",
     ]
 
 
-@pytest.mark.parametrize(
-    ("size", "count"),
-    [
-        ("3B", 3_754_622_976),
-        ("7B", 8_292_166_656),
-        ("32B", 33_452_718_336),
-        ("72B", 73_410_777_344),
-    ],
-)
-def test_published_policies_have_their_published_sizes(size, count):
-    assert count_params(param_shapes(published(size))) == count
-
-
 def test_published_shapes_are_those_of_the_hubs_file():
-    assert published("3B") == Config.from_hf(HUB_3B)
-    with pytest.raises(ShapesError, match="must be one of 3B, 7B"):
-        published("1B")
+    policy = published("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert policy.shapes == Qwen25VLShapes.from_hf(HUB_3B)
+    assert published("Qwen/Qwen2.5-VL-3B-Instruct@main") == policy
+    assert published("Qwen/Qwen2.5-VL-1B-Instruct") is None
 
 
-def test_round_trip_through_json(build_config):
-    for config in (Config.from_hf(HUB_3B), build_config(tie_word_embeddings=False)):
-        assert Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+def test_round_trip_through_json():
+    untied = tiny.make_policy(tie_word_embeddings=False).shapes
+    for shapes in (Qwen25VLShapes.from_hf(HUB_3B), untied):
+        assert Qwen25VLShapes.from_hf(json.loads(json.dumps(shapes.to_hf()))) == shapes
 
 
 def test_nested_form_of_transformers_5_reads_the_same():
@@ -90,7 +81,7 @@ def test_nested_form_of_transformers_5_reads_the_same():
         "mrope_section": text.pop("rope_scaling")["mrope_section"],
     }
     nested = {name: flat[name] for name in (*outer, "vision_config", "model_type")}
-    assert Config.from_hf({**nested, "text_config": text}) == Config.from_hf(flat)
+    assert Qwen25VLShapes.from_hf({**nested, "text_config": text}) == Qwen25VLShapes.from_hf(flat)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +100,4 @@ def test_nested_form_of_transformers_5_reads_the_same():
 )
 def test_what_cannot_run_is_refused_by_name(changes, message):
     with pytest.raises(ShapesError, match=message):
-        Config.from_hf({**HUB_3B, **changes})
+        Qwen25VLShapes.from_hf({**HUB_3B, **changes})

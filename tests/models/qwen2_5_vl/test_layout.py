@@ -13,9 +13,9 @@ def _patches(rows: int, columns: int) -> np.ndarray:
     return blocks.reshape(-1, 2).astype(np.float32)
 
 
-def test_tokens_of_a_small_image_fall_into_their_windows(config):
+def test_tokens_of_a_small_image_fall_into_their_windows(policy):
     # 2 x 3 merged tokens, windows of 2 x 2: the third column lies in a second window.
-    result = layout.window_layout(_patches(4, 6), (1, 4, 6), config.vision)
+    result = layout.window_layout(_patches(4, 6), (1, 4, 6), policy.shapes.vision)
     assert result.slot_of_token.tolist() == [0, 1, 4, 2, 3, 6]
     assert result.mask.sum(axis=1).tolist() == [16, 8]
     third = result.coords.reshape(-1, 4, 2)[4]
@@ -24,11 +24,11 @@ def test_tokens_of_a_small_image_fall_into_their_windows(config):
 
 @settings(deadline=None, max_examples=25)
 @given(rows=st.integers(1, 7), columns=st.integers(1, 7))
-def test_every_patch_is_kept_once_with_its_coordinates(config, rows, columns):
+def test_every_patch_is_kept_once_with_its_coordinates(policy, rows, columns):
     grid = (1, 2 * rows, 2 * columns)
     patches = _patches(*grid[1:])
-    result = layout.window_layout(patches, grid, config.vision)
-    assert len(result.mask) == layout.count_windows(grid, config.vision)
+    result = layout.window_layout(patches, grid, policy.shapes.vision)
+    assert len(result.mask) == layout.count_windows(grid, policy.shapes.vision)
     assert (result.patches == result.coords)[result.mask].all()
     assert len(np.unique(result.coords[result.mask], axis=0)) == len(patches)
     assert not result.patches[~result.mask].any()
@@ -40,9 +40,9 @@ def test_every_patch_is_kept_once_with_its_coordinates(config, rows, columns):
         assert (corner == corner[0]).all()
 
 
-def test_padding_adds_masked_windows_and_stacks(config):
-    small = layout.window_layout(_patches(4, 4), (1, 4, 4), config.vision)
-    large = layout.window_layout(_patches(4, 6), (1, 4, 6), config.vision)
+def test_padding_adds_masked_windows_and_stacks(policy):
+    small = layout.window_layout(_patches(4, 4), (1, 4, 4), policy.shapes.vision)
+    large = layout.window_layout(_patches(4, 6), (1, 4, 6), policy.shapes.vision)
     images = layout.pad_images([small, large], 3)
     assert images.patches.shape == (2, 3, 16, 2)
     assert images.mask.sum(axis=(1, 2)).tolist() == [16, 24]
@@ -54,6 +54,6 @@ def test_padding_adds_masked_windows_and_stacks(config):
     ("grid", "message"),
     [((2, 4, 4), "only still images"), ((1, 4, 8), "does not fit 16"), ((1, 1, 16), "merged")],
 )
-def test_grids_that_do_not_fit_are_refused(config, grid, message):
+def test_grids_that_do_not_fit_are_refused(policy, grid, message):
     with pytest.raises(ValueError, match=message):
-        layout.window_layout(np.zeros((16, 96), np.float32), grid, config.vision)
+        layout.window_layout(np.zeros((16, 96), np.float32), grid, policy.shapes.vision)

@@ -1,6 +1,5 @@
 """Against files that torch and transformers made (`make parity` makes them anew)."""
 
-import functools
 from pathlib import Path
 
 import jax
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 
 from emor3_jax import models
-from emor3_jax.models.qwen2_5_vl import model, weights
+from emor3_jax.models import weights
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "models"
+GOLDEN = Path(__file__).parents[2] / "golden" / "models"
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -20,9 +19,9 @@ def folder(request) -> Path:
 
 
 @pytest.fixture(scope="module")
-def policy(folder) -> models.Policy:
-    config = models.read_config(folder)
-    return models.Policy(config, weights.read_params(folder, config))
+def policy(folder) -> models.LoadedPolicy:
+    policy = models.read_config(folder)
+    return models.LoadedPolicy(policy, weights.read_params(folder, policy))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def test_logits(policy, golden, side):
     inputs = _inputs(golden, side)
     logits = models.forward_logits(policy, **inputs)
     mask = inputs["attention_mask"].astype(bool)
-    assert logits.dtype == np.float32 and logits.shape == (*mask.shape, policy.config.vocab_size)
+    assert logits.dtype == np.float32 and logits.shape == (*mask.shape, policy.shapes.vocab_size)
     assert not logits[~mask].any()
     assert 3 < golden[f"{side}_logits"].std() < 5
     np.testing.assert_allclose(logits[mask], golden[f"{side}_logits"], atol=1e-4)
@@ -61,8 +60,8 @@ def test_logits_of_text_alone(policy, golden):
 
 
 def test_greedy_continuation_by_prefill_and_decoding(policy, golden):
-    config, params = policy.config, policy.params
-    prompt, images, following = models.pack(config, **_inputs(golden, "right"))
+    policy, params = policy.policy, policy.params
+    prompt, images, following = models.pack(policy, **_inputs(golden, "right"))
     lengths = prompt.mask.sum(axis=1)
     rows = np.arange(len(lengths))
     token = jnp.asarray(prompt.tokens[rows, lengths - 1])[:, None]
@@ -71,10 +70,9 @@ def test_greedy_continuation_by_prefill_and_decoding(policy, golden):
 
     @jax.jit
     def prefill(params):
-        features = model.encode_images(config, params, images)
-        _, prefix = model.forward_prompt(config, params, prompt, features)
-        hidden, cache = model.forward_continuation(
-            config,
+        features = policy.encode_images(params, images)
+        _, prefix = policy.read_prompt(params, prompt, features)
+        hidden, cache = policy.extend(
             params,
             prefix,
             token[..., None],
@@ -85,10 +83,10 @@ def test_greedy_continuation_by_prefill_and_decoding(policy, golden):
         return hidden[:, :, 0], prefix, cache
 
     hidden, prefix, cache = prefill(params)
-    step = jax.jit(functools.partial(model.decode_step, config))
+    step = jax.jit(policy.decode)
     tokens = []
     for t in range(1, count + 1):
-        scores = model.logits(config, params, hidden)[..., : config.image_token_id]
+        scores = policy.logits(params, hidden)[..., : policy.shapes.image_token_id]
         tokens.append(jnp.argmax(scores, axis=-1))
         if t < count:
             place = jnp.asarray(following)[:, None] + t - 1
