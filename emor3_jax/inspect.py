@@ -197,12 +197,12 @@ def _plots(name: str, numbers: dict[str, Any]) -> list[str]:
 def _questions(
     policy: Policy, templates: PromptTemplates, labels: Sequence[str]
 ) -> list[dict[str, str]]:
-    """Returns the text of both reflection questions, before and after the response's steps."""
+    """Returns the text of the reflection questions, before and after the response's steps."""
     tokenizer = policy.processor.tokenizer
     questions = []
-    for name in ("coherence", "consistency"):
-        with_image = name == "consistency"
-        parts = reflection_parts(tokenizer, getattr(templates, name), labels, with_image)
+    for name, question in QUESTIONS.items():
+        template = getattr(templates, name)
+        parts = reflection_parts(tokenizer, template, labels, question.with_image)
         head, tail = map(tokenizer.decode, parts)
         questions.append({"name": name, "head": head, "tail": tail})
     return questions

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny_run
+from support import tiny_run
 from ml_collections import ConfigDict
 from PIL import Image
 

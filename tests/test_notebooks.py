@@ -6,8 +6,8 @@ import sys
 import types
 
 import pytest
-import tiny_run
-from cloud import ROOT
+from support import tiny_run
+from support.cloud import ROOT
 
 NOTEBOOKS = ("colab", "tpu_vm")
 # What a cell needs that a test has not: it is not run. A cell "parameters" is followed by the

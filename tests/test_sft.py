@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny_run import make_config, make_folder, read_metrics, write_rows
+from support.tiny_run import make_config, make_folder, read_metrics, write_rows
 
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError, dataset

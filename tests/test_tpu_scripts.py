@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cloud import COMMIT, ROOT, StandIns
+from support.cloud import COMMIT, ROOT, StandIns
 
 NAMES = ("create", "setup", "launch", "status", "logs", "stop", "watch", "delete")
 WHERE = ("tiny", "--zone", "us-central2-b")

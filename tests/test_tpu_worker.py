@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cloud import ROOT, StandIns
+from support.cloud import ROOT, StandIns
 
 PROGRAM = """#!/usr/bin/env bash
 trap 'echo stopping; exit 75' TERM

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
+from support import tiny_run
 from ml_collections import ConfigDict
-from tiny_run import make_folder, read_metrics, write_rows
+from support.tiny_run import make_folder, read_metrics, write_rows
 
 from emor3_jax import evaluate, prepare
 from emor3_jax.config import ConfigError, dataset, reward_term
@@ -39,7 +39,7 @@ def make_config(folder: Path) -> ConfigDict:
     config = tiny_run.make_config(folder)
     config.reward.terms.brief = reward_term(weight=-0.2, pattern=r"^.{0,4}$")
     config.reward.terms.length = reward_term(weight=0.01, function=f"{__name__}:share_of_length")
-    config.reward.terms.letters = reward_term(weight=0.0, text="tiny_run:letters")
+    config.reward.terms.letters = reward_term(weight=0.0, text="support.tiny_run:letters")
     return config
 
 

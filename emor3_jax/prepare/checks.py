@@ -13,6 +13,7 @@ from emor3_jax.models.attention import BACKENDS
 from emor3_jax.models.lora import TOWER
 from emor3_jax.prepare.data import data_sets
 from emor3_jax.prepare.sources import check_kind
+from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rl.kl import ESTIMATES
 from emor3_jax.rl.losses import MEANS, SURROGATES
@@ -163,7 +164,7 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
         "policy_update.kl": (update.kl, (*ESTIMATES, "off")),
         "policy_update.kl_place": (update.kl_place, ("loss", "reward")),
         "reward.format": (config.reward.format, ("set", "boxed")),
-        "reward.reflection": (config.reward.reflection, ("both", "coherence", "consistency")),
+        "reward.reflection": (config.reward.reflection, ("both", *QUESTIONS)),
     }
     for field, (value, known) in choices.items():
         need(value in known, field, f"must be one of {', '.join(map(repr, known))}")

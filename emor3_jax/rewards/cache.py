@@ -19,7 +19,7 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-_CODE = ("automaton.py", "rules.py", "spans.py", "patterns.py")
+_CODE = ("automaton.py", "rules.py", "spans.py", "patterns.py", "questions.py")
 
 
 def key(tokens: Sequence[bytes], labels: Sequence[str], patterns: Sequence[str] = ()) -> str:

@@ -71,6 +71,7 @@ class Scorer:
         answers: Sequence[str],
         coherence_replies: Tokens | None = None,
         consistency_replies: Tokens | None = None,
+        **more_replies: Tokens | None,
     ) -> dict[str, jax.Array]:
         """Scores responses given as tokens.
 
@@ -80,25 +81,31 @@ class Scorer:
           answers: the true label of each.
           coherence_replies: tokens int32[n, R] and lengths int32[n] of the replies.
           consistency_replies: likewise. Without both of them the reflection is switched off.
+          more_replies: likewise `<name>_replies` of each further question of `QUESTIONS`.
 
         Returns:
           "format", "accuracy", "coherence", "consistency", "overall": float32[n].
 
         Raises:
           LabelError: if an answer is not in the label set.
-          ValueError: if only one kind of replies is given.
+          ValueError: if the replies to some questions alone are given.
         """
-        if (coherence_replies is None) != (consistency_replies is None):
-            raise ValueError("give both kinds of replies, or none to switch the reflection off")
+        given = {"coherence": coherence_replies, "consistency": consistency_replies}
+        given |= {name.removesuffix("_replies"): reply for name, reply in more_replies.items()}
+        given = {name: reply for name, reply in given.items() if reply is not None}
+        if given and given.keys() != QUESTIONS.keys():
+            raise ValueError(
+                f"give both kinds of replies ({', '.join(QUESTIONS)}; got {', '.join(given)}), or "
+                "none to switch the reflection off"
+            )
         indices = []
         for answer in answers:
             if answer.strip().lower() not in self.labels:
                 raise LabelError(f"answer {answer!r} is not one of {', '.join(self.labels)}")
             indices.append(self.labels.index(answer.strip().lower()))
         replies = None
-        if coherence_replies is not None and consistency_replies is not None:
+        if given:
             spans = cut_spans(self.tables, tokens, lengths)
-            given = {"coherence": coherence_replies, "consistency": consistency_replies}
             judged = {name: spans[QUESTIONS[name].span] for name in given}
             replies = Replies(
                 {name: _as_samples(*reply) for name, reply in given.items()},
@@ -119,14 +126,16 @@ class Scorer:
         answers: Sequence[str],
         coherence_replies: Sequence[str] | None = None,
         consistency_replies: Sequence[str] | None = None,
+        **more_replies: Sequence[str] | None,
     ) -> dict[str, jax.Array]:
         """Scores responses given as text; otherwise as `score_tokens`."""
-        return self.score_tokens(
-            *self._spell(responses),
-            answers,
-            None if coherence_replies is None else self._spell(coherence_replies),
-            None if consistency_replies is None else self._spell(consistency_replies),
-        )
+        given = {
+            "coherence_replies": coherence_replies,
+            "consistency_replies": consistency_replies,
+            **more_replies,
+        }
+        spelled = {name: x if x is None else self._spell(x) for name, x in given.items()}
+        return self.score_tokens(*self._spell(responses), answers, **spelled)
 
     def _spell(self, texts: Sequence[str]) -> Tokens:
         """Writes texts as byte tokens, in lengths rounded up so that few shapes are compiled."""

@@ -18,11 +18,12 @@ import jax
 
 from emor3_jax.errors import UserError
 from emor3_jax.rewards.patterns import PatternRule
+from emor3_jax.rewards.questions import QUESTIONS
 
 BOXED = r"(?s)\\boxed\{.*\}"
 """The format of a plain answer: a box that is closed, anywhere."""
 
-BUILT_IN = ("overall", "format", "accuracy", "coherence", "consistency")
+BUILT_IN = ("overall", "format", "accuracy")
 
 
 class TermError(UserError):
@@ -96,10 +97,10 @@ def make_term(name: str, weight: float, pattern: str, function: str, text: str) 
       TermError: if not exactly one kind is given, the name is taken, or a function is not found.
       PatternError: if the expression is wrong.
     """
-    if name in BUILT_IN or not name.isidentifier():
+    taken = (*BUILT_IN, *QUESTIONS)
+    if name in taken or not name.isidentifier():
         raise TermError(
-            f"name {name!r} must be a word of letters, digits and _, and none of "
-            f"{', '.join(BUILT_IN)}"
+            f"name {name!r} must be a word of letters, digits and _, and none of {', '.join(taken)}"
         )
     if sum(map(bool, (pattern, function, text))) != 1:
         raise TermError("give exactly one of pattern, function and text")

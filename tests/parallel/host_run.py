@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-import tiny_run
+from support import tiny_run
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
@@ -26,7 +26,7 @@ def make_config(folder: Path, steps: int) -> ConfigDict:
     config.rollout.prompts, config.rollout.responses = 8, 2
     config.policy_update.prompts, config.policy_update.micro_prompts = 4, 4
     # Responses of a random policy differ in this alone.
-    config.reward.terms.letters = reward_term(weight=0.05, text="tiny_run:letters")
+    config.reward.terms.letters = reward_term(weight=0.05, text="support.tiny_run:letters")
     # So that a run that is to end earlier takes the same steps.
     config.policy_update.schedule = "constant"
     config.evaluate.during = 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import make_folder
+from support.tiny_run import make_folder
 
 from emor3_jax.models import load
 from emor3_jax.parallel import hosts
