@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
-from tiny_run import SMALL
+from support.tiny_run import SMALL
 
 from configs import cpu_demo
 from emor3_jax import evaluate, inspect

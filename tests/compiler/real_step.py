@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import jax
-import tiny_run
+from support import tiny_run
 from ml_collections import ConfigDict
 
 from emor3_jax import models, train

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-import tiny
+from support import tiny
 from ml_collections import ConfigDict
 
 from emor3_jax.compiler.record import Report

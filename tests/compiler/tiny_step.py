@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import jax
-import tiny
+from support import tiny
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict

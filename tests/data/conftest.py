@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
+from support import tiny
 from PIL import Image
 
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer

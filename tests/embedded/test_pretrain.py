@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+from support import tiny
 
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.pretrain import Prefixes, QATokens, Size

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emor3_jax.models import attention, attention_kernels
 from emor3_jax.models.attention import Own, Shared, attend
-from emor3_jax.models.qwen2_5_vl import attention, attention_kernels
 
 B, G, HEADS, KV_HEADS, WIDTH = 2, 2, 4, 2, 8
 
@@ -204,29 +204,27 @@ def branches(jaxpr):
                 yield from branches(inner)
 
 
-def test_no_layer_of_the_tower_holds_the_scores_of_a_whole_image(config, image_program):
+def test_no_layer_of_the_tower_holds_the_scores_of_a_whole_image(policy, image_program):
     """64 windows of 16 patches: windowed layers hold a window's scores, full ones a part's."""
     patches, program = image_program
     full, windowed = 0, 0
     for windowed_branch, full_branch in branches(program):
         windowed = max(windowed, largest(windowed_branch))
         full = max(full, largest(full_branch))
-    heads = config.vision.num_heads
-    assert 0 < windowed <= heads * patches * config.vision.window_patches
+    heads = policy.shapes.vision.num_heads
+    assert 0 < windowed <= heads * patches * policy.shapes.vision.window_patches
     assert windowed < full <= heads * patches * 2 * attention._QUERIES
     assert largest(program) < patches**2
 
 
 @pytest.fixture
-def image_program(config, params):
+def image_program(policy, params):
     """Patches of an image and the program that encodes it and differentiates."""
-    from emor3_jax.models.qwen2_5_vl import layout, model
-
     grid = (1, 32, 32)
-    patches = np.zeros((32 * 32, config.vision.patch_dim), np.float32)
-    images = layout.pad_images([layout.window_layout(patches, grid, config.vision)], 64)
+    patches = np.zeros((32 * 32, policy.shapes.vision.patch_dim), np.float32)
+    images = policy.layout.collate([policy.layout.arrange(patches, grid).image], 64)
 
     def loss(params):
-        return jnp.sum(model.encode_images(config, params, images))
+        return jnp.sum(policy.encode_images(params, images))
 
     return len(patches), jax.make_jaxpr(jax.grad(loss))(params).jaxpr

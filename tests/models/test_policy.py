@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import tiny
 
-from emor3_jax.models.qwen2_5_vl import attention, attention_kernels, layout, model
+from emor3_jax.models import attention, attention_kernels
 from emor3_jax.types import Prompt
 
 B, G, S = 2, 2, 4
@@ -46,25 +47,25 @@ def _influence(params, hidden_of, tokens):
     return np.asarray(jnp.any(grads != 0, axis=-1))[:, np.ravel(tokens)]
 
 
-def test_prompt_tokens_see_only_what_comes_before(config, params):
+def test_prompt_tokens_see_only_what_comes_before(policy, params):
     tokens = jnp.arange(12).reshape(2, 6)
 
     def hidden_of(params):
-        return model.forward_prompt(config, params, _text_prompt(tokens), None)[0]
+        return policy.read_prompt(params, _text_prompt(tokens), None)[0]
 
     expected = np.kron(np.eye(2), np.tril(np.ones((6, 6)))) > 0
     assert (_influence(params, hidden_of, tokens) == expected).all()
 
 
-def test_responses_see_their_prompt_and_themselves_and_never_each_other(config, params):
+def test_responses_see_their_prompt_and_themselves_and_never_each_other(policy, params):
     prompt = _text_prompt(jnp.arange(6).reshape(B, 3))
     tokens = 10 + jnp.arange(B * G * S).reshape(B, G, S)
     mask = jnp.ones((B, G, S), bool)
 
     def hidden_of(params):
-        _, prefix = model.forward_prompt(config, params, prompt, None)
+        _, prefix = policy.read_prompt(params, prompt, None)
         positions = jnp.broadcast_to(3 + jnp.arange(S), tokens.shape)
-        return model.forward_continuation(config, params, prefix, tokens, positions, mask)[0]
+        return policy.extend(params, prefix, tokens, positions, mask)[0]
 
     prompt_part = np.kron(np.eye(B), np.ones((G * S, 3))) > 0
     own_part = np.kron(np.eye(B * G), np.tril(np.ones((S, S)))) > 0
@@ -74,25 +75,26 @@ def test_responses_see_their_prompt_and_themselves_and_never_each_other(config, 
 
 @pytest.mark.parametrize("backend", ["xla", "splash_interpret", "cudnn"])
 def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
-    config, params, image_batch, responses, backend, monkeypatch
+    policy, params, image_batch, responses, backend, monkeypatch
 ):
     # The kernels take over from the first query on; cuDNN's formula is computed by XLA.
     monkeypatch.setattr(attention, "_FEW", 0)
     own = functools.partial(attention_kernels.cudnn, implementation="xla")
     monkeypatch.setattr(attention_kernels, "cudnn", own)
-    config = dataclasses.replace(config, attention=backend)
+    policy = policy.with_compute(attention=backend)
+    rematerialised = policy.with_compute(remat="layers")
     prompt, images, following = image_batch
     tokens, mask = responses
-    probe = jax.random.normal(jax.random.key(4), (B, G, S, config.hidden_size)) * mask[..., None]
+    probe = (
+        jax.random.normal(jax.random.key(4), (B, G, S, policy.shapes.hidden_size)) * mask[..., None]
+    )
     positions = jnp.broadcast_to(following[:, None, None] + jnp.arange(S), (B, G, S))
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def grouped(params):
-        features = model.encode_images(config, params, images, remat="layers")
-        hidden = model.forward_group(
-            config, params, prompt, features, tokens, positions, mask, remat="layers"
-        )
+        features = rematerialised.encode_images(params, images)
+        hidden = rematerialised.extend_group(params, prompt, features, tokens, positions, mask)
         return jnp.sum(hidden * probe), hidden
 
     # The flat layout: each response behind its own copy of its prompt, padding moved to the end.
@@ -115,8 +117,8 @@ def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def flatly(params):
-        features = model.encode_images(config, params, images)
-        hidden, _ = model.forward_prompt(config, params, flat, features)
+        features = policy.encode_images(params, images)
+        hidden, _ = policy.read_prompt(params, flat, jnp.repeat(features, G, axis=0))
         hidden = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(probe.shape)
         return jnp.sum(hidden * probe), hidden
 
@@ -134,7 +136,7 @@ def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
 
 
 def test_decoding_token_by_token_equals_one_pass_and_that_of_whole_groups(
-    config, params, image_batch, responses
+    policy, params, image_batch, responses
 ):
     prompt, images, following = image_batch
     tokens, _ = responses
@@ -145,18 +147,17 @@ def test_decoding_token_by_token_equals_one_pass_and_that_of_whole_groups(
 
     @jax.jit
     def one_pass(params):
-        features = model.encode_images(config, params, images)
-        _, prefix = model.forward_prompt(config, params, prompt, features)
+        features = policy.encode_images(params, images)
+        _, prefix = policy.read_prompt(params, prompt, features)
         mask = jnp.ones((B, G, S), bool)
         of_responses = tokens, jnp.broadcast_to(place, (B, G, S)), mask
-        hidden, _ = model.forward_continuation(config, params, prefix, *of_responses)
-        at_once = model.forward_group(config, params, prompt, features, *of_responses)
+        hidden, _ = policy.extend(params, prefix, *of_responses)
+        at_once = policy.extend_group(params, prompt, features, *of_responses)
         return hidden, at_once, prefix
 
     expected, at_once, prefix = one_pass(params)
     np.testing.assert_allclose(at_once, expected, atol=2e-5)
-    hidden, cache = model.forward_continuation(
-        config,
+    hidden, cache = policy.extend(
         params,
         prefix,
         tokens[..., :2],
@@ -165,7 +166,7 @@ def test_decoding_token_by_token_equals_one_pass_and_that_of_whole_groups(
         cache_size=5,
     )
     assert cache.mask.sum(axis=-1).tolist() == lengths.tolist()
-    step = jax.jit(functools.partial(model.decode_step, config))
+    step = jax.jit(policy.decode)
     for t in range(2):
         at = lengths + t
         token = jnp.take_along_axis(tokens, at[..., None], axis=-1)[..., 0]
@@ -178,35 +179,34 @@ def test_decoding_token_by_token_equals_one_pass_and_that_of_whole_groups(
     assert not cache.mask[..., 4].any()
 
 
-def test_a_cache_smaller_than_the_tokens_is_refused(config, params, responses):
+def test_a_cache_smaller_than_the_tokens_is_refused(policy, params, responses):
     tokens, mask = responses
     with pytest.raises(ValueError, match="cache_size=3 is smaller than the 4"):
-        model.forward_continuation(config, params, None, tokens, tokens, mask, cache_size=3)
+        policy.extend(params, None, tokens, tokens, mask, cache_size=3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_token_logprobs_equal_dense_log_softmax(build_config, build_params, tied):
-    config = build_config(tie_word_embeddings=tied)
-    params = build_params(config)
-    hidden = jax.random.normal(jax.random.key(5), (2, 3, 7, config.hidden_size))
+def test_token_logprobs_equal_dense_log_softmax(tied):
+    policy = tiny.make_policy(tie_word_embeddings=tied)
+    params = tiny.strong_params(policy)
+    hidden = jax.random.normal(jax.random.key(5), (2, 3, 7, policy.shapes.hidden_size))
     targets = jax.random.randint(jax.random.key(6), (2, 3, 7), 0, 60)
-    banned = jnp.arange(config.vocab_size) >= 70
+    suppressed = jnp.arange(policy.shapes.vocab_size) >= 70
     probe = jax.random.normal(jax.random.key(7), (2, *targets.shape))
     head = "model" if tied else "lm_head"
 
     def dense(part, hidden):
-        scores = model.logits(config, {**params, head: part}, hidden) / 0.7
-        logp = jax.nn.log_softmax(jnp.where(banned, -jnp.inf, scores))
-        entropy = -jnp.sum(jnp.where(banned, 0.0, jnp.exp(logp) * logp), axis=-1)
+        scores = policy.logits({**params, head: part}, hidden) / 0.7
+        logp = jax.nn.log_softmax(jnp.where(suppressed, -jnp.inf, scores))
+        entropy = -jnp.sum(jnp.where(suppressed, 0.0, jnp.exp(logp) * logp), axis=-1)
         return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], entropy
 
     def chunked(part, hidden):
-        return model.token_logprobs(
-            config,
+        return policy.logprobs(
             {**params, head: part},
             hidden,
             targets,
-            banned=banned,
+            suppressed=suppressed,
             temperature=0.7,
             chunk=13,  # 6 rows: two columns at a time, and one column left over
             entropy=True,
@@ -223,7 +223,7 @@ def test_token_logprobs_equal_dense_log_softmax(build_config, build_params, tied
         return jax.jit(jax.grad(loss, (0, 1)))(part, hidden)
 
     def dense_finite(part, hidden):
-        scores = model.logits(config, {**params, head: part}, hidden)[..., :70] / 0.7
+        scores = policy.logits({**params, head: part}, hidden)[..., :70] / 0.7
         logp = jax.nn.log_softmax(scores)
         chosen = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
@@ -234,57 +234,58 @@ def test_token_logprobs_equal_dense_log_softmax(build_config, build_params, tied
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_token_logprobs_without_entropy_or_ban(config, params):
-    hidden = jax.random.normal(jax.random.key(8), (5, config.hidden_size))
+def test_token_logprobs_without_entropy_or_ban(policy, params):
+    hidden = jax.random.normal(jax.random.key(8), (5, policy.shapes.hidden_size))
     targets = jnp.array([1, 2, 3, 4, 79])
-    logprobs, entropy = model.token_logprobs(config, params, hidden, targets, chunk=2)
-    dense = jax.nn.log_softmax(model.logits(config, params, hidden))
+    logprobs, entropy = policy.logprobs(params, hidden, targets, chunk=2)
+    dense = jax.nn.log_softmax(policy.logits(params, hidden))
     assert entropy is None
     np.testing.assert_allclose(logprobs, dense[jnp.arange(5), targets], atol=1e-5)
 
 
 def test_patches_are_seen_inside_their_window_only_where_no_layer_is_full(
-    config, params, image_batch, build_config
+    policy, params, image_batch
 ):
     _, images, _ = image_batch
 
     @functools.partial(jax.jit, static_argnums=0)
-    def gradient_by_patches(config, patches):
+    def gradient_by_patches(policy, patches):
         def first_window(patches):
-            features = model.encode_images(config, params, images._replace(patches=patches))
+            features = policy.encode_images(params, images._replace(patches=patches))
             return jnp.sum(features[0, :4] ** 3)
 
         return jax.grad(first_window)(patches)
 
-    grads = np.asarray(gradient_by_patches(config, images.patches))
-    seen = np.abs(grads).max(axis=-1) > 0
-    assert (seen[0] == np.asarray(images.mask[0])).all()
+    grads = np.asarray(gradient_by_patches(policy, images.patches))
+    seen = np.abs(grads).max(axis=-1)[:, 0] > 0
+    assert (seen[0] == np.asarray(images.mask[0, 0])).all()
     assert not seen[1].any()
-    vision = build_config().vision
-    windowed = build_config(vision=type(vision)(**{**vision.__dict__, "fullatt_block_indexes": ()}))
+    vision = dataclasses.replace(tiny.VISION, fullatt_block_indexes=())
+    windowed = tiny.make_policy(vision=vision)
     grads = np.asarray(gradient_by_patches(windowed, images.patches))
-    assert (np.abs(grads[0, 0]).max(axis=-1) > 0).all()
-    assert not grads[0, 1].any()
+    assert (np.abs(grads[0, 0, 0]).max(axis=-1) > 0).all()
+    assert not grads[0, 0, 1].any()
 
 
-def test_features_do_not_depend_on_padding(config, params):
+def test_features_do_not_depend_on_padding(policy, params):
     rng = np.random.default_rng(9)
-    patches = rng.normal(size=(16, config.vision.patch_dim)).astype(np.float32)
-    image = layout.window_layout(patches, (1, 4, 4), config.vision)
-    alone = model.encode_images(config, params, layout.pad_images([image], 1))
-    padded = model.encode_images(config, params, layout.pad_images([image], 3))
+    patches = rng.normal(size=(16, policy.shapes.vision.patch_dim)).astype(np.float32)
+    layout = policy.layout
+    image = layout.arrange(patches, (1, 4, 4)).image
+    alone = policy.encode_images(params, layout.collate([image], 1))
+    padded = policy.encode_images(params, layout.collate([image], 3))
     np.testing.assert_allclose(padded[:, :4], alone, atol=1e-5)
     assert np.isfinite(padded).all()
 
 
-def test_bfloat16_stays_close_and_padding_stays_finite(config, params, image_batch):
+def test_bfloat16_stays_close_and_padding_stays_finite(policy, params, image_batch):
     prompt, images, _ = image_batch
     prompt = prompt._replace(mask=prompt.mask.at[1].set(False))
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(dtype):
-        features = model.encode_images(config, params, images, dtype=dtype)
-        return model.forward_prompt(config, params, prompt, features, dtype=dtype)
+        features = policy.with_compute(dtype=dtype).encode_images(params, images)
+        return policy.with_compute(dtype=dtype).read_prompt(params, prompt, features)
 
     exact, _ = run(jnp.float32)
     rough, prefix = run(jnp.bfloat16)
@@ -294,8 +295,8 @@ def test_bfloat16_stays_close_and_padding_stays_finite(config, params, image_bat
     assert float(jnp.mean(error)) < 0.05 * float(jnp.mean(jnp.abs(exact[0])))
 
 
-def test_fresh_parameters_are_of_use(config):
-    fresh = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))
+def test_fresh_parameters_are_of_use(policy):
+    fresh = jax.jit(policy.init)(jax.random.key(0))
     assert set(fresh) == {"visual", "model"}
     assert fresh["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape == (2, 32, 32)
     assert abs(float(jnp.std(fresh["model"]["embed_tokens"]["embedding"])) - 0.02) < 0.002

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
+from support import tiny
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 

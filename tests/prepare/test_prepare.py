@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from emor3_jax import prepare
-from emor3_jax.checks import validate
+from emor3_jax.prepare.checks import validate
 from emor3_jax.config import ConfigError, dataset, default
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.generic import FilesSource

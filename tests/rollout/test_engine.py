@@ -8,11 +8,11 @@ import pytest
 from emor3_jax.models.cache import Cache
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Plan
-from emor3_jax.rollout.generate import SamplingRule
+from emor3_jax.rollout.sampling import Sampling
 
 B, G, T = 4, 4, 12
 # Many stop ids, so that lengths are ragged; some responses reach T.
-RULE = SamplingRule(T, 1.1, 1.0, (7, 20, 31, 42, 58))
+RULE = Sampling(T, 1.1, 1.0, (7, 20, 31, 42, 58))
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +92,16 @@ def test_a_ring_keeps_its_newest_places_the_oldest_first():
 def test_shrinking_keeps_what_goes_on_and_what_waits_to_leave():
     ended = np.asarray([[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]], bool)
     taken = np.asarray([False, True, False, True])
-    groups, lanes = engine._shrink(taken, ended, 1, (1, 2, 3, 4), 1)
+    groups, lanes = engine.choose_shrink(taken, ended, 1, (1, 2, 3, 4), 1)
     assert groups.tolist() == [1, 3]
     assert lanes.tolist() == [[1, 0], [0, 3]]
     # Not below the least, nor to what the devices cannot cut.
-    groups, lanes = engine._shrink(taken, ended, 4, (3, 4), 1)
+    groups, lanes = engine.choose_shrink(taken, ended, 4, (3, 4), 1)
     assert groups.tolist() == [1, 3, 0, 2] and lanes.shape == (4, 3)
-    assert engine._shrink(taken, ended, 1, (4,), 4) is None
+    assert engine.choose_shrink(taken, ended, 1, (4,), 4) is None
     # A done prompt that has not left stays.
     taken[2] = True
-    assert engine._shrink(taken, ended, 1, (4,), 1) is None
+    assert engine.choose_shrink(taken, ended, 1, (4,), 1) is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_lanes_have_a_few_widths(responses, halvings, widths):
 
 
 def test_the_ring_has_a_few_sizes():
-    sizes = engine._ring_sizes(4, 100)
+    sizes = engine.ring_sizes(4, 100)
     assert sizes == (4, 8, 16, 32, 64, 100)
 
     def fitted(now: int, needed: int) -> int:

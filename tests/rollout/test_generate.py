@@ -6,7 +6,7 @@ import numpy as np
 
 from emor3_jax.rl import losses
 
-STOP, BANNED = 7, (70, 71, 72, 73)
+STOP, SUPPRESSED = 7, (70, 71, 72, 73)
 
 
 def test_sampled_and_scored_log_probabilities_agree(setting, samples):
@@ -51,11 +51,11 @@ def test_the_same_key_gives_the_same_responses_and_another_key_others(setting, r
     assert all(len({tuple(row) for row in group}) > 1 for group in np.asarray(hot.tokens))
 
 
-def test_banned_ids_are_never_drawn(setting, rule):
+def test_suppressed_ids_are_never_drawn(setting, rule):
     hot = setting.roll_out(rule._replace(temperature=50.0), 0, 64)
     drawn = np.asarray(hot.tokens)[np.asarray(hot.mask)]
-    assert not set(drawn) & set(BANNED)
-    # Hot enough that nearly every other id was drawn, so that the banned ones would have been.
+    assert not set(drawn) & set(SUPPRESSED)
+    # Hot enough that nearly every other id was drawn, so that the suppressed ones would have been.
     assert len(set(drawn)) > 60
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.rollout.generate import SamplingRule, generate
+from emor3_jax.rollout.generate import Opening, generate
 from emor3_jax.rollout.likelihood import Candidates, make_candidates, probabilities
+from emor3_jax.rollout.sampling import Sampling
 
 END = 7
 CANDIDATES = Candidates(
@@ -30,13 +31,12 @@ def found(setting, question):
     return np.asarray(
         jax.jit(
             lambda prefix: probabilities(
-                setting.config,
+                setting.policy,
                 setting.params,
-                prefix,
-                *map(jnp.asarray, question),
+                Opening(prefix, *map(jnp.asarray, question)),
                 CANDIDATES,
-                meanings=3,
-                banned=setting.banned,
+                3,
+                setting.suppressed,
             )
         )(setting.prefix())
     )
@@ -76,34 +76,30 @@ def test_sampled_replies_are_as_frequent(setting, question):
     start, lengths, positions = question
     quiet = setting._replace(params=params)
     copies = 4000
-    rule = SamplingRule(3, 1.0, 1.0, (END,))
-    # All but the candidates' tokens are banned, so that replies are often candidates.
-    banned = ~np.isin(np.arange(len(setting.banned)), [11, 12, 13, 14, 15, END])
+    rule = Sampling(3, 1.0, 1.0, (END,))
+    # All but the candidates' tokens are suppressed, so that replies are often candidates.
+    suppressed = ~np.isin(np.arange(len(setting.suppressed)), [11, 12, 13, 14, 15, END])
     repeat = lambda x: jnp.asarray(np.repeat(x, copies, axis=1))  # noqa: E731
 
     @jax.jit
     def sample(prefix):
         return generate(
-            setting.config,
+            setting.policy,
             params,
-            prefix,
-            repeat(start),
-            repeat(lengths),
-            repeat(positions),
+            Opening(prefix, repeat(start), repeat(lengths), repeat(positions)),
             lambda t: jax.random.uniform(jax.random.key(t), repeat(lengths).shape),
             rule,
-            banned=banned,
+            suppressed,
         )
 
     soft = jax.jit(
         lambda prefix: probabilities(
-            setting.config,
+            setting.policy,
             params,
-            prefix,
-            *map(jnp.asarray, question),
+            Opening(prefix, *map(jnp.asarray, question)),
             CANDIDATES,
-            meanings=3,
-            banned=banned,
+            3,
+            suppressed,
         )
     )(quiet.prefix())
     tokens = np.asarray(sample(quiet.prefix()).tokens).reshape(2, 2, copies, 3)

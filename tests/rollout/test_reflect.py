@@ -1,5 +1,7 @@
 """Questions put together on the device, and prefixes shared by a mask."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emor3_jax.rollout import reflect
-from emor3_jax.rollout.generate import SamplingRule
+from emor3_jax.rollout.sampling import Sampling
 
 S = 5
-join = jax.jit(reflect.join)
+join = jax.jit(reflect.join_text)
 
 
 @settings(deadline=None, max_examples=50)
@@ -43,42 +45,25 @@ def test_replies_do_not_depend_on_who_else_is_asked(setting):
     rng = np.random.default_rng(2)
     text = rng.integers(8, 60, (2, 3, S)).astype(np.int32)
     lengths = np.asarray([[5, 2, 4], [1, 5, 3]], np.int32)
-    rule = SamplingRule(4, 0.0, 1.0, (7,))
+    rule = Sampling(4, 0.0, 1.0, (7,))
     head, tail = jnp.asarray([11, 12]), jnp.asarray([13])
 
-    @jax.jit
-    def coherence(text, lengths):
-        return reflect.ask_coherence(
-            setting.config,
+    def ask(prompts, text, lengths):
+        asked = reflect.Asked(*prompts, head, tail, text, lengths)
+        return reflect.ask(
+            setting.policy,
             setting.params,
-            head,
-            tail,
-            text,
-            lengths,
+            asked,
             jax.random.key(0),
             jnp.arange(2),
             rule,
-            banned=setting.banned,
+            setting.suppressed,
+            size=S,
         )
 
-    @jax.jit
-    def consistency(text, lengths):
-        return reflect.ask_consistency(
-            setting.config,
-            setting.params,
-            setting.prefix(),
-            jnp.asarray([5, 5]),
-            jnp.asarray([5, 5]),
-            head,
-            tail,
-            text,
-            lengths,
-            jax.random.key(0),
-            jnp.arange(2),
-            rule,
-            banned=setting.banned,
-        )
-
+    coherence = partial(ask, (None, None, None))
+    shared = jnp.asarray([5, 5])
+    consistency = partial(ask, (jax.jit(setting.prefix)(), shared, shared))
     for ask in (coherence, consistency):
         together = ask(text, lengths)
         for g in range(3):

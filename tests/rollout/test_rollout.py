@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.rollout.generate import SamplingRule, generate
+from emor3_jax.rollout.generate import Opening, generate
+from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.types import Prompt
 
 T = 10
@@ -14,7 +14,7 @@ T = 10
 
 @pytest.fixture(scope="module")
 def plain(setting):
-    """Logits float32[B, T, V] that follow each token of one response a prompt, banned ids at -inf.
+    """Logits float32[B, T, V] that follow each token of one response a prompt, suppressed ids at -inf.
 
     Every prompt, its last token and its response stand in one row of the ordinary causal pass.
     """
@@ -22,11 +22,11 @@ def plain(setting):
 
     @jax.jit
     def run(prompt, places):
-        features = model.encode_images(setting.config, setting.params, setting.images)
-        hidden, _ = model.forward_prompt(setting.config, setting.params, prompt, features)
+        features = setting.policy.encode_images(setting.params, setting.images)
+        hidden, _ = setting.policy.read_prompt(setting.params, prompt, features)
         hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
-        logits = model.logits(setting.config, setting.params, hidden)
-        return jnp.where(setting.banned, -jnp.inf, logits)
+        logits = setting.policy.logits(setting.params, hidden)
+        return jnp.where(setting.suppressed, -jnp.inf, logits)
 
     def logits(responses: np.ndarray) -> np.ndarray:
         rows = []
@@ -68,7 +68,7 @@ def test_recorded_log_probabilities_are_those_before_the_top_p_cut(
         tokens = np.asarray(samples.tokens[:, g])
         logits = plain(tokens)
         # The logits spread, or agreement would say little.
-        assert 1 < np.std(np.asarray(logits)[..., ~setting.banned]) < 4
+        assert 1 < np.std(np.asarray(logits)[..., ~setting.suppressed]) < 4
         logprobs = jax.nn.log_softmax(logits / temperature)
         chosen = np.take_along_axis(np.asarray(logprobs), tokens[..., None], axis=-1)[..., 0]
         used = np.asarray(samples.mask[:, g])
@@ -80,21 +80,18 @@ def test_ragged_openings_give_what_each_gives_alone_without_padding(setting):
     rng = np.random.default_rng(1)
     start = rng.integers(8, 60, (2, 3, 5)).astype(np.int32)
     lengths = np.asarray([[1, 5, 3], [4, 1, 2]], np.int32)
-    rule = SamplingRule(6, 0.0, 1.0, (7,))
+    rule = Sampling(6, 0.0, 1.0, (7,))
     prefix = jax.jit(setting.prefix)()
 
     @jax.jit
     def run(prefix, start, lengths, positions):
         return generate(
-            setting.config,
+            setting.policy,
             setting.params,
-            prefix,
-            start,
-            lengths,
-            positions,
+            Opening(prefix, start, lengths, positions),
             lambda t: jnp.zeros(lengths.shape),
             rule,
-            banned=setting.banned,
+            setting.suppressed,
         )
 
     together = run(prefix, start, lengths, np.broadcast_to(setting.position[:, None], (2, 3)))

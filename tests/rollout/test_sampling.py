@@ -9,7 +9,7 @@ from scipy import stats
 from emor3_jax.rollout import sampling
 
 LOGITS = jnp.asarray([0.3, 2.0, -1.0, 1.2, 0.9, 3.0])
-BANNED = np.asarray([False, False, False, True, False, False])
+SUPPRESSED = np.asarray([False, False, False, True, False, False])
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (1.5, 0.95)])
@@ -18,11 +18,10 @@ def test_draws_follow_the_tempered_cut_distribution(temperature, top_p):
     tokens, logprobs = sampling.sample(
         jnp.broadcast_to(LOGITS, (n, 6)),
         sampling.noise(jax.random.key(5), jnp.arange(n), jnp.int32(0), jnp.int32(0)),
-        temperature=temperature,
-        top_p=top_p,
-        banned=BANNED,
+        sampling.Sampling(1, temperature, top_p, ()),
+        SUPPRESSED,
     )
-    weights = np.where(BANNED, 0.0, np.exp(np.asarray(LOGITS, np.float64) / temperature))
+    weights = np.where(SUPPRESSED, 0.0, np.exp(np.asarray(LOGITS, np.float64) / temperature))
     weights /= weights.sum()
     np.testing.assert_allclose(logprobs, np.log(weights[np.asarray(tokens)]), rtol=1e-5)
     ranked = np.sort(weights)[::-1]
@@ -64,7 +63,7 @@ def test_greedy_takes_the_first_of_equals():
         jnp.float32(0.5),
         temperature=0,
         top_p=1.0,
-        banned=np.asarray([False, True, False, False]),
+        suppressed=np.asarray([False, True, False, False]),
     )
     assert token == 2
     assert logprob == pytest.approx(2 - np.log(1 + 2 * np.exp(2)), abs=1e-6)
@@ -73,7 +72,11 @@ def test_greedy_takes_the_first_of_equals():
 def test_greedy_takes_the_best_allowed_id_whatever_the_key():
     for seed in range(3):
         token, logprob = sampling.sample(
-            LOGITS.at[3].set(9.0), jax.random.key(seed), temperature=0, top_p=1.0, banned=BANNED
+            LOGITS.at[3].set(9.0),
+            jax.random.key(seed),
+            temperature=0,
+            top_p=1.0,
+            suppressed=SUPPRESSED,
         )
         assert token == 5
         assert logprob == pytest.approx(

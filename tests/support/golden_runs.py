@@ -97,7 +97,9 @@ def make_config(folder: Path) -> ConfigDict:
     """Returns the config of `tiny_run` with custom reward terms that tell responses apart."""
     config = tiny_run.make_config(folder)
     config.reward.terms.brief = reward_term(weight=-0.2, pattern=r"^.{0,20}$")
-    config.reward.terms.length = reward_term(weight=0.5, function="support.tiny_run:share_of_length")
+    config.reward.terms.length = reward_term(
+        weight=0.5, function="support.tiny_run:share_of_length"
+    )
     config.reward.terms.letters = reward_term(weight=0.02, text="support.tiny_run:letters")
     return config
 

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from configs import cpu_demo
 from emor3_jax.config import dataset
 from emor3_jax.data.labels import label_set
-from emor3_jax.embedded.emoscenes import tasks
-from emor3_jax.embedded.emoscenes import draw, scene
+from emor3_jax.embedded.emoscenes import draw, scene, tasks
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.models import LoadedPolicy, Policy, parse_config, save
 from emor3_jax.models.processor import ImageSettings, Processor

@@ -6,7 +6,7 @@ import io
 import jax
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 from PIL import Image
 
 from emor3_jax.embedded.faces.images import DeviceImages, read_images, take_images
