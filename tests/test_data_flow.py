@@ -11,18 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
-from support.tiny_run import SMALL
+from support.tiny_run import small_policy
 
 from configs import cpu_demo
 from emor3_jax import evaluate, inspect
 from emor3_jax.config import dataset
 from emor3_jax.data.labels import LABEL_SETS
-from emor3_jax.embedded.base_policy import model_config
 from emor3_jax.embedded.emoscenes import tasks
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models import Policy, save
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models import LoadedPolicy, save
+from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.train import train
 
 ROWS = {"train": 240, "val": 20, "test": 40}
@@ -33,10 +31,12 @@ def folder(tmp_path_factory) -> Path:
     """A random policy of 30 thousand parameters, and EmoSet's layout with 300 JPEG files."""
     folder = tmp_path_factory.mktemp("flow")
     tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
-    shapes = model_config(ConfigDict({"model": SMALL}), tokenizer)
-    params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
+    policy = small_policy(tokenizer)
+    params = jax.device_get(policy.init(jax.random.key(0)))
     images = ImageSettings(min_pixels=56**2, max_pixels=112**2)
-    save(Policy(shapes, params, Processor(tokenizer, images)), folder / "policy")
+    save(
+        LoadedPolicy(policy, params, Processor(tokenizer, images, policy.layout)), folder / "policy"
+    )
     path = Path(__file__).parent / "data" / "datasets" / "conftest.py"
     spec = importlib.util.spec_from_file_location("layouts", path)
     layouts = importlib.util.module_from_spec(spec)

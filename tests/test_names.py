@@ -17,8 +17,6 @@ MAX_PARAMETERS = 9
 REBUILT = "being rebuilt"
 SHARED_NAMES = {
     "Group": REBUILT,  # models/qwen2_5_vl/text.py and rewards/terms.py
-    "Lessons": REBUILT,  # embedded/teacher.py and sft.py
-    "Texts": REBUILT,  # account/__main__.py and data/sources.py
 }
 """Class → the reason why two modules may define it."""
 

@@ -1,8 +1,8 @@
 """Grey images as faces, shared by the tests of base policy and loaders."""
 
 import pytest
-import tiny_faces
 from ml_collections import ConfigDict
+from support import tiny_faces
 
 from emor3_jax.embedded.faces.captions import CaptionLoader
 

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from tiny_faces import COUNT
+from support.tiny_faces import COUNT
 
 from emor3_jax.config import ConfigError
 from emor3_jax.embedded import base_policy
 from emor3_jax.embedded.faces import tasks
 from emor3_jax.embedded.loader import ExampleLoader
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models import Policy, load, save
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models import LoadedPolicy, load, save
+from emor3_jax.models.processor import ImageSettings, Processor
 
 
 def test_a_base_policy_of_faces_trains_its_vision_then_on_examples(
@@ -30,7 +29,7 @@ def test_a_base_policy_of_faces_trains_its_vision_then_on_examples(
     assert "vision pretraining: step 24/24" in told and "QA examples: step 3/3" in told
     assert f"{COUNT} images" in told
     policy = load(tmp_path / "policy")
-    assert policy.config.vision.patch_size == 4 and policy.config.vision.window_size == 16
+    assert policy.shapes.vision.patch_size == 4 and policy.shapes.vision.window_size == 16
     _, grid = policy.processor.patches(Image.new("L", (48, 48)))
     assert grid == (1, 4, 4)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(policy.params))
@@ -42,10 +41,10 @@ def test_a_stopped_run_continues_after_its_vision_pretraining(
     """With the tokenizer of that policy, whatever the corpus says by now."""
     words = ["which emotion ?", *tasks.LABELS, *tasks.BROWS.values()]
     tokenizer = train_tokenizer([f"{word} {word}" for word in words], 400)
-    shapes = base_policy.model_config(config, tokenizer)
-    params = model.init_params(shapes, jax.random.key(7))
-    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
-    save(Policy(shapes, params, processor), tmp_path / "looked")
+    policy = base_policy.small_policy(config, tokenizer)
+    params = policy.init(jax.random.key(7))
+    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4), policy.layout)
+    save(LoadedPolicy(policy, params, processor), tmp_path / "looked")
 
     def no_examples(config: ConfigDict, loader: ExampleLoader, params: dict, say: object) -> tuple:
         assert loader.processor.tokenizer.get_vocab() == tokenizer.get_vocab()

@@ -1,7 +1,7 @@
 """Batches of QA examples: text and labels belong to the image."""
 
 import numpy as np
-from tiny_faces import labels_of
+from support.tiny_faces import labels_of
 
 from emor3_jax.embedded.faces import tasks
 from emor3_jax.embedded.faces.captions import CaptionLoader

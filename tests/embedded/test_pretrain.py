@@ -5,23 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import tiny
+from support.tiny import make_policy
+from support.tiny_faces import collate
 
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.pretrain import Prefixes, QATokens, Size
-from emor3_jax.models.qwen2_5_vl import layout, model
 from emor3_jax.types import Images, Prompt
 
-CONFIG = tiny.make_config()
-PARAMS = model.init_params(CONFIG, jax.random.key(0))
+POLICY = make_policy()
+PARAMS = POLICY.init(jax.random.key(0))
 SIZE = Size(6, 3)
 
 
 def _images(count: int) -> tuple[Images, np.ndarray]:
     rng = np.random.default_rng(0)
-    patches = rng.normal(size=(count, 4, CONFIG.vision.patch_dim)).astype(np.float32)
-    rows = [layout.window_layout(x, (1, 2, 2), CONFIG.vision) for x in patches]
-    return layout.pad_images(rows, 1), rows[0].slot_of_token
+    shape = (count, 4, POLICY.shapes.vision.patch_dim)
+    return collate(POLICY, rng.normal(size=shape).astype(np.float32))
 
 
 def _examples(rows: int, count: int, seed: int, weight: float) -> QATokens:
@@ -37,7 +36,7 @@ def _examples(rows: int, count: int, seed: int, weight: float) -> QATokens:
 
 def _loss(labels: np.ndarray | None) -> tuple[float, list, jax.Array]:
     images, slots = _images(2)
-    prompt, position = pretrain.make_prompt([5, 9, 70, 10], (1, 2, 2), slots, CONFIG)
+    prompt, position = pretrain.make_prompt([5, 9, 70, 10], (1, 2, 2), slots, POLICY)
     text = Prompt(
         np.asarray([[5, 6]], np.int32),
         np.repeat(np.arange(2, dtype=np.int32)[None, :, None], 3, axis=-1),
@@ -48,10 +47,10 @@ def _loss(labels: np.ndarray | None) -> tuple[float, list, jax.Array]:
     about_images = ((_examples(2, 1, 1, 1.0), SIZE), (_examples(2, 3, 2, 2.0), SIZE))
     about_text = (_examples(2, 1, 3, 4.0), SIZE)
     value, metrics = pretrain.loss(
-        CONFIG, PARAMS, prefixes, images, about_images, about_text, labels
+        POLICY, PARAMS, prefixes, images, about_images, about_text, labels
     )
-    hidden, _ = pretrain.forward_images(CONFIG, PARAMS, prompt, images)
-    return float(value), metrics["exact"], model.logits(CONFIG, PARAMS, hidden[:, -1])
+    hidden, _ = pretrain.forward_images(POLICY, PARAMS, prompt, images)
+    return float(value), metrics["exact"], POLICY.logits(PARAMS, hidden[:, -1])
 
 
 # Replies of two tokens: 2 of weight 1, 6 of weight 2 and 2 of weight 4.

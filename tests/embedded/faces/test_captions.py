@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-from tiny_faces import COUNT, HELD_OUT, labels_of
+from support.tiny_faces import COUNT, HELD_OUT, labels_of
 
 from emor3_jax.embedded.emoscenes import tasks as scene_tasks
 from emor3_jax.embedded.faces import tasks
 from emor3_jax.embedded.faces.captions import CaptionLoader, caption_targets, first_tokens
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models.qwen2_5_vl import layout
 
 
 def test_labels_with_one_first_token_are_refused_by_name() -> None:
@@ -21,15 +20,14 @@ def test_labels_with_one_first_token_are_refused_by_name() -> None:
 
 def test_training_images_are_warped_and_held_out_ones_are_not(captions: CaptionLoader) -> None:
     rows = captions.rows
-    dataset, processor, shapes = rows.dataset, rows.processor, rows.shapes
+    dataset, processor = rows.dataset, rows.processor
     assert len(dataset.images) == COUNT and dataset.held_out == HELD_OUT
     captions = captions._replace(rows=rows._replace(warp=1.0))
     label = labels_of(captions)
     assert rows.train_rows == COUNT - HELD_OUT
 
     def plain(wanted: range) -> list[np.ndarray]:
-        images = (processor.patches(dataset.images[row]) for row in wanted)
-        return [layout.window_layout(*image, shapes.vision).patches for image in images]
+        return [processor.encode(dataset.images[row]).image.patches[None] for row in wanted]
 
     learned = plain(range(rows.train_rows))
     batches = [x for x, _ in zip(captions.batches(16, seed=0), range(5), strict=False)]

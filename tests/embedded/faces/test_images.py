@@ -1,20 +1,18 @@
 """Images on the device: as the processor gives them, augmented where asked, refused."""
 
-import dataclasses
 import io
 
 import jax
 import numpy as np
 import pytest
-from support import tiny
 from PIL import Image
+from support.tiny import make_policy
 
 from emor3_jax.embedded.faces.images import DeviceImages, read_images, take_images
-from emor3_jax.models.qwen2_5_vl import layout
-from emor3_jax.models.qwen2_5_vl.processor import ImageError, ImageSettings, Processor
+from emor3_jax.models.errors import ImageError
+from emor3_jax.models.processor import ImageSettings, Processor
 
-VISION = dataclasses.replace(tiny.VISION, patch_size=4, window_size=16)
-PROCESSOR = Processor(None, ImageSettings(24 * 40, 24 * 40, patch_size=4))
+PROCESSOR = Processor(None, ImageSettings(24 * 40, 24 * 40, patch_size=4), make_policy().layout)
 
 
 def encode(height: int, width: int, seed: int) -> bytes:
@@ -30,20 +28,20 @@ ENCODED = [encode(24, 40, seed) for seed in range(4)]
 
 @pytest.fixture(scope="module")
 def stored() -> DeviceImages:
-    return read_images(ENCODED, PROCESSOR, VISION)
+    return read_images(ENCODED, PROCESSOR)
 
 
 def test_images_taken_are_those_of_processor_and_layout(stored: DeviceImages) -> None:
     rows = np.array([2, 0, 2])
     images = take_images(stored, rows, settings=PROCESSOR.images)
     for i, row in enumerate(rows):
-        patches, grid = PROCESSOR.patches(ENCODED[row])
-        assert stored.grid(PROCESSOR.images) == grid
-        wanted = layout.window_layout(patches, grid, VISION)
-        np.testing.assert_allclose(images.patches[i], wanted.patches, rtol=1e-6, atol=2e-6)
-        np.testing.assert_array_equal(images.coords[i], wanted.coords)
-        np.testing.assert_array_equal(images.mask[i], wanted.mask)
-        np.testing.assert_array_equal(stored.slots, wanted.slot_of_token)
+        encoded = PROCESSOR.encode(ENCODED[row])
+        wanted = encoded.image
+        assert stored.grid(PROCESSOR.images) == encoded.grid
+        np.testing.assert_allclose(images.patches[i, 0], wanted.patches, rtol=1e-6, atol=2e-6)
+        np.testing.assert_array_equal(images.coords[i, 0], wanted.coords)
+        np.testing.assert_array_equal(images.mask[i, 0], wanted.mask)
+        np.testing.assert_array_equal(stored.slots, encoded.slots)
     assert not images.mask.all()
 
 
@@ -64,14 +62,14 @@ def test_images_are_changed_by_the_key_alone_where_asked(stored: DeviceImages) -
         np.testing.assert_array_equal(first, again)
         assert not np.allclose(first, plain) and not np.allclose(first, other)
     empty = ~np.asarray(stored.mask)
-    assert np.all(patches(5, strength=1.0, erase_probability=1.0)[:, empty] == 0)
+    assert np.all(patches(5, strength=1.0, erase_probability=1.0)[:, 0, empty] == 0)
 
 
 def test_a_damaged_image_is_named_by_its_row() -> None:
     with pytest.raises(ImageError, match="image 2: cannot decode"):
-        read_images([*ENCODED[:2], b"not an image"], PROCESSOR, VISION)
+        read_images([*ENCODED[:2], b"not an image"], PROCESSOR)
 
 
 def test_images_of_another_shape_are_refused() -> None:
     with pytest.raises(ImageError, match=r"image 1 scales to \(40, 24\).*image 0 to \(24, 40\)"):
-        read_images([ENCODED[0], encode(40, 24, 9)], PROCESSOR, VISION)
+        read_images([ENCODED[0], encode(40, 24, 9)], PROCESSOR)

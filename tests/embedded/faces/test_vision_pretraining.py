@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import tiny
+from support.tiny import VISION, make_policy
+from support.tiny_faces import collate
 
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.faces import vision_pretraining
 from emor3_jax.embedded.faces.captions import CaptionBatch
-from emor3_jax.models.qwen2_5_vl import layout, model, rope
+from emor3_jax.models.qwen2_5_vl import rope
 from emor3_jax.rl.update import TrainState
 
 
@@ -39,18 +40,19 @@ def test_whitening_is_bounded_where_patches_do_not_vary() -> None:
 
 
 def test_each_head_starts_by_attending_to_one_neighbour() -> None:
-    config = dataclasses.replace(tiny.VISION, hidden_size=96, num_heads=6)
+    vision = dataclasses.replace(VISION, hidden_size=96, num_heads=6)
+    policy = make_policy(vision=vision)
     rng = np.random.default_rng(0)
     before = {
         "kernel": jnp.asarray(rng.normal(size=(2, 96, 288)), jnp.float32),
         "bias": jnp.zeros((2, 288)),
     }
-    after = vision_pretraining.init_local_attention(before, config, seed=3)
+    after = vision_pretraining.init_local_attention(before, policy, seed=3)
     for layer in range(2):
         sought = set()
         rows, columns = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
         coords = jnp.asarray(np.stack([rows.ravel(), columns.ravel()], axis=-1))
-        turn = rope.vision_table(coords, config)
+        turn = rope.vision_table(coords, vision)
         both = after["bias"][layer].reshape(6, 3, 16)[None]
         query, key = (
             rope.rotate(jnp.broadcast_to(both[:, :, i], (36, 6, 16)), *turn) for i in (0, 1)
@@ -93,27 +95,23 @@ def test_matrices_take_orthogonal_updates_and_the_rate_falls_to_nothing() -> Non
 
 def test_images_are_mixed_in_pairs() -> None:
     """The loss of a mixed batch, computed anew from the mixture; the same seed, the same shares."""
-    config = tiny.make_config()
+    policy = make_policy()
     rng = np.random.default_rng(0)
-    rows = [
-        layout.window_layout(
-            rng.normal(size=(4, config.vision.patch_dim)).astype(np.float32),
-            (1, 2, 2),
-            config.vision,
-        )
-        for _ in range(4)
-    ]
+    images, slots = collate(
+        policy,
+        [rng.normal(size=(4, policy.shapes.vision.patch_dim)).astype(np.float32) for _ in range(4)],
+    )
     targets = np.asarray([[11, 21], [12, 22], [13, 23], [14, 24]], np.int32)
-    batch = CaptionBatch(layout.pad_images(rows, 1), targets)
-    tokens = [9, config.image_token_id, 10]
-    prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), rows[0].slot_of_token, config)
+    batch = CaptionBatch(images, targets)
+    tokens = [9, policy.shapes.image_token_id, 10]
+    prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), slots, policy)
     optimizer = optax.sgd(1e-2)
 
     def start() -> TrainState:
-        return TrainState.create(model.init_params(config, jax.random.key(0)), optimizer)
+        return TrainState.create(policy.init(jax.random.key(0)), optimizer)
 
     def loss(mix: float, seed: int = 3) -> float:
-        options = {"config": config, "optimizer": optimizer, "mix": mix, "seed": seed}
+        options = {"policy": policy, "optimizer": optimizer, "mix": mix, "seed": seed}
         return float(vision_pretraining.vision_step(start(), prompt, batch, **options)[1]["loss"])
 
     state = start()
@@ -126,7 +124,7 @@ def test_images_are_mixed_in_pairs() -> None:
         [s * patches[i] + (1 - s) * patches[i - 1] for i, s in enumerate(shares.tolist())]
     )
     mixed = batch.images._replace(patches=mixed)
-    logits = vision_pretraining.caption_logits(config, state.params, prompt, mixed)
+    logits = vision_pretraining.caption_logits(policy, state.params, prompt, mixed)
     # Here nothing follows the image's end, so both places are one.
     np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
     logps = np.asarray(jax.nn.log_softmax(logits[:, 0]))
@@ -136,74 +134,69 @@ def test_images_are_mixed_in_pairs() -> None:
     ]
     assert loss(0.5) == loss(0.5) == pytest.approx(-np.mean(expected), rel=1e-5)
     assert loss(0.5, seed=4) != loss(0.5)
-    plain = vision_pretraining.caption_logits(config, state.params, prompt, batch.images)[:, 0]
+    plain = vision_pretraining.caption_logits(policy, state.params, prompt, batch.images)[:, 0]
     plain = np.take_along_axis(np.asarray(jax.nn.log_softmax(plain)), targets, axis=1)
     assert loss(0.0) == pytest.approx(-np.mean(plain), rel=1e-5)
 
 
 def test_a_policy_learns_to_tell_two_kinds_of_image() -> None:
-    config = tiny.make_config()
+    policy = make_policy()
     grid = (1, 2, 2)
     rng = np.random.default_rng(0)
-    dim = config.vision.patch_dim
+    dim = policy.shapes.vision.patch_dim
     kinds = rng.normal(size=(2, 4, dim)).astype(np.float32)
 
     def batch(seed: int) -> CaptionBatch:
         rng = np.random.default_rng(seed)
         which = rng.integers(0, 2, 16)
-        rows = [
-            layout.window_layout(
-                kinds[k] + rng.normal(size=(4, dim)).astype(np.float32), grid, config.vision
-            )
-            for k in which
-        ]
+        rows = [kinds[k] + rng.normal(size=(4, dim)).astype(np.float32) for k in which]
         targets = np.asarray([[11, 11], [12, 12]], np.int32)[which]
-        return CaptionBatch(layout.pad_images(rows, 1), targets)
+        return CaptionBatch(collate(policy, rows)[0], targets)
 
-    slots = layout.window_layout(kinds[0], grid, config.vision).slot_of_token
-    tokens = [9, config.image_token_id, 10]
-    prompt, _ = pretrain.make_prompt(tokens, grid, slots, config)
+    _, slots = collate(policy, kinds[:1])
+    tokens = [9, policy.shapes.image_token_id, 10]
+    prompt, _ = pretrain.make_prompt(tokens, grid, slots, policy)
     optimizer = vision_pretraining.make_muon(1e-2, 2, 20, 0.0)
-    state = TrainState.create(model.init_params(config, jax.random.key(0)), optimizer)
+    state = TrainState.create(policy.init(jax.random.key(0)), optimizer)
     for seed in range(20):
         state, metrics = vision_pretraining.vision_step(
-            state, prompt, batch(seed), config=config, optimizer=optimizer
+            state, prompt, batch(seed), policy=policy, optimizer=optimizer
         )
     assert int(state.updates) == 20 and float(metrics["loss"]) < 0.5
-    right = vision_pretraining.correct_captions(state.params, prompt, batch(99), config=config)
+    right = vision_pretraining.correct_captions(state.params, prompt, batch(99), policy=policy)
     assert right.shape == (16, 2) and float(jnp.mean(right)) > 0.9
 
 
 def test_targets_are_predicted_where_the_image_ends_and_where_the_prompt_does() -> None:
     """Each place as a prompt that ends there gives it; the loss is the mean of both."""
-    config = tiny.make_config()
+    policy = make_policy()
     rng = np.random.default_rng(0)
-    patches = rng.normal(size=(3, 4, config.vision.patch_dim)).astype(np.float32)
-    rows = [layout.window_layout(x, (1, 2, 2), config.vision) for x in patches]
+    shape = (3, 4, policy.shapes.vision.patch_dim)
+    images, slots = collate(policy, rng.normal(size=shape).astype(np.float32))
     targets = np.asarray([[11, 14], [12, 15], [13, 16]], np.int32)
-    batch = CaptionBatch(layout.pad_images(rows, 1), targets)
+    batch = CaptionBatch(images, targets)
     optimizer = optax.sgd(1e-2)
-    state = TrainState.create(model.init_params(config, jax.random.key(0)), optimizer)
+    state = TrainState.create(policy.init(jax.random.key(0)), optimizer)
 
     def logits(tokens: list[int]) -> jax.Array:
-        prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), rows[0].slot_of_token, config)
-        return vision_pretraining.caption_logits(config, state.params, prompt, batch.images)
+        prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), slots, policy)
+        return vision_pretraining.caption_logits(policy, state.params, prompt, batch.images)
 
-    tokens = [9, config.image_token_id, 10, 21, 22]
+    tokens = [9, policy.shapes.image_token_id, 10, 21, 22]
     both = logits(tokens)
-    assert both.shape == (3, 2, config.vocab_size)
+    assert both.shape == (3, 2, policy.shapes.vocab_size)
     np.testing.assert_allclose(both[:, 0], logits(tokens[:3])[:, 0], atol=1e-5)
     assert float(jnp.max(jnp.abs(both[:, 1] - both[:, 0]))) > 1e-2
     # What the prompt ends with is what the second place follows.
     assert float(jnp.max(jnp.abs(both[:, 1] - logits([*tokens[:4], 23])[:, 1]))) > 1e-2
     wrong = -np.take_along_axis(np.asarray(jax.nn.log_softmax(both)), targets[..., None], axis=-1)
     right = jnp.argmax(both, axis=-1) == targets
-    prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), rows[0].slot_of_token, config)
+    prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), slots, policy)
     np.testing.assert_array_equal(
-        vision_pretraining.correct_captions(state.params, prompt, batch, config=config), right
+        vision_pretraining.correct_captions(state.params, prompt, batch, policy=policy), right
     )
     _, metrics = vision_pretraining.vision_step(
-        state, prompt, batch, config=config, optimizer=optimizer
+        state, prompt, batch, policy=policy, optimizer=optimizer
     )
     assert float(metrics["loss"]) == pytest.approx(float(np.mean(wrong)), rel=1e-5)
     assert float(metrics["right"]) == pytest.approx(float(jnp.mean(right)))

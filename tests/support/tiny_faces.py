@@ -1,6 +1,7 @@
 """Faces in small: a base policy's config for grey images, and their caption loader."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,17 @@ from emor3_jax.embedded.faces.captions import CaptionLoader, caption_targets
 from emor3_jax.embedded.faces.images import read_images
 from emor3_jax.embedded.loader import ExampleLoader
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models import Policy
+from emor3_jax.models.processor import ImageSettings, Processor
+from emor3_jax.types import Images
 
 COUNT, HELD_OUT = 1064, 1024
+
+
+def collate(policy: Policy, patches: Sequence[np.ndarray]) -> tuple[Images, np.ndarray]:
+    """Returns images of 2 x 2 patches as a batch, and the slots of their one token."""
+    encoded = [policy.layout.arrange(x, (1, 2, 2)) for x in patches]
+    return policy.layout.collate([x.image for x in encoded], 1), encoded[0].slots
 
 
 def make_config(folder: Path) -> ConfigDict:
@@ -52,11 +61,11 @@ def make_captions(config: ConfigDict) -> CaptionLoader:
     """Returns the loader without augmentation, with a tokenizer that knows the whole dataset."""
     dataset = base_policy.DATASETS["faces"](config)
     tokenizer = train_tokenizer(dataset.corpus, 600)
-    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4))
-    shapes = base_policy.model_config(config, tokenizer)
+    policy = base_policy.small_policy(config, tokenizer)
+    processor = Processor(tokenizer, ImageSettings(256, 256, patch_size=4), policy.layout)
     targets = caption_targets(dataset, tokenizer)
-    images = read_images(dataset.images, processor, shapes.vision)
-    return CaptionLoader(ExampleLoader(dataset, processor, shapes, images, targets[:, 0]), targets)
+    images = read_images(dataset.images, processor)
+    return CaptionLoader(ExampleLoader(dataset, processor, policy, images, targets[:, 0]), targets)
 
 
 def labels_of(captions: CaptionLoader) -> dict[int, str]:
