@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 import emor3_jax
 from configs import table
-from emor3_jax.prepare.checks import validate
 from emor3_jax.config import ConfigError, base_policy, dataset, default, reward_term
 from emor3_jax.data.datasets.catalog import BUILDERS
 from emor3_jax.data.labels import label_set
+from emor3_jax.prepare.checks import validate
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")

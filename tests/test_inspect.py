@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import tiny_run
 from ml_collections import ConfigDict
 from PIL import Image
+from support import tiny_run
 
 from emor3_jax import inspect
 

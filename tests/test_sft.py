@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from emor3_jax.episode import banned_ids
 from ml_collections import ConfigDict
 from support.tiny_run import make_config, make_folder, read_metrics, write_rows
 
@@ -15,7 +16,6 @@ from emor3_jax.data.labels import label_set
 from emor3_jax.data.sources import Texts
 from emor3_jax.embedded.emoscenes import scene, words
 from emor3_jax.embedded.emoscenes.responses import PHRASINGS, right_responses
-from emor3_jax.episode import banned_ids
 from emor3_jax.models import load
 from emor3_jax.sft import Lessons, train
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import tiny_run
 from ml_collections import ConfigDict
+from support import tiny_run
 from support.tiny_run import make_folder, read_metrics, write_rows
 
 from emor3_jax import evaluate, prepare

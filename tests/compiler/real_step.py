@@ -12,8 +12,8 @@ from pathlib import Path
 from unittest import mock
 
 import jax
-from support import tiny_run
 from ml_collections import ConfigDict
+from support import tiny_run
 
 from emor3_jax import models, train
 from emor3_jax.compiler.record import Recorder

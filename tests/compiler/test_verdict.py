@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from support import tiny
 from ml_collections import ConfigDict
+from support import tiny
 
 from emor3_jax.compiler.record import Report
 from emor3_jax.compiler.search import search

@@ -11,10 +11,10 @@ from typing import Any
 from unittest import mock
 
 import jax
-from support import tiny
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from support import tiny
 
 from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import Recorder, Report

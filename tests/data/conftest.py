@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import tiny
 from PIL import Image
+from support import tiny
 
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
+from emor3_jax.models.processor import ImageSettings, Processor
 
 LABELS = ("joy", "Fear", "anger")
 
@@ -61,13 +61,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def processor(tokenizer):
-    return Processor(tokenizer, ImageSettings(patch_size=4, min_pixels=256, max_pixels=1024))
+def policy(tokenizer):
+    return tiny.make_policy(vocab_size=len(tokenizer), **special_ids(tokenizer))
 
 
 @pytest.fixture(scope="session")
-def config(tokenizer):
-    return tiny.make_config(vocab_size=len(tokenizer), **special_ids(tokenizer))
+def processor(tokenizer, policy):
+    settings = ImageSettings(patch_size=4, min_pixels=256, max_pixels=1024)
+    return Processor(tokenizer, settings, policy.layout)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
@@ -20,7 +21,6 @@ from emor3_jax.data.prompts import render_prompt
 from emor3_jax.data.sources import ParquetSource
 from emor3_jax.data.views import Joined
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 
 TEMPLATE = "{question} {labels}"
 BUCKETS = {"prompt_lengths": (160, 240), "image_windows": (1, 4)}

@@ -4,10 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
-
 from emor3_jax.io.evaluation import (
     Evaluation,
     class_scores,
@@ -17,6 +13,9 @@ from emor3_jax.io.evaluation import (
     to_json,
     wilson,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 
 def test_intervals_by_hand() -> None:

@@ -5,10 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from emor3_jax.io.evaluation import Evaluation
 from matplotlib.colors import to_hex
 
 from emor3_jax.io import plots
-from emor3_jax.io.evaluation import Evaluation
 
 
 def _accuracy(low: float, middle: float, high: float) -> Evaluation:

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
 
 from emor3_jax.io import report
-from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
 
 PNG = b"\x89PNG not really"
 

@@ -1,23 +1,24 @@
 """The update of whole groups in micro-batches: any cut, the same gradient; padding cut off."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.setting import build_setting
 
-from emor3_jax import learner
-from emor3_jax.data.batch import take_part, take_rows
+from emor3_jax.learner import learner, packing
+from emor3_jax.learner.learner import UpdateSpec
+from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs
+from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora, init_adapters
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.reference import FeatureCache
+from emor3_jax.models.params import cast_matrices
+from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.rl.losses import Clip, GroupRatio, ImitationLoss, PolicyLoss, SequenceRatio
 from emor3_jax.rl.update import TrainState
-from emor3_jax.rollout import packing
-from emor3_jax.types import Batch, Images, Prompt, Samples
+from emor3_jax.types import Batch, Experience, Images, Prompt, Samples, split, stack_parts, take
 
 B, G, T = 4, 3, 6
 
@@ -25,28 +26,12 @@ B, G, T = 4, 3, 6
 @pytest.fixture(scope="module")
 def setting():
     """The tiny policy of the rollout tests, with four prompts."""
-    path = Path(__file__).parent / "rollout" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("rollout_setting", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.build_setting(b=B)
+    return build_setting(b=B)
 
 
 @pytest.fixture(scope="module")
 def batch(setting) -> Batch:
-    zeros = np.zeros(B, np.int32)
-    return Batch(
-        prompt=setting.prompt,
-        last_token=setting.last,
-        next_position=setting.position,
-        images=setting.images,
-        shared_length=zeros,
-        shared_position=zeros,
-        answers=zeros,
-        grades=np.zeros((len(zeros), 2), np.float32),
-        weight=np.ones(B, np.float32),
-    )
+    return setting.batch
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +44,74 @@ def samples() -> Samples:
     return Samples(*map(jnp.asarray, (tokens, logprobs, lengths, lengths < T)))
 
 
-LOSS = learner.LossOptions(0.2, 0.3, 3.0, 0.01, "token")
+LOSS = PolicyLoss(Clip(0.2, 0.3, 3.0), kl="k3", mean="token", entropy=True)
 # One object, so that equal programs are compiled once.
 SGD = optax.sgd(1.0)
-OPTIONS = learner.ScoreOptions(temperature=0.9, dtype=jnp.float32, remat="none", chunk=8)
+SPEC = LogprobSpec(temperature=0.9, chunk=8)
+
+
+def scored(setting, params, batch, samples, packing=None, features=None, **changes):
+    """Log-probabilities in `count` micro-batches, of a policy with another compute type."""
+    policy = setting.policy.with_compute(dtype=changes.pop("dtype", jnp.float32))
+    spec, count = SPEC._replace(**changes.pop("spec", {})), changes.pop("count", 1)
+    return response_logprobs(
+        params,
+        batch,
+        samples,
+        packing,
+        setting.suppressed,
+        features,
+        policy=policy,
+        spec=spec,
+        count=count,
+    )
+
+
+def update(setting, params, experience, loss=LOSS, count=1, **changes):
+    """One step of gradient descent; returns the state and the metrics."""
+    optimizer = changes.pop("optimizer", SGD)
+    spec = UpdateSpec(
+        setting.policy.with_compute(remat=changes.pop("remat", "none")),
+        optimizer,
+        loss,
+        SPEC._replace(**changes.pop("spec", {})),
+        count,
+        kl_coef=0.01,
+    )
+    state = changes.pop("state", None)
+    if state is None:
+        state = TrainState.create(jax.tree.map(jnp.array, params), optimizer)
+    kl_coef, lora = changes.pop("kl_coef", None), changes.pop("lora", None)
+    assert not changes
+    return learner.update(state, experience, setting.suppressed, kl_coef, lora, spec=spec)
+
+
+def seen_with(batch, samples, advantages, packing=None) -> Experience:
+    """The part of an experience that an update reads."""
+    return Experience(
+        batch,
+        samples,
+        None,
+        None,
+        None,
+        ref_logprobs=samples.logprobs - 0.3,
+        advantages=advantages,
+        packing=packing,
+    )
 
 
 def test_a_micro_batch_is_its_rows_and_their_images(batch):
     """Every image token finds the patches that it had in the whole batch."""
-    merge = 4
 
     def seen(part: Batch, row: int) -> np.ndarray:
-        features = np.asarray(part.images.patches).reshape(-1, merge, part.images.patches.shape[-1])
+        patches = np.asarray(part.images.patches)[row]
+        features = patches.reshape(-1, 4, patches.shape[-1])
         slots = np.asarray(part.prompt.image_slots)[row]
         assert (slots >= 0).sum() == 4
         return features[slots[slots >= 0]]
 
     for count in (1, 2, 4):
-        micro = learner.micro_batches(batch, merge, count)
+        micro = stack_parts(jax.tree.map(jnp.asarray, batch), count)
         for row in range(B):
             part = jax.tree.map(lambda x, row=row, count=count: x[row % count], micro)
             place = row // count
@@ -90,48 +125,37 @@ def test_a_micro_batch_is_its_rows_and_their_images(batch):
 @pytest.mark.parametrize("per_prompt", [1, 2])
 @pytest.mark.parametrize("cut", ["micro", "part"])
 def test_several_images_go_with_their_prompt(batch, per_prompt, cut):
-    """With k images a prompt, image k * r + j is the j-th of prompt r; patches hold that number."""
+    """With k images a prompt, patches hold the number of their image over all prompts."""
     slots = 4  # merged slots of an image: one window of 16 patches, 4 of them joined
-    number = np.arange(B * per_prompt, dtype=np.float32)
-    patches = np.broadcast_to(number[:, None, None, None], (len(number), 1, 16, 2))
-    coords = np.zeros((*patches.shape[:3], 2), np.int32)
-    images = Images(patches, coords, np.ones(patches.shape[:3], bool))
+    number = np.arange(B * per_prompt, dtype=np.float32).reshape(B, per_prompt)
+    patches = np.broadcast_to(number[..., None, None, None], (B, per_prompt, 1, 16, 2))
+    coords = np.zeros((*patches.shape[:4], 2), np.int32)
+    images = Images(patches, coords, np.ones(patches.shape[:4], bool))
     # Each prompt: one text token, then the last slot of each of its images.
-    own = np.arange(B * per_prompt, dtype=np.int32).reshape(B, per_prompt) * slots + slots - 1
+    own = np.tile(np.arange(per_prompt, dtype=np.int32) * slots + slots - 1, (B, 1))
     image_slots = np.concatenate([np.full((B, 1), -1, np.int32), own], axis=1)
     prompt = Prompt(*[np.zeros(image_slots.shape, np.int32)] * 3, image_slots)
-    host = batch._replace(prompt=prompt, images=images)
+    host = jax.tree.map(jnp.asarray, batch._replace(prompt=prompt, images=images))
     for count in (1, 2, 4):
-        micro = learner.micro_batches(host, 4, count)
+        micro = stack_parts(host, count)
         for i in range(count):
+            part = split(host, count)[i]
             if cut == "micro":
                 part = jax.tree.map(lambda x, i=i: np.asarray(x[i]), micro)
-                rows = np.arange(i, B, count)
-            else:
-                part = take_part(host, i, count, 4)
-                rows = np.arange(i, B, count)
+            rows = np.arange(i, B, count)
             np.testing.assert_array_equal(part.last_token, batch.last_token[rows])
-            of_slot = part.images.patches.reshape(-1, 4, 2)[:, 0, 0]
+            of_slot = np.asarray(part.images.patches).reshape(len(rows), -1, 4, 2)[:, :, 0, 0]
             assert (part.prompt.image_slots[:, 0] == -1).all()
-            seen = of_slot[part.prompt.image_slots[:, 1:]]
-            np.testing.assert_array_equal(seen, number.reshape(B, per_prompt)[rows])
+            seen = np.take_along_axis(of_slot, np.asarray(part.prompt.image_slots[:, 1:]), axis=1)
+            np.testing.assert_array_equal(seen, number[rows])
 
 
 def test_a_part_scores_as_its_rows_do_in_the_whole(setting, batch, samples):
     wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
-    for part in range(2):
+    for part, each in enumerate(split(batch, 2)):
         rows = slice(part, None, 2)
         own = jax.tree.map(lambda x, rows=rows: x[rows], samples)
-        found = learner.response_logprobs(
-            setting.params,
-            take_part(batch, part, 2, 4),
-            own,
-            None,
-            setting.banned,
-            config=setting.config,
-            options=OPTIONS,
-            count=2,
-        )
+        found = scored(setting, setting.params, each, own, count=2)
         assert np.abs(np.where(own.mask, found - wanted[rows], 0.0)).max() < 1e-5
 
 
@@ -140,16 +164,7 @@ def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
     rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,))
     assert rows is not None
     for count, packed in ((1, None), (2, None), (4, None), (1, rows), (2, rows)):
-        found = learner.response_logprobs(
-            setting.params,
-            batch,
-            samples,
-            packed,
-            setting.banned,
-            config=setting.config,
-            options=OPTIONS,
-            count=count,
-        )
+        found = scored(setting, setting.params, batch, samples, packed, count=count)
         difference = np.where(samples.mask, found - wanted, 0.0)
         assert np.abs(difference).max() < 1e-5
 
@@ -158,9 +173,20 @@ def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
     ("loss", "cut", "remat", "pack"),
     [
         (LOSS, 2, "none", True),
-        (LOSS._replace(mean="seq", ratio="sequence", kl="k2"), 4, "layers", False),
         (
-            LOSS._replace(mean="seq", ratio="group", mask_truncated=True, kl="abs"),
+            dataclasses.replace(LOSS, surrogate=SequenceRatio(0.2, 0.3, 3.0), mean="seq", kl="k2"),
+            4,
+            "layers",
+            False,
+        ),
+        (
+            dataclasses.replace(
+                LOSS,
+                surrogate=GroupRatio(0.2, 0.3, 3.0),
+                mean="seq",
+                mask_truncated=True,
+                kl="abs",
+            ),
             2,
             "activations",
             True,
@@ -174,21 +200,10 @@ def test_update_depends_on_neither_cut_nor_rows_nor_memory(
     advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
     found = {}
     for case, count in (("plain", 1), ("other", cut)):
-        params = jax.tree.map(jnp.array, setting.params)
-        state, metrics = learner.update(
-            TrainState.create(params, SGD),
-            batch,
-            samples,
-            rows if case == "other" else None,
-            advantages,
-            samples.logprobs - 0.3,
-            setting.banned,
-            config=setting.config,
-            optimizer=SGD,
-            loss=loss,
-            options=OPTIONS._replace(remat=remat if case == "other" else "none"),
-            count=count,
-        )
+        other = case == "other"
+        experience = seen_with(batch, samples, advantages, rows if other else None)
+        how = {"remat": remat if other else "none"}
+        state, metrics = update(setting, setting.params, experience, loss, count, **how)
         step = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, setting.params)
         found[case] = step, jax.tree.map(float, metrics)
     moved, metrics = found["plain"]
@@ -206,10 +221,12 @@ def test_weights_of_the_loss_options(samples):
     ended = np.asarray(samples.ended)
     assert 0 < ended.sum() < ended.size
     for mean in ("token", "seq"):
-        weights = LOSS._replace(mean=mean, mask_truncated=True).weights(samples)
+        loss = dataclasses.replace(LOSS, mean=mean, mask_truncated=True)
+        weights = loss.weights(samples.mask, samples.ended)
         assert not np.any(weights[~ended])
         assert np.sum(weights) == pytest.approx(1.0)
-    constant = LOSS._replace(mean="constant", limit=9).weights(samples)
+    constant = dataclasses.replace(LOSS, mean="constant", limit=9)
+    constant = constant.weights(samples.mask, samples.ended)
     np.testing.assert_allclose(np.max(constant), 1 / (B * G * 9))
 
 
@@ -217,23 +234,10 @@ def test_metrics_are_means_whatever_the_loss_divides_by(setting, batch, samples)
     """Of the constant mean too, whose weights do not sum to 1."""
     found = []
     # The weight of the KL may be an array, as where it adapts.
-    for loss, kl_coef in ((LOSS, None), (LOSS._replace(mean="constant", limit=60), 0.01)):
-        params = jax.tree.map(jnp.array, setting.params)
-        _, metrics = learner.update(
-            TrainState.create(params, SGD),
-            batch,
-            samples,
-            None,
-            jnp.ones((B, G)),
-            samples.logprobs - 0.3,
-            setting.banned,
-            kl_coef,
-            config=setting.config,
-            optimizer=SGD,
-            loss=loss,
-            options=OPTIONS,
-            count=1,
-        )
+    constant = dataclasses.replace(LOSS, mean="constant", limit=60)
+    experience = seen_with(batch, samples, jnp.ones((B, G)))
+    for loss, kl_coef in ((LOSS, None), (constant, 0.01)):
+        _, metrics = update(setting, setting.params, experience, loss, kl_coef=kl_coef)
         found.append(metrics)
     for name in ("kl", "moved", "entropy", "clip_fraction_low"):
         assert found[1][name] == pytest.approx(float(found[0][name]), rel=1e-5)
@@ -243,22 +247,33 @@ def test_metrics_are_means_whatever_the_loss_divides_by(setting, batch, samples)
     assert found[1]["grad_norm"] == pytest.approx(float(found[0]["grad_norm"]) * scale, rel=1e-4)
 
 
-def test_trim_keeps_every_token(samples):
-    assert learner.trim(samples, 3, (2, 4)).tokens.shape == (B, G, 4)
-    assert learner.trim(samples, 4, (2, 4)).logprobs.shape == (B, G, 4)
+def test_trim_keeps_every_token(setting, batch, samples):
+    def packed(longest: int, sizes: tuple[int, ...]) -> Samples:
+        lengths = jnp.minimum(samples.lengths, longest)
+        step = learner.StepSpec(1, sizes, pack=False)
+        spec = UpdateSpec(setting.policy, SGD, LOSS, SPEC, 1)
+        mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+        taught = learner.Learner(
+            spec, step, mesh, setting.suppressed, reference=Reference({}, "none")
+        )
+        given = Experience(batch, samples._replace(lengths=lengths), None, None, None)
+        return taught.pack(given).samples
+
+    assert packed(3, (2, 4)).tokens.shape == (B, G, 4)
+    assert packed(4, (2, 4)).logprobs.shape == (B, G, 4)
     # No size is enough, or one is larger than there are tokens: all stay.
     for sizes in ((2, 4), (2, 99), ()):
-        whole = learner.trim(samples, 5, sizes)
+        whole = packed(5, sizes)
         np.testing.assert_array_equal(whole.tokens, samples.tokens)
-        np.testing.assert_array_equal(whole.lengths, samples.lengths)
-    np.testing.assert_array_equal(learner.trim(samples, 1, (2, 4)).tokens, samples.tokens[..., :2])
+        np.testing.assert_array_equal(whole.lengths, jnp.minimum(samples.lengths, 5))
+    np.testing.assert_array_equal(packed(1, (2, 4)).tokens, samples.tokens[..., :2])
 
 
 def test_the_gap_to_the_sampler_is_the_mean_over_tokens(samples):
-    assert learner.sampler_gap(samples.logprobs, samples) == 0
+    assert learner.mean_gap(samples.logprobs, samples) == 0
     # What stands after the end does not count.
     moved = jnp.where(samples.mask, samples.logprobs + 0.25, 9.0)
-    assert learner.sampler_gap(moved, samples) == pytest.approx(0.25, rel=1e-5)
+    assert learner.mean_gap(moved, samples) == pytest.approx(0.25, rel=1e-5)
 
 
 @pytest.mark.parametrize(("mean", "count", "pack"), [("token", 1, False), ("seq", 4, True)])
@@ -268,92 +283,49 @@ def test_imitation_is_the_mean_of_what_scoring_finds(setting, batch, samples, me
     lengths[1, 2] = 0
     given = samples._replace(lengths=jnp.asarray(lengths))
     rows = packing.plan(lengths, T, (2 * T,)) if pack else None
-    options = OPTIONS._replace(temperature=1.0)
-    logprobs = learner.response_logprobs(
-        setting.params,
-        batch,
-        given,
-        None,
-        setting.banned,
-        config=setting.config,
-        options=options,
-        count=1,
-    )
+    hot = {"temperature": 1.0}
+    logprobs = scored(setting, setting.params, batch, given, spec=hot)
     mask = np.arange(T) < lengths[..., None]
     each = [logprobs[i, g][mask[i, g]] for i, g in np.ndindex(B, G) if lengths[i, g]]
     wanted = np.mean(np.concatenate(each)) if mean == "token" else np.mean([x.mean() for x in each])
-    optimizer = optax.sgd(0.1)
-    state, metrics = learner.imitate(
-        TrainState.create(jax.tree.map(jnp.array, setting.params), optimizer),
-        batch,
-        given,
-        rows,
-        setting.banned,
-        config=setting.config,
-        optimizer=optimizer,
-        loss=LOSS._replace(mean=mean, entropy=False),
-        options=options,
-        count=count,
-    )
+    experience = Experience(batch, given, None, None, None, packing=rows)
+    loss = ImitationLoss(mean=mean)
+    how = {"optimizer": optax.sgd(0.1), "spec": hot}
+    state, metrics = update(setting, setting.params, experience, loss, count, **how)
     assert metrics["loss"] == pytest.approx(-float(wanted), rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(np.exp(-float(wanted)), rel=1e-5)
-    _, after = learner.imitate(
-        state,
-        batch,
-        given,
-        rows,
-        setting.banned,
-        config=setting.config,
-        optimizer=optimizer,
-        loss=LOSS._replace(mean=mean, entropy=False),
-        options=options,
-        count=count,
-    )
+    _, after = update(setting, None, experience, loss, count, state=state, **how)
     assert after["loss"] < metrics["loss"]
 
 
 @pytest.mark.parametrize("limit", [10**6, 0, 300])
 def test_cached_features_change_no_bit(setting, batch, samples, limit):
     """Over two epochs in other orders; within the bound, and with next to nothing kept."""
-    cache = FeatureCache(limit)
+    cache = FeatureCache(setting.policy, limit, 2)
     ids = [f"row {i}" for i in range(B)]
-    options = OPTIONS._replace(temperature=1.0)
-    call = {"config": setting.config, "options": options, "count": 2}
+    how = {"spec": {"temperature": 1.0}, "count": 2}
     for order in ([0, 1, 2, 3], [2, 0, 3, 1], [1, 1, 0, 3]):
-        rows = take_rows(batch, np.asarray(order), setting.config.vision.merge_unit)
+        rows = take(batch, np.asarray(order))
         given = jax.tree.map(lambda x, order=order: x[np.asarray(order)], samples)
-        args = (setting.params, rows, given, None, setting.banned)
-        seen = cache.of(
-            setting.params, rows, [ids[i] for i in order], 2, setting.config, jnp.float32
-        )
+        features = cache.of(setting.params, rows, [ids[i] for i in order])
         np.testing.assert_array_equal(
-            learner.response_logprobs(*args, jnp.asarray(seen), **call),
-            learner.response_logprobs(*args, **call),
+            scored(setting, setting.params, rows, given, None, jnp.asarray(features), **dict(how)),
+            scored(setting, setting.params, rows, given, **dict(how)),
         )
     assert cache.hits + cache.misses == 3 * B
-    each = 4 * setting.config.hidden_size * 4
+    each = 4 * setting.policy.shapes.hidden_size * 4
     kept = min(limit // each, B)
     assert cache.bytes == kept * each
-    # Every later look at a picture that was kept is a hit.
+    # Every later use of an image that was kept is a hit.
     assert cache.counters()["reference/cache_hits"] == {4: 8, 0: 0}.get(kept, cache.hits)
-    # Another padding is another picture to the layout.
+    # Another padding is another image to the layout.
     assert (ids[0], 1) in cache._kept or not kept
 
 
 def test_a_reference_in_bfloat16_computes_the_same_where_the_arithmetic_is(setting, batch, samples):
-    options = OPTIONS._replace(dtype=jnp.bfloat16)
     found = [
-        learner.response_logprobs(
-            params,
-            batch,
-            samples,
-            None,
-            setting.banned,
-            config=setting.config,
-            options=options,
-            count=1,
-        )
-        for params in (setting.params, model.cast_matrices(setting.params, jnp.bfloat16))
+        scored(setting, params, batch, samples, dtype=jnp.bfloat16)
+        for params in (setting.params, cast_matrices(setting.params, jnp.bfloat16))
     ]
     np.testing.assert_array_equal(*found)
 
@@ -367,22 +339,9 @@ def test_only_adapters_learn(setting, batch, samples):
     merged = lora.merge(jax.tree.map(jnp.copy, adapters))
     found = []
     for params, base in ((adapters, lora), (merged, None)):
-        state, metrics = learner.update(
-            TrainState.create(jax.tree.map(jnp.array, params), SGD),
-            batch,
-            samples,
-            None,
-            jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32),
-            samples.logprobs - 0.3,
-            setting.banned,
-            None,
-            base,
-            config=setting.config,
-            optimizer=SGD,
-            loss=LOSS,
-            options=OPTIONS,
-            count=1,
-        )
+        advantages = np.random.default_rng(4).normal(size=(B, G))
+        experience = seen_with(batch, samples, jnp.asarray(advantages, jnp.float32))
+        state, metrics = update(setting, params, experience, lora=base)
         found.append((state, metrics))
     state = found[0][0]
     assert jax.tree.structure(state.params) == jax.tree.structure(adapters)

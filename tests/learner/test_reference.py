@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from emor3_jax.config import default
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.reference import Reference
+from emor3_jax.learner.reference import Reference
+from emor3_jax.models.params import cast_matrices
+from emor3_jax.prepare import reference_settings
 
 
 def make(**fields) -> Reference:
     config = default()
     config.reference.update(fields)
-    return Reference(config, params(1.0))
+    return Reference(params(1.0), **reference_settings(config))
 
 
 def params(value: float) -> dict:
@@ -28,7 +29,7 @@ def value(reference: Reference) -> float:
 def test_a_frozen_reference_is_what_it_was_given():
     config, given = default(), params(1.0)
     config.policy.dtype = "float32"
-    reference = Reference(config, given)
+    reference = Reference(given, **reference_settings(config))
     reference.follow(1, params(2.0))
     assert reference.params is given and not reference.follows
 
@@ -45,7 +46,7 @@ def test_a_frozen_reference_is_what_it_was_given():
 def test_its_matrices_are_kept_as_each_use_would_round_them(fields, kept):
     config = default()
     config.update_from_flattened_dict({"policy.dtype": "bfloat16"} | fields)
-    found = Reference(config, params(1.0)).params
+    found = Reference(params(1.0), **reference_settings(config)).params
     assert found["a"]["kernel"].dtype == kept and found["b"]["scale"].dtype == jnp.float32
 
 
@@ -77,7 +78,7 @@ def test_no_reference_keeps_nothing():
 
 def test_matrices_alone_are_kept_in_bfloat16_and_share_no_memory():
     given = params(1.0 + 2**-10)
-    found = model.cast_matrices(given, jnp.bfloat16)
+    found = cast_matrices(given, jnp.bfloat16)
     assert found["a"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(found["a"]["kernel"], np.ones((2, 2)))
     jax.tree.map(lambda x: x.delete(), given)

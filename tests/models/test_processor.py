@@ -3,20 +3,19 @@ import json
 
 import numpy as np
 import pytest
-from emor3_jax.models.qwen2_5_vl.processor import (
-    ImageError,
-    ImageSettings,
-    Processor,
-    ProcessorError,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support import tiny
 from transformers import Qwen2VLImageProcessorPil
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.models.errors import ImageError, ProcessorError
+from emor3_jax.models.processor import ImageSettings, Processor
+
+LAYOUT = tiny.make_policy().layout
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def test_patches_are_those_of_transformers(tokenizer, mode, height, width, pixels):
     least, most = pixels
     image = picture(mode, height, width)
-    processor = Processor(tokenizer, ImageSettings(min_pixels=least, max_pixels=most))
+    processor = Processor(tokenizer, ImageSettings(min_pixels=least, max_pixels=most), LAYOUT)
     patches, grid = processor.patches(image)
     reader = Qwen2VLImageProcessorPil(min_pixels=least, max_pixels=most)
     theirs = reader(image, return_tensors="np")
@@ -61,7 +60,7 @@ def test_patches_by_hand(tokenizer):
     pixels = np.zeros((2, 4, 3), np.uint8)
     pixels[0, 1] = (255, 0, 51)
     pixels[1, 2] = (51, 255, 255)
-    patches, grid = Processor(tokenizer, settings).patches(Image.fromarray(pixels))
+    patches, grid = Processor(tokenizer, settings, LAYOUT).patches(Image.fromarray(pixels))
     assert grid == (1, 2, 4)
     background = [0, 0, -1, -1, -0.5, -0.5]
     expected = np.array([background] * 8)
@@ -89,7 +88,9 @@ def test_sizes_are_those_of_transformers(height, width, least, factor):
 
 
 def test_small_pictures_grow_to_min_pixels(tokenizer):
-    processor = Processor(tokenizer, ImageSettings(min_pixels=112 * 112, max_pixels=112 * 112))
+    processor = Processor(
+        tokenizer, ImageSettings(min_pixels=112 * 112, max_pixels=112 * 112), LAYOUT
+    )
     patches, grid = processor.patches(encode(picture("L", 48, 48)))
     assert grid == (1, 8, 8) and patches.shape == (64, 1176)
 
@@ -98,7 +99,7 @@ def test_encoded_pictures_are_turned_upright(tokenizer):
     image = picture("RGB", 56, 84)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter
-    processor = Processor(tokenizer)
+    processor = Processor(tokenizer, ImageSettings(), LAYOUT)
     encoded = encode(image, exif=exif)
     turned, grid = processor.patches(encoded)
     assert grid == (1, 6, 4)
@@ -132,7 +133,7 @@ FILES = {
 @pytest.mark.parametrize("file", FILES)
 def test_files_are_read_as_transformers_does(tokenizer, file):
     encoded = FILES[file]()
-    patches, grid = Processor(tokenizer).patches(encoded)
+    patches, grid = Processor(tokenizer, ImageSettings(), LAYOUT).patches(encoded)
     theirs = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)(
         Image.open(io.BytesIO(encoded)), return_tensors="np"
     )
@@ -146,28 +147,32 @@ def test_files_are_turned_as_load_image_does(tokenizer, tmp_path, orientation):
     exif[0x0112] = orientation
     path = tmp_path / "turned.png"
     picture("RGB", 56, 84).save(path, exif=exif)
-    patches, grid = Processor(tokenizer).patches(path.read_bytes())
+    patches, grid = Processor(tokenizer, ImageSettings(), LAYOUT).patches(path.read_bytes())
     upright = load_image(str(path))
     assert grid == (1, upright.height // 14, upright.width // 14)
-    np.testing.assert_array_equal(patches, Processor(tokenizer).patches(upright)[0])
+    np.testing.assert_array_equal(
+        patches, Processor(tokenizer, ImageSettings(), LAYOUT).patches(upright)[0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_to_eight(tokenizer, kind):
     grey = np.random.default_rng(0).integers(0, 256, (56, 84), dtype=np.uint8)
-    narrow = Processor(tokenizer).patches(Image.fromarray(grey))[0]
+    narrow = Processor(tokenizer, ImageSettings(), LAYOUT).patches(Image.fromarray(grey))[0]
     # 257 times a byte is the same brightness in 16 bits; a little more or less rounds to it.
     noise = np.random.default_rng(1).integers(-128, 128, grey.shape)
     wide = np.clip(grey.astype(np.int64) * 257 + noise, 0, 65535).astype(np.uint16)
     encoded = encode(Image.fromarray(wide), kind)
-    np.testing.assert_array_equal(Processor(tokenizer).patches(encoded)[0], narrow)
+    np.testing.assert_array_equal(
+        Processor(tokenizer, ImageSettings(), LAYOUT).patches(encoded)[0], narrow
+    )
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_grey_of_unknown_range_is_refused(tokenizer, kind):
     encoded = encode(Image.fromarray(np.ones((56, 56), kind)), "TIFF")
     with pytest.raises(ImageError, match=r"32 bits .* save it with 8 or 16 bits"):
-        Processor(tokenizer).patches(encoded)
+        Processor(tokenizer, ImageSettings(), LAYOUT).patches(encoded)
 
 
 @pytest.mark.parametrize(
@@ -177,18 +182,18 @@ def test_grey_of_unknown_range_is_refused(tokenizer, kind):
 )
 def test_damaged_pictures_are_one_kind_of_error(tokenizer, encoded):
     with pytest.raises(ImageError, match=f"cannot decode a picture of {len(encoded)} bytes"):
-        Processor(tokenizer).patches(encoded)
+        Processor(tokenizer, ImageSettings(), LAYOUT).patches(encoded)
 
 
 def test_thin_pictures_are_refused(tokenizer):
     with pytest.raises(ImageError, match="402 x 2 pixels is too thin"):
-        Processor(tokenizer).patches(picture("RGB", 2, 402))
+        Processor(tokenizer, ImageSettings(), LAYOUT).patches(picture("RGB", 2, 402))
 
 
 def test_folder_round_trip_in_the_files_of_the_hub(tokenizer, tmp_path):
     settings = ImageSettings(min_pixels=12544, max_pixels=25088, mean=(0.1, 0.2, 0.3))
-    Processor(tokenizer, settings).save(tmp_path)
-    again = Processor.from_folder(tmp_path)
+    Processor(tokenizer, settings, LAYOUT).save(tmp_path)
+    again = Processor.from_folder(tmp_path, LAYOUT)
     assert again.images == settings
     assert again.tokenizer.chat_template == tokenizer.chat_template
     assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -207,22 +212,22 @@ def test_settings_in_the_ways_that_the_hub_and_transformers_write_them():
 
 
 def test_settings_inside_a_processor_file(tokenizer, tmp_path):
-    Processor(tokenizer).save(tmp_path)
+    Processor(tokenizer, ImageSettings(), LAYOUT).save(tmp_path)
     data = (tmp_path / "preprocessor_config.json").read_text()
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
-        Processor.from_folder(tmp_path)
+        Processor.from_folder(tmp_path, LAYOUT)
     (tmp_path / "processor_config.json").write_text(f'{{"image_processor": {data}}}')
-    assert Processor.from_folder(tmp_path).images == ImageSettings()
+    assert Processor.from_folder(tmp_path, LAYOUT).images == ImageSettings()
 
 
 def test_chat_template_in_the_file_of_older_folders(tokenizer, tmp_path):
-    Processor(tokenizer).save(tmp_path)
+    Processor(tokenizer, ImageSettings(), LAYOUT).save(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ProcessorError, match="no chat template"):
-        Processor.from_folder(tmp_path)
+        Processor.from_folder(tmp_path, LAYOUT)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 1 }}"}))
-    assert Processor.from_folder(tmp_path).tokenizer.chat_template == "{{ 1 }}"
+    assert Processor.from_folder(tmp_path, LAYOUT).tokenizer.chat_template == "{{ 1 }}"
 
 
 @pytest.mark.parametrize(

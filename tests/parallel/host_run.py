@@ -11,8 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from support import tiny_run
 from ml_collections import ConfigDict
+from support import tiny_run
 
 from emor3_jax import prepare
 from emor3_jax.config import reward_term

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from emor3_jax.rollout.score import score_responses
 
 from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
-from emor3_jax.rollout.score import score_responses
 
 
 def load_setting(prompts: int):

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from support import tiny
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from support import tiny
 
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.published import published

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from ml_collections import ConfigDict
 from PIL import Image
 
 from emor3_jax import prepare
-from emor3_jax.prepare.checks import validate
 from emor3_jax.config import ConfigError, dataset, default
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.generic import FilesSource
@@ -20,8 +20,8 @@ from emor3_jax.data.labels import LABEL_SETS, label_set
 from emor3_jax.data.sources import Texts
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models import Policy, save
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.prepare.checks import validate
 from emor3_jax.prepare.sources import SOURCES, SourceContext
 
 

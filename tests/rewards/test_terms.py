@@ -1,8 +1,8 @@
 import pytest
 
 from emor3_jax import rewards
-from emor3_jax.prepare.checks import validate
 from emor3_jax.config import ConfigError, default, reward_term, reward_terms
+from emor3_jax.prepare.checks import validate
 from emor3_jax.rewards.terms import make_term
 
 

@@ -14,7 +14,9 @@ T = 10
 
 @pytest.fixture(scope="module")
 def plain(setting):
-    """Logits float32[B, T, V] that follow each token of one response a prompt, suppressed ids at -inf.
+    """Logits float32[B, T, V] that follow each token of one response a prompt.
+
+    Suppressed ids are at -inf.
 
     Every prompt, its last token and its response stand in one row of the ordinary causal pass.
     """

@@ -61,8 +61,7 @@ def test_greedy_takes_the_first_of_equals():
     token, logprob = sampling.sample(
         jnp.float32([0.0, 5.0, 2.0, 2.0]),
         jnp.float32(0.5),
-        temperature=0,
-        top_p=1.0,
+        sampling.Sampling(1, 0, 1.0, ()),
         suppressed=np.asarray([False, True, False, False]),
     )
     assert token == 2
@@ -74,8 +73,7 @@ def test_greedy_takes_the_best_allowed_id_whatever_the_key():
         token, logprob = sampling.sample(
             LOGITS.at[3].set(9.0),
             jax.random.key(seed),
-            temperature=0,
-            top_p=1.0,
+            sampling.Sampling(1, 0, 1.0, ()),
             suppressed=SUPPRESSED,
         )
         assert token == 5
