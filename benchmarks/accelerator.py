@@ -44,8 +44,8 @@ from emor3_jax.flops import Cost, StepShapes, peak_flops, phase_costs
 from emor3_jax.flops.cost import decoder_flops
 from emor3_jax.models.cache import KV
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
 from emor3_jax.models.qwen2_5_vl.published import published
+from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
 from emor3_jax.rl.update import TrainState, make_optimizer
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.generate import SamplingRule

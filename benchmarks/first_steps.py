@@ -41,7 +41,7 @@ def first_steps(path: Path, left_out: Set[str] = frozenset()) -> FirstSteps:
     """Returns what first steps describe, and what is made of it.
 
     Args:
-      path: JSON lines as `io.evaluation` writes them.
+      path: JSON lines as `evaluation.records` writes them.
       left_out: ids of rows that do not count.
 
     Raises:

@@ -12,10 +12,10 @@ from datetime import date
 import jax
 import jax.numpy as jnp
 import numpy as np
+from emor3_jax.rollout.score import score_responses
 
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
-from emor3_jax.rollout.score import score_responses
 from emor3_jax.types import Images, Prompt
 
 RUNS = 5

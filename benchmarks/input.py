@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -30,7 +31,6 @@ from emor3_jax.embedded.emoscenes import tasks
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from emor3_jax.train import train
 
 LABELS = label_set("mikels8")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from emor3_jax.models.qwen2_5_vl.processor import Processor
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,6 @@ from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.models import Policy, save
 from emor3_jax.models.qwen2_5_vl import model
 from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
-from emor3_jax.models.qwen2_5_vl.processor import Processor
 
 LABELS = "mikels8"
 QUESTION = "Which emotion does this picture evoke?"

@@ -9,18 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from emor3_jax import models
 from emor3_jax.data import encode
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.pipeline import Parts, eval_batches, train_batches
+from emor3_jax.data.pipeline import BatchSpec, Parts, eval_batches, train_batches
 from emor3_jax.data.prompts import render_prompt
 from emor3_jax.data.sources import ParquetSource
 from emor3_jax.data.views import Joined
-from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models.processor import ImageSettings, Processor
 
 TEMPLATE = "{question} {labels}"
 BUCKETS = {"prompt_lengths": (160, 240), "image_windows": (1, 4)}
@@ -76,19 +75,21 @@ def dirty(tmp_path_factory, make):
 
 
 @pytest.fixture
-def train(config, processor, make):
+def train(processor, make):
     def call(source, **changes):
         options = {"batch_size": 2, "seed": 0, **BUCKETS} | changes
-        return train_batches(source, config, processor, TEMPLATE, make["labels"], **options)
+        spec = BatchSpec(**{k: options.pop(k) for k in BatchSpec._fields if k in options})
+        return train_batches(source, processor, TEMPLATE, make["labels"], spec, **options)
 
     return call
 
 
 @pytest.fixture
-def evaluation(config, processor, make):
+def evaluation(processor, make):
     def call(source, **changes):
         options = {"batch_size": 4, **BUCKETS} | changes
-        return eval_batches(source, config, processor, TEMPLATE, make["labels"], **options)
+        spec = BatchSpec(**{k: options.pop(k) for k in BatchSpec._fields if k in options})
+        return eval_batches(source, processor, TEMPLATE, make["labels"], spec, **options)
 
     return call
 
@@ -205,7 +206,7 @@ def test_bad_rows_are_named_in_the_log_once(train, dirty, caplog):
             assert len(re.findall(rf"{re.escape(row_id)}(?!\d)", messages)) == 1
 
 
-def test_the_longest_prompt_that_fits_is_kept(train, config, processor, make, tmp_path):
+def test_the_longest_prompt_that_fits_is_kept(train, processor, make, tmp_path):
     make["parquet"](tmp_path / "a.parquet", [make["row"](0)])
     source = ParquetSource(tmp_path / "a.parquet")
     question = source[0].texts.question
@@ -338,7 +339,7 @@ def test_hosts_read_the_parts_of_what_one_host_reads(train, clean, dirty, option
     stats = []
 
     def one_host(host, exchange):
-        mine = train(source, batch_size=6, **options, places=PLACES[host], exchange=exchange)
+        mine = train(source, batch_size=6, **options, host_rows=PLACES[host], exchange=exchange)
         stats.append(mine.stats)
         return itertools.islice(mine, 9)
 
@@ -353,7 +354,7 @@ def test_resume_with_another_number_of_hosts(train, dirty):
     state = json.loads(json.dumps(one.get_state()))
 
     def one_host(host, exchange):
-        mine = train(dirty, batch_size=6, places=PLACES[host], exchange=exchange)
+        mine = train(dirty, batch_size=6, host_rows=PLACES[host], exchange=exchange)
         mine.set_state(state)
         return itertools.islice(mine, 4)
 
@@ -388,16 +389,14 @@ def test_worker_processes_give_the_same_batches(train, dirty):
         there.close()
 
 
-def test_a_processor_of_another_policy_is_refused(clean, config, tokenizer, make):
-    other = Processor(tokenizer, ImageSettings(patch_size=14))
+def test_a_processor_of_another_policy_is_refused(clean, policy, tokenizer, make):
+    other = Processor(tokenizer, ImageSettings(patch_size=14), policy.layout)
     with pytest.raises(DataError, match=r"patch_size: the processor has 14.*config\.json 4"):
-        train_batches(
-            clean, config, other, TEMPLATE, make["labels"], batch_size=1, seed=0, **BUCKETS
-        )
+        train_batches(clean, other, TEMPLATE, make["labels"], BatchSpec(1, **BUCKETS), seed=0)
 
 
 def test_batch_gives_the_logits_of_the_arrays_of_transformers(
-    tmp_path, config, processor, evaluation, make
+    tmp_path, policy, processor, evaluation, make
 ):
     """End to end: the padded prompt and its last token, against the hub's left-padded layout."""
     sizes = ((16, 16), (32, 24), (10, 30))
@@ -408,18 +407,17 @@ def test_batch_gives_the_logits_of_the_arrays_of_transformers(
     make["parquet"](tmp_path / "a.parquet", rows)
     source = ParquetSource(tmp_path / "a.parquet")
     ((batch, _),) = evaluation(source, batch_size=3)
-    params = model.init_params(config, jax.random.key(0))
-    features = model.encode_images(config, params, batch.images)
-    _, prefix = model.forward_prompt(config, params, batch.prompt, features)
-    hidden, _ = model.forward_continuation(
-        config,
+    params = policy.init(jax.random.key(0))
+    features = policy.encode_images(params, batch.images)
+    _, prefix = policy.read_prompt(params, batch.prompt, features)
+    hidden, _ = policy.extend(
         params,
         prefix,
         batch.last_token[:, None, None],
         batch.next_position[:, None, None],
         jnp.ones((3, 1, 1), bool),
     )
-    ours = model.logits(config, params, hidden)[:, 0, 0]
+    ours = policy.logits(params, hidden)[:, 0, 0]
 
     reader = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=256, max_pixels=1024)
     pictures = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in rows]
@@ -436,7 +434,7 @@ def test_batch_gives_the_logits_of_the_arrays_of_transformers(
     ]
     longest = max(map(len, prompts))
     theirs = models.forward_logits(
-        models.Policy(config, params),
+        models.LoadedPolicy(policy, params),
         np.array([[0] * (longest - len(tokens)) + tokens for tokens in prompts]),
         np.array([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in prompts]),
         arrays["pixel_values"],

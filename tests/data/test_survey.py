@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from emor3_jax.data.encode import Encoder
-from emor3_jax.data.pipeline import eval_batches
+from emor3_jax.data.pipeline import BatchSpec, eval_batches
 from emor3_jax.data.sources import ParquetSource
 from emor3_jax.data.survey import histogram, measure_padding, survey, thumbnail, to_dict
 
@@ -35,8 +35,8 @@ def source(tmp_path, make):
 
 
 @pytest.fixture
-def found(source, config, processor, make):
-    encoder = Encoder(config, processor, TEMPLATE, make["labels"], max(LENGTHS), max(WINDOWS))
+def found(source, processor, make):
+    encoder = Encoder(processor, TEMPLATE, make["labels"], max(LENGTHS), max(WINDOWS))
     return survey(
         source,
         processor,
@@ -48,16 +48,13 @@ def found(source, config, processor, make):
     )
 
 
-def test_rows_are_counted_as_the_pipeline_counts_them(found, source, config, processor, make):
+def test_rows_are_counted_as_the_pipeline_counts_them(found, source, processor, make):
     batches = eval_batches(
         source,
-        config,
         processor,
         TEMPLATE,
         make["labels"],
-        batch_size=12,
-        prompt_lengths=LENGTHS,
-        image_windows=WINDOWS,
+        BatchSpec(12, LENGTHS, WINDOWS),
     )
     ((batch, ids),) = batches
     # The places of rows that were found damaged when they were read stay empty.
@@ -68,7 +65,7 @@ def test_rows_are_counted_as_the_pipeline_counts_them(found, source, config, pro
     tokens = (batch.prompt.image_slots >= 0).sum(axis=1)
     assert tokens[kept].tolist() == found.image_tokens.tolist()
     assert found.image_tokens.tolist() == [4, 4, 4, 16, 16]
-    windows = batch.images.mask.any(axis=2).sum(axis=1)
+    windows = batch.images.mask.any(axis=3).sum(axis=(1, 2))
     assert windows[kept].tolist() == found.windows.tolist()
     # The survey counts an image that is missing or has a damaged header as unreadable.
     left_out = {k: n for k, n in batches.stats.counts().items() if n}

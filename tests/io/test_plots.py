@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-from emor3_jax.io.evaluation import Evaluation
 from matplotlib.colors import to_hex
 
+from emor3_jax.evaluation.records import Evaluation
 from emor3_jax.io import plots
 
 

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from emor3_jax.io.evaluation import Evaluation, Sample, from_json, to_json
 
+from emor3_jax.evaluation.records import Evaluation, Sample, from_json, to_json
 from emor3_jax.io import report
 
 PNG = b"\x89PNG not really"

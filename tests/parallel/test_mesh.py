@@ -11,8 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from support import tiny
 
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.published import published
+from emor3_jax.models import published
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.rl.update import TrainState, make_optimizer
 
@@ -25,11 +24,11 @@ def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
 @pytest.fixture(scope="module")
 def state() -> TrainState:
     """Shapes of a tiny policy with an untied head and of its optimizer state."""
-    config = tiny.make_config(tie_word_embeddings=False)
+    policy = tiny.make_policy(tie_word_embeddings=False)
     optimizer = make_optimizer(optax.linear_schedule(1e-3, 0.0, 5))
 
     def create():
-        return TrainState.create(model.init_params(config, jax.random.key(0)), optimizer)
+        return TrainState.create(policy.init(jax.random.key(0)), optimizer)
 
     return jax.eval_shape(create)
 
@@ -78,12 +77,12 @@ def test_matrices_that_write_the_residual_stream_are_cut_along_their_input(state
     ],
 )
 def test_a_policy_that_cannot_be_cut_is_told_which_sizes_do(sizes, said, advice):
-    config = published("3B")
+    shapes = published("Qwen/Qwen2.5-VL-3B-Instruct").shapes
     with pytest.raises(meshes.MeshError, match=f"{said}.*; .*{advice}"):
-        meshes.check_policy(abstract_mesh(*sizes), config)
+        meshes.check_policy(abstract_mesh(*sizes), shapes)
     # More devices than heads of keys share one.
-    meshes.check_policy(abstract_mesh(3, 256, 4), config)
-    meshes.check_policy(abstract_mesh(1, 4, 2), tiny.make_config())
+    meshes.check_policy(abstract_mesh(3, 256, 4), shapes)
+    meshes.check_policy(abstract_mesh(1, 4, 2), tiny.make_policy().shapes)
 
 
 @dataclasses.dataclass(frozen=True)

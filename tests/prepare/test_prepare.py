@@ -1,16 +1,15 @@
 """From a config to the policy of a run."""
 
 import dataclasses
-import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import pytest
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from ml_collections import ConfigDict
 from PIL import Image
+from support import tiny
 
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError, dataset, default
@@ -19,29 +18,28 @@ from emor3_jax.data.generic import FilesSource
 from emor3_jax.data.labels import LABEL_SETS, label_set
 from emor3_jax.data.sources import Texts
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models import Policy, save
+from emor3_jax.models import LoadedPolicy, save
+from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.prepare.checks import validate
 from emor3_jax.prepare.sources import SOURCES, SourceContext
+from emor3_jax.runtime import job
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = Path(__file__).parent / "models" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("models_conftest", path)
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    config = tiny.make_config()
+    policy = tiny.make_policy()
     processor = Processor(
         train_tokenizer(["a street"], 300),
         ImageSettings(patch_size=4, min_pixels=256, max_pixels=1024),
+        policy.layout,
     )
     folder = tmp_path_factory.mktemp("policy")
-    save(Policy(config, tiny.strong_params(config), processor), folder)
+    save(LoadedPolicy(policy, tiny.strong_params(policy), processor), folder)
     return folder
 
 
-def load(folder, **data) -> Policy:
+def load(folder, **data) -> LoadedPolicy:
     config = default()
     config.policy.path = str(folder)
     config.data.update(data)
@@ -61,7 +59,7 @@ def test_picture_sizes_are_the_folders_unless_the_config_says_others(folder):
 def test_parameters_lie_on_the_mesh(folder):
     policy = load(folder)
     assert policy.params["model"]["norm"]["scale"].sharding.mesh.shape["fsdp"] == 1
-    assert policy.config.attention == "xla"
+    assert policy.policy.compute.attention == "xla"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +102,10 @@ def opened(config: ConfigDict, folder: Path) -> prepare.Data:
     policy = load(folder)
     # The tiny policy's ids are its own; only that of the picture matters here.
     image = policy.processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    shapes = dataclasses.replace(policy.config, image_token_id=image)
-    return prepare.open_data(config, Policy(shapes, policy.params, policy.processor))
+    shapes = dataclasses.replace(policy.shapes, image_token_id=image)
+    known = dataclasses.replace(policy.policy, shapes=shapes)
+    processor = Processor(policy.processor.tokenizer, policy.processor.images, known.layout)
+    return prepare.open_data(config, LoadedPolicy(known, policy.params, processor))
 
 
 def test_a_set_is_put_into_the_labels_that_the_config_names(tmp_path):
@@ -185,7 +185,7 @@ def test_a_subset_is_drawn_by_the_seed_and_its_ids_are_kept(folder, tmp_path):
     )
     data = opened(config, folder)
     assert data.train.rows == 12
-    prepare.keep_config(config, tmp_path)
+    job.keep_config(config, tmp_path)
     ids = (tmp_path / "subsets" / "train.txt").read_text().split()
     assert sorted(ids) == sorted(texts.id for texts in data.sources["train"].texts())
     counts = Counter(row_id.split("/")[0] for row_id in ids)
@@ -203,9 +203,9 @@ def test_a_subset_is_drawn_by_the_seed_and_its_ids_are_kept(folder, tmp_path):
 @pytest.mark.parametrize("field", ["rollout.resample", "reference.image_cache"])
 def test_what_works_on_one_host_is_refused_on_several(monkeypatch, field):
     config = default()
-    prepare.check_hosts(config)
+    job.check_hosts(config)
     config.update_from_flattened_dict({field: 2})
-    prepare.check_hosts(config)
+    job.check_hosts(config)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=rf"config\.{field}=2: works on one host alone"):
-        prepare.check_hosts(config)
+        job.check_hosts(config)

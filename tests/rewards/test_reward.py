@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emor3_jax.data.prompts import PromptTemplates
-from emor3_jax.embedded import tasks
+from emor3_jax.embedded.emoscenes import tasks
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.rewards import QUESTIONS, Question, Reward, Scorer, Term, TermError
 from emor3_jax.rewards.rules import YesNoRule

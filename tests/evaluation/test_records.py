@@ -4,18 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from emor3_jax.io.evaluation import (
-    Evaluation,
-    class_scores,
-    confusion_matrix,
-    from_json,
-    prediction_file,
-    to_json,
-    wilson,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+
+from emor3_jax.evaluation.metrics import class_scores, confusion_matrix, wilson
+from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json
 
 
 def test_intervals_by_hand() -> None:

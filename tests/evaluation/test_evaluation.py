@@ -1,0 +1,120 @@
+"""The loop of an evaluation: padding rows that must not count, majorities, predictions."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from emor3_jax.data.batch import Prompts
+from emor3_jax.evaluation.evaluation import evaluate
+from emor3_jax.rewards import QUESTIONS, Reward
+from emor3_jax.types import Batch, Experience, Replies, Samples, Scores
+
+
+class _Rollout:
+    """Answers by a table: row i of all rows gets entry i of it, one answer or one of each vote."""
+
+    def __init__(self, answers: list, inferred: list, reflects: bool, group_size: int = 1) -> None:
+        tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
+        self.scorer = SimpleNamespace(tokenizer=tokenizer, labels=("joy", "fear"), reward=Reward())
+        questions = [SimpleNamespace(question=question) for question in QUESTIONS.values()]
+        self.reflection = SimpleNamespace(questions=questions) if reflects else None
+        self.group_size, self.graded = group_size, None
+        self._answers, self._inferred, self._row = answers, inferred, 0
+        self.keys: list[object] = []
+
+    def __call__(self, params: dict, batch: Batch, key: object) -> Experience:
+        self.keys.append(key)
+        shape = len(batch.answers), self.group_size
+        tokens = np.full((*shape, 3), 7)
+        samples = Samples(tokens, tokens * 0.0, np.full(shape, 2), np.ones(shape, bool))
+        found = np.ones(shape, bool)
+        replies = Replies(
+            dict.fromkeys(QUESTIONS, samples),
+            dict.fromkeys(QUESTIONS, found),
+            dict.fromkeys(QUESTIONS, samples.lengths),
+        )
+        rows = slice(self._row, self._row + len(batch.answers))
+        self._row = rows.stop
+        answer, inferred = (
+            np.array(table[rows]).reshape(len(batch.answers), -1)
+            for table in (self._answers, self._inferred)
+        )
+        accuracy = (answer == batch.answers[:, None]).astype(np.float32)
+        one = np.ones_like(accuracy)
+        graded = accuracy if self.graded is None else self.graded
+        reflections = dict.fromkeys(QUESTIONS, one)
+        scores = Scores(accuracy, one, graded, reflections, answer, inferred, {})
+        asked = None if self.reflection is None else replies
+        return Experience(batch, samples, asked, scores, scores.overall)
+
+
+def _batch(answers: list[int], weight: list[float]) -> Prompts:
+    fields = dict.fromkeys(Batch._fields)
+    fields |= {"answers": np.array(answers), "weight": np.array(weight, np.float32)}
+    ids = tuple(f"row {i}" if w else "" for i, w in enumerate(weight))
+    return Prompts(Batch(**fields), ids)
+
+
+@pytest.mark.parametrize("reflects", [True, False])
+def test_padding_rows_do_not_count(reflects: bool) -> None:
+    batches = [_batch([0, 1], [1, 1]), _batch([1, 0], [1, 0])]
+    rollout = _Rollout([0, 0, 1, 1], [0, 1, 1, 0], reflects)
+    result = evaluate(rollout, {}, batches, 5, put=lambda batch: batch, keep=2)
+    metrics = result.metrics
+    assert metrics["rows"] == 3
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["response_length"] == 2
+    assert metrics["truncated"] == 0
+    # Label 0: 1 hit, 1 true, 2 said: 2/3. Label 1: 1 hit, 2 true, 1 said: 2/3.
+    assert metrics["macro_f1"] == pytest.approx(2 / 3)
+    assert ("decoupling" in metrics) == ("coherence" in metrics) == reflects
+    if reflects:
+        assert metrics["decoupling"] == pytest.approx(1 / 3)
+    assert [sample.id for sample in result.samples] == ["row 0", "row 1"]
+    assert result.samples[1].label == "fear" and result.samples[1].answer == "joy"
+    assert result.samples[0].response == "7 7"
+    assert result.samples[0].coherence_reply == ("7 7" if reflects else "")
+    assert len(set(map(str, rollout.keys))) == 2
+
+
+def test_accuracy_stays_exact_beside_the_graded_one() -> None:
+    rollout = _Rollout([0, 1], [0, 1], False)
+    rollout.graded = np.array([[1.0], [0.5]], np.float32)
+    batches = [_batch([0, 0], [1, 1])]
+    options = {"put": lambda batch: batch, "graded": True}
+    metrics = evaluate(rollout, {}, batches, 5, **options).metrics
+    assert metrics["accuracy"] == 0.5
+    assert metrics["graded_accuracy"] == 0.75
+
+
+def test_rows_are_answered_by_vote_and_written_with_every_response() -> None:
+    # True labels 0, 1, 1; the last row is padding.
+    batches = [_batch([0, 1], [1, 1]), _batch([1, 0], [1, 0])]
+    answers = [[0, 1, 0], [0, 1, 0], [-1, -1, 1], [0, 0, 0]]
+    inferred = [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 1]]
+    written: list[dict] = []
+    rollout = _Rollout(answers, inferred, True, group_size=3)
+    options = {"put": lambda batch: batch, "record": written.append}
+    result = evaluate(rollout, {}, batches, 5, **options, keep=9)
+    metrics = result.metrics
+    # Voted 0, 0, 1: two rows of three right. Of nine responses 2 + 1 + 1 are right.
+    assert metrics["rows"] == 3
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["response_accuracy"] == pytest.approx(4 / 9)
+    # Seven responses have a box and a text: 0-1, 1-0 and none else disagree.
+    assert metrics["decoupling"] == pytest.approx(2 / 7)
+    assert result.labels == ("joy", "fear")
+    assert result.confusion == ((1, 0, 0), (1, 1, 0))
+    assert metrics["accuracy_low"] < 2 / 3 < metrics["accuracy_high"]
+    assert [(row["id"], row["label"], row["answer"], row["right"]) for row in written] == [
+        ("row 0", "joy", "joy", True),
+        ("row 1", "fear", "joy", False),
+        ("row 0", "fear", "fear", True),
+    ]
+    first = written[0]["responses"]
+    assert [each["answer"] for each in first] == ["joy", "fear", "joy"]
+    assert first[0]["response"] == "7 7" and first[0]["coherence_reply"] == "7 7"
+    assert [each["scores"]["accuracy"] for each in first] == [1, 0, 1]
+    # What is shown of a row is the response that speaks for it.
+    assert [sample.answer for sample in result.samples] == ["joy", "joy", "fear"]
