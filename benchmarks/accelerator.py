@@ -20,7 +20,6 @@ run that is cut short leaves what was measured. `--dry` compiles and runs each p
 """
 
 import argparse
-import dataclasses
 import glob
 import gzip
 import json
@@ -39,24 +38,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax import episode, learner, models
+from emor3_jax import models
 from emor3_jax.flops import Cost, StepShapes, peak_flops, phase_costs
 from emor3_jax.flops.cost import decoder_flops
+from emor3_jax.learner.learner import UpdateSpec, update
+from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs
+from emor3_jax.models import Policy
 from emor3_jax.models.cache import KV
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.published import published
-from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
+from emor3_jax.models.params import unroll, weight_sync
+from emor3_jax.rl.losses import Clip, PolicyLoss
 from emor3_jax.rl.update import TrainState, make_optimizer
 from emor3_jax.rollout import engine
-from emor3_jax.rollout.generate import SamplingRule
-from emor3_jax.types import Batch, Samples
+from emor3_jax.rollout.rollout import prefill
+from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.types import Batch, Experience, Samples
 
 PROGRAMS = ("decode", "prefill", "reference", "update")
 DTYPE = jnp.dtype(jnp.bfloat16)
 KERNELS, CHAIN = 8, 10
 """Kernels shown of each program; passes of a copy or product between two looks at the clock."""
-LOSS = learner.LossOptions(0.2, 0.3, 3.0, 1e-2, "token", entropy=False)
-"""Of the default config, as is the optimizer."""
+LOSS = PolicyLoss(surrogate=Clip(0.2, 0.3, 3.0), kl="k3", mean="token", entropy=False)
+KL_COEF = 1e-2
+LOGPROBS = LogprobSpec(temperature=1.0, chunk=1024)
+"""These three are the default config's, as is the optimizer."""
 _START = 5
 """Where in a prompt the picture begins."""
 _NOMINAL = {"H200": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12, "H100": 3.35e12}
@@ -119,11 +123,44 @@ class Job(NamedTuple):
     bytes: dict[str, float] = {}  # noqa: RUF012
 
 
-def small_config() -> Config:
-    """Returns a policy of two narrow layers, for machines without an accelerator."""
-    tower = VisionConfig(2, 16, 24, 2, 4, 2, 2, 16, (1,), 32)
-    some = {"mrope_section": (1, 1, 2), "tie_word_embeddings": True, "image_token_id": 70}
-    return Config(tower, 80, 32, 48, 2, 4, 2, 8, vision_start_token_id=72, **some)
+_SMALL_CONFIG = {
+    "model_type": "qwen2_5_vl",
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+        "out_hidden_size": 32,
+    },
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "image_token_id": 70,
+    "video_token_id": 71,
+    "vision_start_token_id": 72,
+    "vision_end_token_id": 73,
+}
+"""Two narrow layers, for machines without an accelerator."""
+
+
+def find_policy(size: str) -> Policy:
+    """Returns the policy of a size: "small", or a published one, such as "3B"."""
+    if size == "small":
+        return models.parse_config(_SMALL_CONFIG)
+    return models.published(f"Qwen/Qwen2.5-VL-{size}-Instruct")
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -153,21 +190,21 @@ def fill(tree: Any) -> Any:
     return jax.block_until_ready(jax.tree_util.tree_map_with_path(make, tree))
 
 
-def parameters(config: Config) -> tuple[Any, Any]:
+def parameters(policy: Policy) -> tuple[Any, Any]:
     """Returns the abstract parameters: float32, and as decoding and the reference read them."""
-    full = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
-    return full, model.lay_out_for_decoding.eval_shape(full, DTYPE)
+    full = policy.param_shapes()
+    return full, weight_sync.eval_shape(full, DTYPE)
 
 
-def make_batch(config: Config, sizes: Sizes, prompts: int) -> Batch:
+def make_batch(policy: Policy, sizes: Sizes, prompts: int) -> Batch:
     """Returns prompts of a picture and random text; the patches are abstract."""
-    side = sizes.side // config.vision.patch_size
-    text = np.random.default_rng(0).integers(0, config.image_token_id, (prompts, sizes.prompt))
-    text[:, _START - 1] = config.vision_start_token_id
-    text[:, _START : _START + side**2 // config.vision.merge_unit] = config.image_token_id
-    pixels = np.zeros((prompts * side**2, config.vision.patch_dim), np.float32)
+    shapes, side = policy.shapes, sizes.side // policy.shapes.vision.patch_size
+    text = np.random.default_rng(0).integers(0, shapes.image_token_id, (prompts, sizes.prompt))
+    text[:, _START - 1] = shapes.vision_start_token_id
+    text[:, _START : _START + side**2 // shapes.merge_unit] = shapes.image_token_id
+    pixels = np.zeros((prompts * side**2, shapes.vision.patch_dim), np.float32)
     prompt, images, following = models.pack(
-        config, text, np.ones_like(text), pixels, [(1, side, side)] * prompts
+        policy, text, np.ones_like(text), pixels, [(1, side, side)] * prompts
     )
     images = images._replace(patches=jax.ShapeDtypeStruct(images.patches.shape, DTYPE))
     # The last four are read by rewards and reflections alone.
@@ -175,25 +212,26 @@ def make_batch(config: Config, sizes: Sizes, prompts: int) -> Batch:
     return Batch(prompt, last, following, images, ones, ones, ones, ones[:, None], ones)
 
 
-def make_samples(config: Config, shape: tuple[int, int, int], length: int) -> Samples:
+def make_samples(policy: Policy, shape: tuple[int, int, int], length: int) -> Samples:
     """Returns `length` random tokens of T of each response, about as probable as they would be."""
-    tokens = np.random.default_rng(1).integers(0, config.image_token_id, shape, np.int32)
-    logprobs = np.full(shape, -np.log(config.vocab_size), np.float32)
+    tokens = np.random.default_rng(1).integers(0, policy.shapes.image_token_id, shape, np.int32)
+    logprobs = np.full(shape, -np.log(policy.shapes.vocab_size), np.float32)
     return Samples(
         tokens, logprobs, np.full(shape[:2], length, np.int32), np.zeros(shape[:2], bool)
     )
 
 
-def decode(config: Config, sizes: Sizes, unroll: bool) -> Job:
+def decode(policy: Policy, sizes: Sizes, unrolled: bool) -> Job:
     """Returns a block of the rollout."""
+    shapes = policy.shapes
     b, g, p, places = sizes.slots, sizes.responses, sizes.prompt, sizes.places
-    age, longest, heads, d = places - sizes.block, 2 * places, config.num_kv_heads, config.head_dim
-    params, layers = parameters(config)[1], config.num_layers
+    age, longest, heads, d = places - sizes.block, 2 * places, shapes.num_kv_heads, shapes.head_dim
+    params, layers = parameters(policy)[1], shapes.num_layers
     k, v = (jax.ShapeDtypeStruct((layers, b, heads, *x), DTYPE) for x in ((d, p), (p, d)))
-    rows, samples = np.arange(b, dtype=np.int32), make_samples(config, (b, g, longest), age)
-    opening = engine.Opening(rows, rows, rows, KV(k, v, np.ones((b, p), bool)))
-    new = engine._begin.eval_shape(opening, responses=g, length=longest, unroll=unroll)
-    cache = engine._widen.eval_shape(new, b, places).cache
+    rows, samples = np.arange(b, dtype=np.int32), make_samples(policy, (b, g, longest), age)
+    admission = engine.Admission(rows, rows, rows, KV(k, v, np.ones((b, p), bool)))
+    new = engine.begin.eval_shape(admission, responses=g, length=longest, unroll=unrolled)
+    cache = engine.open_slots.eval_shape(new, b, places).cache
     slots = engine.Slots(
         row=rows,
         position=np.full(b, p, np.int32),
@@ -202,7 +240,7 @@ def decode(config: Config, sizes: Sizes, unroll: bool) -> Job:
         lane=np.broadcast_to(np.arange(g, dtype=np.int32), (b, g)),
         ended=np.zeros((b, g), bool),
         samples=samples,
-        prefix=opening.prefix,
+        prefix=admission.prefix,
         cache=cache._replace(mask=np.broadcast_to(np.arange(places) < age, (b, g, places))),
         cursor=np.int32(age),
     )
@@ -213,50 +251,60 @@ def decode(config: Config, sizes: Sizes, unroll: bool) -> Job:
 
     # Of an embedding that is not the head as well, a token reads a row.
     read_by_all = dict(params["model"]) | params.get("lm_head", {})
-    if not config.tie_word_embeddings:
+    if not shapes.tie_word_embeddings:
         del read_by_all["embed_tokens"]
     cached, token = age + (sizes.block - 1) / 2, 2 * layers * heads * d * DTYPE.itemsize
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read_by_all)) + b * p * token
-    given = model.unroll_jitted.eval_shape(params) if unroll else params
-    rule = SamplingRule(longest, 1.0, 1.0, ())
+    given = unroll.eval_shape(params) if unrolled else params
+    sampling = Sampling(longest, 1.0, 1.0, ())
     return Job(
-        engine._decode,
-        (slots, jax.random.key(0), np.int32(0), given, np.zeros(config.vocab_size, bool)),
-        {"config": config, "rule": rule, "block": sizes.block, "dtype": DTYPE},
-        decoder_flops(config, 1, before=p + cached, logits=1).times(b * g * sizes.block),
+        engine.decode_block,
+        (slots, jax.random.key(0), np.int32(0), given, np.zeros(shapes.vocab_size, bool)),
+        {"policy": policy, "sampling": sampling, "block": sizes.block},
+        decoder_flops(shapes, 1, before=p + cached, logits=1).times(b * g * sizes.block),
         again,
         sizes.block,
         {"least": fixed + b * g * cached * token, "asked for": fixed + b * g * places * token},
     )
 
 
-def make_job(name: str, config: Config, sizes: Sizes, unroll: bool, remat: str) -> Job:
+def make_spec(policy: Policy, micro_batches: int, remat: str) -> UpdateSpec:
+    """Returns the settings of the update."""
+    policy = policy.with_compute(remat=remat)
+    return UpdateSpec(policy, make_optimizer(2e-6), LOSS, LOGPROBS, micro_batches, KL_COEF)
+
+
+def make_job(name: str, policy: Policy, sizes: Sizes, unrolled: bool, remat: str) -> Job:
     """Returns a program by its name; reference and update work on the same prompts."""
+    policy = policy.with_compute(dtype=DTYPE)
     if name == "decode":
-        return decode(config, sizes, unroll)
+        return decode(policy, sizes, unrolled)
     b, g, t = sizes.micro * sizes.parts, sizes.responses, sizes.tokens
     b = sizes.slots if name == "prefill" else b
-    full, cast = parameters(config)
-    batch, samples = make_batch(config, sizes, b), make_samples(config, (b, g, t), t)
+    full, cast = parameters(policy)
+    batch, samples = make_batch(policy, sizes, b), make_samples(policy, (b, g, t), t)
     patches = batch.images.mask.sum() // b
-    shared = _START + patches // config.vision.merge_unit
+    shared = _START + patches // policy.shapes.merge_unit
     shapes = StepShapes(b, g, sizes.prompt + 1, t, patches, shared)
-    costs = phase_costs(config, shapes, remat=remat == "layers")
+    costs = phase_costs(policy.shapes, shapes, remat=remat == "layers")
     if name == "prefill":
-        cost, static = costs["vision"] + costs["prefill"], {"config": config, "dtype": DTYPE}
-        return Job(episode._prefill, (cast, batch), static, cost)
-    options = learner.ScoreOptions(1.0, DTYPE, remat, 1024)
-    static = {"config": config, "options": options, "count": sizes.parts}
-    given, banned = (batch, samples, None), np.zeros(config.vocab_size, bool)
+        cost = costs["vision"] + costs["prefill"]
+        return Job(prefill, (cast, batch), {"policy": policy}, cost)
+    spec = make_spec(policy, sizes.parts, remat)
+    suppressed = np.zeros(policy.shapes.vocab_size, bool)
     if name == "reference":
-        return Job(learner.response_logprobs, (cast, *given, banned), static, costs[name])
-    optimizer = make_optimizer(2e-6)
-    state = jax.eval_shape(lambda x: TrainState.create(x, optimizer), full)
+        static = {"policy": spec.policy, "spec": spec.logprobs, "count": spec.micro_batches}
+        args = cast, batch, samples, None, suppressed
+        return Job(response_logprobs, args, static, costs[name])
+    state = jax.eval_shape(lambda x: TrainState.create(x, spec.optimizer), full)
     advantages = np.random.default_rng(2).normal(size=(b, g)).astype(np.float32)
+    part = Experience(
+        batch, samples, None, None, None, ref_logprobs=samples.logprobs, advantages=advantages
+    )
     return Job(
-        learner.update,
-        (state, *given, advantages, samples.logprobs, banned),
-        {**static, "optimizer": optimizer, "loss": LOSS},
+        update,
+        (state, part, suppressed, None, None),
+        {"spec": spec},
         costs[name],
         lambda result, args: (result[0], *args[1:]),
     )
@@ -396,8 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only={options.only}: {unknown} must be of {', '.join(PROGRAMS)}")
     # Three quarters, the default, would not hold what an update of the 3B takes.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
-    config = small_config() if options.size == "small" else published(options.size)
-    config = dataclasses.replace(config, attention=options.attention)
+    policy = find_policy(options.size).with_compute(attention=options.attention)
     sizes = SMALL if options.size == "small" else Sizes()
     given = {field: getattr(options, field) for field in ("slots", "micro", "parts", "runs")}
     sizes = sizes._replace(**{field: value for field, value in given.items() if value})
@@ -413,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     for name in names:
         try:
-            job = make_job(name, config, sizes, options.unroll, options.remat)
+            job = make_job(name, policy, sizes, options.unroll, options.remat)
             measure(name, job, machine, sizes.runs)
         except Exception as error:
             # Of the others there is still something to learn.

@@ -24,10 +24,11 @@ import ml_dtypes
 import numpy as np
 
 from emor3_jax import models
+from emor3_jax.models import Policy, weights
 from emor3_jax.models.cache import KV
-from emor3_jax.models.qwen2_5_vl import model, published, weights
-from emor3_jax.models.qwen2_5_vl.shapes import Config
-from emor3_jax.rollout.generate import SamplingRule, generate
+from emor3_jax.models.params import count_params
+from emor3_jax.rollout.generate import Opening, generate
+from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.types import Samples
 
 # XLA computes bfloat16 products in float32 on CPU. By default it converts the weights of all layers
@@ -59,13 +60,13 @@ class RandomLeaf:
         return self._draw(self.shape, 0)
 
 
-def write(config: Config, folder: Path) -> None:
+def write(policy: Policy, folder: Path) -> None:
     """Writes a policy of random weights, without tokenizer."""
-    shapes, structure = jax.tree.flatten(weights.param_shapes(config))
+    shapes, structure = jax.tree.flatten(policy.param_shapes())
     leaves = [RandomLeaf(leaf.shape, seed) for seed, leaf in enumerate(shapes)]
     folder.mkdir(parents=True, exist_ok=True)
-    weights.write_params(jax.tree.unflatten(structure, leaves), config, folder)
-    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2))
+    weights.write_params(jax.tree.unflatten(structure, leaves), policy, folder)
+    (folder / "config.json").write_text(json.dumps(policy.shapes.to_hf(), indent=2))
 
 
 def peak_bytes() -> int:
@@ -85,47 +86,42 @@ def run(folder: Path) -> dict[str, float]:
         result[f"{name}_bytes"] = peak_bytes()
 
     with stage("load"):
-        config = models.read_config(folder)
-        params = jax.block_until_ready(weights.read_params(folder, config, dtype=None))
-    result["params"] = weights.count_params(params)
+        policy = models.read_config(folder).with_compute(dtype=jnp.bfloat16)
+        params = jax.block_until_ready(weights.read_params(folder, policy, dtype=None))
+    result["params"] = count_params(params)
     result["params_bytes"] = sum(x.nbytes for x in jax.tree.leaves(params))
 
-    rng = np.random.default_rng(0)
-    rows = SIDE // config.vision.patch_size
-    image = [config.image_token_id] * (rows // config.vision.spatial_merge_size) ** 2
+    rng, shapes = np.random.default_rng(0), policy.shapes
+    rows = SIDE // shapes.vision.patch_size
+    image = [shapes.image_token_id] * (rows**2 // shapes.merge_unit)
     text = rng.integers(0, 150_000, TEXT)
-    ids = np.array([[*text[:10], config.vision_start_token_id, *image, *text[10:]]])
-    pixels = rng.normal(size=(rows**2, config.vision.patch_dim)).astype(np.float32)
+    ids = np.array([[*text[:10], shapes.vision_start_token_id, *image, *text[10:]]])
+    pixels = rng.normal(size=(rows**2, shapes.vision.patch_dim)).astype(np.float32)
     prompt, images, following = models.pack(
-        config, ids, np.ones_like(ids), pixels, [(1, rows, rows)]
+        policy, ids, np.ones_like(ids), pixels, [(1, rows, rows)]
     )
     last, prompt.mask[0, -1] = prompt.tokens[:, -1:], False
-    dtype = jnp.bfloat16
 
     @jax.jit
     def prefill(params: dict) -> KV:
-        features = model.encode_images(config, params, images, dtype=dtype)
-        return model.forward_prompt(config, params, prompt, features, dtype=dtype)[1]
+        return policy.prefill(params, prompt, images)
 
     @jax.jit
     def decode(params: dict, prefix: KV) -> Samples:
+        one = jnp.ones((1, 1), jnp.int32)
         return generate(
-            config,
+            policy,
             params,
-            prefix,
-            last[:, None],
-            jnp.ones((1, 1), jnp.int32),
-            following[:, None] - 1,
+            Opening(prefix, last[:, None], one, following[:, None] - 1),
             lambda t: jax.random.uniform(jax.random.key(t), (1, 1)),
-            SamplingRule(TOKENS, 1.0, 1.0, ()),
-            banned=jnp.zeros(config.vocab_size, bool),
-            dtype=dtype,
+            Sampling(TOKENS, 1.0, 1.0, ()),
+            jnp.zeros(shapes.vocab_size, bool),
         )
 
     with stage("compile"):
-        shapes = jax.eval_shape(prefill, params)
+        abstract = jax.eval_shape(prefill, params)
         run_prefill = prefill.lower(params).compile(compiler_options=OPTIONS)
-        run_decode = decode.lower(params, shapes).compile(compiler_options=OPTIONS)
+        run_decode = decode.lower(params, abstract).compile(compiler_options=OPTIONS)
     with stage("prefill"):
         prefix = jax.block_until_ready(run_prefill(params))
     with stage("decode"):
@@ -144,7 +140,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=("write", "run"), help="for the program's own use")
     arguments = parser.parse_args()
     if arguments.stage == "write":
-        write(published.published(arguments.size), arguments.folder)
+        write(models.published(f"Qwen/Qwen2.5-VL-{arguments.size}-Instruct"), arguments.folder)
         return
     if arguments.stage == "run":
         print(json.dumps(run(arguments.folder)))

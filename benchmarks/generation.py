@@ -34,7 +34,9 @@ import numpy as np
 from benchmarks import small_policy
 from benchmarks.peers import Peer
 from benchmarks.step import PRECISIONS, Ours, batch_of, make_config, question
-from emor3_jax.rollout.engine import Plan
+from emor3_jax.models.params import cast_for_decoding
+from emor3_jax.rollout.engine import Admission, Engine, Plan
+from emor3_jax.rollout.rollout import prefill
 
 RUNS, WARM_UP = 7, 2
 CASES = ((2, 4, 224, False), (8, 8, 224, True))
@@ -45,9 +47,9 @@ ENDS = 40
 """One id in so many ends a response where lengths are ragged."""
 
 
-def stop_ids(banned: np.ndarray, ragged: bool) -> tuple[int, ...]:
+def draw_stop_ids(suppressed: np.ndarray, ragged: bool) -> tuple[int, ...]:
     """Returns the ids that end a response."""
-    allowed = np.flatnonzero(~banned)
+    allowed = np.flatnonzero(~suppressed)
     count = len(allowed) // ENDS if ragged else 0
     return tuple(sorted(np.random.default_rng(0).choice(allowed, count, replace=False).tolist()))
 
@@ -56,8 +58,8 @@ def run_case(case: tuple[int, int, int, bool], folder: Path, runs: int) -> None:
     """Measures one case and prints its table."""
     b, g, side, ragged = case
     sides = {name: Ours(make_config((b, g, side), folder, name, False)) for name in PRECISIONS}
-    stop = stop_ids(sides["float32"].actor.banned, ragged)
-    rule = sides["float32"].rule._replace(stop=stop)
+    stop = draw_stop_ids(sides["float32"].rollout.suppressed, ragged)
+    sampling = sides["float32"].rollout.sampling._replace(stop=stop)
     batch = batch_of(sides["float32"], range(b))
     job = {
         "policy": str(folder / "policy"),
@@ -72,20 +74,20 @@ def run_case(case: tuple[int, int, int, bool], folder: Path, runs: int) -> None:
     assert peer.facts["ways_agree"], "transformers disagrees with itself"
 
     def generate(ours: Ours, run: int, **changes: Any) -> tuple[float, np.ndarray, np.ndarray]:
+        policy = ours.policy.policy
+        unroll = policy.dtype == jnp.bfloat16
+        plan = Plan(block=BLOCK if ragged else TOKENS, halvings=3, unroll=unroll)
+        suppressed = ours.rollout.suppressed
+        engine = Engine(policy, sampling._replace(**changes), plan, g, 1, suppressed)
         started = time.perf_counter()
-        samples, _ = ours.actor.run(
-            ours.policy.params,
-            batch,
-            jax.random.key(run),
-            responses=g,
-            rule=rule._replace(**changes),
-            plan=Plan(
-                block=BLOCK if ragged else TOKENS,
-                halvings=3,
-                unroll=ours.actor.dtype == jnp.bfloat16,
-            ),
-        )
-        jax.block_until_ready(samples)
+        # What `Rollout` does before reflections and rewards.
+        params = cast_for_decoding(ours.policy.params, policy.dtype)
+        key, _ = jax.random.split(jax.random.key(run))
+        prefix = prefill(params, batch, policy=policy)
+        rows = np.arange(b, dtype=np.int32)
+        admission = Admission(rows, batch.last_token, batch.next_position, prefix)
+        (finished,) = engine.run(params, iter([admission]), b, key)
+        samples = jax.block_until_ready(finished.samples)
         seconds = time.perf_counter() - started
         return seconds, np.asarray(samples.tokens), np.asarray(samples.lengths)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from emor3_jax.models.qwen2_5_vl.processor import ImageSettings, Processor
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -24,13 +23,13 @@ from configs import cpu_demo
 from emor3_jax.config import base_policy, dataset
 from emor3_jax.data.generic import open_json_lines
 from emor3_jax.data.labels import label_set
-from emor3_jax.data.pipeline import TrainBatches, train_batches
+from emor3_jax.data.pipeline import BatchSpec, TrainBatches, train_batches
 from emor3_jax.data.prompts import PromptTemplates
-from emor3_jax.embedded.base_policy import model_config
+from emor3_jax.embedded.base_policy import small_policy
 from emor3_jax.embedded.emoscenes import tasks
 from emor3_jax.embedded.tokenizer import train_tokenizer
-from emor3_jax.models import Policy, save
-from emor3_jax.models.qwen2_5_vl import model
+from emor3_jax.models import LoadedPolicy, save
+from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.train import train
 
 LABELS = label_set("mikels8")
@@ -67,27 +66,25 @@ def write_rows(folder: Path, count: int, height: int, width: int, pictures: int)
     return str(folder / "rows.jsonl")
 
 
-def random_policy(images: ImageSettings) -> Policy:
+def random_policy(images: ImageSettings) -> LoadedPolicy:
     """Returns a policy of the main job's size, untrained."""
     tokenizer = train_tokenizer(tasks.text_corpus(40), 1200)
-    shapes = model_config(base_policy(), tokenizer)
-    params = jax.device_get(model.init_params(shapes, jax.random.key(0)))
-    return Policy(shapes, params, Processor(tokenizer, images))
+    policy = small_policy(base_policy(), tokenizer)
+    params = jax.device_get(policy.init(jax.random.key(0)))
+    return LoadedPolicy(policy, params, Processor(tokenizer, images, policy.layout))
 
 
-def batches_of(path: str, policy: Policy, images: ImageSettings, workers: int) -> TrainBatches:
+def batches_of(
+    path: str, policy: LoadedPolicy, images: ImageSettings, workers: int
+) -> TrainBatches:
     """Returns training batches as a run makes them."""
     return train_batches(
         open_json_lines(path),
-        policy.config,
-        Processor(policy.processor.tokenizer, images),
+        Processor(policy.processor.tokenizer, images, policy.processor.layout),
         PromptTemplates.load("tiny", "tiny", "tiny").set,
         LABELS,
-        batch_size=BATCH,
+        BatchSpec(BATCH, (128, 640, 896), (1, 32, 48), workers=workers),
         seed=0,
-        prompt_lengths=(128, 640, 896),
-        image_windows=(1, 32, 48),
-        workers=workers,
     )
 
 
@@ -119,7 +116,7 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def training_step(folder: Path, policy: Policy) -> dict[str, float]:
+def training_step(folder: Path, policy: LoadedPolicy) -> dict[str, float]:
     """Returns the medians of a training step's times at the shapes of the main job."""
     config = cpu_demo.get_config()
     save(policy, folder / "policy")

@@ -5,9 +5,11 @@ of them in both, and compares the log-probability of every token with the sample
 are the same float32 ones. Needs the embedded base policy; trains it first if it is not there.
 """
 
+import dataclasses
 from datetime import date
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app
 from ml_collections import ConfigDict, config_flags
@@ -15,44 +17,43 @@ from ml_collections import ConfigDict, config_flags
 from configs import cpu_demo
 from emor3_jax import prepare
 from emor3_jax.io.console import Console
-from emor3_jax.learner import response_logprobs
+from emor3_jax.learner.logprobs import response_logprobs
+from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
+from emor3_jax.runtime.job import start_jax
 
 DTYPES = ("float32", "bfloat16")
 _CONFIG = config_flags.DEFINE_config_dict("config", cpu_demo.get_config())
+
+
+def in_dtype(loaded: LoadedPolicy, name: str) -> LoadedPolicy:
+    """Returns the policy with another compute type, and the same parameters."""
+    return dataclasses.replace(loaded, policy=loaded.policy.with_compute(dtype=jnp.dtype(name)))
 
 
 def main(_: list[str]) -> None:
     """Prints the table."""
     config: ConfigDict = _CONFIG.value
     say = Console("precision")
-    prepare.start_jax(config.log.compile_cache)
+    start_jax(config.log.compile_cache)
     mesh = make_mesh()
-    policy = prepare.load_policy(config, say, mesh)
-    data = prepare.open_data(config, policy)
-    batches = [shard_batch(next(data.train)[0], mesh) for _ in range(4)]
+    loaded = prepare.load_policy(config, say, mesh)
+    data = prepare.open_data(config, loaded)
+    batches = [shard_batch(next(data.train).batch, mesh) for _ in range(4)]
     print(f"{date.today()}, {jax.default_backend()}\n")
     print(
         "| sampled in | scored in | tokens | difference, mean | 99.9 % | largest | ratio, mean |"
         " outside [0.8, 1.3] |\n|---|---|---|---|---|---|---|---|"
     )
     for sampled in DTYPES:
-        config.policy.dtype = sampled
-        actor = prepare.make_actor(config, policy, data.labels["train"])
-        rule = prepare.rollout_rule(config, policy)
+        policy = in_dtype(loaded, sampled)
+        rollout = prepare.make_rollout(config, policy, data.labels["train"], mesh)
         samples = [
-            actor.roll_out(
-                policy.params,
-                batch,
-                jax.random.key(i),
-                responses=config.rollout.responses,
-                rule=rule,
-            )[1]
+            rollout.respond(policy.params, batch, jax.random.key(i))[1]
             for i, batch in enumerate(batches)
         ]
         for scored in DTYPES:
-            config.policy.dtype = scored
-            options = prepare.score_options(config)
+            spec = prepare.make_update_spec(config, in_dtype(loaded, scored).policy)
             differences = np.concatenate(
                 [
                     np.asarray(
@@ -61,9 +62,9 @@ def main(_: list[str]) -> None:
                             batch,
                             each,
                             None,
-                            actor.banned,
-                            config=policy.config,
-                            options=options,
+                            rollout.suppressed,
+                            policy=spec.policy,
+                            spec=spec.logprobs,
                             count=4,
                         )
                         - each.logprobs

@@ -11,16 +11,15 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from emor3_jax.models.qwen2_5_vl.processor import Processor
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
-from emor3_jax.models import Policy, save
-from emor3_jax.models.qwen2_5_vl import model
-from emor3_jax.models.qwen2_5_vl.shapes import Config, VisionConfig
+from emor3_jax.models import LoadedPolicy, Policy, parse_config, save
+from emor3_jax.models.params import Params, count_params
+from emor3_jax.models.processor import ImageSettings, Processor
 
 LABELS = "mikels8"
 QUESTION = "Which emotion does this picture evoke?"
@@ -40,38 +39,41 @@ def tokenizer(seed: int = 0) -> PreTrainedTokenizerBase:
     return train_tokenizer([*corpus, " ".join(words)], VOCABULARY)
 
 
-def model_config(words: PreTrainedTokenizerBase) -> Config:
-    """Returns the shapes: Qwen2.5-VL's architecture at 26.5 million parameters."""
-    vision = VisionConfig(
-        depth=4,
-        hidden_size=320,
-        intermediate_size=896,
-        num_heads=5,
-        patch_size=14,
-        temporal_patch_size=2,
-        spatial_merge_size=2,
-        window_size=112,
-        fullatt_block_indexes=(1, 3),
-        out_hidden_size=384,
-    )
-    return Config(
-        vision=vision,
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1536,
-        num_layers=8,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=64,
-        rope_theta=1e4,
-        mrope_section=(8, 12, 12),
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        **special_ids(words),
-    )
+_CONFIG = {
+    "model_type": "qwen2_5_vl",
+    "vision_config": {
+        "depth": 4,
+        "hidden_size": 320,
+        "intermediate_size": 896,
+        "num_heads": 5,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, 3],
+        "out_hidden_size": 384,
+    },
+    "vocab_size": VOCABULARY,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
+"""Qwen2.5-VL's architecture at 26.5 million parameters."""
 
 
-def strong_params(config: Config, seed: int = 0) -> model.Params:
+def make_policy(words: PreTrainedTokenizerBase) -> Policy:
+    """Returns the policy for a tokenizer."""
+    return parse_config(_CONFIG | special_ids(words))
+
+
+def strong_params(policy: Policy, seed: int = 0) -> Params:
     """Returns weights under which every layer and all of the context count.
 
     Weaker ones, or a louder embedding, whose rows are the head too, make greedy text repeat itself.
@@ -89,17 +91,16 @@ def strong_params(config: Config, seed: int = 0) -> model.Params:
             return np.float32(0.15) * noise
         return np.float32(1.6) * noise / np.float32(leaf.shape[-2] ** 0.5)
 
-    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, policy.param_shapes())
 
 
 def write_policy(folder: Path, seed: int = 0) -> int:
     """Writes the policy as a Hugging Face folder; returns its number of parameters."""
-    ids = tokenizer(seed)
-    config = model_config(ids)
-    params = strong_params(config, seed)
-    save(Policy(config, params, Processor(ids)), folder)
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    words = tokenizer(seed)
+    policy = make_policy(words)
+    params = strong_params(policy, seed)
+    save(LoadedPolicy(policy, params, Processor(words, ImageSettings(), policy.layout)), folder)
+    return count_params(params)
 
 
 def picture(side: int, rng: np.random.Generator) -> bytes:

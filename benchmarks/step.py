@@ -25,11 +25,11 @@ the single heap, which XLA gains by: torch has those of its own (`peers.MALLOC`)
 """
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,11 +48,12 @@ from emor3_jax.data.encode import encode_row
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates, fill
 from emor3_jax.io.console import Console
-from emor3_jax.learner import response_logprobs, update
+from emor3_jax.learner.learner import update
+from emor3_jax.learner.logprobs import response_logprobs
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.rl import advantages
 from emor3_jax.rl.update import TrainState
-from emor3_jax.types import Batch, Samples
+from emor3_jax.types import Batch, Experience, Samples
 
 RUNS, WARM_UP = 7, 2
 TOKENS = 64
@@ -83,18 +84,29 @@ def make_config(case: tuple[int, int, int], folder: Path, dtype: str, reflect: b
     return config
 
 
-class Clock:
-    """Adds up the seconds of named phases."""
+class StepClock:
+    """Adds up the seconds of named phases, each from the end of the one before.
+
+    Sampling and reflections are one phase, "rollout".
+
+    Attributes:
+      spent: phase → seconds.
+    """
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
+        self._last = time.perf_counter()
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Measures the body."""
-        started = time.perf_counter()
-        yield
-        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - started
+    def mark(self, phase: str, arrays: Any) -> None:
+        """Ends a phase when its arrays are there."""
+        if phase == "rollout":
+            # The reflections follow, also where none are asked.
+            return
+        phase = "rollout" if phase == "reflect" else phase
+        jax.block_until_ready(arrays)
+        now = time.perf_counter()
+        self.spent[phase] = self.spent.get(phase, 0.0) + now - self._last
+        self._last = now
 
 
 class Ours:
@@ -106,64 +118,55 @@ class Ours:
         jax.set_mesh(self.mesh)
         self.policy = prepare.load_policy(config, Console("step"), self.mesh)
         self.data = prepare.open_data(config, self.policy)
-        self.actor = prepare.make_actor(config, self.policy, self.data.labels["train"])
+        self.labels = self.data.labels["train"]
+        rollout = prepare.make_rollout(config, self.policy, self.labels, self.mesh)
         # Nothing ends a response, so all have T tokens.
-        self.rule = prepare.rollout_rule(config, self.policy)._replace(stop=())
-        special = list(self.policy.processor.tokenizer.added_tokens_decoder)
-        self.actor.banned[special] = True
-        self.plan = prepare.rollout_plan(config)
-        self.optimizer, self.loss = prepare.make_update(config)
-        self.options = prepare.score_options(config)
-        self.state = TrainState.create(jax.tree.map(jnp.copy, self.policy.params), self.optimizer)
+        suppressed = rollout.suppressed.copy()
+        suppressed[list(self.policy.processor.tokenizer.added_tokens_decoder)] = True
+        self.rollout = dataclasses.replace(
+            rollout, suppressed=suppressed, sampling=rollout.sampling._replace(stop=())
+        )
+        self.spec = prepare.make_update_spec(config, self.policy.policy)
+        params = jax.tree.map(jnp.copy, self.policy.params)
+        self.state = TrainState.create(params, self.spec.optimizer)
         self.steps = 0
 
     def step(self) -> tuple[float, dict[str, float], dict[str, Any]]:
         """Takes one step; returns its seconds, those of its phases, and what it found."""
-        started, clock = time.perf_counter(), Clock()
+        started, clock = time.perf_counter(), StepClock()
         key = jax.random.fold_in(jax.random.key(0), self.steps)
         self.steps += 1
-        with clock("data"):
-            batch = shard_batch(next(self.data.train)[0], self.mesh)
-        with clock("rollout"):
-            samples, replies = self.actor.run(
-                self.state.params,
-                batch,
-                key,
-                responses=self.config.rollout.responses,
-                rule=self.rule,
-                plan=self.plan,
-            )
-            jax.block_until_ready(replies)
-        with clock("reward"):
-            scores = self.actor.score(batch, samples, replies)
-            # As TRL: sample standard deviation.
-            advantage = jax.block_until_ready(advantages.grpo(scores.overall, std="sample"))
-        with clock("reference"):
-            reference = jax.block_until_ready(self.reference(batch, samples, self.actor.banned))
-        with clock("update"):
-            metrics = jax.device_get(
-                self.update(batch, samples, advantage, reference, self.actor.banned)
-            )
+        batch = shard_batch(next(self.data.train).batch, self.mesh)
+        clock.mark("data", None)
+        experience = self.rollout(self.state.params, batch, key, clock)
+        samples, suppressed = experience.samples, self.rollout.suppressed
+        # As TRL: sample standard deviation.
+        advantage = advantages.grpo(experience.rewards, std="sample")
+        clock.mark("reward", advantage)
+        ref_logprobs = self.reference(batch, samples, suppressed)
+        clock.mark("reference", ref_logprobs)
+        metrics = jax.device_get(self.update(batch, samples, advantage, ref_logprobs, suppressed))
+        clock.mark("update", metrics)
         seconds = time.perf_counter() - started
         found = {
             "lengths": sorted(set(np.asarray(samples.lengths).flat)),
             "loss": float(metrics["loss"]),
             "grad_norm": float(metrics["grad_norm"]),
-            "pattern": float(scores.terms["pattern"].mean()),
+            "pattern": float(experience.scores.terms["pattern"].mean()),
         }
         return seconds, clock.spent, found
 
-    def reference(self, batch: Batch, samples: Samples, banned: np.ndarray) -> jax.Array:
+    def reference(self, batch: Batch, samples: Samples, suppressed: np.ndarray) -> jax.Array:
         """Scores responses under the frozen policy."""
         return response_logprobs(
             self.policy.params,
             batch,
             samples,
             None,
-            banned,
-            config=self.policy.config,
-            options=self.options,
-            count=1,
+            suppressed,
+            policy=self.spec.policy,
+            spec=self.spec.logprobs,
+            count=self.spec.micro_batches,
         )
 
     def update(
@@ -171,24 +174,14 @@ class Ours:
         batch: Batch,
         samples: Samples,
         advantage: jax.Array,
-        reference: jax.Array,
-        banned: np.ndarray,
+        ref_logprobs: jax.Array,
+        suppressed: np.ndarray,
     ) -> dict[str, jax.Array]:
         """Takes one optimizer step."""
-        self.state, metrics = update(
-            self.state,
-            batch,
-            samples,
-            None,
-            advantage,
-            reference,
-            banned,
-            config=self.policy.config,
-            optimizer=self.optimizer,
-            loss=self.loss,
-            options=self.options,
-            count=1,
+        part = Experience(
+            batch, samples, None, None, None, ref_logprobs=ref_logprobs, advantages=advantage
         )
+        self.state, metrics = update(self.state, part, suppressed, None, None, spec=self.spec)
         return metrics
 
 
@@ -197,11 +190,11 @@ def batch_of(ours: Ours, rows: Iterable[int]) -> Batch:
     config, policy, source = ours.config, ours.policy, ours.data.sources["train"]
     template = prepare.load_templates(config).set
     examples = [
-        encode_row(source[int(row)], policy.config, policy.processor, template, ours.actor.labels)
-        for row in rows
+        encode_row(source[int(row)], policy.processor, template, ours.labels) for row in rows
     ]
     batch, _ = collate(
         examples,
+        policy.processor.layout,
         batch_size=len(examples),
         prompt_lengths=config.data.prompt_lengths,
         image_windows=config.data.image_windows,
@@ -244,25 +237,25 @@ def compare(ours: Ours, record: Path) -> Agreement:
     assert np.array_equal(our_prompts, prompts), "the prompts differ"
     tokens = given["tokens"].reshape(b, g, TOKENS).astype(np.int32)
     # TRL's distribution is over all ids, special ones too.
-    nothing = np.zeros_like(ours.actor.banned)
+    nothing = np.zeros_like(ours.rollout.suppressed)
     samples = Samples(
         jnp.asarray(tokens),
         jnp.zeros(tokens.shape),
         jnp.full((b, g), TOKENS, jnp.int32),
         jnp.zeros((b, g), bool),
     )
-    scores = ours.actor.score(batch, samples, None)
+    scores = ours.rollout.scorer.score(batch, samples, None)
     theirs = given["scores"].reshape(b, g, 3) @ np.array(reward_weights(config), np.float32)
     advantage = advantages.grpo(scores.overall, std="sample")
-    reference = ours.reference(batch, samples, nothing)
+    ref_logprobs = ours.reference(batch, samples, nothing)
     given_advantage = jnp.asarray(given["advantages"].reshape(b, g))
     # The first update's policy is the reference and the sampler.
-    samples = samples._replace(logprobs=reference)
-    metrics = jax.device_get(ours.update(batch, samples, given_advantage, reference, nothing))
+    samples = samples._replace(logprobs=ref_logprobs)
+    metrics = jax.device_get(ours.update(batch, samples, given_advantage, ref_logprobs, nothing))
     return Agreement(
         float(np.abs(theirs - scores.overall).max()),
         float(np.abs(given["advantages"].reshape(b, g) - advantage).max()),
-        float(np.abs(given["reference"].reshape(tokens.shape) - reference).max()),
+        float(np.abs(given["reference"].reshape(tokens.shape) - ref_logprobs).max()),
         float(np.abs(given["loss"] - metrics["loss"])),
         float(np.abs(given["grad_norm"] / metrics["grad_norm"] - 1)),
     )

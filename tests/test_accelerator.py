@@ -13,7 +13,6 @@ import pytest
 from benchmarks import accelerator
 from emor3_jax import prepare
 from emor3_jax.config import default
-from emor3_jax.models.qwen2_5_vl.published import published
 
 _GB = 1e9
 
@@ -22,7 +21,8 @@ _GB = 1e9
     ("name", "unroll"), [*((name, False) for name in accelerator.PROGRAMS), ("decode", True)]
 )
 def test_the_programs_take_what_is_made_for_the_3b(name: str, unroll: bool) -> None:
-    job = accelerator.make_job(name, published("3B"), accelerator.Sizes(), unroll, "layers")
+    policy = accelerator.find_policy("3B")
+    job = accelerator.make_job(name, policy, accelerator.Sizes(), unroll, "layers")
     result = jax.eval_shape(lambda *args: job.function(*args, **job.static), *job.args)
     again = job.again(result, job.args) if name == "update" else job.args
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, job.args)
@@ -31,7 +31,7 @@ def test_the_programs_take_what_is_made_for_the_3b(name: str, unroll: bool) -> N
 
 def test_the_bytes_of_a_token_are_weights_prompts_and_what_each_response_has_cached() -> None:
     sizes = accelerator.Sizes()
-    job = accelerator.make_job("decode", published("3B"), sizes, False, "layers")
+    job = accelerator.make_job("decode", accelerator.find_policy("3B"), sizes, False, "layers")
     # 3.09 billion parameters of decoder and head; 36,864 bytes of keys and values a token.
     fixed = 2 * 3.086e9 + 16 * 512 * 36_864
     assert abs(job.bytes["asked for"] - fixed - 128 * 512 * 36_864) < 0.01 * _GB
@@ -51,9 +51,13 @@ def test_what_is_made_is_random_but_for_norms_biases_and_the_optimizer_s_state()
 
 
 def test_the_update_is_the_default_config_s() -> None:
-    config = default()
-    assert prepare.make_update(config)[1] == accelerator.LOSS
-    assert prepare.score_options(config)[2:] == ("layers", 1024)
+    policy = accelerator.find_policy("small")
+    wanted = prepare.make_update_spec(default(), policy)
+    found = accelerator.make_spec(policy, 2, "layers")
+    # Optimizers are functions, which cannot be compared; micro-batches are a matter of sizes.
+    assert found == wanted._replace(optimizer=found.optimizer, micro_batches=2)
+    assert (wanted.loss, wanted.kl_coef) == (accelerator.LOSS, accelerator.KL_COEF)
+    assert (wanted.policy.compute.remat, wanted.logprobs.chunk) == ("layers", 1024)
 
 
 def test_a_block_of_decoding_can_be_run_again(capsys: pytest.CaptureFixture[str]) -> None:

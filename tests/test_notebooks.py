@@ -86,7 +86,10 @@ def test_the_part_for_a_cpu_runs(name, settings, tmp_path, monkeypatch, capsys) 
     shown: list[str] = []
     display = types.ModuleType("IPython.display")
     display.HTML, display.display = str, shown.append
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    ipython = types.ModuleType("IPython")
+    # Matplotlib asks for it.
+    ipython.version_info = (9, 0, 0)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.chdir(ROOT)
     names: dict = {"__name__": "__main__"}
