@@ -32,6 +32,7 @@ from emor3_jax.io import pages, plots
 from emor3_jax.io.console import Console
 from emor3_jax.models import Policy
 from emor3_jax.prepare.checks import validate
+from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli, job
 
 # Training batches whose padding is measured.

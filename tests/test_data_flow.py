@@ -1,6 +1,5 @@
 """From a folder on disk to a trained policy: build, inspect, two training steps, evaluate."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
+from support import layouts
 from support.tiny_run import small_policy
 
 from configs import cpu_demo
@@ -37,10 +37,6 @@ def folder(tmp_path_factory) -> Path:
     save(
         LoadedPolicy(policy, params, Processor(tokenizer, images, policy.layout)), folder / "policy"
     )
-    path = Path(__file__).parent / "data" / "datasets" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("layouts", path)
-    layouts = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(layouts)
     layouts.emoset(folder / "EmoSet", ROWS)
     return folder
 

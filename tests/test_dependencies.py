@@ -1,5 +1,6 @@
 """Dependencies point one way: models know nothing of rewards, rewards nothing of models, rl of
-neither, data nothing of the embedded policy, no library of a program, and there is no circle."""
+neither, data nothing of the embedded policy, no library of a program; nothing outside `models`
+knows a model family, and there is no circle."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ RULES = {
     "rewards": {"models", "rl", "rollout", "data", "embedded", "io"},
     "rl": {"models", "rewards", "rollout", "data", "embedded", "io"},
     "parallel": {"models", "rewards", "rl", "rollout", "data", "embedded", "io"},
-    "rollout": {"rewards", "rl", "embedded", "io"},
+    "rollout": {"learner", "embedded", "io"},
     "data": {"rewards", "rl", "rollout", "io", "embedded"},
     "io": {"rewards", "rl", "rollout", "data", "embedded", "prepare"},
     "flops": {"rewards", "rl", "rollout", "data", "embedded", "io", "prepare"},
@@ -48,6 +49,24 @@ def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
     assert files
     for file in files:
         assert not _imports(file) & (RULES[part] | PROGRAMS), file
+
+
+def test_only_models_know_a_family() -> None:
+    families = [path.parent.name for path in (PACKAGE / "models").glob("*/family.py")]
+    assert families
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if (PACKAGE / "models") in file.parents:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
+            names += [getattr(node, "module", None) or ""]
+            parts = {part for name in names for part in str(name).split(".")}
+            assert not parts & set(families), file
+
+
+def test_types_are_the_ground() -> None:
+    assert _imports(PACKAGE / "types.py") == {"parallel"}
+    assert _imports(PACKAGE / "errors.py") == set()
 
 
 def _modules() -> dict[str, Path]:
@@ -110,7 +129,7 @@ def _circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = _loaded(_modules())
-    assert len(graph) > 100 and "emor3_jax.config" in graph["emor3_jax.checks"]
+    assert len(graph) > 100 and "emor3_jax.config" in graph["emor3_jax.prepare.checks"]
     assert _circles(graph) == []
 
 

@@ -1,11 +1,12 @@
 """Supervised fine-tuning: what is learned of which row, and whole runs."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from emor3_jax.episode import banned_ids
 from ml_collections import ConfigDict
 from support.tiny_run import make_config, make_folder, read_metrics, write_rows
 
@@ -17,7 +18,8 @@ from emor3_jax.data.sources import Texts
 from emor3_jax.embedded.emoscenes import scene, words
 from emor3_jax.embedded.emoscenes.responses import PHRASINGS, right_responses
 from emor3_jax.models import load
-from emor3_jax.sft import Lessons, train
+from emor3_jax.sft import Examples, train
+from emor3_jax.types import Batch
 
 LABELS = label_set("mikels8")
 
@@ -43,42 +45,60 @@ def make_sft_config(folder: Path, target: str) -> ConfigDict:
     return config
 
 
-@pytest.fixture(scope="module")
-def lessons(folder):
-    policy = load(folder / "policy")
-    tokenizer = policy.processor.tokenizer
-    banned = banned_ids(policy.config, tokenizer)
+class Rows(NamedTuple):
+    """The part of `prepare.Data` that examples read."""
 
-    def make(target: str, rows=(), **fields) -> Lessons:
+    labels: dict[str, tuple[str, ...]]
+    sources: dict[str, "Rows"]
+    found: tuple[Texts, ...] = ()
+
+    def texts(self) -> tuple[Texts, ...]:
+        return self.found
+
+
+def make_batch(answers) -> Batch:
+    """A batch of which examples read the answers alone."""
+    return Batch(*[None] * 6, answers=np.asarray(answers), grades=None, weight=None)
+
+
+@pytest.fixture(scope="module")
+def make_examples(folder) -> Callable[..., Examples]:
+    policy = load(folder / "policy")
+
+    def make(target: str, rows=(), **fields) -> Examples:
         config = make_sft_config(folder, target)
         config.update_from_flattened_dict(fields)
-        return Lessons(config, tokenizer, banned, LABELS, rows)
+        data = Rows({"train": LABELS}, {"train": Rows({}, {}, tuple(rows))})
+        return Examples(config, policy, data)
 
-    return make, tokenizer
+    return make
 
 
-def test_labels_alone(lessons):
-    make, tokenizer = lessons
-    given = make("label").samples(("a", "b"), np.asarray([0, 7]))
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load(folder / "policy").processor.tokenizer
+
+
+def test_labels_alone(make_examples, tokenizer):
+    given = make_examples("label").experience(("a", "b"), make_batch([0, 7])).samples
     assert given.tokens.shape == (2, 1, 8)
     for i, label in ((0, "amusement"), (1, "sadness")):
         text = tokenizer.decode(given.tokens[i, 0, : given.lengths[i, 0]])
         assert text == f"\\boxed{{{label}}}<|im_end|>"
     assert given.ended.all() and not given.tokens[0, 0, given.lengths[0, 0] :].any()
     with pytest.raises(ConfigError, match=r"rollout\.max_tokens=2: a boxed label takes \d tokens"):
-        make("label", **{"rollout.max_tokens": 2})
+        make_examples("label", **{"rollout.max_tokens": 2})
 
 
-def test_responses_of_rows(lessons):
-    make, tokenizer = lessons
+def test_responses_of_rows(make_examples, tokenizer):
     rows = [
         Texts("?", "awe", "two", responses=("sad", "it feels sad")),
         Texts("?", "awe", "none"),
         Texts("?", "awe", "long", responses=("sad " * 40, "afraid")),
         Texts("?", "awe", "special", responses=("sad<|image_pad|>",)),
     ]
-    found = make("response", rows, **{"sft.responses": 2})
-    given = found.samples(("special", "two", "long", "none"), np.zeros(4))
+    found = make_examples("response", rows, **{"sft.responses": 2})
+    given = found.experience(("special", "two", "long", "none"), make_batch([0] * 4)).samples
     assert given.tokens.shape == (4, 2, 8)
     assert (given.lengths > 0).tolist() == [[False] * 2, [True] * 2, [True, False], [False] * 2]
     assert tokenizer.decode(given.tokens[1, 1][: given.lengths[1, 1]]) == "it feels sad<|im_end|>"
@@ -89,9 +109,13 @@ def test_responses_of_rows(lessons):
     }
     assert found.describe() == "learning 3 responses to 2 rows"
     # At most so many of each row.
-    assert make("response", rows, **{"sft.responses": 1}).describe().startswith("learning 1 resp")
+    assert (
+        make_examples("response", rows, **{"sft.responses": 1})
+        .describe()
+        .startswith("learning 1 resp")
+    )
     with pytest.raises(DataError, match="no row has a response to learn from \\(1 no_response"):
-        make("response", rows[1:2])
+        make_examples("response", rows[1:2])
 
 
 def test_a_right_response_names_every_cue_and_boxes_the_label():

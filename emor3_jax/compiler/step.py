@@ -238,7 +238,7 @@ def abstract_tables(vocabulary: int, patterns: tuple[str, ...] = ()) -> Tables:
         *(one, array(60, 145), array(60, 145), array(2), array(60), array(2)),
         *(array(vocabulary + 1), array(vocabulary + 1), array(vocabulary // 2, 31)),
     )
-    replies = {"coherence": automaton(101, 60), "consistency": automaton(20, 8)}
+    replies = {name: automaton(101, 60) for name in QUESTIONS}
     return Tables(automaton(169, 167, 181, *[20] * len(patterns)), replies, spans)
 
 

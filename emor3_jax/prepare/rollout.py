@@ -79,7 +79,8 @@ def make_reply_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:
 
 def make_reward(config: ConfigDict, terms: tuple[Term, ...] | None = None) -> Reward:
     """Returns the reward of `config.reward`; `terms` replaces its custom reward terms."""
-    c, overlong = config.reward, None
+    c = config.reward
+    overlong = None
     if c.overlong and c.overlong_weight:
         overlong = config.rollout.max_tokens, c.overlong, c.overlong_weight
     return Reward(

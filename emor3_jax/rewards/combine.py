@@ -35,7 +35,7 @@ def coherence_score(
     """Returns R_coh, float32[...]: 1 if the reply is the target label.
 
     Args:
-      reply_label: int32[...], as `read_label` gives it.
+      reply_label: int32[...], as `read_reply` gives it.
       target: int32[...], index of the wanted label; negative: none can be right.
       found: bool[...], whether there was a text to judge. Where there was none, the paper's score
         is 0; the release asks for the reply "None", which scores 0.5.
@@ -52,7 +52,7 @@ def consistency_score(yes_no: jax.Array, found: jax.Array, profile: str) -> jax.
     """Returns R_cons, float32[...]: 1 for yes, 0 for no, else 0 (paper) or 0.5 (release).
 
     Args:
-      yes_no: int32[...], as `read_yes_no` gives it.
+      yes_no: int32[...], as `read_reply` gives it.
       found: bool[...], whether there was a text to judge. Where there was none, the score is 0: by
         the paper's rule, and because the release's stand-in "None" contains `no`.
       profile: "paper" or "release".

@@ -1,6 +1,6 @@
 """A run of a program that trains: everything around the algorithm.
 
-run = Run.open("train", config, workdir)
+run = Run("train", config, workdir)
 learner, state = …
 state = run.start(learner, state)            # resumes; evaluates before the first step
 for step, prompts in run.steps():            # ends on a stop signal

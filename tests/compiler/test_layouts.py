@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import pytest
+from support import tiny_step
 
 from emor3_jax.compiler.record import Report
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.parallel import topology
 
 ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def found() -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     done = subprocess.run(
-        [sys.executable, str(HERE / "tiny_step.py")],
+        [sys.executable, "-m", "support.tiny_step"],
         env=environment,
         capture_output=True,
         text=True,
@@ -96,10 +96,6 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def for_tpu() -> tuple[dict[str, Report], Any]:
     """The same programs for the four chips of a v4-8, and what is found in them."""
-    spec = importlib.util.spec_from_file_location("tiny_step", HERE / "tiny_step.py")
-    tiny_step = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tiny_step
-    spec.loader.exec_module(tiny_step)
     mesh = meshes.make_mesh(1, 4, 1, topology.parse("v4-8").devices())
     reports = tiny_step.compile_tiny(mesh, *tiny_step.LAYERS)
     jax.clear_caches()

@@ -38,7 +38,7 @@ def test_every_program_of_a_real_step_is_foretold(case: str, tmp_path: Path) -> 
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
-    command = [sys.executable, str(Path(__file__).with_name("real_step.py")), str(tmp_path), case]
+    command = [sys.executable, "-m", "support.real_step", str(tmp_path), case]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

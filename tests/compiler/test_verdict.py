@@ -37,7 +37,11 @@ def test_the_table_has_sizes_arithmetic_and_what_does_not_fit() -> None:
 
 def test_a_step_that_fits_names_the_largest_program() -> None:
     said = verdict(
-        [report("decode", 5.0), report("update", 5.5)], default(), tiny.make_config(), 4, 6 * GIB
+        [report("decode", 5.0), report("update", 5.5)],
+        default(),
+        tiny.make_policy().shapes,
+        4,
+        6 * GIB,
     )
     assert said == "fits: at most 5.50 of 6.00 GiB a device are needed (update)"
 
@@ -55,7 +59,7 @@ def test_what_does_not_fit_is_told_what_to_change(
 ) -> None:
     config = default()
     config.policy_update.update(change)
-    said = verdict([report(name, 7.0)], config, tiny.make_config(), 4, 6 * GIB)
+    said = verdict([report(name, 7.0)], config, tiny.make_policy().shapes, 4, 6 * GIB)
     assert said.startswith(f"does not fit: {name} needs 7.00 of 6.00 GiB a device\n")
     assert f"change {advice}" in said and "change mesh.tensor=1: 2" in said
     assert not_advised not in said and "a larger slice" in said

@@ -368,7 +368,7 @@ def test_hosts_share_an_evaluation(evaluation, dirty, limit):
     places = [[0, 1], [2, 3]]
 
     def one_host(host, exchange):
-        options = {"limit": limit, "places": places[host], "exchange": exchange}
+        options = {"limit": limit, "host_rows": places[host], "exchange": exchange}
         return evaluation(dirty, batch_size=4, **options)
 
     parts = on_hosts(2, one_host)
@@ -503,7 +503,7 @@ def test_rows_of_like_size_share_a_batch(train, make, tmp_path):
 
     def windows(**options) -> list[int]:
         batches = train(source, batch_size=4, **options)
-        return [next(batches)[0].images.mask.shape[1] for _ in range(24)]
+        return [next(batches)[0].images.mask.shape[2] for _ in range(24)]
 
     # By chance a batch of four holds a large one in 15 of 16 cases.
     assert windows().count(1) < 6

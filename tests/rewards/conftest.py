@@ -1,15 +1,14 @@
 """Tokenizers, hostile texts and ways to spell them, shared by the reward tests."""
 
 import functools
-import importlib.util
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import oracle as reward_oracle
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -161,8 +160,8 @@ def read_all(tables, tokens, lengths):
     coherence, consistency = rewards.cut_spans(tables, tokens, lengths)
     return {
         "response": rewards.score_response(tables, tokens, lengths),
-        "label": rewards.read_label(tables, tokens, lengths),
-        "yes_no": rewards.read_yes_no(tables, tokens, lengths),
+        "label": rewards.read_reply(tables, "coherence", tokens, lengths),
+        "yes_no": rewards.read_reply(tables, "consistency", tokens, lengths),
         "coherence": coherence,
         "consistency": consistency,
     }
@@ -257,9 +256,4 @@ def tools():
 @pytest.fixture(scope="session")
 def oracle():
     """The rules in plain Python."""
-    spec = importlib.util.spec_from_file_location(
-        "reward_oracle", Path(__file__).with_name("oracle.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return reward_oracle

@@ -5,20 +5,20 @@ import numpy as np
 import pytest
 
 from emor3_jax import rewards
-from emor3_jax.rewards import automaton, cache
+from emor3_jax.rewards import automaton, cache, spans
 
 
 @pytest.fixture
 def built(straddling, monkeypatch):
     """How often tables were built, counted by their span tables."""
     calls = []
-    build = rewards.spans.build_spans
+    build = spans.build_spans
 
     def count(tokens):
         calls.append(len(tokens))
         return build(tokens)
 
-    monkeypatch.setattr(rewards.spans, "build_spans", count)
+    monkeypatch.setattr(spans, "build_spans", count)
     return calls
 
 
@@ -30,8 +30,10 @@ def same(a, b) -> bool:
 def test_what_is_read_is_what_was_built(straddling, labels, built, tmp_path):
     folder = tmp_path / "made" / "here"
     tokenizer = straddling.tokenizer
-    first = rewards.Scorer(tokenizer, labels, patterns=["jo+y"], cache=folder)
-    again = rewards.Scorer(tokenizer, labels, "release", patterns=["jo+y"], cache=folder)
+    term = rewards.Term("joyful", 0.1, "jo+y")
+    paper, release = (rewards.Reward(profile, terms=(term,)) for profile in ("paper", "release"))
+    first = rewards.Scorer(tokenizer, labels, reward=paper, cache=folder)
+    again = rewards.Scorer(tokenizer, labels, reward=release, cache=folder)
     assert len(built) == 1 and same(first.tables, again.tables)
     assert again.score_text(["\\boxed{joy}"], ["joy"])["accuracy"].tolist() == [1.0]
     assert [path.suffix for path in folder.iterdir()] == [".npz"]
@@ -41,7 +43,7 @@ def test_other_labels_patterns_or_code_are_other_tables(straddling, labels, buil
     tokenizer = straddling.tokenizer
     rewards.Scorer(tokenizer, labels, cache=tmp_path)
     rewards.Scorer(tokenizer, labels[::-1], cache=tmp_path)
-    rewards.Scorer(tokenizer, labels, patterns=["a"], cache=tmp_path)
+    rewards.make_tables(tokenizer, labels, ["a"], tmp_path)
     assert len(built) == len(list(tmp_path.iterdir())) == 3
     assert cache.key([b"ab", b"c"], ["d"]) != cache.key([b"a", b"bc"], ["d"])
     assert cache.key([b"a"], ["b", "c"]) != cache.key([b"a"], ["b"], ["c"])
@@ -70,5 +72,5 @@ def test_a_torn_or_changed_file_is_built_anew(straddling, labels, built, tmp_pat
 def test_a_folder_that_cannot_be_written_is_no_error(straddling, labels, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     scorer = rewards.Scorer(straddling.tokenizer, labels, cache=tmp_path / "file" / "folder")
-    assert isinstance(scorer.tables.reply, automaton.Automaton)
+    assert isinstance(scorer.tables.replies["coherence"], automaton.Automaton)
     assert "are not kept" in caplog.text

@@ -10,6 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from emor3_jax import rewards
+from emor3_jax.rewards.combine import (
+    coherence_probability,
+    combine,
+    consistency_probability,
+    graded_accuracy,
+)
 
 KEYS = ("format", "accuracy", "coherence", "consistency", "overall")
 MODES = list(itertools.product(("paper", "release"), ("label", "answer")))
@@ -17,7 +23,7 @@ MODES = list(itertools.product(("paper", "release"), ("label", "answer")))
 
 def expect(oracle, labels, responses, answers, replies, scorer):
     rows = [
-        oracle.scores(*row, scorer.profile, scorer.coherence_target)
+        oracle.scores(*row, scorer.reward.profile, scorer.reward.coherence_target)
         for row in zip(responses, answers, itertools.repeat(labels), replies, strict=False)
     ]
     return {key: np.asarray([row[key] for row in rows], np.float32) for key in KEYS}
@@ -101,13 +107,14 @@ def test_the_target_may_be_the_own_answer(build_scorer):
 
 
 def test_weights():
-    scores = np.float32([1]), np.float32([0.5]), np.float32([1]), np.float32([0])
+    reflections = [np.float32([1]), np.float32([0])]
+    scores = np.float32([1]), np.float32([0.5]), reflections
     options = {"lambda_reflect": 0.3, "lambda_format": 0.2}
-    paper = rewards.combine(*scores, profile="paper", **options)
+    paper = combine(*scores, profile="paper", **options)
     assert paper[0] == pytest.approx(0.5 * 0.5 + 0.3 * 0.5 + 0.2)
-    off = rewards.combine(*scores, profile="paper", reflect=False, **options)
+    off = combine(*scores, profile="paper", reflect=False, **options)
     assert off[0] == pytest.approx(0.8 * 0.5 + 0.2)
-    release = rewards.combine(*scores, profile="release", **options)
+    release = combine(*scores, profile="release", **options)
     assert release[0] == pytest.approx(0.5 * 0.5 + 0.3 + 0.2)
 
 
@@ -156,13 +163,15 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(labels):
 
 
 def test_soft_scores_by_hand():
-    labels = np.float32([[0.2, 0.5, 0.3]] * 3)
-    yes, target = np.float32([0.9, 0.4, 0.7]), np.int32([1, -1, 2])
+    labels, target = np.float32([[0.2, 0.5, 0.3]] * 3), np.int32([1, -1, 2])
+    replies = np.float32([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
     found = np.array([True, True, False])
-    coherence, consistency = rewards.soft_scores(labels, yes, target, found, found, "paper")
+    coherence = coherence_probability(labels, target, found, "paper")
+    consistency = consistency_probability(replies, found, "paper")
     np.testing.assert_allclose(coherence, [0.5, 0, 0])
     np.testing.assert_allclose(consistency, [0.9, 0.4, 0], rtol=1e-6)
-    coherence, consistency = rewards.soft_scores(labels, yes, target, found, found, "release")
+    coherence = coherence_probability(labels, target, found, "release")
+    consistency = consistency_probability(replies, found, "release")
     np.testing.assert_allclose(coherence, [0.5, 0, 0.5])
     np.testing.assert_allclose(consistency, [0.9, 0.4, 0], rtol=1e-6)
 
@@ -170,5 +179,5 @@ def test_soft_scores_by_hand():
 def test_graded_accuracy_by_hand():
     grades = jnp.asarray([[1.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
     answer = jnp.asarray([[0, 1, -1], [0, 2, 2]])
-    found = rewards.graded_accuracy(answer, grades)
+    found = graded_accuracy(answer, grades)
     assert found.tolist() == [[1.0, 0.5, 0.0], [0.0, 1.0, 1.0]]

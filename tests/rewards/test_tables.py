@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from emor3_jax import rewards
 from emor3_jax.rewards import automaton, rules, spans
+from emor3_jax.rewards.combine import coherence_score, combine, consistency_score
 
 BATCHES = 24
 QUIET = settings(
@@ -149,14 +150,10 @@ def test_nothing_crosses_to_the_host(straddling, build_tables, tools):
     def reward(tables, tokens, lengths, target):
         said = tools.read_all(tables, tokens, lengths)
         format_, answer = said["response"]
-        coherence = rewards.coherence_score(
-            said["label"], target, said["coherence"].found, "release"
-        )
-        consistency = rewards.consistency_score(
-            said["yes_no"], said["consistency"].found, "release"
-        )
+        coherence = coherence_score(said["label"], target, said["coherence"].found, "release")
+        consistency = consistency_score(said["yes_no"], said["consistency"].found, "release")
         accuracy = (answer == target).astype(jnp.float32)
-        return rewards.combine(format_, accuracy, coherence, consistency, profile="release")
+        return combine(format_, accuracy, [coherence, consistency], profile="release")
 
     tables = build_tables(straddling)
     text = b"<step1>a</step1><step2>b</step2><step3>c</step3>\\boxed{joy}"

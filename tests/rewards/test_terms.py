@@ -7,7 +7,8 @@ from emor3_jax.rewards.terms import make_term
 
 
 def test_patterns_are_read_beside_the_rules(straddling, labels):
-    scorer = rewards.Scorer(straddling.tokenizer, labels, patterns=[r"^<step1>", r"jo+y"])
+    terms = (rewards.Term("opened", 0.1, r"^<step1>"), rewards.Term("joyful", 0.1, r"jo+y"))
+    scorer = rewards.Scorer(straddling.tokenizer, labels, reward=rewards.Reward(terms=terms))
     tokens, lengths = scorer._spell(["<step1> jooy", " <step1>", "\\boxed{joy}"])
     format_, answer, first, second = rewards.score_response(scorer.tables, tokens, lengths)
     assert format_.tolist() == [0, 0, 0] and answer.tolist() == [-1, -1, 0]

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import tiny_run  # noqa: E402
+from support import tiny_run  # noqa: E402
 
 from emor3_jax import sft, train  # noqa: E402
 from emor3_jax.config import reward_term  # noqa: E402

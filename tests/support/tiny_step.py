@@ -20,13 +20,13 @@ from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.config import default
-from emor3_jax.models import FAMILIES, params, policy
+from emor3_jax.models import params, policy
 from emor3_jax.models.policy import Policy
 from emor3_jax.models.qwen2_5_vl import decoder, tower
 from emor3_jax.parallel import mesh as meshes
 
 # Widths unlike each other and unlike any length, so that a shape tells what it is.
-SHAPES = tiny.make_config(
+POLICY = tiny.make_policy(
     vision=dataclasses.replace(
         tiny.VISION, depth=3, hidden_size=56, intermediate_size=72, out_hidden_size=96
     ),
@@ -38,7 +38,7 @@ SHAPES = tiny.make_config(
     mrope_section=(3, 4, 5),
     tie_word_embeddings=False,
 )
-POLICY = Policy(FAMILIES["qwen2_5_vl"], SHAPES)
+SHAPES = POLICY.shapes
 QUESTIONS = {"coherence": (6, 9), "consistency": (4, 7)}
 LAYERS = ("weight_sync", "decode", "reference", "update")
 
