@@ -15,7 +15,7 @@ NAMES = ("q_proj", "down_proj", "visual/qkv", "visual/mlp_2")
 
 @pytest.fixture(scope="module")
 def base():
-    return jax.jit(POLICY.init)(jax.random.key(0))
+    return tiny.strong_params(POLICY)
 
 
 @pytest.fixture(scope="module")
