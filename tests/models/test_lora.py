@@ -15,7 +15,7 @@ NAMES = ("q_proj", "down_proj", "visual/qkv", "visual/mlp_2")
 
 @pytest.fixture(scope="module")
 def base():
-    return POLICY.init(jax.random.key(0))
+    return tiny.strong_params(POLICY)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_gradients_are_those_through_merged_kernels(base, adapters):
     lora = Lora(base, jnp.float32(0.5))
     weight = jax.random.normal(jax.random.key(3), see_and_read(base).shape)
     ours, theirs = (
-        jax.grad(lambda x, put=put: jnp.sum(weight * see_and_read(put(x))))(adapters)
+        jax.jit(jax.grad(lambda x, put=put: jnp.sum(weight * see_and_read(put(x)))))(adapters)
         for put in (lora.overlay, lora.merge)
     )
     assert jax.tree.structure(ours) == jax.tree.structure(adapters)

@@ -1,14 +1,18 @@
-"""Run by test_hosts, as one process of several or alone: a job on four devices.
+"""Run by test_hosts, as one process of several or alone: jobs on four devices, one after the other.
 
-    python host_run.py FOLDER WORKDIR STEPS [INTERRUPT]
+    python host_run.py FOLDER JOBS
 
-FOLDER holds policy and data. With INTERRUPT=n this process gets SIGTERM while the n-th batch is
-read, which is during step n - 1.
+FOLDER holds policy and data. JOBS is JSON: [[workdir, steps, interrupt], …]. With `interrupt` this
+process gets SIGTERM while that batch is read, which is during the step before; 0 lets it be. Later
+jobs find the programs of the earlier ones compiled. Each job prints `job WORKDIR` before anything
+else, and `ended` or `stopped` at last.
 """
 
+import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -17,6 +21,8 @@ from support import tiny_run
 from emor3_jax import prepare
 from emor3_jax.config import reward_term
 from emor3_jax.train import train
+
+_OPEN_DATA = prepare.open_data
 
 
 def make_config(folder: Path, steps: int) -> ConfigDict:
@@ -33,12 +39,11 @@ def make_config(folder: Path, steps: int) -> ConfigDict:
     return config
 
 
-def interrupt(number: int) -> None:
-    """Sends this process SIGTERM when the n-th batch of training is asked for."""
-    open_data = prepare.open_data
+def interrupted(number: int) -> Callable:
+    """Returns an `open_data` that sends this process SIGTERM when the n-th batch is asked for."""
 
     def opened(*args):
-        data = open_data(*args)
+        data = _OPEN_DATA(*args)
         following = type(data.train).__next__
 
         class Signalling(type(data.train)):
@@ -53,15 +58,16 @@ def interrupt(number: int) -> None:
         data.train.__class__ = Signalling
         return data
 
-    prepare.open_data = opened
+    return opened
 
 
 def main() -> None:
-    folder, workdir = map(Path, sys.argv[1:3])
-    if len(sys.argv) > 4:
-        interrupt(int(sys.argv[4]))
-    results = train(make_config(folder, int(sys.argv[3])), workdir)
-    print("ended" if results else "stopped")
+    folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for workdir, steps, interrupt in jobs:
+        print("job", workdir, flush=True)
+        prepare.open_data = interrupted(interrupt) if interrupt else _OPEN_DATA
+        results = train(make_config(folder, steps), Path(workdir))
+        print("ended" if results else "stopped", flush=True)
 
 
 if __name__ == "__main__":

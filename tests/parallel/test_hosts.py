@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,28 +21,38 @@ from emor3_jax.parallel.mesh import MeshError
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder: Path, workdir: Path, processes: int, *args: object, last_args=()) -> list[str]:
-    """Runs the job on 4 devices in all; returns what each process printed."""
+Job = tuple[Path, int, int]
+"""Folder of a run, its steps, and the batch at which a process gets SIGTERM; 0 for none."""
+
+
+def run(folder: Path, *jobs_of_each: list[Job]) -> list[list[str]]:
+    """Runs jobs on 4 devices in all, shared by as many processes as there are lists.
+
+    Returns:
+      What each process printed of each job.
+    """
+    processes = len(jobs_of_each)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+        # Compiling takes longer than running.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         hosts.ADDRESS: f"localhost:{port}",
         hosts.COUNT: str(processes),
     }
-    command = [sys.executable, str(Path(__file__).with_name("host_run.py"))]
-    command += map(str, (folder, workdir, *args))
-    logs = [workdir.with_suffix(f".{i}.log") for i in range(processes)]
+    command = [sys.executable, str(Path(__file__).with_name("host_run.py")), str(folder)]
+    logs = [folder / f"{i}-of-{processes}.log" for i in range(processes)]
     running = []
-    for i, log in enumerate(logs):
-        more = list(map(str, last_args)) if i == processes - 1 else []
+    for i, (log, jobs) in enumerate(zip(logs, jobs_of_each, strict=True)):
+        given = json.dumps([[str(workdir), *rest] for workdir, *rest in jobs])
         with log.open("w") as out:
             running.append(
                 subprocess.Popen(
-                    command + more,
+                    [*command, given],
                     env=environment | {hosts.INDEX: str(i)},
                     stdout=out,
                     stderr=subprocess.STDOUT,
@@ -49,7 +61,26 @@ def run(folder: Path, workdir: Path, processes: int, *args: object, last_args=()
     codes = [process.wait(timeout=600) for process in running]
     printed = [log.read_text() for log in logs]
     assert codes == [0] * processes, "\n".join(text[-3000:] for text in printed)
-    return printed
+    return [re.split(r"^job .*$", text, flags=re.MULTILINE)[1:] for text in printed]
+
+
+class Runs(NamedTuple):
+    """Folders of the runs, and what the two processes printed of those that they shared.
+
+    Attributes:
+      one: a whole run of one process with four devices.
+      two: the same by two processes with two devices each.
+      stopped: another by two, one of which got a signal during the first step.
+      checkpoints: steps of the checkpoints that were there then; one process went on from them.
+      printed_two, printed_stopped: by each process.
+    """
+
+    one: Path
+    two: Path
+    stopped: Path
+    checkpoints: list[int]
+    printed_two: list[str]
+    printed_stopped: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +89,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(folder) -> Path:
-    """A whole run of one process with four devices."""
-    run(folder, folder / "one", 1, 3)
-    return folder / "one"
-
-
-@pytest.fixture(scope="module")
-def two(folder, one) -> tuple[Path, list[str]]:
-    """The same by two processes with two devices each; what was compiled is at hand."""
-    return folder / "two", run(folder, folder / "two", 2, 3)
+def runs(folder) -> Runs:
+    one, two, stopped = (folder / name for name in ("one", "two", "stopped"))
+    first, second = run(folder, *([(stopped, 3, at), (two, 3, 0)] for at in (0, 2)))
+    checkpoints = [int(path.name) for path in (stopped / "checkpoints").iterdir()]
+    run(folder, [(one, 3, 0), (stopped, 3, 0)])
+    printed_stopped, printed_two = zip(first, second, strict=True)
+    return Runs(one, two, stopped, checkpoints, list(printed_two), list(printed_stopped))
 
 
 def assert_same_run(workdir: Path, other: Path) -> None:
@@ -85,38 +113,34 @@ def assert_same_run(workdir: Path, other: Path) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
-def test_two_processes_run_the_job_as_one_does(one, two, folder):
-    workdir, _ = two
-    assert_same_run(workdir, one)
+def test_two_processes_run_the_job_as_one_does(runs, folder):
+    assert_same_run(runs.two, runs.one)
     # What makes the comparison worth something.
     base = load(folder / "policy").params
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), load(workdir / "policy").params, base)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), load(runs.two / "policy").params, base)
     assert max(jax.tree.leaves(moved)) > 1e-4
-    left_out = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    left_out = json.loads((runs.two / "metrics.jsonl").read_text().splitlines()[-1])
     assert left_out["data/unreadable_image"] == left_out["data/unknown_answer"] == 1
 
 
-def test_one_of_two_processes_writes(one, two):
-    workdir, printed = two
+def test_one_of_two_processes_writes(runs):
+    printed = runs.printed_two
     assert "report:" in printed[0] and "[train" not in printed[1]
     names = [
         sorted(str(path.relative_to(each)) for path in each.rglob("*.html"))
-        for each in (workdir, one)
+        for each in (runs.two, runs.one)
     ]
     assert names[0] == names[1] and "report.html" in names[0]
-    assert len(list((workdir / "events").iterdir())) == 1
-    sheets = [(each / "samples" / "000001.html").read_text() for each in (workdir, one)]
-    assert sheets[0] == sheets[1]
+    assert len(list((runs.two / "events").iterdir())) == 1
+    galleries = [(each / "samples" / "000001.html").read_text() for each in (runs.two, runs.one)]
+    assert galleries[0] == galleries[1]
 
 
-def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(folder, one):
-    workdir = folder / "stopped"
-    printed = run(folder, workdir, 2, 3, last_args=(2,))
-    assert [text.split()[-1] for text in printed] == ["stopped", "stopped"]
-    assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [1]
-    assert "stopped after step 1" in printed[0]
-    run(folder, workdir, 1, 3)
-    assert_same_run(workdir, one)
+def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(runs):
+    assert [text.split()[-1] for text in runs.printed_stopped] == ["stopped", "stopped"]
+    assert runs.checkpoints == [1]
+    assert "stopped after step 1" in runs.printed_stopped[0]
+    assert_same_run(runs.stopped, runs.one)
 
 
 SLURM = {

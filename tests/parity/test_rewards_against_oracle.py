@@ -5,32 +5,19 @@ broken nesting, Unicode spaces, several and nested boxes, escapes, characters cu
 an order that no text would give.
 """
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from mathruler.grader import extract_boxed_content
+from support import hostile_texts as tools
+from support import oracle
 
 from emor3_jax import rewards
 
 CASES = 1_000_000
 ROWS, WIDTH = 4096, 224
-_FOLDER = Path(__file__).parents[1] / "rewards"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"rewards_{name}", _FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tools, oracle = load("conftest"), load("oracle")
 _NOISE = [b"\xe2", b"\xe2\x80", b"\xc2", b"\xff", b"\x80", b"\xe2\x80 ", b"\xc2\xc2\xa0", b"\xed"]
 
 
@@ -75,7 +62,7 @@ def disagreements(speller, tables, rows) -> int:
 
 @pytest.mark.parametrize("name", list(tools.TOKENIZERS))
 def test_a_million_texts(name, enter):
-    speller = tools._speller(name)
+    speller = tools.speller_of(name)
     tables = jax.device_put(rewards.Scorer(speller.tokenizer, tools.LABELS).tables)
     rng = random.Random(name)
     texts = bad = 0

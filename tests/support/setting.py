@@ -1,10 +1,9 @@
 """A tiny policy with strong random weights, prompts with an image each, and a sampler."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from support import tiny
 
@@ -12,6 +11,7 @@ from emor3_jax.learner.logprobs import LogprobSpec, score_responses
 from emor3_jax.models import Policy
 from emor3_jax.models.cache import KV
 from emor3_jax.rollout.engine import Admission, Engine, Finished, Plan
+from emor3_jax.rollout.rollout import prefill
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.types import Batch, Images, Prompt, Samples
 
@@ -45,20 +45,18 @@ class Setting(NamedTuple):
         )
 
     def prefix(self) -> KV:
-        return self.policy.prefill(self.params, self.prompt, self.images)
+        return prefill(self.params, self.batch, policy=self.policy)
 
     def roll_out(self, sampling: Sampling, seed: int, g: int) -> Samples:
         return self.roll_out_in(Plan(block=4), sampling, seed, g)
 
     def roll_out_in(self, plan: Plan, sampling: Sampling, seed: int, g: int) -> Samples:
-        found = list(self.finish(plan, sampling, seed, g))
-        order = np.argsort(np.concatenate([each.row for each in found]))
-        return jax.tree.map(lambda *x: jnp.concatenate(x)[order], *[each.samples for each in found])
+        return in_order(list(self.finish(plan, sampling, seed, g)))
 
     def finish(self, plan: Plan, sampling: Sampling, seed: int, g: int) -> Iterator[Finished]:
         prompts = len(self.last)
         size = min(plan.refill or plan.slots or prompts, prompts)
-        prefix = jax.jit(self.prefix)()
+        prefix = self.prefix()
 
         def admissions() -> Iterator[Admission]:
             for at in range(0, prompts, size):
@@ -77,6 +75,12 @@ class Setting(NamedTuple):
         return score_responses(
             self.policy, params, self.batch, samples, spec, self.suppressed
         ).logprobs
+
+
+def in_order(found: Sequence[Finished]) -> Samples:
+    """Returns all responses on the host, in the order of their prompts."""
+    order = np.argsort(np.concatenate([each.row for each in found]))
+    return jax.tree.map(lambda *x: np.concatenate(x)[order], *[each.samples for each in found])
 
 
 def build_setting(b: int = 2) -> Setting:

@@ -1,6 +1,6 @@
 """Writes the golden policies that `tests/models` compares with: made by torch and transformers.
 
-Usage: python tests/parity/make_model_goldens.py [folder]
+Usage: python tests/support/model_goldens.py [folder]
 
 Each golden is a folder as transformers 5 writes it (weights in bfloat16, `config.json` nested) and
 a `golden.npz` of inputs, logits and greedy continuations, computed in float32. The weights are

@@ -1,0 +1,148 @@
+"""Run by test_sharding: what 8 fake devices of a CPU compute, beside what one of them does.
+
+Prints a line of JSON for each comparison: its name, the sizes of the mesh and the largest
+difference. An assertion that fails ends the program.
+"""
+
+import json
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling takes longer than running, and both sides are compiled alike.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support import tiny
+from support.setting import build_setting, in_order
+
+from emor3_jax import models
+from emor3_jax.learner.logprobs import LogprobSpec, score_responses
+from emor3_jax.models import weights
+from emor3_jax.models.attention import Own, Shared, attend
+from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
+from emor3_jax.rollout.engine import Plan
+from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.types import Samples
+
+
+def record(name: str, sizes: tuple[int, int, int], difference: float) -> None:
+    print(json.dumps([name, sizes, float(difference)]), flush=True)
+
+
+def score() -> None:
+    """Loss and gradients, each relative to the largest of its array."""
+    setting = build_setting(8)
+    rng = np.random.default_rng(0)
+    responses = rng.integers(8, 60, (8, 2, 6)).astype(np.int32)
+    lengths = rng.integers(1, 7, (8, 2)).astype(np.int32)
+    samples = Samples(responses, np.zeros((8, 2, 6), np.float32), lengths, np.ones((8, 2), bool))
+    used = np.arange(6) < lengths[..., None]
+
+    @jax.jit
+    def loss_and_gradient(params, rows):
+        def loss(params):
+            found = score_responses(
+                setting.policy, params, *rows, LogprobSpec(1.0, 8), setting.suppressed
+            )
+            return np.float32(1 / used.sum()) * (found.logprobs * used).sum()
+
+        return jax.value_and_grad(loss)(params)
+
+    rows = setting.batch, samples
+    wanted = jax.device_get(loss_and_gradient(setting.params, rows))
+    for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)):
+        mesh = make_mesh(*sizes)
+        params = jax.device_put(setting.params, param_shardings(setting.params, mesh))
+        with jax.set_mesh(mesh):
+            found = jax.device_get(loss_and_gradient(params, shard_batch(rows, mesh)))
+        errors = jax.tree.map(
+            lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() + 1e-6)), wanted, found
+        )
+        record("score", sizes, np.max(jax.tree.leaves(errors)))
+
+
+def rollout() -> None:
+    """The number of tokens that differ in a greedy rollout, with prompts in turns."""
+    one = build_setting(16)
+    rule = Sampling(10, 0.0, 1.0, (7, 20, 31, 42, 58))
+    plan = Plan(slots=8, refill=8, block=4, halvings=1)
+    wanted = one.roll_out_in(plan, rule, 0, 4)
+    for sizes in ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)):
+        mesh = make_mesh(*sizes)
+        with jax.set_mesh(mesh):
+            params = jax.device_put(one.params, param_shardings(one.params, mesh))
+            finished = list(one._replace(params=params).finish(plan, rule, 0, 4))
+            for each in finished:
+                for x, axis in ((each.prefix.k, 1), (each.samples.tokens, 0)):
+                    held = x.sharding.shard_shape(x.shape)[axis]
+                    assert held == x.shape[axis] // (sizes[0] * sizes[1]), x.sharding
+            found = in_order(finished)
+        record("rollout", sizes, np.sum(found.tokens != wanted.tokens))
+
+
+def attention() -> None:
+    """Results and gradients of Splash attention."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    arrays = draw(4, 2, 128, 4, 8), draw(4, 2, 2, 8, 128), draw(4, 2, 2, 128, 8)
+    prefix = Shared(
+        draw(4, 2, 8, 40), draw(4, 2, 40, 8), jnp.arange(40) < jnp.array([[40], [3], [20], [39]])
+    )
+
+    @partial(jax.jit, static_argnums=0)
+    @partial(jax.grad, argnums=(1, 2, 3), has_aux=True)
+    def gradients(backend, q, k, v):
+        own = Own(k, v, jnp.ones((4, 2, 128), bool), causal=True)
+        out = attend(q, [prefix, own], backend)
+        return jnp.sum(jnp.sin(out)), out
+
+    wanted = jax.device_get(gradients("xla", *arrays))
+    # The last cuts heads more finely than there are key heads; 8 parts of 4 prompts cannot be.
+    for sizes in ((4, 1, 2), (2, 2, 2), (1, 8, 1), (1, 2, 4)):
+        with jax.set_mesh(make_mesh(*sizes)):
+            found = jax.device_get(gradients("splash_interpret", *arrays))
+        # As np.testing.assert_allclose: relative to what is large.
+        errors = jax.tree.map(
+            lambda a, b: float((np.abs(a - b) - 1e-7 * np.abs(b)).max()), found, wanted
+        )
+        record("attention", sizes, np.max(jax.tree.leaves(errors)))
+
+
+def checkpoint() -> None:
+    """Reads a policy onto the devices, each its own part, and writes it; all bit for bit."""
+    policy = tiny.make_policy(tie_word_embeddings=False)
+    params = tiny.strong_params(policy)
+    equal = partial(jax.tree.map, np.testing.assert_array_equal)
+    for sizes in ((1, 8, 1), (2, 2, 2), (1, 2, 4)):
+        mesh = make_mesh(*sizes)
+        with tempfile.TemporaryDirectory() as folder:
+            models.save(models.LoadedPolicy(policy, params), folder)
+            read = weights.read_params(
+                folder, policy, shardings=lambda shapes, mesh=mesh: param_shardings(shapes, mesh)
+            )
+            equal(read, params)
+            wanted = param_shardings(params, mesh)
+            cut = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), read, wanted)
+            assert all(jax.tree.leaves(cut))
+            assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(read))
+            # What lies on several devices is written as well, and bit for bit.
+            models.save(models.LoadedPolicy(policy, read), folder)
+            equal(weights.read_params(folder, policy), params)
+        record("checkpoint", sizes, 0.0)
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    for part in (score, rollout, attention, checkpoint):
+        part()
