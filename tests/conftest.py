@@ -1,7 +1,13 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from support import compiler_flags
+
+# Before JAX reads them.
+os.environ.setdefault("XLA_FLAGS", compiler_flags.FAST)
 
 import jax
 import pytest

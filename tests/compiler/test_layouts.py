@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import pytest
-from support import tiny_step
+from support import compiler_flags, tiny_step
 
 from emor3_jax.compiler.record import Report
 from emor3_jax.parallel import mesh as meshes
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def found() -> dict[str, Any]:
     """What `tiny_step` finds on 8 devices, without and with faults."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": compiler_flags.on_devices(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }

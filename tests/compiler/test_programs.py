@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import compiler_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ BUILT_IN = {
 @pytest.mark.parametrize("case", ["plain", "everything_else", "adapters"])
 def test_every_program_of_a_real_step_is_foretold(case: str, tmp_path: Path) -> None:
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": compiler_flags.on_devices(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }

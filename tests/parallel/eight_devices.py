@@ -8,12 +8,10 @@ import json
 import os
 import tempfile
 
+from support import compiler_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes longer than running, and both sides are compiled alike.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = compiler_flags.on_devices(8)
 
 from functools import partial
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from support import compiler_flags
 from support.tiny_run import make_folder
 
 from emor3_jax.models import load
@@ -36,9 +37,7 @@ def run(folder: Path, *jobs_of_each: list[Job]) -> list[list[str]]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        # Compiling takes longer than running.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": compiler_flags.on_devices(4 // processes),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         hosts.ADDRESS: f"localhost:{port}",

@@ -30,7 +30,7 @@ def test_what_the_user_can_mend_is_told_in_one_line(kind: str, tmp_path: Path) -
         "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict()\n"
     )
     lines = (
-        "from emor3_jax import cli",
+        "from emor3_jax.runtime import cli",
         "from emor3_jax.errors import UserError",
         "def program(config):",
         f"    raise {kind}('steps=-1: must be 0 or more')",

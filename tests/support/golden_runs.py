@@ -2,7 +2,8 @@
 
     python tests/support/golden_runs.py WORKDIR [--write]
 
-runs all of them and prints what was found as JSON; `--write` replaces `tests/golden/runs.json`.
+runs all of them and writes what was found to `WORKDIR/runs.json`; `--write` writes it to
+`tests/golden/runs.json` too.
 
 A digest stands for every number of a run: a change of the code that should change no number must
 leave it as it is. Digests are comparable between machines of equal processors and equal versions
@@ -160,6 +161,6 @@ def run_all(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     found = json.dumps(run_all(Path(sys.argv[1])), indent=1) + "\n"
-    print(found, end="")
+    (Path(sys.argv[1]) / "runs.json").write_text(found)
     if sys.argv[2:] == ["--write"]:
         GOLDEN.write_text(found)
