@@ -23,7 +23,7 @@ class Shapes(Protocol):
       vision: of the tower.
       vocab_size: `V`, rows of the embedding.
       hidden_size: `D`.
-      num_layers, num_kv_heads, head_dim: of the decoder.
+      intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: of the decoder.
       tie_word_embeddings: whether the head is the embedding.
       image_token_id: id that stands for a feature of an image.
       merge_unit: patches of one image token.
@@ -33,7 +33,9 @@ class Shapes(Protocol):
     vision: Any
     vocab_size: int
     hidden_size: int
+    intermediate_size: int
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     tie_word_embeddings: bool
