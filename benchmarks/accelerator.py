@@ -4,7 +4,7 @@
 
 Measures the machine first: the bytes a second of a large copy, read and written, and the rate of a
 large bfloat16 product. Then each program, as the rollout and the learner call it, on random weights
-and pictures made on the device:
+and images made on the device:
 
 * decode: a block of tokens of the engine, `--slots` prompts of G responses, with the keys of the
   prompts and a ring of cached tokens. The least that a token must move: decoder and head once, each
@@ -62,7 +62,7 @@ KL_COEF = 1e-2
 LOGPROBS = LogprobSpec(temperature=1.0, chunk=1024)
 """These three are the default config's, as is the optimizer."""
 _START = 5
-"""Where in a prompt the picture begins."""
+"""Where in a prompt the image begins."""
 _NOMINAL = {"H200": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12, "H100": 3.35e12}
 """Bytes a second by the data sheets, by what the device's kind holds; the first that fits."""
 
@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
     """How large everything is.
 
     Attributes:
-      side: of a picture in pixels.
+      side: of an image in pixels.
       prompt: P, tokens of a prompt but its last one.
       responses: G.
       places: of the ring, full when the block of decoding ends.
@@ -197,7 +197,7 @@ def parameters(policy: Policy) -> tuple[Any, Any]:
 
 
 def make_batch(policy: Policy, sizes: Sizes, prompts: int) -> Batch:
-    """Returns prompts of a picture and random text; the patches are abstract."""
+    """Returns prompts of an image and random text; the patches are abstract."""
     shapes, side = policy.shapes, sizes.side // policy.shapes.vision.patch_size
     text = np.random.default_rng(0).integers(0, shapes.image_token_id, (prompts, sizes.prompt))
     text[:, _START - 1] = shapes.vision_start_token_id

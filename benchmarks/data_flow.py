@@ -128,7 +128,7 @@ def ratio_table(costs: dict[str, dict[str, Cost]]) -> str:
       costs: layout → phase → cost; "grouped" and others.
     """
     lines = [
-        "| beside grouped | decoder tokens | vision passes | pictures | model FLOPs "
+        "| beside grouped | decoder tokens | vision passes | images | model FLOPs "
         "| executed FLOPs |",
         "|---|---:|---:|---:|---:|---:|",
     ]

@@ -4,7 +4,7 @@
         RUN/predictions/fer2013.jsonl …
 
 reads what `emor3_jax.evaluate` and `emor3_jax.train` leave, for policies that learned from
-`emor3_jax.embedded.faces.tasks`. With `--shared`, it leaves out the rows whose pictures
+`emor3_jax.embedded.faces.tasks`. With `--shared`, it leaves out the rows whose images
 `emor3_jax.inspect` found in another set too, as it does with FER-2013's parts. With
 `--against`, it counts the rows that are right in one file alone.
 """
@@ -82,7 +82,7 @@ def right_alone(path: Path, other: Path, left_out: Set[str] = frozenset()) -> tu
 
 
 def shared_rows(path: Path) -> set[str]:
-    """Returns the ids of rows whose picture another set has too, as `inspect.json` tells them."""
+    """Returns the ids of rows whose image another set has too, as `inspect.json` tells them."""
     pairs = json.loads(path.read_text())["shared"].values()
     return {row for found in pairs for pair in found for row in pair}
 

@@ -1,9 +1,9 @@
 """Generation alone beside transformers' generate. python -m benchmarks.generation
 
 Both sample G responses to each of B prompts with the same policy of 26.5 million parameters
-(`small_policy`), the same pictures and the same questions, at temperature 1 without top-p, and take
-turns. A run is all of it: pictures through the vision tower, prompts, and token after token.
-Pictures are cut into patches and questions tokenised beforehand, on both sides, and all programs
+(`small_policy`), the same images and the same questions, at temperature 1 without top-p, and take
+turns. A run is all of it: images through the vision tower, prompts, and token after token.
+Images are cut into patches and questions tokenised beforehand, on both sides, and all programs
 compiled.
 
 * 2 x 4: every response has exactly 64 tokens.
@@ -13,7 +13,7 @@ compiled.
 
 Tokens per second count the tokens of responses, the one that ends them included, not padding. The
 best of transformers (`peer_generate`: float32 and bfloat16, growing and static cache) is compared
-with our best, twice: generate by itself with `num_return_sequences`, which encodes each picture
+with our best, twice: generate by itself with `num_return_sequences`, which encodes each image
 once and reads each prompt G times; and with the prompt's cache made beforehand and repeated by
 hand, the most that its users can share. Checked in each run: all ways of transformers give the same
 most probable tokens in float32, and so do we.
@@ -40,7 +40,7 @@ from emor3_jax.rollout.rollout import prefill
 
 RUNS, WARM_UP = 7, 2
 CASES = ((2, 4, 224, False), (8, 8, 224, True))
-"""Prompts, responses, side of a picture, whether lengths are ragged."""
+"""Prompts, responses, side of an image, whether lengths are ragged."""
 TOKENS, BLOCK = 64, 16
 """T, and after how many tokens ended responses are looked for where lengths are ragged."""
 ENDS = 40
@@ -142,9 +142,9 @@ def check_greedy(theirs: list[list[int]], tokens: np.ndarray, lengths: np.ndarra
 
 
 def main() -> None:
-    """Writes policy and pictures, runs the cases, prints the tables."""
+    """Writes policy and images, runs the cases, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, help="keep policy and pictures here")
+    parser.add_argument("--folder", type=Path, help="keep policy and images here")
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
     options = parser.parse_args()

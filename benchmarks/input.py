@@ -1,9 +1,9 @@
 """How fast rows become batches, and how much memory that takes. python -m benchmarks.input
 
-Images a second by worker processes and picture size, at the picture sizes of the main job and of
+Images a second by worker processes and image size, at the image sizes of the main job and of
 the Qwen2.5-VL-3B configs, beside what a training step of the main job's shapes consumes (a policy
 of its size with random weights); then resident memory, worker processes included, over 50,000 rows.
-Pictures are generated: smooth colours with noise, saved as JPEG.
+Images are generated: smooth colours with noise, saved as JPEG.
 """
 
 import io
@@ -33,14 +33,14 @@ from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.train import train
 
 LABELS = label_set("mikels8")
-PICTURES = 128
+IMAGES = 128
 BATCH = 32
 ROWS = 50_000
 STEPS = 4
 
 DEMO = ImageSettings(min_pixels=112**2, max_pixels=112**2)
 HOST = ImageSettings(min_pixels=262_144, max_pixels=401_408)
-"""As `configs/tpu_*.py` and `configs/gpu.py` scale pictures."""
+"""As `configs/tpu_*.py` and `configs/gpu.py` scale images."""
 
 
 def photo(seed: int, height: int, width: int) -> bytes:
@@ -54,14 +54,14 @@ def photo(seed: int, height: int, width: int) -> bytes:
     return out.getvalue()
 
 
-def write_rows(folder: Path, count: int, height: int, width: int, pictures: int) -> str:
-    """Writes JSON lines of `count` rows over `pictures` files; returns the file."""
+def write_rows(folder: Path, count: int, height: int, width: int, images: int) -> str:
+    """Writes JSON lines of `count` rows over `images` files; returns the file."""
     folder.mkdir(parents=True)
-    for i in range(pictures):
+    for i in range(images):
         (folder / f"{i}.jpg").write_bytes(photo(i, height, width))
     with (folder / "rows.jsonl").open("w") as file:
         for i in range(count):
-            row = {"image": f"{i % pictures}.jpg", "answer": LABELS[i % len(LABELS)]}
+            row = {"image": f"{i % images}.jpg", "answer": LABELS[i % len(LABELS)]}
             file.write(json.dumps(row) + "\n")
     return str(folder / "rows.jsonl")
 
@@ -141,7 +141,7 @@ def main() -> None:
     """Prints the tables."""
     policy = random_policy(DEMO)
     print(f"{date.today()}, {os.cpu_count()} cores\n")
-    print("| pictures | scaled to | workers | images a second | 512 of them, seconds |")
+    print("| images | scaled to | workers | images a second | 512 of them, seconds |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -150,7 +150,7 @@ def main() -> None:
             (480, 640, HOST, "at most 401,408 pixels"),
             (960, 1280, HOST, "at most 401,408 pixels"),
         ):
-            path = write_rows(folder / f"{width}", PICTURES, height, width, PICTURES)
+            path = write_rows(folder / f"{width}", IMAGES, height, width, IMAGES)
             for workers in (0, 1, 2):
                 rate = images_a_second(batches_of(path, policy, images, workers))
                 size = f"{width} x {height}"
@@ -159,7 +159,7 @@ def main() -> None:
         wanted = cpu_demo.get_config().rollout.prompts
         print(
             f"\nA step of the main job's shapes takes {step['time/step_s']:.2f} s for {wanted} "
-            f"pictures: {wanted / step['time/step_s']:.0f} a second. It waits "
+            f"images: {wanted / step['time/step_s']:.0f} a second. It waits "
             f"{1000 * step['time/data_s']:.0f} ms for them.\n"
         )
         print(f"Resident memory, MiB, while {ROWS} rows of 64 x 64 pixels are read once:\n")

@@ -171,7 +171,7 @@ def read_cell(workdir: Path) -> Cell:
 
     Returns:
       "scores": data set → name of `SCORES` → value; "curve": [step, accuracy in domain] of each
-      evaluation; "step_seconds": of all steps; "drawn", "learned": pictures; "responses": sampled
+      evaluation; "step_seconds": of all steps; "drawn", "learned": images; "responses": sampled
       in training.
     """
     if not (workdir / "metrics.jsonl").exists():
@@ -313,7 +313,7 @@ def _curves(cells: Cells, seeds: Sequence[int]) -> list[str]:
     steps = sorted({step for found in curves.values() for curve in found for step in curve})
     text = [
         "Accuracy in % on emoscenes by step, mean over the seeds. The first and the last are of",
-        "all its pictures, those between of its first 200.",
+        "all its images, those between of its first 200.",
         "",
     ]
 
@@ -340,7 +340,7 @@ def _costs(cells: Cells, seeds: Sequence[int]) -> list[str]:
         whole = [cell["seconds"] for cell in found if cell["seconds"] is not None]
         return [ROWS[row], *counts, steps, spread(whole, 0)]
 
-    heads = ["row", "pictures learned from", "pictures drawn", "responses sampled"]
+    heads = ["row", "images learned from", "images drawn", "responses sampled"]
     heads += ["seconds of steps", "seconds of programs"]
     return _table(heads, map(line, ROWS))
 

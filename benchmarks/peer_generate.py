@@ -6,7 +6,7 @@ For every line on its standard input it generates once in each of its ways and a
 seconds and numbers of tokens. Imports neither JAX nor `emor3_jax`.
 
 The ways are float32 and bfloat16 weights, each with a growing and a static cache and
-`num_return_sequences`, by which transformers encodes each picture once but still reads each prompt
+`num_return_sequences`, by which transformers encodes each image once but still reads each prompt
 G times; and "shared": each prompt is read once, its cache is repeated G times, growing or made
 static, and generate goes on from there. Attention is scaled_dot_product_attention.
 torch.compile is left off, as transformers does on CPU.
@@ -36,7 +36,7 @@ class Job(NamedTuple):
     Attributes:
       policy: folder of the policy.
       rows: parquet file; its first `prompts` rows are read.
-      question: what is asked of each picture, without the picture.
+      question: what is asked of each image, without the image.
       prompts, responses, tokens: B, G, T.
       stop: ids that end a response.
     """
@@ -54,7 +54,7 @@ def read_inputs(job: Job) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Returns the prompts as transformers' processor lays them out, and the special ids."""
     processor = load_processor(Path(job.policy))
     table = pq.read_table(job.rows).to_pylist()[: job.prompts]
-    pictures = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in table]
+    images = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in table]
     chats = [
         [
             {
@@ -62,10 +62,10 @@ def read_inputs(job: Job) -> tuple[dict[str, torch.Tensor], list[int]]:
                 "content": [{"type": "image"}, {"type": "text", "text": job.question}],
             }
         ]
-    ] * len(pictures)
+    ] * len(images)
     texts = processor.apply_chat_template(chats, add_generation_prompt=True)
     inputs = processor(
-        images=[[picture] for picture in pictures], text=texts, padding=True, return_tensors="pt"
+        images=[[image] for image in images], text=texts, padding=True, return_tensors="pt"
     )
     return dict(inputs), sorted(processor.tokenizer.added_tokens_decoder)
 
@@ -97,7 +97,7 @@ def generate(
     if "shared" in way:
         cache = DynamicCache(config=model.config)
         model(
-            **{k: v if k in PICTURES else v[:, :-1] for k, v in inputs.items()},
+            **{k: v if k in IMAGES else v[:, :-1] for k, v in inputs.items()},
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -109,7 +109,7 @@ def generate(
             for number, layer in enumerate(cache.layers):
                 fixed.update(layer.keys, layer.values, number)
             cache = fixed
-        # The rope positions that follow the pictures are kept in the model, one a prompt.
+        # The rope positions that follow the images are kept in the model, one a prompt.
         model.model.rope_deltas = model.model.rope_deltas.repeat_interleave(g, 0)
         inputs = {
             k: v.repeat_interleave(g, 0)
@@ -120,7 +120,7 @@ def generate(
     return model.generate(**inputs, **options)[:, length:]
 
 
-PICTURES = ("pixel_values", "image_grid_thw")
+IMAGES = ("pixel_values", "image_grid_thw")
 
 
 def count_tokens(responses: torch.Tensor, stop: tuple[int, ...]) -> list[int]:

@@ -1,8 +1,8 @@
-"""transformers' processor of Qwen2.5-VL for pictures, in the peers' processes.
+"""transformers' processor of Qwen2.5-VL for images, in the peers' processes.
 
 The whole processor asks for a video processor, which imports torchvision, whose wheels of the
 package index are built for CUDA and do not load beside torch's CPU build. There are no videos here,
-so it is left out; pictures go through transformers' own PIL image processor.
+so it is left out; images go through transformers' own PIL image processor.
 """
 
 from pathlib import Path

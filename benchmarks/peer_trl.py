@@ -10,7 +10,7 @@ scaled_dot_product_attention; fused AdamW; one optimizer step per batch, so TRL 
 old log-probabilities; no logging, no checkpoints, no progress bar. `cache` chooses the cache of
 generation. No id that ends a response is ever drawn, on neither side, so both generate T tokens.
 
-Pictures go through `peer_processor`; the seconds that it takes are reported apart.
+Images go through `peer_processor`; the seconds that it takes are reported apart.
 """
 
 import io
@@ -40,7 +40,7 @@ class Job(NamedTuple):
     Attributes:
       policy: folder of the policy.
       rows: parquet file.
-      question: what is asked of each picture, without the picture.
+      question: what is asked of each image, without the image.
       prompts, responses, tokens: B, G, T.
       precision: "float32", "bfloat16" (autocast over float32 weights), or "bfloat16 weights".
       cache: TRL's `cache_implementation`; "" is its default, a growing one.
@@ -155,7 +155,7 @@ class Turns(TrainerCallback):
 
 
 def read_rows(job: Job) -> Dataset:
-    """Returns the rows as TRL wants them: a chat and its picture."""
+    """Returns the rows as TRL wants them: a chat and its image."""
     table = pq.read_table(job.rows).to_pylist()
     return Dataset.from_list(
         [

@@ -1,7 +1,7 @@
 """The policy and the rows that the benchmarks beside other programs share.
 
 A Qwen2.5-VL of 26.5 million parameters with strong random weights, written as a Hugging Face folder
-that both sides load, and drawn pictures with a question in a parquet file that both sides read.
+that both sides load, and drawn images with a question in a parquet file that both sides read.
 """
 
 import io
@@ -103,7 +103,7 @@ def write_policy(folder: Path, seed: int = 0) -> int:
     return count_params(params)
 
 
-def picture(side: int, rng: np.random.Generator) -> bytes:
+def image(side: int, rng: np.random.Generator) -> bytes:
     """Returns a PNG of smooth random colours."""
     coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((side, side), Image.BICUBIC)
@@ -113,13 +113,13 @@ def picture(side: int, rng: np.random.Generator) -> bytes:
 
 
 def write_rows(path: Path, side: int, count: int, seed: int = 0) -> None:
-    """Writes rows with pictures of `side` x `side` pixels in the schema that training reads."""
+    """Writes rows with images of `side` x `side` pixels in the schema that training reads."""
     rng = np.random.default_rng(seed)
     labels = label_set(LABELS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [picture(side, rng) for _ in range(count)]
+    images = [image(side, rng) for _ in range(count)]
     table = {
-        "images": [[{"bytes": data, "path": None}] for data in pictures],
+        "images": [[{"bytes": data, "path": None}] for data in images],
         "problem": [f"<image>{QUESTION}"] * count,
         "answer": [labels[i % len(labels)] for i in range(count)],
     }

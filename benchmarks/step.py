@@ -1,7 +1,7 @@
 """One whole training step beside TRL's GRPOTrainer. python -m benchmarks.step
 
 Both train the same Qwen2.5-VL of 26.5 million parameters (`small_policy`), read from the same
-folder, on the same pictures and questions, and take turns step by step on the same machine. A step
+folder, on the same images and questions, and take turns step by step on the same machine. A step
 is: sample G responses of exactly T tokens to each of B prompts, score them (format, accuracy and
 one regular expression), compare them within their group, score them under the frozen reference,
 and take one AdamW step with gradients through decoder and vision tower. There are no reflections,
@@ -13,7 +13,7 @@ What makes it fair:
   called "bfloat16 weights": TRL without master weights, where most of so small an update is lost
   to rounding. It is shown, and does not count as TRL's best.
 * Our seconds begin before the batch is taken from the pipeline and end when the metrics have
-  reached the host; TRL's begin after its pictures were read and decoded.
+  reached the host; TRL's begin after its images were read and decoded.
 * Responses are random, so format and accuracy are 0; the regular expression matches about half of
   them, so that advantages and gradients are not 0.
 * Checked in each run: all responses of both sides have T tokens, losses are finite, and TRL's
@@ -59,7 +59,7 @@ RUNS, WARM_UP = 7, 2
 TOKENS = 64
 PATTERN = "za"
 CASES = ((2, 4, 224), (2, 8, 448))
-"""Prompts, responses, side of a picture."""
+"""Prompts, responses, side of an image."""
 PRECISIONS = ("float32", "bfloat16")
 PEER_PRECISIONS = ("float32", "bfloat16", "bfloat16 weights")
 
@@ -203,7 +203,7 @@ def batch_of(ours: Ours, rows: Iterable[int]) -> Batch:
 
 
 def question() -> str:
-    """Returns what is asked of each picture, as both sides ask it."""
+    """Returns what is asked of each image, as both sides ask it."""
     labels = label_set(small_policy.LABELS)
     template = PromptTemplates.load().set
     return fill(template, question=small_policy.QUESTION, labels=labels)
@@ -347,7 +347,7 @@ def print_case(
     b, g, side = case
     ours = min(v for k, v in medians.items() if k in {f"emor3_jax, {p}" for p in PRECISIONS})
     theirs = [v for k, v in medians.items() if k in {f"TRL, {p}" for p in PRECISIONS}]
-    print(f"\n{b} prompts x {g} responses x {TOKENS} tokens, pictures of {side} x {side}\n")
+    print(f"\n{b} prompts x {g} responses x {TOKENS} tokens, images of {side} x {side}\n")
     print("| | seconds a step, median | fastest | slowest | to our best | of which |")
     print("|---|---|---|---|---|---|")
     for name, median in medians.items():
@@ -364,9 +364,9 @@ def print_case(
 
 
 def main() -> None:
-    """Writes policy and pictures, runs the cases, prints the tables."""
+    """Writes policy and images, runs the cases, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, help="keep policy and pictures here")
+    parser.add_argument("--folder", type=Path, help="keep policy and images here")
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
     parser.add_argument("--peers", nargs="*", default=PEER_PRECISIONS, choices=PEER_PRECISIONS)

@@ -1,4 +1,4 @@
-"""EMO-R3 on EmoSet-118K as the paper trains: 2,000 balanced pictures, tested at home and abroad.
+"""EMO-R3 on EmoSet-118K as the paper trains: 2,000 balanced images, tested at home and abroad.
 
 python -m emor3_jax.train --config=configs/emoset.py --workdir=runs/emoset \\
     --config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct --config.data.train.path=EmoSet-118K \\

@@ -6,7 +6,7 @@ python -m emor3_jax.train --config=configs/gpu.py --workdir=DIR \\
 
 Not compiled for this hardware yet, so whether it fits in memory is not known;
 configs/qwen2_5_vl_3b.py has the counts by hand. Of the release's settings, prompts a step (512) and
-picture size differ.
+image size differ.
 """
 
 from ml_collections import ConfigDict

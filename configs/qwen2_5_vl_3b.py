@@ -7,8 +7,8 @@ python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=runs/emoset \\
     --config.data.train.path=emoset_train.parquet \\
     --config.evaluate.sets.validation.path=emoset_validation.parquet
 
-The release scales pictures to 262,144 to 4,194,304 pixels, and cuts prompts at 2048 tokens,
-which a picture of 1.5 million pixels fills by itself. The files for one machine stop at 401,408
+The release scales images to 262,144 to 4,194,304 pixels, and cuts prompts at 2048 tokens,
+which an image of 1.5 million pixels fills by itself. The files for one machine stop at 401,408
 pixels (512 image tokens).
 
 `on_slice` makes the configs of TPU slices, for `python -m emor3_jax.compile`; what fits where is in
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.data.train = dataset(kind="parquet", labels="mikels8")
     config.data.workers = 8
     config.rollout.slots, config.rollout.refill = 64, 16
-    # All pictures of the next step: 10 MB each at 401,408 pixels, 100 MB at the largest size.
+    # All images of the next step: 10 MB each at 401,408 pixels, 100 MB at the largest size.
     config.data.read_ahead = 512
     config.evaluate.sets.validation = dataset(kind="parquet", labels="mikels8")
     return config
@@ -94,7 +94,7 @@ class Layout(NamedTuple):
 def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     """Returns the release's run on TPU slices: 512 prompts a step, 2048 + 2048 tokens, G = 8.
 
-    Pictures are scaled to 262,144 to 4,194,304 pixels as in the release; one whose prompt is over
+    Images are scaled to 262,144 to 4,194,304 pixels as in the release; one whose prompt is over
     2048 tokens (about 1.5 million pixels), or that has over 144 windows, is dropped and counted.
 
     Args:

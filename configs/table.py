@@ -11,8 +11,8 @@ runs all of them.
 | row | program | what it is |
 |---|---|---|
 | base | evaluate | the base policy before training, asked for SET |
-| sft | sft | labels alone: the boxed label to the picture's question, no SET |
-| cold_start | sft | Cold-Start-Emo: a few steps of it, on 256 pictures |
+| sft | sft | labels alone: the boxed label to the image's question, no SET |
+| cold_start | sft | Cold-Start-Emo: a few steps of it, on 256 images |
 | grpo | train | GRPO: the box alone is rewarded, no SET, no reflection |
 | dapo | train | the same with DAPO's clip, dynamic sampling and over-long penalty, no KL |
 | grpo_set | train | GRPO on SET: its format is rewarded too |
@@ -36,7 +36,7 @@ from configs import cpu_demo
 
 def _sft(config: ConfigDict) -> None:
     _labels(config)
-    # A label says more than a reward. The best on the validation pictures of 2e-4 (53 %), 6e-4
+    # A label says more than a reward. The best on the validation images of 2e-4 (53 %), 6e-4
     # (62 %) and 1.5e-3 (59 %).
     config.policy_update.learning_rate = 6e-4
 

@@ -24,7 +24,7 @@ def phase_table(costs: dict[str, Cost]) -> str:
     """Returns a markdown table of the phases, with their sum."""
     everything = total(costs)
     lines = [
-        "| phase | decoder tokens | vision passes | pictures | linear TFLOP | attention TFLOP "
+        "| phase | decoder tokens | vision passes | images | linear TFLOP | attention TFLOP "
         "| share | recomputed TFLOP |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -72,7 +72,7 @@ def report(policy: Shapes, step: StepShapes, costs: dict[str, Cost]) -> str:
     return "\n".join(
         [
             f"{step.prompts} prompts of {step.prompt_tokens} tokens, "
-            f"{step.patches // policy.merge_unit} of them a picture of {step.patches} "
+            f"{step.patches // policy.merge_unit} of them an image of {step.patches} "
             f"patches; {step.responses} responses to each of {step.response_tokens} tokens.",
             *(_question_line(name, getattr(step, name)) for name in ("coherence", "consistency")),
             "",
@@ -92,7 +92,7 @@ def _question_line(name: str, q: QuestionTokens | None) -> str:
 
 def define_flags() -> None:
     """Defines the flags of the lengths: `--prompt_tokens` and `--response_tokens`."""
-    flags.DEFINE_integer("prompt_tokens", None, "P, those of the picture included.")
+    flags.DEFINE_integer("prompt_tokens", None, "P, those of the image included.")
     flags.DEFINE_integer("response_tokens", None, "T, of every response.")
 
 

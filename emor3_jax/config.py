@@ -36,9 +36,9 @@ def dataset(**fields: object) -> ConfigDict:
     # A label set by name (mikels8, emotion6, fer7, webemo25, webemo6, polarity2, arousal2), or
     # labels joined by commas. "" takes the data set's own; of parquet and jsonl, mikels8.
     config.labels = ""
-    # Asked of every picture instead of the data set's own question; "" asks that.
+    # Asked of every image instead of the data set's own question; "" asks that.
     config.question = ""
-    # Named data sets: copy the pictures into the records that are built (data/datasets/base.py).
+    # Named data sets: copy the images into the records that are built (data/datasets/base.py).
     config.copy = False
     # Only so many rows, as many of each label, drawn by the run's seed; 0 takes all. Their ids are
     # kept in workdir/subsets.
@@ -115,15 +115,15 @@ def default() -> ConfigDict:
     # Padded prompt lengths and numbers of attention windows; a batch takes the smallest that fits.
     config.data.prompt_lengths = (512, 1024, 2048)
     config.data.image_windows = (64, 128, 256, 350)
-    # Pictures are scaled to have between so many pixels; 0 keeps what the policy's folder says.
+    # Images are scaled to have between so many pixels; 0 keeps what the policy's folder says.
     config.data.min_pixels = 0
     config.data.max_pixels = 0
     # Processes that decode images; 0 does it in the training process.
     config.data.workers = 0
-    # Rows that are decoded while a step is computed, up to a batch of them; a picture takes up to
+    # Rows that are decoded while a step is computed, up to a batch of them; an image takes up to
     # 100 MB until it is used.
     config.data.read_ahead = 64
-    # Training batches of pictures of like size, which need less padding.
+    # Training batches of images of like size, which need less padding.
     config.data.sort_by_size = False
     # Of a prompt over the largest length: "drop" the row, or "cut" the end of its question.
     config.data.long_prompts = "drop"
@@ -250,7 +250,7 @@ def default() -> ConfigDict:
     # How its matrices are kept: "float32", "bfloat16", or "" for policy.dtype, which changes
     # nothing; what is averaged, or the base of adapters, then stays in float32.
     config.reference.dtype = ""
-    # Bytes on the host for the features of its pictures, kept over epochs; 0 keeps none.
+    # Bytes on the host for the features of its images, kept over epochs; 0 keeps none.
     config.reference.image_cache = 0
 
     # Supervised fine-tuning (`emor3_jax.sft`); everything else of it is in the other sections.

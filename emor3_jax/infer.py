@@ -80,7 +80,7 @@ def answer(
 
 def main(_: list[str]) -> None:
     """Runs the program."""
-    # The parameter overview is of no interest to who asks about a picture.
+    # The parameter overview is of no interest to who asks about an image.
     logging.getLogger("emor3_jax").setLevel(logging.WARNING)
     try:
         policy = load(FLAGS.policy, dtype=FLAGS.dtype)

@@ -37,7 +37,7 @@ def test_the_program_prints_tables() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "512 prompts of 1024 tokens, 854 of them a picture of 3416 patches" in done.stdout
+    assert "512 prompts of 1024 tokens, 854 of them an image of 3416 patches" in done.stdout
     assert re.search(r"\| sum \| 9,238,042 \| 2,560 \| 1,536 \|", done.stdout)
     assert "release" not in done.stdout
     done = subprocess.run(

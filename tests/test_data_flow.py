@@ -69,11 +69,11 @@ def run(config: ConfigDict, folder: Path) -> tuple[dict, list[dict], dict]:
 
 def test_emoset_from_its_folder_to_an_evaluated_policy(folder, tmp_path, capsys):
     root = folder / "EmoSet"
-    # Pictures of the training split again in the test split, and one that is damaged.
+    # Images of the training split again in the test split, and one that is damaged.
     leaked = {f"fear_{i:05d}": f"fear_{i + 260:05d}" for i in (6, 14, 22)}
     for a, b in leaked.items():
         shutil.copy(root / f"image/fear/{a}.jpg", root / f"image/fear/{b}.jpg")
-    (root / "image/awe/awe_00001.jpg").write_bytes(b"no picture")
+    (root / "image/awe/awe_00001.jpg").write_bytes(b"no image")
     one_line = dataset(kind="emoset", path=str(root), split="train")
     config = make_config(
         folder, one_line, emoset=dataset(kind="emoset", path=str(root), split="test")
@@ -120,6 +120,6 @@ def test_the_releases_parquet_goes_the_same_way(folder, tmp_path):
     config = make_config(tmp_path, parquet, test=parquet.copy_and_resolve_references())
     found, metrics, results = run(config, tmp_path)
     assert found["sets"]["train"]["usable"] == 40
-    # The same file twice: every picture is shared.
+    # The same file twice: every image is shared.
     assert len(found["shared"]["train, test"]) == 40
     assert len(metrics) == 3 and results["test"].metrics["rows"] == 40

@@ -31,7 +31,7 @@ def test_first_steps_are_compared_with_label_and_answer(tmp_path: Path) -> None:
     # Answered rightly: the first, twice, and the fourth; described: the first, twice, and the
     # second; followed: the first, twice, and the third.
     assert first_steps(path) == (5, 0.6, 0.6, 0.6)
-    # The first row's picture is in another set too, and the third's.
+    # The first row's image is in another set too, and the third's.
     pairs = {"train, faces": [["a:7", "faces:0"]], "faces, b": [["faces:2", "b:1"]], "a, b": []}
     (tmp_path / "inspect.json").write_text(json.dumps({"shared": pairs}))
     left_out = shared_rows(tmp_path / "inspect.json")

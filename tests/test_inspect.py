@@ -80,7 +80,7 @@ def test_page_shows_the_numbers_and_every_sample(config, tmp_path, capsys):
     page = (tmp_path / "inspect.html").read_text(encoding="utf-8")
     # One image of training is damaged behind its header.
     assert page.count('class="sample"') == 15
-    assert "train.parquet:5: the picture cannot be decoded" in page
+    assert "train.parquet:5: the image cannot be decoded" in page
     assert "14 rows, 10 usable; left out: empty_question 1, unknown_answer 1, " in page
     # 112 pixels are 8 patches, and 2 x 2 patches are a token.
     assert page.count("&lt;|image_pad|&gt;<i> x 16</i>") == 15

@@ -106,7 +106,7 @@ def test_what_is_kept_of_a_run(tmp_path: Path) -> None:
         "curve": [[0, 0.1], [2, 0.3], [3, 0.5]],
         "step_seconds": 6.0,
         "learned": 96,
-        # Rounds of 32 pictures: one, three and two.
+        # Rounds of 32 images: one, three and two.
         "drawn": 192,
         "responses": 1536,
     }

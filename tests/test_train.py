@@ -270,7 +270,7 @@ def test_adapters_and_a_moving_reference_go_on_exactly(folder, whole, name, fiel
         assert 0 < wanted[-1]["policy/kl"] < read_metrics(whole)[-1]["policy/kl"]
 
 
-def test_the_pictures_features_are_kept_over_epochs_without_a_trace(folder, whole):
+def test_the_images_features_are_kept_over_epochs_without_a_trace(folder, whole):
     config = make_config(folder)
     config.reference.image_cache = 10**6
     train(config, folder / "cached")

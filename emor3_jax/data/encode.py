@@ -14,14 +14,14 @@ from emor3_jax.models.errors import ImageError
 from emor3_jax.models.processor import Processor
 
 REASONS = {
-    "missing_field": "a field is null, or the row has no picture",
-    "several_images": "more than one picture",
+    "missing_field": "a field is null, or the row has no image",
+    "several_images": "more than one image",
     "empty_question": "nothing is asked",
     "special_token": "the question spells out a special token of the policy",
     "unknown_answer": "the answer is no label of the label set",
     "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
-    "unreadable_image": "the picture cannot be decoded or is too thin",
-    "large_image": "the picture has more windows than the largest of data.image_windows",
+    "unreadable_image": "the image cannot be decoded or is too thin",
+    "large_image": "the image has more windows than the largest of data.image_windows",
     "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
 }
 """Why a row is left out."""
@@ -60,7 +60,7 @@ class Encoder:
           template: the `set` template.
           labels: the label set.
           max_tokens: of a padded prompt, which is the prompt without its last token.
-          max_windows: of a picture.
+          max_windows: of an image.
           graded: whether answers are worth the shares of raters.
           cut: whether questions that are too long lose their end, rather than their row be left
             out.
@@ -117,9 +117,9 @@ class Encoder:
         in_prompt = int(np.sum(tokens == layout.shapes.image_token_id))
         if in_prompt != n_image_tokens:
             raise DataError(
-                f"{texts.id}: the prompt has {in_prompt} image tokens, but the picture of "
+                f"{texts.id}: the prompt has {in_prompt} image tokens, but the image of "
                 f"{grid[1]} x {grid[2]} patches has {n_image_tokens} features; the chat template "
-                f"must show the picture once, as one {prompts.IMAGE_TOKEN}"
+                f"must show the image once, as one {prompts.IMAGE_TOKEN}"
             )
         positions, _ = layout.positions(tokens, [grid])
         return Example(
@@ -145,7 +145,7 @@ class Encoder:
     def _render_cut(self, question: str, n_image_tokens: int, too_many: int) -> np.ndarray | None:
         """Returns the prompt with the end of its question cut; None if no question would be left.
 
-        Labels, template and picture stay whole. Where the cut joins the text anew, one or two
+        Labels, template and image stay whole. Where the cut joins the text anew, one or two
         tokens more may have to go.
         """
         tokenizer = self.processor.tokenizer

@@ -22,7 +22,7 @@ QUESTION = "Which emotion does this picture evoke?"
 """Asked where neither the data nor the config says what to ask."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-"""Extensions of pictures, in any case."""
+"""Extensions of images, in any case."""
 
 TEST_SHARE = 0.2
 """Of the rows of a data set without splits, chosen by a hash of their ids."""
@@ -34,7 +34,7 @@ def in_test(row_id: str) -> bool:
 
 
 class FilesSource:
-    """Rows whose pictures are files.
+    """Rows whose images are files.
 
     Attributes:
       name: of the data set.
@@ -48,7 +48,7 @@ class FilesSource:
 
         Args:
           name: of the data set.
-          files: a picture a row.
+          files: an image a row.
           texts: of the rows.
           labels: the label set.
         """
@@ -61,10 +61,10 @@ class FilesSource:
 
     def __getitem__(self, index: int) -> Row:
         try:
-            picture = self._files[index].read_bytes()
+            image = self._files[index].read_bytes()
         except OSError:
-            picture = None
-        return Row([picture], self._texts[index])
+            image = None
+        return Row([image], self._texts[index])
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order."""
@@ -84,10 +84,10 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
       path: the folder.
       split: a folder below it; without such a folder, "whole", "train" or "test" of the rows, of
         which the last is a fifth by a hash of the ids.
-      question: asked of each picture; "" asks `QUESTION`.
+      question: asked of each image; "" asks `QUESTION`.
 
     Raises:
-      DataError: if there is no such folder, or no folders of pictures in it.
+      DataError: if there is no such folder, or no folders of images in it.
     """
     root = Path(path).expanduser()
     if not path or not root.is_dir():
@@ -104,17 +104,17 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
     base = root / split if has_split else root
     files, texts, labels = [], [], []
     for folder in sorted(p for p in base.iterdir() if p.is_dir() and p.name[0] != "."):
-        pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
-        if not pictures:
+        images = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+        if not images:
             raise DataError(
-                f"{folder} holds no pictures ({', '.join(SUFFIXES)}); every folder of {base} must "
-                "be a label with its pictures"
+                f"{folder} holds no images ({', '.join(SUFFIXES)}); every folder of {base} must "
+                "be a label with its images"
             )
         label = normalize(folder.name)
         if label in labels:
             raise DataError(f"two folders of {base} are the label {label!r}: join them")
         labels.append(label)
-        for file in pictures:
+        for file in images:
             row_id = file.relative_to(root).as_posix()
             if has_split or split == "whole" or (split == "test") == in_test(row_id):
                 files.append(file)
@@ -127,7 +127,7 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
 def open_json_lines(path: str, question: str = "") -> FilesSource:
     """Opens a file of JSON lines.
 
-    A line is an object with `image`, a picture's file relative to the list's folder; `answer` or
+    A line is an object with `image`, an image's file relative to the list's folder; `answer` or
     `label`; and, if wanted, `question` or `problem`, `id`, `distribution`, {label: share}, and
     `response`, a text or a list of them to learn from.
 
@@ -151,7 +151,7 @@ def open_json_lines(path: str, question: str = "") -> FilesSource:
         except ValueError as error:
             raise DataError(f"{where} is no JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-            raise DataError(f"{where} is no object with a text 'image', the picture's file")
+            raise DataError(f"{where} is no object with a text 'image', the image's file")
         shares = row.get("distribution")
         if shares is not None and not isinstance(shares, dict):
             raise DataError(f"{where}: 'distribution' is no object {{label: share}}")
@@ -183,7 +183,7 @@ class HuggingFaceSource:
     """
 
     def __init__(self, path: str, split: str, question: str = "", cache_bytes: int = 2**30) -> None:
-        """Opens the files of a split; reads no pictures.
+        """Opens the files of a split; reads no images.
 
         Args:
           path: the folder.
@@ -235,7 +235,7 @@ class HuggingFaceSource:
         return Row([image_bytes(image, self._folder) for image in images], self._texts(row, index))
 
     def texts(self) -> Iterator[Texts]:
-        """Yields the texts of all rows, in order, without reading their pictures."""
+        """Yields the texts of all rows, in order, without reading their images."""
         for index, row in enumerate(self._rows.rows(self._text_columns())):
             yield self._texts(row, index)
 

@@ -20,7 +20,7 @@ import numpy as np
 from emor3_jax.data.errors import DataError
 
 LABEL_SETS: dict[str, tuple[str, ...]] = {
-    # EmoSet's order; also FI, ArtPhoto, Abstract and EmoScenes' "drawn" pictures.
+    # EmoSet's order; also FI, ArtPhoto, Abstract and EmoScenes' "drawn" images.
     "mikels8": (
         "amusement",
         "awe",
@@ -31,7 +31,7 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {
         "fear",
         "sadness",
     ),
-    # Emotion6's order; also EmoScenes' "shifted" pictures.
+    # Emotion6's order; also EmoScenes' "shifted" images.
     "emotion6": ("anger", "disgust", "fear", "joy", "sadness", "surprise"),
     # FER-2013, with the words of the release's parquet files.
     "fer7": ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise"),

@@ -87,7 +87,7 @@ class Windows:
     """An order in which rows of like size are neighbours, so that batches need little padding.
 
     Windows of `BATCHES_OF_WINDOW` batches keep their rows, are sorted by size, and their batches
-    shuffled again: no row is lost or repeated, and large pictures do not come all at once. A window
+    shuffled again: no row is lost or repeated, and large images do not come all at once. A window
     may lie across the end of an epoch.
     """
 

@@ -4,7 +4,7 @@
     batch, ids = next(batches)
 
 A row that cannot be used is left out, counted by reason and named in the log once. What its texts
-show is found before the run starts; a damaged picture when its row is first read, and another row
+show is found before the run starts; a damaged image when its row is first read, and another row
 of its group, drawn by the seed and the place, stands in for it. So neither the shape of a batch
 nor the other rows depend on it, nor on timing.
 
@@ -16,9 +16,9 @@ what they have left out, the ids of their rows and the size that these need, so 
 same batch, cut, in the same shape as one host would.
 
 Deviations, numbered:
- 1. The release lets an over-long prompt or a damaged picture stop the run or cuts it short; here
+ 1. The release lets an over-long prompt or a damaged image stop the run or cuts it short; here
     such rows are left out, or, with `cut_questions`, the end of the question.
- 2. Pictures of a row must be exactly one; the release's schema allows a list.
+ 2. Images of a row must be exactly one; the release's schema allows a list.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ Exchange = Callable[[Any], list[Any]]
 """Gives plain data to all hosts and returns what each has given."""
 
 READ_AHEAD = 64
-"""Rows that are read ahead, at most, by all processes: a large picture is 100 MB of patches."""
+"""Rows that are read ahead, at most, by all processes: a large image is 100 MB of patches."""
 
 
 class BatchSpec(NamedTuple):
@@ -209,7 +209,7 @@ class _Rows:
                 named = ", ".join(ids[:_NAMED]) + (", …" if count > _NAMED else "")
                 logger.warning("%s: left out %d rows, %s: %s", name, count, REASONS[reason], named)
         if stats.images_moved:
-            logger.info("%s: the picture was put first in %d rows", name, stats.images_moved)
+            logger.info("%s: the image was put first in %d rows", name, stats.images_moved)
         if not usable:
             found = stats.describe() or "it has no rows"
             raise DataError(
@@ -362,7 +362,7 @@ class TrainBatches:
         return prompts
 
     def preview(self, count: int) -> list[list[int]]:
-        """Returns the rows of the first `count` batches, as if no picture were damaged."""
+        """Returns the rows of the first `count` batches, as if no image were damaged."""
         order, size = self._rows.order(self._seed), self._rows.batch_size
         return [[int(order[i * size + j]) for j in range(size)] for i in range(count)]
 

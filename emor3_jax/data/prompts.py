@@ -2,11 +2,11 @@
 
 A template is a text file with placeholders: `set.txt` asks for Structured Emotional Thinking,
 `coherence.txt` and `consistency.txt` are the two reflections. What `\\boxed{...}` holds is text.
-The picture always comes first in the user's turn, so that all questions about it share a prefix.
+The image always comes first in the user's turn, so that all questions about it share a prefix.
 
 Deviations, numbered:
  1. The wording is this project's own; the method fixes the questions, not their words.
- 2. The release puts the picture where `<image>` stands in the row; here it is always first.
+ 2. The release puts the image where `<image>` stands in the row; here it is always first.
  3. The judged text is put between two constant pieces that are tokenised apart from it, so a
     response's own tokens are judged and nothing is decoded.
 """
@@ -61,8 +61,8 @@ class PromptTemplates:
 
     Attributes:
       set: asks for the emotion, holds {question} and, if wanted, {labels}.
-      coherence: asks which of {labels} the text {text} is about; no picture.
-      consistency: asks whether {text} describes the picture.
+      coherence: asks which of {labels} the text {text} is about; no image.
+      consistency: asks whether {text} describes the image.
     """
 
     set: str
@@ -111,9 +111,9 @@ def render_prompt(
     Args:
       tokenizer: with a chat template that knows image content.
       template: a `PromptTemplates.set`, or any text with {question} and {labels}.
-      question: what is asked of the picture.
+      question: what is asked of the image.
       labels: the label set.
-      n_image_tokens: tokens that the picture takes; 0 asks without a picture.
+      n_image_tokens: tokens that the image takes; 0 asks without an image.
 
     Raises:
       DataError: if the question contains a special token, such as an image's.
@@ -138,7 +138,7 @@ def reflection_parts(
       template: a `PromptTemplates.coherence` or `.consistency`.
       labels: the label set.
       with_image: True leaves out of the head what the question shares with every prompt about the
-        same picture: the system turn and the picture, `shared_length` tokens. The head may
+        same image: the system turn and the image, `shared_length` tokens. The head may
         then be empty.
 
     Raises:
@@ -154,11 +154,11 @@ def reflection_parts(
 
 
 def shared_length(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
-    """Returns how many leading tokens of a prompt every question about its picture starts with.
+    """Returns how many leading tokens of a prompt every question about its image starts with.
 
     Args:
       tokenizer: the prompt's.
-      tokens: int[n], as `render_prompt` returns them, with a picture.
+      tokens: int[n], as `render_prompt` returns them, with an image.
     """
     return list(tokens).index(tokenizer.convert_tokens_to_ids(IMAGE_END)) + 1
 
@@ -171,7 +171,7 @@ def _render_set(
     labels: tuple[str, ...],
     with_image: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the tokens before and after those of the picture (all before, without one)."""
+    """Returns the tokens before and after those of the image (all before, without one)."""
     if found := special_token_in(tokenizer, question):
         raise DataError(f"the question {question!r} contains the special token {found}; remove it")
     tokens = tuple(

@@ -1,7 +1,7 @@
-"""Where rows come from: random access to pictures with a question and an answer.
+"""Where rows come from: random access to images with a question and an answer.
 
-A source never holds all its pictures in memory, can be sent to another process, and gives the texts
-of all rows without the pictures, so that rows are checked before a run starts.
+A source never holds all its images in memory, can be sent to another process, and gives the texts
+of all rows without the images, so that rows are checked before a run starts.
 """
 
 import bisect
@@ -22,18 +22,18 @@ from PIL import ExifTags, Image
 from emor3_jax.data.errors import DataError
 
 IMAGE_MARK = "<image>"
-"""Stands in a row's `problem` for its picture."""
+"""Stands in a row's `problem` for its image."""
 
 
 class Texts(NamedTuple):
-    """A row without its picture.
+    """A row without its image.
 
     Attributes:
-      question: what is asked of the picture, "" if nothing; None if the field is missing.
+      question: what is asked of the image, "" if nothing; None if the field is missing.
       answer: the label; None if the field is missing.
       id: names the row.
-      image_moved: whether the picture stood elsewhere than at the front of the question.
-      images_named: how many pictures the question names; 0 and 1 both mean the row's picture.
+      image_moved: whether the image stood elsewhere than at the front of the question.
+      images_named: how many images the question names; 0 and 1 both mean the row's image.
       distribution: the share of raters that chose each label, as the data gives it; None if not.
       responses: whole responses to learn from, their box included; () where there is none.
     """
@@ -48,10 +48,10 @@ class Texts(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row: one picture and what is asked of it.
+    """A row: one image and what is asked of it.
 
     Attributes:
-      images: the encoded pictures; one of them None where it has neither bytes nor a file.
+      images: the encoded images; one of them None where it has neither bytes nor a file.
       texts: question, answer and id.
     """
 
@@ -77,21 +77,21 @@ class Source(Protocol):
         """Returns the index of the row with this id; raises KeyError if there is none."""
 
 
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Returns height and width in pixels once a picture is turned as its EXIF says."""
-    turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return picture.size if turned else picture.size[::-1]
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns height and width in pixels once an image is turned as its EXIF says."""
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size if turned else image.size[::-1]
 
 
 def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
-    """Returns the sizes of pictures, from what the source knows or from the head of each picture.
+    """Returns the sizes of images, from what the source knows or from the head of each image.
 
     Args:
-      source: the rows; one with a method `sizes` knows them without opening a picture.
+      source: the rows; one with a method `sizes` knows them without opening an image.
       indices: int[n], which rows; None is all.
 
     Returns:
-      int32[n, 2], height and width in pixels, 0 where a picture is missing or damaged.
+      int32[n, 2], height and width in pixels, 0 where an image is missing or damaged.
     """
     if hasattr(source, "sizes"):
         found = source.sizes()
@@ -101,10 +101,10 @@ def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
     def size(index: int) -> tuple[int, int]:
         images = source[int(index)].images
         try:
-            with Image.open(io.BytesIO(images[0])) as picture:
-                return upright_size(picture)
+            with Image.open(io.BytesIO(images[0])) as image:
+                return upright_size(image)
         except Exception:
-            # PIL raises many kinds of errors for a damaged head; there may also be no picture.
+            # PIL raises many kinds of errors for a damaged head; there may also be no image.
             return 0, 0
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -215,7 +215,7 @@ class ParquetSource:
 
     Columns: `images` (list of {bytes, path}), `problem` (may contain `<image>`), `answer`, and, if
     there is one, `distribution` (list of {label, share}) and `response` (a text, or a list of them,
-    to learn from); others are ignored. A picture without bytes is read from its path, relative to
+    to learn from); others are ignored. An image without bytes is read from its path, relative to
     its file's folder.
     """
 
@@ -248,7 +248,7 @@ class ParquetSource:
         return Row(images, self._texts(row, index))
 
     def texts(self) -> Iterator[Texts]:
-        """Yields the texts of all rows, in order, without reading their pictures."""
+        """Yields the texts of all rows, in order, without reading their images."""
         for index, row in enumerate(self._rows.rows(_TEXT_COLUMNS)):
             yield self._texts(row, index)
 
@@ -335,7 +335,7 @@ def read_texts(
 
     Args:
       row_id: names the row.
-      problem: the question, in which `IMAGE_MARK` may stand for the picture.
+      problem: the question, in which `IMAGE_MARK` may stand for the image.
       answer: the label.
       shares: list of {label, share}.
       said: a response to learn from, or several.

@@ -1,4 +1,4 @@
-"""Pictures into patches, and the files in which Hugging Face keeps tokenizer and image settings.
+"""Images into patches, and the files in which Hugging Face keeps tokenizer and image settings.
 
 The arithmetic is that of transformers' `Qwen2VLImageProcessorPil`, bit for bit, without torch: a
 bicubic resize by PIL to a multiple of 28 pixels a side within [min_pixels, max_pixels], then scale,
@@ -6,10 +6,10 @@ normalisation and the cut into patches. A table of 256 values a channel does sca
 normalisation, since a decoded pixel is one of 256 bytes.
 
 Deviations, numbered:
- 1. Encoded pictures are turned upright by their EXIF orientation, as transformers' `load_image`
-    does and the release does not. Of a moving picture the first frame is read, as there.
- 2. Grey pictures of 16 bits are scaled to 8. transformers cuts them off at 255, which leaves white.
-    Grey pictures of 32 bits have no known range and are refused; there they turn black or white.
+ 1. Encoded images are turned upright by their EXIF orientation, as transformers' `load_image`
+    does and the release does not. Of a moving image the first frame is read, as there.
+ 2. Grey images of 16 bits are scaled to 8. transformers cuts them off at 255, which leaves white.
+    Grey images of 32 bits have no known range and are refused; there they turn black or white.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ _CHAT_TEMPLATE_FILE = "chat_template.json"
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes patches.
+    """How an image becomes patches.
 
     Attributes:
-      min_pixels, max_pixels: pictures are scaled to have between so many pixels.
+      min_pixels, max_pixels: images are scaled to have between so many pixels.
       patch_size: side of a patch in pixels.
-      temporal_patch_size: frames of a patch; a still picture is repeated.
+      temporal_patch_size: frames of a patch; a still image is repeated.
       merge_size: merge_size * merge_size patches become one token.
       mean, std: of each channel, after scaling to [0, 1].
       scale: factor on a byte.
@@ -117,21 +117,21 @@ class ImageSettings:
         }
 
     def smart_resize(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the size in pixels, (height, width), to which a picture is scaled.
+        """Returns the size in pixels, (height, width), to which an image is scaled.
 
         Both are multiples of `patch_size * merge_size`, their product lies between `min_pixels` and
         `max_pixels` where that can be, and the aspect ratio is kept as well as possible. As
         transformers' `smart_resize`.
 
         Args:
-          height, width: of the picture in pixels.
+          height, width: of the image in pixels.
 
         Raises:
           ImageError: if one side is over 200 times the other.
         """
         if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
             raise ImageError(
-                f"a picture of {width} x {height} pixels is too thin: one side may be at most "
+                f"an image of {width} x {height} pixels is too thin: one side may be at most "
                 f"{_MAX_ASPECT_RATIO} times the other"
             )
         factor = self.patch_size * self.merge_size
@@ -147,7 +147,7 @@ class ImageSettings:
         return down, across
 
     def cut(self, pixels: Array) -> Array:
-        """Returns the patches of pictures, frames repeated, in the order of the policy.
+        """Returns the patches of images, frames repeated, in the order of the policy.
 
         Args:
           pixels: [..., H, W, 3], both sides multiples of `patch_size * merge_size`; of NumPy or
@@ -302,17 +302,17 @@ class Processor:
         (folder / PREPROCESSOR_FILE).write_text(text)
 
     def patches(self, image: bytes | Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Returns the patches of a picture and their grid.
+        """Returns the patches of an image and their grid.
 
         Args:
-          image: an encoded picture (JPEG, PNG, ...), or a decoded one, which is not turned.
+          image: an encoded image (JPEG, PNG, ...), or a decoded one, which is not turned.
 
         Returns:
           float32[N, 3 * temporal_patch_size * patch_size**2], the merge_size**2 patches of a token
           side by side; (1, rows, columns) in patches, N = rows * columns.
 
         Raises:
-          ImageError: if the picture cannot be decoded, is too large for PIL, too thin, or grey of
+          ImageError: if the image cannot be decoded, is too large for PIL, too thin, or grey of
             32 bits.
         """
         pixels = self.pixels(image)
@@ -322,43 +322,43 @@ class Processor:
         return self.images.cut(values), (1, down // patch, across // patch)
 
     def pixels(self, image: bytes | Image.Image) -> np.ndarray:
-        """Returns a picture uint8[H, W, 3], scaled to the size that the policy sees.
+        """Returns an image uint8[H, W, 3], scaled to the size that the policy sees.
 
         Args:
           image: as of `patches`, which says what is raised.
         """
-        picture = _to_rgb(decode(image) if isinstance(image, bytes) else image)
-        down, across = self.images.smart_resize(picture.height, picture.width)
-        return np.asarray(picture.resize((across, down), Image.BICUBIC))
+        image = _to_rgb(decode(image) if isinstance(image, bytes) else image)
+        down, across = self.images.smart_resize(image.height, image.width)
+        return np.asarray(image.resize((across, down), Image.BICUBIC))
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """Returns a picture, turned as its EXIF tag says.
+    """Returns an image, turned as its EXIF tag says.
 
     Raises:
       ImageError: if it cannot be decoded.
     """
     try:
-        picture = Image.open(io.BytesIO(encoded))
-        picture.load()
-        return ImageOps.exif_transpose(picture)
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+        return ImageOps.exif_transpose(image)
     except Exception as error:
         # PIL's decoders raise OSError, SyntaxError, struct.error and others for damaged files.
-        raise ImageError(f"cannot decode a picture of {len(encoded)} bytes: {error}") from error
+        raise ImageError(f"cannot decode an image of {len(encoded)} bytes: {error}") from error
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Drops transparency onto white, as transformers 5 does; scales 16 bits to 8."""
-    if picture.mode.startswith("I;16"):
-        wide = np.asarray(picture).astype(np.uint32)
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
+    if image.mode in ("I", "F"):
         raise ImageError(
-            f"a grey picture of 32 bits (mode {picture.mode}) has no known range of brightness; "
+            f"a grey image of 32 bits (mode {image.mode}) has no known range of brightness; "
             "save it with 8 or 16 bits"
         )
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -40,11 +40,11 @@ def test_the_step_of_the_release_by_hand() -> None:
     assert costs["decode"] == Cost(24, 0, 0, 24 * (1728 + 320), 6 * 58 * 64)
     # 9 tokens (45 pairs), and one of the reply (10 pairs).
     assert costs["coherence"] == Cost(60, 0, 0, 60 * 1728 + 12 * 320, 6 * 55 * 64)
-    # 6 pictures; 14 tokens (105 pairs), and one of the reply (15 pairs).
+    # 6 images; 14 tokens (105 pairs), and one of the reply (15 pairs).
     assert costs["consistency"] == Cost(
         90, 6, 6, 6 * 25088 + 90 * 1728 + 12 * 320, 6 * 24576 + 6 * 120 * 64
     )
-    # 6 pictures; 17 tokens, all with logits (153 pairs).
+    # 6 images; 17 tokens, all with logits (153 pairs).
     score = Cost(102, 6, 6, 6 * 25088 + 102 * (1728 + 320), 6 * 24576 + 6 * 153 * 64)
     assert costs["old"] == costs["reference"] == score
     # Recomputed: all layers, 102*1728 and 6*32*2*272, and all attention.
@@ -61,7 +61,7 @@ def test_what_the_engine_of_the_release_may_share_by_hand() -> None:
         assert usual[phase] == least[phase] == most[phase]
     assert least["vision"] == usual["vision"] and least["prefill"] == usual["prefill"]
     assert least["coherence"] == phase_costs(TINY, STEP)["coherence"]
-    # A picture and 9 tokens (45 pairs) for each prompt, then what the grouped program reads.
+    # An image and 9 tokens (45 pairs) for each prompt, then what the grouped program reads.
     shared = Cost(18, 2, 2, 2 * (25088 + 9 * 1728), 2 * (24576 + 45 * 64))
     assert least["consistency"] == shared + phase_costs(TINY, STEP)["consistency"]
     # 3 questions fall into 8 * (1 - (7/8)**3) = 8 * 169/512 = 2.640625 of 8 engines on average; all
@@ -98,8 +98,8 @@ EXACT = st.sampled_from([layout for layout in LAYOUTS if layout != "release_spre
 
 
 STEPS = st.builds(
-    lambda b, g, picture, around, t, coherence, consistency: StepShapes(
-        b, g, picture + around + 2, t, 4 * picture, picture + 1, coherence, consistency
+    lambda b, g, image, around, t, coherence, consistency: StepShapes(
+        b, g, image + around + 2, t, 4 * image, image + 1, coherence, consistency
     ),
     st.integers(1, 6),
     st.integers(1, 9),
@@ -199,7 +199,7 @@ def test_the_release_at_its_shape_costs_so_many_times_as_much() -> None:
         met = 8 * (1 - (7 / 8) ** 8)
         passes = [x.vision_passes / grouped.vision_passes for x in others]
         assert passes == pytest.approx([49 / 5, (41 + met) / 5, 42 / 5, 56 / 5])
-        # With the reference's pictures kept from an earlier epoch, 4.
+        # With the reference's images kept from an earlier epoch, 4.
         kept = total(phase_costs(config, s, kept=True)).vision_passes
         passes = [x.vision_passes / kept for x in others]
         assert passes == pytest.approx([49 / 4, (41 + met) / 4, 42 / 4, 56 / 4])

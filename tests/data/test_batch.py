@@ -47,7 +47,7 @@ def test_every_field_by_hand(policy):
         [-1, -1, 0, 1, 2, 3, -1, -1],
         [-1, 0, 1, 4, -1, -1, -1, -1],
     ]
-    # Text at 0 and 1, the picture takes 2 and 3, text goes on at 4; and 0, 1..3, 4.
+    # Text at 0 and 1, the image takes 2 and 3, text goes on at 4; and 0, 1..3, 4.
     assert batch.prompt.positions[0, :, 0].tolist() == [0, 1, 2, 2, 2, 2, 4, 5]
     assert batch.prompt.positions[1, :6, 2].tolist() == [0, 1, 2, 3, 4, 5]
     assert batch.next_position.tolist() == [6, 6]

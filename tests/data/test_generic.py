@@ -88,7 +88,7 @@ def test_faulty_class_folders_are_named(tmp_path, make):
         open_folders(str(tmp_path), "whole")
     folders(tmp_path, make)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no pictures"):
+    with pytest.raises(DataError, match="empty holds no images"):
         open_folders(str(tmp_path), "whole")
     (tmp_path / "empty").rmdir()
     folders(tmp_path, make, ("calm",))
@@ -107,8 +107,8 @@ def table(make, label, image: str = "image", features: dict | None = None) -> pa
     schema = pa.schema(
         [(image, IMAGE), ("emotion", label.type), ("question", pa.string())], metadata=metadata
     )
-    pictures = [{"bytes": make["png"](i), "path": None} for i in range(3)]
-    columns = [pa.array(pictures, IMAGE), label, pa.array(["a ?", "b ?", "c ?"])]
+    images = [{"bytes": make["png"](i), "path": None} for i in range(3)]
+    columns = [pa.array(images, IMAGE), label, pa.array(["a ?", "b ?", "c ?"])]
     return pa.Table.from_arrays(columns, schema=schema)
 
 

@@ -36,7 +36,7 @@ def clean(tmp_path_factory, make):
 
 def faulty_rows(make) -> dict[str, list[dict]]:
     """Rows by the reason for which they must be left out."""
-    picture = {"bytes": make["png"](0), "path": None}
+    image = {"bytes": make["png"](0), "path": None}
     return {
         "missing_field": [
             make["row"](0, answer=None),
@@ -46,14 +46,14 @@ def faulty_rows(make) -> dict[str, list[dict]]:
             make["row"](0, images=[{"bytes": None, "path": "gone.png"}]),
         ],
         "several_images": [
-            make["row"](0, images=[picture, picture]),
+            make["row"](0, images=[image, image]),
             make["row"](0, problem="<image><image>which ?"),
         ],
         "empty_question": [make["row"](0, problem="<image> \n")],
         "special_token": [make["row"](0, problem="which <|image_pad|> ?")],
         "unknown_answer": [make["row"](0, answer="rage"), make["row"](0, answer="")],
         "unreadable_image": [
-            make["row"](0, images=[{"bytes": b"no picture", "path": None}]),
+            make["row"](0, images=[{"bytes": b"no image", "path": None}]),
             make["row"](0, images=[{"bytes": make["png"](0)[:-40], "path": None}]),
             make["row"](0, images=[{"bytes": make["png"](0, 1, 300), "path": None}]),
         ],
@@ -150,7 +150,7 @@ def test_image_tokens_that_are_not_the_features_name_the_row(train, clean, monke
         return render_prompt(tokenizer, template, question, labels, n_image_tokens + change)
 
     monkeypatch.setattr(encode.prompts, "render_prompt", render)
-    rule = f"a.parquet:.*has {4 + change} image tokens, but the picture of 4 x 4 patches has 4"
+    rule = f"a.parquet:.*has {4 + change} image tokens, but the image of 4 x 4 patches has 4"
     with pytest.raises(DataError, match=rule):
         next(train(clean))
 
@@ -174,7 +174,7 @@ def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
 
 def test_another_row_of_its_group_stands_in_for_a_damaged_one(train, make, tmp_path):
     """The same one whatever else is read, so that the batches before and after stay as they are."""
-    damaged = [{"bytes": b"no picture", "path": None}]
+    damaged = [{"bytes": b"no image", "path": None}]
     answers = ["joy", "joy", "joy", "fear", "fear", "fear"]
     rows = [make["row"](i, answer=answer) for i, answer in enumerate(answers)]
     paths = tmp_path / "whole.parquet", tmp_path / "damaged.parquet"
@@ -420,8 +420,8 @@ def test_batch_gives_the_logits_of_the_arrays_of_transformers(
     ours = policy.logits(params, hidden)[:, 0, 0]
 
     reader = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=256, max_pixels=1024)
-    pictures = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in rows]
-    arrays = reader(pictures, return_tensors="np")
+    images = [Image.open(io.BytesIO(row["images"][0]["bytes"])) for row in rows]
+    arrays = reader(images, return_tensors="np")
     prompts = [
         render_prompt(
             processor.tokenizer,
@@ -493,12 +493,12 @@ def test_labels_have_equal_turns_where_that_is_asked(train, make, tmp_path):
 
 
 def test_rows_of_like_size_share_a_batch(train, make, tmp_path):
-    # Half the pictures take four windows, half one.
-    def picture(i: int) -> list[dict]:
+    # Half the images take four windows, half one.
+    def image(i: int) -> list[dict]:
         side = 16 if i % 2 else 32
         return [{"bytes": make["png"](i, side, side), "path": None}]
 
-    make["parquet"](tmp_path / "a.parquet", [make["row"](i, images=picture(i)) for i in range(96)])
+    make["parquet"](tmp_path / "a.parquet", [make["row"](i, images=image(i)) for i in range(96)])
     source = ParquetSource(tmp_path / "a.parquet")
 
     def windows(**options) -> list[int]:

@@ -24,7 +24,7 @@ def test_built_in_templates_load_and_name_all_labels(name, tokenizer):
     assert "what ?" in prompt and "joy, fear" in prompt and "joy, fear" in question
 
 
-def test_prompt_is_rendered_as_qwen_does_with_the_picture_first(tokenizer):
+def test_prompt_is_rendered_as_qwen_does_with_the_image_first(tokenizer):
     tokens = render_prompt(tokenizer, "{question} of {labels}", "which", LABELS, 3)
     assert tokenizer.decode(tokens) == (
         SYSTEM + "<|vision_start|>" + "<|image_pad|>" * 3 + "<|vision_end|>which of joy, fear"
@@ -34,7 +34,7 @@ def test_prompt_is_rendered_as_qwen_does_with_the_picture_first(tokenizer):
     assert tokens[shared_length(tokenizer, tokens) - 1] == end
 
 
-def test_prompt_without_a_picture(tokenizer):
+def test_prompt_without_a_image(tokenizer):
     tokens = render_prompt(tokenizer, "{question}", "hello", LABELS, 0)
     assert tokenizer.decode(tokens) == SYSTEM + "hello<|im_end|>\n<|im_start|>assistant\n"
 
@@ -52,13 +52,13 @@ def test_consistency_question_starts_with_the_prompts_own_prefix(tokenizer):
     assert tokenizer.decode(head) == "say "
 
 
-def test_head_is_empty_where_the_text_follows_the_picture(tokenizer):
+def test_head_is_empty_where_the_text_follows_the_image(tokenizer):
     head, tail = reflection_parts(tokenizer, "{text} fits ?", LABELS, True)
     assert head == []
     assert tokenizer.decode(tail) == " fits ?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_coherence_question_has_its_system_turn_and_no_picture(tokenizer):
+def test_coherence_question_has_its_system_turn_and_no_image(tokenizer):
     head, tail = reflection_parts(tokenizer, "of {labels} : {text}", LABELS, False)
     assert tokenizer.decode(head) == SYSTEM + "of joy, fear : "
     assert tokenizer.decode(tail) == "<|im_end|>\n<|im_start|>assistant\n"
@@ -78,7 +78,7 @@ def test_special_tokens_in_a_template_are_refused(tokenizer):
         render_prompt(tokenizer, "{question} <|image_pad|>", "which", LABELS, 3)
 
 
-def test_a_chat_template_without_pictures_is_refused(tokenizer):
+def test_a_chat_template_without_images_is_refused(tokenizer):
     kept = tokenizer.chat_template
     tokenizer.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
     try:

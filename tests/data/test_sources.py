@@ -68,7 +68,7 @@ def test_a_source_can_be_sent_to_another_process(folder):
     assert pickle.loads(pickle.dumps(source))[11] == row
 
 
-def test_question_is_the_problem_without_its_picture(tmp_path, make):
+def test_question_is_the_problem_without_its_image(tmp_path, make):
     problems = ["<image> which ?", "which ? <image>", "which ?", "<image><image>which ?", None]
     rows = [make["row"](i, problem=problem) for i, problem in enumerate(problems)]
     make["parquet"](tmp_path / "a.parquet", rows)
@@ -78,7 +78,7 @@ def test_question_is_the_problem_without_its_picture(tmp_path, make):
     assert [t.images_named for t in texts[:4]] == [1, 1, 0, 2]
 
 
-def test_pictures_may_be_files_beside_the_parquet_file(tmp_path, make):
+def test_images_may_be_files_beside_the_parquet_file(tmp_path, make):
     (tmp_path / "x.png").write_bytes(make["png"](3))
     images = [{"bytes": None, "path": "x.png"}, {"bytes": None, "path": "gone.png"}, None]
     make["parquet"](tmp_path / "a.parquet", [make["row"](0, images=images)])
@@ -147,13 +147,13 @@ def test_shares_of_another_shape_are_refused(tmp_path, make):
         ParquetSource(tmp_path / "a.parquet")
 
 
-def test_sizes_are_those_of_upright_pictures(tmp_path, make):
+def test_sizes_are_those_of_upright_images(tmp_path, make):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = io.BytesIO()
     Image.new("RGB", (30, 20)).save(turned, "JPEG", exif=exif)
-    pictures = [make["png"](0, 20, 30), turned.getvalue(), b"damaged"]
-    rows = [make["row"](0, images=[{"bytes": data, "path": None}]) for data in pictures]
+    images = [make["png"](0, 20, 30), turned.getvalue(), b"damaged"]
+    rows = [make["row"](0, images=[{"bytes": data, "path": None}]) for data in images]
     make["parquet"](tmp_path / "a.parquet", [*rows, make["row"](0, images=[])])
     source = ParquetSource(tmp_path / "a.parquet")
     assert sizes_of(source).tolist() == [[20, 30], [30, 20], [0, 0], [0, 0]]

@@ -26,7 +26,7 @@ def source(tmp_path, make):
         make["row"](0, answer="rage"),
         make["row"](0, problem=""),
         make["row"](0, images=images((8, 128))),
-        make["row"](0, images=[{"bytes": b"no picture", "path": None}]),
+        make["row"](0, images=[{"bytes": b"no image", "path": None}]),
         make["row"](0, images=[]),
         make["row"](0, problem="which ? " * 300),
     ]

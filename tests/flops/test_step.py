@@ -124,7 +124,7 @@ def _masked(config: Qwen25VLShapes, s: StepShapes) -> int:
     return 4 * config.num_layers * config.hidden_size * pairs
 
 
-# One window of 16 patches a picture, so that all layers of the tower see the same.
+# One window of 16 patches an image, so that all layers of the tower see the same.
 SCORED = STEP._replace(patches=16, shared_tokens=5, response_tokens=7)
 
 

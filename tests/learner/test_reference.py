@@ -1,4 +1,4 @@
-"""The reference: how it follows the policy, how it is kept, and the features of its pictures."""
+"""The reference: how it follows the policy, how it is kept, and the features of its images."""
 
 import jax
 import jax.numpy as jnp

@@ -138,8 +138,8 @@ def test_a_row_that_sees_nothing_is_finite():
 def test_the_mask_of_a_group_by_hand():
     mask = attention_kernels.GroupMask(prefix=2, groups=2, length=3, causal=True)
     assert mask.shape == (6, 8)
-    picture = "\n".join("".join(".x"[int(x)] for x in row) for row in mask[:, :])
-    assert picture == "xxx.....\nxxxx....\nxxxxx...\nxx...x..\nxx...xx.\nxx...xxx"
+    image = "\n".join("".join(".x"[int(x)] for x in row) for row in mask[:, :])
+    assert image == "xxx.....\nxxxx....\nxxxxx...\nxx...x..\nxx...xx.\nxx...xxx"
     assert (mask[2:5, 3:7] == mask[:, :][2:5, 3:7]).all()
     assert mask == attention_kernels.GroupMask(2, 2, 3, True)
     assert mask != attention_kernels.GroupMask(2, 2, 3, False)

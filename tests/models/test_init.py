@@ -34,7 +34,7 @@ def test_load_gives_back_what_was_saved(folder, policy, params):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_transformers_reads_the_same_text_and_pictures(folder):
+def test_transformers_reads_the_same_text_and_images(folder):
     policy = models.load(folder)
     text = "a street in the rain"
     theirs = AutoTokenizer.from_pretrained(folder)(text).input_ids

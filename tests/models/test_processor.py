@@ -23,7 +23,7 @@ def tokenizer():
     return train_tokenizer(["a picture of the rain"], 300)
 
 
-def picture(mode: str, height: int, width: int) -> Image.Image:
+def draw(mode: str, height: int, width: int) -> Image.Image:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
     if mode in ("RGBA", "LA"):
@@ -42,7 +42,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 @pytest.mark.parametrize("pixels", [(12544, 12544), (3136, 50176)])
 def test_patches_are_those_of_transformers(tokenizer, mode, height, width, pixels):
     least, most = pixels
-    image = picture(mode, height, width)
+    image = draw(mode, height, width)
     processor = Processor(tokenizer, ImageSettings(min_pixels=least, max_pixels=most), LAYOUT)
     patches, grid = processor.patches(image)
     reader = Qwen2VLImageProcessorPil(min_pixels=least, max_pixels=most)
@@ -87,16 +87,16 @@ def test_sizes_are_those_of_transformers(height, width, least, factor):
         )
 
 
-def test_small_pictures_grow_to_min_pixels(tokenizer):
+def test_small_images_grow_to_min_pixels(tokenizer):
     processor = Processor(
         tokenizer, ImageSettings(min_pixels=112 * 112, max_pixels=112 * 112), LAYOUT
     )
-    patches, grid = processor.patches(encode(picture("L", 48, 48)))
+    patches, grid = processor.patches(encode(draw("L", 48, 48)))
     assert grid == (1, 8, 8) and patches.shape == (64, 1176)
 
 
-def test_encoded_pictures_are_turned_upright(tokenizer):
-    image = picture("RGB", 56, 84)
+def test_encoded_images_are_turned_upright(tokenizer):
+    image = draw("RGB", 56, 84)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter
     processor = Processor(tokenizer, ImageSettings(), LAYOUT)
@@ -107,25 +107,25 @@ def test_encoded_pictures_are_turned_upright(tokenizer):
 
 
 FILES = {
-    "grey jpeg": lambda: encode(picture("L", 60, 90), "JPEG"),
-    "cmyk jpeg": lambda: encode(picture("CMYK", 60, 90), "JPEG"),
-    "palette png": lambda: encode(picture("P", 60, 90)),
-    "palette png with a transparent colour": lambda: encode(picture("P", 60, 90), transparency=3),
+    "grey jpeg": lambda: encode(draw("L", 60, 90), "JPEG"),
+    "cmyk jpeg": lambda: encode(draw("CMYK", 60, 90), "JPEG"),
+    "palette png": lambda: encode(draw("P", 60, 90)),
+    "palette png with a transparent colour": lambda: encode(draw("P", 60, 90), transparency=3),
     "rgb png with a transparent colour": lambda: encode(
-        picture("RGB", 60, 90), transparency=(9, 9, 9)
+        draw("RGB", 60, 90), transparency=(9, 9, 9)
     ),
-    "grey png with alpha": lambda: encode(picture("LA", 60, 90)),
-    "webp with alpha": lambda: encode(picture("RGBA", 60, 90), "WEBP", lossless=True),
-    "black and white tiff": lambda: encode(picture("1", 60, 90), "TIFF"),
-    "cmyk tiff": lambda: encode(picture("CMYK", 60, 90), "TIFF"),
+    "grey png with alpha": lambda: encode(draw("LA", 60, 90)),
+    "webp with alpha": lambda: encode(draw("RGBA", 60, 90), "WEBP", lossless=True),
+    "black and white tiff": lambda: encode(draw("1", 60, 90), "TIFF"),
+    "cmyk tiff": lambda: encode(draw("CMYK", 60, 90), "TIFF"),
     "moving gif": lambda: encode(
-        picture("P", 60, 90),
+        draw("P", 60, 90),
         "GIF",
         save_all=True,
-        append_images=[picture("L", 60, 90).convert("P")],
+        append_images=[draw("L", 60, 90).convert("P")],
     ),
     "moving webp": lambda: encode(
-        picture("RGB", 60, 90), "WEBP", save_all=True, append_images=[picture("L", 60, 90)]
+        draw("RGB", 60, 90), "WEBP", save_all=True, append_images=[draw("L", 60, 90)]
     ),
 }
 
@@ -146,7 +146,7 @@ def test_files_are_turned_as_load_image_does(tokenizer, tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "turned.png"
-    picture("RGB", 56, 84).save(path, exif=exif)
+    draw("RGB", 56, 84).save(path, exif=exif)
     patches, grid = Processor(tokenizer, ImageSettings(), LAYOUT).patches(path.read_bytes())
     upright = load_image(str(path))
     assert grid == (1, upright.height // 14, upright.width // 14)
@@ -177,17 +177,17 @@ def test_grey_of_unknown_range_is_refused(tokenizer, kind):
 
 @pytest.mark.parametrize(
     "encoded",
-    [b"", b"no picture", encode(picture("RGB", 64, 64))[:-500], b"\x89PNG\r\n\x1a\n"],
+    [b"", b"no image", encode(draw("RGB", 64, 64))[:-500], b"\x89PNG\r\n\x1a\n"],
     ids=["empty", "text", "cut", "header"],
 )
-def test_damaged_pictures_are_one_kind_of_error(tokenizer, encoded):
-    with pytest.raises(ImageError, match=f"cannot decode a picture of {len(encoded)} bytes"):
+def test_damaged_images_are_one_kind_of_error(tokenizer, encoded):
+    with pytest.raises(ImageError, match=f"cannot decode an image of {len(encoded)} bytes"):
         Processor(tokenizer, ImageSettings(), LAYOUT).patches(encoded)
 
 
-def test_thin_pictures_are_refused(tokenizer):
+def test_thin_images_are_refused(tokenizer):
     with pytest.raises(ImageError, match="402 x 2 pixels is too thin"):
-        Processor(tokenizer, ImageSettings(), LAYOUT).patches(picture("RGB", 2, 402))
+        Processor(tokenizer, ImageSettings(), LAYOUT).patches(draw("RGB", 2, 402))
 
 
 def test_folder_round_trip_in_the_files_of_the_hub(tokenizer, tmp_path):

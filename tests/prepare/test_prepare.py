@@ -46,7 +46,7 @@ def load(folder, **data) -> LoadedPolicy:
     return prepare.load_policy(config, print, make_mesh())
 
 
-def test_picture_sizes_are_the_folders_unless_the_config_says_others(folder):
+def test_image_sizes_are_the_folders_unless_the_config_says_others(folder):
     images = load(folder).processor.images
     assert (images.min_pixels, images.max_pixels) == (256, 1024)
     images = load(folder, max_pixels=512).processor.images
@@ -100,7 +100,7 @@ def opened(config: ConfigDict, folder: Path) -> prepare.Data:
     config.data.prompt_lengths, config.data.image_windows = (2000,), (4,)
     config.rollout.prompts = 6
     policy = load(folder)
-    # The tiny policy's ids are its own; only that of the picture matters here.
+    # The tiny policy's ids are its own; only that of the image matters here.
     image = policy.processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     shapes = dataclasses.replace(policy.shapes, image_token_id=image)
     known = dataclasses.replace(policy.policy, shapes=shapes)

@@ -9,8 +9,8 @@ from PIL import Image
 from emor3_jax.data.labels import LABEL_SETS
 
 
-def write_picture(path: Path, seed: int, side: int = 24) -> None:
-    """Writes noise as a picture; its format follows the extension."""
+def write_image(path: Path, seed: int, side: int = 24) -> None:
+    """Writes noise as an image; its format follows the extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
     kind = {".png": "PNG"}.get(path.suffix.lower(), "JPEG")
@@ -27,7 +27,7 @@ def emoset(root: Path, counts: dict[str, int]) -> dict[str, list[list[str]]]:
             label = labels[i % len(labels)]
             name = f"{label}_{number:05d}"
             image, annotation = f"image/{label}/{name}.jpg", f"annotation/{label}/{name}.json"
-            write_picture(root / image, number)
+            write_image(root / image, number)
             (root / annotation).parent.mkdir(parents=True, exist_ok=True)
             attributes = {"image_id": name, "emotion": label, "brightness": number % 11 / 10}
             (root / annotation).write_text(json.dumps(attributes))
@@ -45,7 +45,7 @@ def emotion6(root: Path, rows: list[tuple[str, list[float]]]) -> None:
     names = "anger disgust fear joy sadness surprise neutral"
     lines = [f"[image_filename]\t[valence]\t[arousal]\t{names}"]
     for number, (file, shares) in enumerate(rows):
-        write_picture(root / "images" / file, number)
+        write_image(root / "images" / file, number)
         lines.append("\t".join([file, "4.5", "5.0", *map(str, shares)]))
     (root / "ground_truth.txt").write_text("\n".join(lines) + "\n")
 
@@ -54,7 +54,7 @@ def classes(root: Path, labels, per_class: int = 2, suffix: str = ".jpg", start:
     """Writes `root/<label>/*`."""
     for i, label in enumerate(labels):
         for j in range(per_class):
-            write_picture(root / label / f"{j}{suffix}", start + i * per_class + j)
+            write_image(root / label / f"{j}{suffix}", start + i * per_class + j)
 
 
 def fer_csv(root: Path, rows: list[tuple[int, str, str]]) -> None:

@@ -49,8 +49,8 @@ STEP = StepShapes(
 # decoder, a token: q 8*8, k 8*4, v 8*4, o 8*8, three of 8*10: 432 a layer, 864 in all: 1728 FLOPs.
 #   Logits of a token: 2*8*20 = 320. A pair of query and key: 2 layers * 4 * 8 = 64.
 # tower, a patch: embedding 6*4 = 24; two layers of 4*4*4 + 3*4*6 = 136; merger (16*16 + 16*8) / 4
-#   patches = 96: together 392, so 784 FLOPs; a picture 32 * 784 = 25088.
-#   Attention: 16 keys in a window, 32 in the full layer: 4*4*32 * (16+32) = 24576 a picture.
+#   patches = 96: together 392, so 784 FLOPs; an image 32 * 784 = 25088.
+#   Attention: 16 keys in a window, 32 in the full layer: 4*4*32 * (16+32) = 24576 an image.
 
 
 def array(*shape: int, dtype: type = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -24,7 +24,7 @@ class Artphoto(Builder):
     def scan(cls, root: Path, checks: Checks) -> dict[str, list[Found]]:
         labels = LABEL_SETS[cls.LABELS]
         found = []
-        for file in Folder(root, checks).pictures(""):
+        for file in Folder(root, checks).images(""):
             name = normalize(Path(file).stem.rpartition("_")[0])
             label = ALIASES.get(name, name)
             if label not in labels:
@@ -34,7 +34,7 @@ class Artphoto(Builder):
                 )
             found.append(Found(file, label, file))
         if not found:
-            raise checks.refuse(f"it has no pictures. {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+            raise checks.refuse(f"it has no images. {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
         if missing := sorted(set(labels) - {each.label for each in found}):
-            raise checks.refuse(f"no picture of {', '.join(missing)}; unpack all files again")
+            raise checks.refuse(f"no image of {', '.join(missing)}; unpack all files again")
         return {WHOLE: found}

@@ -1,18 +1,18 @@
 """What the builders of data sets share: from a folder on disk to a tfds data set, checked once.
 
-A builder reads what the folder says of its pictures (`scan`), looks at the head of every file,
-and writes one record a picture with tfds in array_record files: id, label, shares of raters,
-attributes, size in pixels, and the picture's file. TensorFlow is not needed.
+A builder reads what the folder says of its images (`scan`), looks at the head of every file,
+and writes one record per image with tfds in array_record files: id, label, shares of raters,
+attributes, size in pixels, and the image's file. TensorFlow is not needed.
 
 Copy or refer. EmoSet-118K is 118,102 files; to copy them into records doubles the disk they take
-and makes the first run wait for the copy. So by default records refer to the pictures, which stay
+and makes the first run wait for the copy. So by default records refer to the images, which stay
 where they are and must not move, and a build costs one look at the head of each file. `copy=True`
-puts the bytes of the pictures into a split of their own beside the records (`<split>_pictures`),
+puts the bytes of the images into a split of their own beside the records (`<split>_pictures`),
 for disks that are slow at many small files, or to take one folder to another machine. What has no
-picture files (FER-2013's csv) is always copied.
+image files (FER-2013's csv) is always copied.
 
 A build is found again by what the folder says: other files, labels or splits make another build. A
-file that is overwritten by another picture under its name is not noticed.
+file that is overwritten by another image under its name is not noticed.
 """
 
 import abc
@@ -52,12 +52,12 @@ _TAIL = 4096
 
 
 class Found(NamedTuple):
-    """A picture as the folder names it.
+    """An image as the folder names it.
 
     Attributes:
       id: names the row within its split.
       label: one of the set; "" where the folder gives none.
-      file: the picture, relative to the folder; "" where it is not there or no file of its own.
+      file: the image, relative to the folder; "" where it is not there or no file of its own.
       shares: the share of raters for each label of `Builder.LABELS`, of any sum; or nothing.
       annotation: JSON file of attributes, relative to the folder; "" without.
     """
@@ -75,7 +75,7 @@ class FolderConfig(tfds.core.BuilderConfig):
 
     Attributes:
       root: the folder.
-      copy: whether records hold the pictures themselves.
+      copy: whether records hold the images themselves.
     """
 
     name: str = ""
@@ -88,9 +88,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     Attributes:
       LABELS: name of its label set.
-      QUESTION: what is asked of each picture.
+      QUESTION: what is asked of each image.
       PUBLISHED: the numbers of rows that its authors name, by split; another number is logged.
-      PICTURES_IN_FILES: False where pictures have no files of their own.
+      IMAGES_IN_FILES: False where images have no files of their own.
       MANUAL_DOWNLOAD_INSTRUCTIONS: page, files, and where to put them.
     """
 
@@ -98,26 +98,26 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     LABELS: str
     QUESTION: str
     PUBLISHED: tuple[tuple[str, int], ...] = ()
-    PICTURES_IN_FILES = True
+    IMAGES_IN_FILES = True
 
     @classmethod
     @abc.abstractmethod
     def scan(cls, root: Path, checks: Checks) -> dict[str, list[Found]]:
-        """Reads what the folder says of its pictures, without opening them.
+        """Reads what the folder says of its images, without opening them.
 
         Args:
           root: the folder.
           checks: takes what was noticed.
 
         Returns:
-          Split → pictures, in a fixed order.
+          Split → images, in a fixed order.
 
         Raises:
           DataError: if the folder does not have the layout, naming the file and the way out.
         """
 
-    def picture(self, root: Path, found: Found) -> bytes | None:
-        """Returns the encoded picture, None if it cannot be read."""
+    def image(self, root: Path, found: Found) -> bytes | None:
+        """Returns the encoded image, None if it cannot be read."""
         try:
             return (root / found.file).read_bytes() if found.file else None
         except OSError:
@@ -125,15 +125,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     @property
     def copies(self) -> bool:
-        """Whether the records hold the pictures."""
-        return self.builder_config.copy or not self.PICTURES_IN_FILES
+        """Whether the records hold the images."""
+        return self.builder_config.copy or not self.IMAGES_IN_FILES
 
     def _info(self) -> tfds.core.DatasetInfo:
         text, number = tfds.features.Text, tfds.features.Scalar
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.MANUAL_DOWNLOAD_INSTRUCTIONS,
-            # Rows keep the order of the folder, and the pictures that of the rows.
+            # Rows keep the order of the folder, and the images that of the rows.
             disable_shuffling=True,
             features=tfds.features.FeaturesDict(
                 {
@@ -158,7 +158,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         heads = {
             split: self._examine(root, split, found, checks) for split, found in splits.items()
         }
-        _find_duplicates(splits, heads, lambda each: self.picture(root, each), checks)
+        _find_duplicates(splits, heads, lambda each: self.image(root, each), checks)
         for split, count in self.PUBLISHED:
             there = total if split == "all" else len(splits.get(split, ()))
             if there != count:
@@ -169,23 +169,23 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         for split, found in splits.items():
             generators[split] = self._generate_examples(root, found, heads[split], False)
             if self.copies:
-                pictures = self._generate_examples(root, found, heads[split], True)
-                generators[f"{split}_pictures"] = pictures
+                images = self._generate_examples(root, found, heads[split], True)
+                generators[f"{split}_pictures"] = images
         return generators
 
     def _generate_examples(
-        self, root: Path, found: Sequence[Found], heads: Sequence["_Head"], pictures: bool
+        self, root: Path, found: Sequence[Found], heads: Sequence["_Head"], images: bool
     ) -> Iterator:
         for number, (each, head) in enumerate(zip(found, heads, strict=True)):
-            data = self.picture(root, each) if pictures else None
+            data = self.image(root, each) if images else None
             yield (
                 number,
                 {
                     "id": each.id,
                     "label": each.label,
                     "file": each.file,
-                    "attributes": "" if pictures else head.attributes,
-                    "shares": [] if pictures else list(each.shares),
+                    "attributes": "" if images else head.attributes,
+                    "shares": [] if images else list(each.shares),
                     "height": head.height,
                     "width": head.width,
                     "picture": io.BytesIO(data or b""),
@@ -197,12 +197,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     ) -> list["_Head"]:
         """Looks at the head of every file; what threads find is noted in the order of the rows."""
         # Without files there is nothing to wait for.
-        threads = _THREADS if self.PICTURES_IN_FILES else 1
+        threads = _THREADS if self.IMAGES_IN_FILES else 1
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             heads = list(pool.map(lambda each: _head(root, each, self), found))
         for each, head in zip(found, heads, strict=True):
             where = f"{split}/{each.id}"
-            if self.PICTURES_IN_FILES and not each.file:
+            if self.IMAGES_IN_FILES and not each.file:
                 checks.note("missing_file", where)
             elif not head.height:
                 checks.note("unreadable", where)
@@ -214,7 +214,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 class _Head(NamedTuple):
-    """What the head of a file and its annotation say; height 0 where no picture was found."""
+    """What the head of a file and its annotation say; height 0 where no image was found."""
 
     height: int
     width: int
@@ -226,11 +226,11 @@ class _Head(NamedTuple):
 def _head(root: Path, found: Found, builder: Builder) -> _Head:
     height = width = 0
     key = (0, 0)
-    if not builder.PICTURES_IN_FILES:
-        data = builder.picture(root, found)
+    if not builder.IMAGES_IN_FILES:
+        data = builder.image(root, found)
         if data is not None:
-            with Image.open(io.BytesIO(data)) as picture:
-                height, width = upright_size(picture)
+            with Image.open(io.BytesIO(data)) as image:
+                height, width = upright_size(image)
             key = (len(data), zlib.crc32(data))
     elif found.file:
         try:
@@ -239,8 +239,8 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
                 file.seek(max(0, size - _TAIL))
                 key = (size, zlib.crc32(file.read()))
                 file.seek(0)
-                with Image.open(file) as picture:
-                    height, width = upright_size(picture)
+                with Image.open(file) as image:
+                    height, width = upright_size(image)
         except Exception:
             # PIL raises many kinds of errors for a damaged head.
             height = width = 0
@@ -258,10 +258,10 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
 def _find_duplicates(
     splits: dict[str, list[Found]],
     heads: dict[str, list[_Head]],
-    picture: Callable[[Found], bytes | None],
+    image: Callable[[Found], bytes | None],
     checks: Checks,
 ) -> None:
-    """Notes pictures of equal bytes; only files of equal size and end are read as a whole."""
+    """Notes images of equal bytes; only files of equal size and end are read as a whole."""
     alike: dict[tuple[int, int], list[tuple[str, Found]]] = defaultdict(list)
     for split, found in splits.items():
         for each, head in zip(found, heads[split], strict=True):
@@ -271,13 +271,13 @@ def _find_duplicates(
         if len(candidates) > 1:
             same: dict[bytes, list[tuple[str, Found]]] = defaultdict(list)
             for split, each in candidates:
-                same[hashlib.sha256(picture(each) or b"").digest()].append((split, each))
+                same[hashlib.sha256(image(each) or b"").digest()].append((split, each))
             for group in same.values():
                 _note_duplicates(group, checks)
 
 
 def _note_duplicates(group: Sequence[tuple[str, Found]], checks: Checks) -> None:
-    """Notes each picture of a group but the first as equal to the first."""
+    """Notes each image of a group but the first as equal to the first."""
     first_split, first = group[0]
     for split, each in group[1:]:
         pair = f"{first_split}/{first.id} = {split}/{each.id}"
@@ -312,7 +312,7 @@ def build_dataset(
       builder: of the data set.
       path: the folder that the user has downloaded.
       data_dir: folder of tfds data sets.
-      copy: whether records hold the pictures themselves.
+      copy: whether records hold the images themselves.
 
     Raises:
       DataError: if the folder is not there or not what it should be.
@@ -327,7 +327,7 @@ def build_dataset(
     checks = Path(built.data_dir) / "checks.json"
     if not checks.is_file():
         files = sum(map(len, splits.values()))
-        logger.warning("%s: building, once: looking at %d pictures in %s", built.name, files, root)
+        logger.warning("%s: building, once: looking at %d images in %s", built.name, files, root)
         with _quiet():
             built.download_and_prepare()
         if not hasattr(built, "found"):
@@ -366,7 +366,7 @@ def _fingerprint(root: Path, copy: bool, splits: dict[str, list[Found]]) -> str:
 
 
 class BuiltSource:
-    """One split of a built data set: records, and the pictures that they refer to.
+    """One split of a built data set: records, and the images that they refer to.
 
     Attributes:
       name: of data set and split.
@@ -374,7 +374,7 @@ class BuiltSource:
     """
 
     def __init__(self, built: Builder, split: str, question: str = "") -> None:
-        """Opens a split; the records of all rows are read, the pictures not.
+        """Opens a split; the records of all rows are read, the images not.
 
         Args:
           built: as `build_dataset` returns it.
@@ -397,9 +397,9 @@ class BuiltSource:
             raise DataError(f"split={split!r}: {built.name} has {', '.join(known)}")
         skip = {"picture": tfds.decode.SkipDecoding()}
         records = built.as_data_source(wanted, decoders=skip)
-        self._pictures = None
+        self._images = None
         if built.copies:
-            self._pictures = built.as_data_source(f"{wanted}_pictures", decoders=skip)
+            self._images = built.as_data_source(f"{wanted}_pictures", decoders=skip)
         question = question or built.QUESTION
         names = LABEL_SETS[built.LABELS]
         self._texts: list[Texts] = []
@@ -422,11 +422,11 @@ class BuiltSource:
         return len(self._texts)
 
     def __getitem__(self, index: int) -> Row:
-        return Row([self._picture(index)], self._texts[index])
+        return Row([self._image(index)], self._texts[index])
 
-    def _picture(self, index: int) -> bytes | None:
-        if self._pictures is not None:
-            return self._pictures[self._numbers[index]]["picture"] or None
+    def _image(self, index: int) -> bytes | None:
+        if self._images is not None:
+            return self._images[self._numbers[index]]["picture"] or None
         try:
             return (self._root / self._files[index]).read_bytes() if self._files[index] else None
         except OSError:
@@ -437,7 +437,7 @@ class BuiltSource:
         yield from self._texts
 
     def sizes(self) -> np.ndarray:
-        """Returns int32[n, 2], height and width of each picture in pixels, 0 where unreadable."""
+        """Returns int32[n, 2], height and width of each image in pixels, 0 where unreadable."""
         return np.asarray(self._sizes, np.int32).reshape(-1, 2)
 
     def find(self, row_id: str) -> int:
@@ -487,8 +487,8 @@ class Folder:
             return f"{folder}/{found}" if folder else found
         return ""
 
-    def pictures(self, folder: str) -> list[str]:
-        """Returns the pictures of a folder, relative to the root, and notes other files."""
+    def images(self, folder: str) -> list[str]:
+        """Returns the images of a folder, relative to the root, and notes other files."""
         found = []
         for name in sorted(self._names(folder)[0]):
             path = f"{folder}/{name}" if folder else name
@@ -537,7 +537,7 @@ def class_folders(
         if label in seen:
             raise checks.refuse(f"the folders {seen[label]!r} and {path!r} are the same label")
         seen[label] = path
-        for file in folder.pictures(path):
+        for file in folder.images(path):
             found.append(Found(file, label, file))
     if missing := [label for label in labels if label not in seen]:
         raise checks.refuse(
@@ -557,7 +557,7 @@ def read_json(path: Path, checks: Checks) -> Any:
 
 
 def once(found: Iterable[Found], split: str, checks: Checks) -> list[Found]:
-    """Returns pictures without those named a second time, which are noted."""
+    """Returns images without those named a second time, which are noted."""
     kept: dict[str, Found] = {}
     for each in found:
         if each.id in kept:

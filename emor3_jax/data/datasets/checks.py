@@ -10,8 +10,8 @@ from emor3_jax.data.errors import DataError
 logger = logging.getLogger(__name__)
 
 FAULTS = {
-    "missing_file": "a picture is named but not there; the row stays and is left out of batches",
-    "unreadable": "not the file of a picture; the row stays and is left out of batches",
+    "missing_file": "an image is named but not there; the row stays and is left out of batches",
+    "unreadable": "not the file of an image; the row stays and is left out of batches",
     "other_label": "folder or annotation name another emotion than the list; the list was taken",
 }
 """What a few rows may have; more than `tolerated` of one kind means that the folder is wrong."""
@@ -20,12 +20,12 @@ NOTES = {
     "missing_annotation": "no annotation file; the row stays, without attributes",
     "other_case": "found under a name that differs in case only",
     "listed_twice": "named twice in the list; kept once",
-    "not_a_picture": "a file among the pictures that has no picture's extension; ignored",
+    "not_a_picture": "a file among the images that has no extension of an image; ignored",
     "tie": "several labels share the largest share; the first of them was taken",
     "no_share": "no label has a share, so the row has no label and is left out of batches",
-    "duplicate": "the same bytes as another picture of the split; both stay",
-    "duplicate_other_label": "the same bytes as a picture of another label; both stay",
-    "duplicate_other_split": "the same bytes as a picture of another split; both stay",
+    "duplicate": "the same bytes as another image of the split; both stay",
+    "duplicate_other_label": "the same bytes as an image of another label; both stay",
+    "duplicate_other_split": "the same bytes as an image of another split; both stay",
     "count": "another number of rows than published",
 }
 """What is counted and logged, however often it occurs."""

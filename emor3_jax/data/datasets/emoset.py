@@ -48,26 +48,26 @@ class Emoset(Builder):
 def _row(row: object, index: int, file: str, folder: Folder, checks: Checks) -> Found:
     """Reads `[emotion, (image id,) "image/….jpg", "annotation/….json"]`."""
     texts = row if isinstance(row, list) and all(isinstance(x, str) for x in row) else []
-    pictures = [x for x in texts[1:] if x.startswith("image/")]
+    images = [x for x in texts[1:] if x.startswith("image/")]
     annotations = [x for x in texts[1:] if x.startswith("annotation/")]
-    if len(pictures) != 1 or len(annotations) > 1:
+    if len(images) != 1 or len(annotations) > 1:
         raise checks.refuse(
             f"row {index} of {file}.json is {row!r}, not [emotion, image id, 'image/….jpg', "
             "'annotation/….json']"
         )
-    label, picture = normalize(texts[0]), pictures[0]
+    label, image = normalize(texts[0]), images[0]
     if label not in _LABELS:
         raise checks.refuse(
             f"row {index} of {file}.json names the emotion {texts[0]!r}; EmoSet has "
             f"{', '.join(_LABELS)}"
         )
-    row_id = Path(picture).stem
-    beside = Path(picture).parts[1] if len(Path(picture).parts) > 2 else ""
+    row_id = Path(image).stem
+    beside = Path(image).parts[1] if len(Path(image).parts) > 2 else ""
     if beside and normalize(beside) != label:
         checks.note("other_label", f"{file}/{row_id} ({label}, folder {beside})")
     annotation = annotations[0] if annotations else ""
     return Found(
-        row_id, label, folder.find(picture), annotation=folder.find(annotation) or annotation
+        row_id, label, folder.find(image), annotation=folder.find(annotation) or annotation
     )
 
 

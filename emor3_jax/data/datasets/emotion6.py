@@ -1,8 +1,8 @@
-"""Emotion6: 1,980 pictures found by six search words, with the shares of raters (CVPR 2015).
+"""Emotion6: 1,980 images found by six search words, with the shares of raters (CVPR 2015).
 
-The folder of a picture is the word that it was searched by, not its label. The label is the arg-max
+The folder of an image is the word that it was searched by, not its label. The label is the arg-max
 over the six emotions; neutral, the seventh column, is passed over, however large it is. Of emotions
-with equal shares the first in the order of the file is the label; ties are counted. A picture whose
+with equal shares the first in the order of the file is the label; ties are counted. An image whose
 six shares are all 0 has no label: it is counted and left out of batches. The shares of the six
 become the row's `distribution`, so `graded=True` gives a tied answer its full worth.
 """

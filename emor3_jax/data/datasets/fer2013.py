@@ -1,7 +1,7 @@
 """FER-2013: 35,887 grey faces of 48 x 48 pixels in seven expressions (ICML 2013 workshop).
 
 Read from Kaggle's `fer2013.csv` (emotion, pixels, Usage), whose faces have no files and become PNG
-files in the records, or from folders `<split>/<expression>/*`, where the pictures stay.
+files in the records, or from folders `<split>/<expression>/*`, where the images stay.
 """
 
 import csv
@@ -58,7 +58,7 @@ class Fer2013Csv(Builder):
     LABELS = "fer7"
     QUESTION = _QUESTION
     PUBLISHED = (("train", 28_709), ("validation", 3589), ("test", 3589))
-    PICTURES_IN_FILES = False
+    IMAGES_IN_FILES = False
     MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTRUCTIONS
 
     @classmethod
@@ -87,7 +87,7 @@ class Fer2013Csv(Builder):
             )
         return splits
 
-    def picture(self, root: Path, found: Found) -> bytes | None:
+    def image(self, root: Path, found: Found) -> bytes | None:
         line = int(found.id.rpartition(":")[2])
         pixels = _pixels(root / _CSV)[line - 2]
         if pixels is None:

@@ -1,4 +1,4 @@
-"""FI: about 23,000 Flickr and Instagram pictures in eight emotions (AAAI 2016)."""
+"""FI: about 23,000 Flickr and Instagram images in eight emotions (AAAI 2016)."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class Fi(Builder):
     LABELS = "mikels8"
     QUESTION = "Which emotion would someone who scrolls past this picture most likely feel?"
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "FI is asked for on the page of its authors, https://qzyou.github.io. Put the pictures "
+        "FI is asked for on the page of its authors, https://qzyou.github.io. Put the images "
         "into <label>/*.jpg, or into <split>/<label>/*.jpg with the splits train, val and test, "
         "below a folder, and give that folder as path."
     )

@@ -1,4 +1,4 @@
-"""WebEmo: about 268,000 pictures found by search words, 25 labels in groups (ECCV 2018).
+"""WebEmo: about 268,000 images found by search words, 25 labels in groups (ECCV 2018).
 
 `labels="webemo6"` or `"polarity2"` chooses a coarser level (`data/labels.py` has the map). Two of
 its folders are spelt `cheerfullness` and `irritabilty`; the labels of a policy are spelt right.

@@ -1,6 +1,6 @@
 """EmoScenes as a tfds dataset in array_record files, built and read without TensorFlow.
 
-Every split is drawn from a seed; no picture (cues and layout) is in two splits.
+Every split is drawn from a seed; no image (cues and layout) is in two splits.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class EmoScenesConfig(tfds.core.BuilderConfig):
 
     Attributes:
       size: pixels a side, 112 to 224.
-      counts: pictures of each split; a split left out is not drawn.
-      seed: another seed draws other pictures.
+      counts: images of each split; a split left out is not drawn.
+      seed: another seed draws other images.
     """
 
     name: str = ""
@@ -109,7 +109,7 @@ def encode(scene: scenes.Scene, size: int) -> bytes:
 
 
 def sample_splits(counts: Mapping[str, int], seed: int) -> dict[str, list[scenes.Scene]]:
-    """The scenes of every split that `counts` names; all pictures differ."""
+    """The scenes of every split that `counts` names; all images differ."""
     seen: set[tuple] = set()
     splits: dict[str, list[scenes.Scene]] = {}
     for number, (split, style) in enumerate(STYLE_OF_SPLIT.items()):
@@ -136,8 +136,8 @@ def prepare(
     Args:
       data_dir: folder of tfds datasets; made where it is missing.
       size: pixels a side, 112 to 224.
-      counts: pictures by split, by default `DEMO_COUNTS`.
-      seed: another seed draws other pictures.
+      counts: images by split, by default `DEMO_COUNTS`.
+      seed: another seed draws other images.
 
     Raises:
       ValueError: a split is unknown, a count below 1 or the size out of range.

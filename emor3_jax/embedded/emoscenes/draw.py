@@ -1,7 +1,7 @@
 """Draws a scene: a person on one side, an object below the weather on the other.
 
 Everything that has to be read is large and has a colour of its own, because the tiny policy sees
-eight by eight patches and learns within minutes. In a picture of 112 pixels the head is 42 pixels
+eight by eight patches and learns within minutes. In an image of 112 pixels the head is 42 pixels
 wide, the object and the weather about 48.
 """
 
@@ -59,7 +59,7 @@ def draw(scene: Scene, size: int) -> Image.Image:
     """Draws a scene.
 
     Args:
-      scene: what to draw; the picture is a function of `scene.key` alone.
+      scene: what to draw; the image is a function of `scene.key` alone.
       size: width and height in pixels, in [112, 224].
 
     Returns:

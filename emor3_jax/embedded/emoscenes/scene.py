@@ -1,4 +1,4 @@
-"""What an EmoScenes picture shows, and which emotion it evokes.
+"""What an EmoScenes image shows, and which emotion it evokes.
 
 A scene is a person (expression, action) beside an object under some weather, bright or dark, vivid
 or gray. Two styles exist. "drawn" has the eight labels of Mikels and filled shapes; "shifted" has
@@ -9,7 +9,7 @@ emotion, chosen uniformly, each cue by itself; so every cue adds evidence,
 
     evidence(emotion) = sum over the six cues of log p(value of the cue | emotion),
 
-and the label is drawn from softmax(SHARPNESS * evidence): people who look at the finished picture
+and the label is drawn from softmax(SHARPNESS * evidence): people who look at the finished image
 name the emotion that it shows rather than the one that was meant. No cue decides alone: the best
 guess from any single cue is right in less than half of the scenes. Nor is the sum certain, because
 raters disagree: the best possible accuracy is about 90 % (`best_accuracy` is exact).
@@ -42,7 +42,7 @@ CUES = ("expression", "action", "object", "weather", "brightness", "colorfulness
 _LAYOUT_RADIX = (2, 7, 5, 7, 5, 7, 4)
 LAYOUTS = int(np.prod(_LAYOUT_RADIX))
 
-# How far raters agree on what a picture shows; 1 would keep the intended emotion.
+# How far raters agree on what an image shows; 1 would keep the intended emotion.
 SHARPNESS = 2.5
 
 # For each emotion and cue the typical values; what is left of the 1 is shared by the other values.
@@ -211,7 +211,7 @@ def likelihood(style: str, cue: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where things stand: shifts are in pixels of a 112-pixel picture."""
+    """Where things stand: shifts are in pixels of a 112-pixel image."""
 
     mirrored: int
     person_x: int
@@ -235,7 +235,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One picture: its cues, its layout number and the emotion that it was drawn for."""
+    """One image: its cues, its layout number and the emotion that it was drawn for."""
 
     style: str
     expression: str
@@ -249,7 +249,7 @@ class Scene:
 
     @property
     def key(self) -> tuple:
-        """All that the picture shows; two scenes with one key look the same."""
+        """All that the image shows; two scenes with one key look the same."""
         return dataclasses.astuple(self)[:-1]
 
     def cues(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """English for EmoScenes: about a hundred words, lower case, so that nearly every word is one token.
 
 Descriptions name the six cues in one order. Feelings name an emotion by adjectives that belong to
-that emotion alone, so a text can be judged without the picture.
+that emotion alone, so a text can be judged without the image.
 """
 
 from collections.abc import Mapping

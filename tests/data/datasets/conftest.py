@@ -10,7 +10,7 @@ from support import layouts
 def write() -> dict[str, Callable]:
     """The writers of `support.layouts`."""
     return {
-        "picture": layouts.write_picture,
+        "image": layouts.write_image,
         "emoset": layouts.emoset,
         "emotion6": layouts.emotion6,
         "classes": layouts.classes,

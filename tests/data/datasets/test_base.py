@@ -32,9 +32,9 @@ def test_a_folder_is_built_once_and_found_again(folder, tmp_path):
     again = open_dataset("emoset", str(folder), "train", data)
     assert len(first) == len(again) == 16 and len(stamps) == 3
     assert {p: p.stat().st_mtime_ns for p in data.rglob("*.array_record*")} == stamps
-    # Records refer to the pictures, which stay where they are.
-    picture = (folder / "image/awe/awe_00001.jpg").read_bytes()
-    assert again[1].images == [picture] and again[1].texts.id == "awe_00001"
+    # Records refer to the images, which stay where they are.
+    image = (folder / "image/awe/awe_00001.jpg").read_bytes()
+    assert again[1].images == [image] and again[1].texts.id == "awe_00001"
     assert not [p for p in stamps if "pictures" in p.name]
 
 
@@ -46,7 +46,7 @@ def test_another_list_makes_another_build(folder, tmp_path):
     assert len(open_dataset("emoset", str(folder), "train", data)) == 15
 
 
-def test_copied_pictures_need_the_folder_no_more(folder, tmp_path):
+def test_copied_images_need_the_folder_no_more(folder, tmp_path):
     source = open_dataset("emoset", str(folder), "test", tmp_path / "data", copy=True)
     wanted = (folder / "image/amusement/amusement_00024.jpg").read_bytes()
     shutil.rmtree(folder / "image")
@@ -85,13 +85,13 @@ def test_a_missing_folder_gives_the_instructions(kind, tmp_path):
 
 
 def test_damaged_and_missing_files_stay_counted_and_named(folder, tmp_path, caplog):
-    (folder / "image/awe/awe_00001.jpg").write_bytes(b"no picture")
+    (folder / "image/awe/awe_00001.jpg").write_bytes(b"no image")
     (folder / "image/fear/fear_00006.jpg").unlink()
     (folder / "annotation/anger/anger_00004.json").unlink()
     with caplog.at_level(logging.WARNING):
         source = open_dataset("emoset", str(folder), "train", tmp_path / "data")
     assert len(source) == 16
-    assert source[1].images == [b"no picture"] and source[6].images == [None]
+    assert source[1].images == [b"no image"] and source[6].images == [None]
     assert source.sizes()[1].tolist() == [0, 0]
     (path,) = (tmp_path / "data").rglob("checks.json")
     assert json.loads(path.read_text()) == {
@@ -104,14 +104,14 @@ def test_damaged_and_missing_files_stay_counted_and_named(folder, tmp_path, capl
         assert line in caplog.text
 
 
-def test_a_folder_that_lacks_most_of_its_pictures_is_refused(folder, tmp_path):
+def test_a_folder_that_lacks_most_of_its_images_is_refused(folder, tmp_path):
     for path in list(folder.glob("image/*/*.jpg"))[: tolerated(32) + 1]:
         path.unlink()
     with pytest.raises(DataError, match=r"11 of 32 rows have the fault 'missing_file'.*unpack"):
         open_dataset("emoset", str(folder), "train", tmp_path / "data")
 
 
-def test_equal_pictures_are_told_apart_by_where_they_are(folder, tmp_path):
+def test_equal_images_are_told_apart_by_where_they_are(folder, tmp_path):
     def copy(a: str, b: str) -> None:
         shutil.copy(folder / f"image/{a}.jpg", folder / f"image/{b}.jpg")
 
@@ -127,7 +127,7 @@ def test_equal_pictures_are_told_apart_by_where_they_are(folder, tmp_path):
     assert found["duplicate_other_split"] == ["train/disgust_00005 = test/disgust_00029"]
 
 
-def test_pictures_of_equal_size_and_end_need_not_be_equal(tmp_path, write):
+def test_images_of_equal_size_and_end_need_not_be_equal(tmp_path, write):
     write["classes"](tmp_path / "FI", LABEL_SETS["mikels8"], 1)
     end = b"x" * 5000
     for label, start in (("awe", b"a"), ("fear", b"b"), ("anger", b"a")):

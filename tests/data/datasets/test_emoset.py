@@ -46,13 +46,13 @@ def test_capital_extensions_are_found(folder):
     assert found == {"other_case": [rows["train"][0][2]]}
 
 
-def test_a_picture_that_is_gone_stays_without_file(folder):
+def test_a_image_that_is_gone_stays_without_file(folder):
     root, rows = folder
     (root / rows["train"][0][2]).unlink()
     assert scan(root)[0]["train"][0].file == ""
 
 
-def test_a_picture_listed_twice_is_kept_once(folder):
+def test_a_image_listed_twice_is_kept_once(folder):
     root, rows = folder
     (root / "train.json").write_text(json.dumps([*rows["train"], rows["train"][2]]))
     splits, found = scan(root)

@@ -6,7 +6,7 @@ from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_grades
 
 ROWS = [
-    # The folder is the search word: this picture of "joy" is one of sadness.
+    # The folder is the search word: this image of "joy" is one of sadness.
     ("joy/1.jpg", [0.0, 0.1, 0.1, 0.1, 0.4, 0.1, 0.2]),
     # Neutral is largest and passed over.
     ("anger/1.jpg", [0.1, 0.0, 0.0, 0.2, 0.0, 0.0, 0.7]),

@@ -35,8 +35,8 @@ def test_the_csv(tmp_path, write):
     assert opened["test"][0].texts.answer == "fear"
     # Pixels come back unchanged.
     for source, seed in ((opened["train"], 0), (opened["test"], 8)):
-        picture = Image.open(io.BytesIO(source[0].images[0]))
-        np.testing.assert_array_equal(np.asarray(picture), face(seed))
+        image = Image.open(io.BytesIO(source[0].images[0]))
+        np.testing.assert_array_equal(np.asarray(image), face(seed))
 
 
 def test_a_damaged_face_stays_and_is_counted(tmp_path, write, caplog):
@@ -89,6 +89,6 @@ def test_the_folders(tmp_path, write):
 
 
 def test_neither_csv_nor_folders(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    with pytest.raises(DataError, match=r"'pictures' is no part of FER-2013.*kaggle"):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match=r"'images' is no part of FER-2013.*kaggle"):
         open_dataset("fer2013", str(tmp_path), "train", tmp_path / "data")

@@ -71,17 +71,17 @@ def test_artphoto(tmp_path, write, opened):
     root = tmp_path / "testImages_artphoto"
     names = ["amusement", "awe", "content", "excitement", "anger", "disgust", "fear", "sad"]
     for i, name in enumerate(names):
-        write["picture"](root / f"{name}_{i:04d}.jpg", i)
+        write["image"](root / f"{name}_{i:04d}.jpg", i)
     source = opened("artphoto", root, "whole")
     found = {t.id: t.answer for t in source.texts()}
     assert found["content_0002.jpg"] == "contentment" and found["sad_0007.jpg"] == "sadness"
     assert sorted(found.values()) == sorted(LABEL_SETS["mikels8"])
-    write["picture"](root / "holiday.jpg", 50)
+    write["image"](root / "holiday.jpg", 50)
     with pytest.raises(DataError, match=r"'holiday\.jpg' is not <label>_<number>"):
         opened("artphoto", root, "whole")
     (root / "holiday.jpg").unlink()
     (root / "fear_0006.jpg").unlink()
-    with pytest.raises(DataError, match="no picture of fear"):
+    with pytest.raises(DataError, match="no image of fear"):
         opened("artphoto", root, "whole")
 
 
@@ -91,7 +91,7 @@ HEADER = "'','Amusement','Anger','Awe','Content','Disgust','Excitement','Fear','
 def test_abstract(tmp_path, write, opened, caplog):
     root = tmp_path / "testImages_abstract"
     for i in range(3):
-        write["picture"](root / f"abstract_{i:04d}.jpg", i)
+        write["image"](root / f"abstract_{i:04d}.jpg", i)
     lines = [
         HEADER,
         "'abstract_0000.jpg',0,1,6,2,0,0,0,1",

@@ -48,7 +48,7 @@ def test_source_travels_to_workers(data_dir):
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
 
 
-def test_no_picture_is_in_two_splits_and_seeds_differ():
+def test_no_image_is_in_two_splits_and_seeds_differ():
     counts = dict.fromkeys(builders.STYLE_OF_SPLIT, 300)
     splits = builders.sample_splits(counts, seed=0)
     keys = [scene.key for found in splits.values() for scene in found]

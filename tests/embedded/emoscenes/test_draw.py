@@ -15,12 +15,12 @@ def _scene(style):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("cue", CUES)
 def test_every_value_of_a_cue_changes_many_pixels(style, cue):
-    pictures = [
+    images = [
         np.asarray(draw(dataclasses.replace(_scene(style), **{cue: value}), 112), np.int32)
         for value in scenes.values(style, cue)
     ]
-    for i, a in enumerate(pictures):
-        for b in pictures[:i]:
+    for i, a in enumerate(images):
+        for b in images[:i]:
             changed = (np.abs(a - b).max(axis=-1) > 40).sum()
             # At least as many pixels as two patches of 14 x 14 hold.
             assert changed > 2 * 14 * 14
