@@ -362,7 +362,7 @@ def uses_reference(config: ConfigDict) -> bool:
 
 
 def reward_terms(config: ConfigDict) -> tuple[Term, ...]:
-    """Returns the reward terms of one's own.
+    """Returns the custom reward terms.
 
     Raises:
       ConfigError: if one cannot be used.

@@ -1,4 +1,4 @@
-"""Regular expressions as machines over characters, for reward terms of one's own.
+"""Regular expressions as machines over characters, for custom reward terms.
 
 Python's own parser reads the expression and Python's own engine says which characters each of its
 classes holds, so that `\\w`, ranges, case and Unicode mean what they mean to `re`. What is built
@@ -9,6 +9,7 @@ Deviations, numbered:
     possessive or atomic parts, no `(?m)`. Such an expression is refused by name.
 """
 
+import functools
 import re
 from collections.abc import Hashable, Sequence
 from re import _compiler, _constants, _parser
@@ -42,6 +43,26 @@ _MOST = 1000
 _ALL = "".join(chr(p) for p in range(0x110000) if not 0xD800 <= p < 0xE000)
 
 
+class _Class(NamedTuple):
+    """The characters of a class.
+
+    Attributes:
+      chars: those that it holds, or lacks.
+      inverted: it lacks them, and holds all others.
+    """
+
+    chars: frozenset[str]
+    inverted: bool
+
+
+@functools.cache
+def _read_class(test: re.Pattern) -> _Class:
+    """Asks the engine about every character; cached, since one class often stands many times."""
+    if test.fullmatch(OTHER):
+        return _Class(frozenset(test.sub("", _ALL)), True)
+    return _Class(frozenset(test.findall(_ALL)), False)
+
+
 class PatternRule:
     """1 if an expression matches anywhere in the text, as `re.search`, else 0.
 
@@ -70,8 +91,8 @@ class PatternRule:
             raise self._refuse("(?m)")
         first = self._sequence(parsed, flags, _MATCH)
         self._first = first
-        self._members = [frozenset(test.findall(_ALL)) for test in self._tests]
-        different = {c for m in self._members for c in (m if OTHER not in m else set(_ALL) - m)}
+        self._classes = [_read_class(test) for test in self._tests]
+        different = frozenset().union(*(each.chars for each in set(self._classes)))
         self.alphabet: Sequence[str] = tuple(sorted(c for c in different if ord(c) > 127))
         self._cache: dict[tuple, Hashable] = {}
         self.start: Hashable = self._close({first}, at_start=True)
@@ -80,7 +101,7 @@ class PatternRule:
         """Returns the state after a character; the empty set of places stands for a match."""
         if _MATCH in state:
             return state
-        holds = tuple(char in members for members in self._members)
+        holds = tuple((char in each.chars) != each.inverted for each in self._classes)
         key = state, holds, char == "\n"
         if key not in self._cache:
             # A match may also begin at any later character.
