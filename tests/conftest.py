@@ -6,11 +6,15 @@ from pathlib import Path
 
 from support import compiler_flags
 
-# Before JAX reads them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", compiler_flags.FAST)
 
 import jax
 import pytest
+
+# XLA has read its flags now. The TPU's compiler ends a process with a flag that it does not know.
+jax.devices()
+del os.environ["XLA_FLAGS"]
 
 MAPPINGS = 10_000
 """Linux lets a process have 65,530 memory mappings, and XLA crashes where it gets no more."""

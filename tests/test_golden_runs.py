@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from support import compiler_flags, golden_runs
+from support import golden_runs
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,6 @@ def runs(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("golden")
     done = subprocess.run(
         [sys.executable, golden_runs.__file__, folder],
-        env=compiler_flags.default(),
         capture_output=True,
         text=True,
         check=False,

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 BUILT_IN = {
     # Weights and adapters of a run's start, one tensor at a time (models/weights.py).
     "<lambda>",
+    "_normal",
+    "true_divide",
     "place",
     "copy",
     # Eager operations on keys and scalars.
