@@ -20,6 +20,7 @@ from emor3_jax.data.errors import DataError
 from emor3_jax.export import export
 from emor3_jax.models import load
 from emor3_jax.rewards import Group
+from emor3_jax.runtime import job
 from emor3_jax.train import train
 
 
@@ -354,7 +355,7 @@ def test_a_config_that_cannot_run_stops_before_any_compile(folder, field, value,
     config = make_config(folder)
     with config.unlocked():
         config.update_from_flattened_dict({field: value})
-    counter = prepare.CompileCounter()
+    counter = job.CompileCounter()
     with pytest.raises(error) as caught:
         train(config, folder / "refused")
     assert said in str(caught.value)

@@ -1,12 +1,14 @@
 """The update of whole groups in micro-batches: any cut, the same gradient; padding cut off."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import compiler_flags
 from support.setting import build_setting
 
 from emor3_jax.learner import learner, packing
@@ -54,17 +56,11 @@ def scored(setting, params, batch, samples, packing=None, features=None, **chang
     """Log-probabilities in `count` micro-batches, of a policy with another compute type."""
     policy = setting.policy.with_compute(dtype=changes.pop("dtype", jnp.float32))
     spec, count = SPEC._replace(**changes.pop("spec", {})), changes.pop("count", 1)
-    return response_logprobs(
-        params,
-        batch,
-        samples,
-        packing,
-        setting.suppressed,
-        features,
-        policy=policy,
-        spec=spec,
-        count=count,
-    )
+    score = partial(response_logprobs, policy=policy, spec=spec, count=count)
+    if changes.pop("as_users_do", False):
+        # The tests' flags round further from the operations one by one.
+        score = jax.jit(score, compiler_options=compiler_flags.DEFAULT)
+    return score(params, batch, samples, packing, setting.suppressed, features)
 
 
 def update(setting, params, experience, loss=LOSS, count=1, **changes):
@@ -155,7 +151,7 @@ def test_a_part_scores_as_its_rows_do_in_the_whole(setting, batch, samples):
     for part, each in enumerate(split(batch, 2)):
         rows = slice(part, None, 2)
         own = jax.tree.map(lambda x, rows=rows: x[rows], samples)
-        found = scored(setting, setting.params, each, own, count=2)
+        found = scored(setting, setting.params, each, own, count=2, as_users_do=True)
         assert np.abs(np.where(own.mask, found - wanted[rows], 0.0)).max() < 1e-5
 
 
@@ -164,7 +160,9 @@ def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
     rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,))
     assert rows is not None
     for count, packed in ((1, None), (2, None), (4, None), (1, rows), (2, rows)):
-        found = scored(setting, setting.params, batch, samples, packed, count=count)
+        found = scored(
+            setting, setting.params, batch, samples, packed, count=count, as_users_do=True
+        )
         difference = np.where(samples.mask, found - wanted, 0.0)
         assert np.abs(difference).max() < 1e-5
 

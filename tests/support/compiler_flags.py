@@ -5,6 +5,9 @@ Most tests compile programs that then run for a millisecond.
 
 FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
+DEFAULT = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+"""Options of `jax.jit` that compile one program as users do."""
+
 
 def on_devices(count: int) -> str:
     """Returns the flags of a process that has several fake devices."""
