@@ -39,7 +39,7 @@ from emor3_jax.runtime import cli
 
 @dataclasses.dataclass
 class Compiled:
-    """What the compiler says of a config on a topology.
+    """The compiler's findings for a config on a topology.
 
     Attributes:
       topology: the slices.
@@ -59,7 +59,7 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        """Whether all programs that were compiled fit."""
+        """True if all programs that were compiled fit."""
         return all(report.fits(self.topology.chip.usable) for report in self.reports)
 
     def table(self) -> str:

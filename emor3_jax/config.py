@@ -181,7 +181,7 @@ def default() -> ConfigDict:
     # `rollout.max_tokens`; 0 is none.
     config.reward.overlong = 0
     config.reward.overlong_weight = 1.0
-    # Name → `reward_term(…)`: terms of one's own, added with their weights.
+    # Name → `reward_term(…)`: custom reward terms, added with their weights.
     config.reward.terms = ConfigDict()
     # Folder of reward tables, shared by runs; "" keeps none.
     config.reward.table_cache = "runs/reward_tables"

@@ -26,7 +26,7 @@ KINDS = ("parameters", "optimizer", "cache", "data")
 
 
 class Report(NamedTuple):
-    """What the compiler says of one program; bytes are those of one device.
+    """The compiler's findings for one program; bytes are those of one device.
 
     Attributes:
       name: of the program.

@@ -1,4 +1,4 @@
-"""What reports come to: a table, whether the step fits, and what to change if it does not."""
+"""The summary of reports: a table, a verdict on the step, and advice if it does not fit."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""What is raised when data cannot be used."""
+"""Errors of data that cannot be used."""
 
 from emor3_jax.errors import UserError
 

@@ -83,7 +83,7 @@ class BatchSpec(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What was found for one place of a batch: a row, or none, and what was left out on the way."""
+    """The row found for one index of a batch, or none, and the rows left out on the way."""
 
     example: Example | None
     skips: tuple[Skip, ...] = ()
@@ -135,7 +135,7 @@ class _Reader:
 
 
 class _Spare:
-    """Which rows may stand in for a damaged one: its group's, then all, from a drawn one on."""
+    """Rows that may replace a damaged one: its group's, then all, from a drawn one on."""
 
     def __init__(self, groups: Sequence[ShuffleGroup], seed: int) -> None:
         self._groups, self._seed = [group.indices for group in groups], seed
@@ -430,7 +430,7 @@ class EvalBatches:
 
 
 class Parts(NamedTuple):
-    """How the parts of a joined source take turns in training.
+    """The order in which parts of a joined source take turns in training.
 
     Attributes:
       starts: where each part begins, and the end of the last one.

@@ -1,4 +1,4 @@
-"""Where rows come from: random access to images with a question and an answer.
+"""Sources of rows: random access to images with a question and an answer.
 
 A source never holds all its images in memory, can be sent to another process, and gives the texts
 of all rows without the images, so that rows are checked before a run starts.

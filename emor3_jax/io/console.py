@@ -1,4 +1,4 @@
-"""What a user sees of a run: stages and progress on standard output."""
+"""Output of a run to its user: stages and progress on standard output."""
 
 import time
 

@@ -129,7 +129,7 @@ def _attend_block(q: jax.Array, sources: list[Shared | Own], start: jax.Array) -
         return out.reshape(*x.shape[:-1], y.shape[-1])
 
     def visible(source: Shared | Own) -> jax.Array:
-        """Which key each query sees, to broadcast over the scores of the source."""
+        """Mask of the keys that each query sees, to broadcast over the scores of the source."""
         if isinstance(source, Shared):
             return source.mask[:, None, None, None, None]
         mask = source.mask[:, :, None, None, None]

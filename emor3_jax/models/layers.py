@@ -80,7 +80,7 @@ DEFAULT = Compute()
 
 
 class GroupRow(NamedTuple):
-    """How a prompt and its continuations lie in one row: P tokens, then G times S.
+    """Layout of a prompt and its continuations in one row: P tokens, then G times S.
 
     Attributes:
       prompt: P.

@@ -37,7 +37,7 @@ _CHAT_TEMPLATE_FILE = "chat_template.json"
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How an image becomes patches.
+    """Settings that turn an image into patches.
 
     Attributes:
       min_pixels, max_pixels: images are scaled to have between so many pixels.

@@ -141,7 +141,7 @@ def fetch(path: str, leaf: Any, tensor: HubTensor) -> np.ndarray:
 
 
 class _Entry(NamedTuple):
-    """Where a tensor lies on disk: its file, its name there, its shape and type."""
+    """A tensor on disk: its file, its name there, its shape and type."""
 
     file: Path
     key: str

@@ -1,4 +1,4 @@
-"""What may be chosen in a config, and what goes together: checked before any compile."""
+"""Rules for the values of a config and their combinations, checked before any compile."""
 
 from collections.abc import Callable
 from pathlib import Path

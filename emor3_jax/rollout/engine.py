@@ -54,7 +54,7 @@ from emor3_jax.types import Samples
 
 
 class Plan(NamedTuple):
-    """How much is in flight; hashable.
+    """Limits on what is in flight; hashable.
 
     Attributes:
       slots: prompts in flight, 0 for all of the batch.
@@ -108,7 +108,7 @@ class Finished(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """What is in flight: S prompts with L lanes each, a lane holding a response that goes on.
+    """State in flight: S prompts with L lanes each, a lane holding a response that goes on.
 
     Attributes:
       row: int32[S], which prompt of the batch.

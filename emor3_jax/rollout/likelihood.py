@@ -1,4 +1,4 @@
-"""How likely each of a few short replies is, without sampling any of them.
+"""Likelihoods of a few short replies, without sampling any of them.
 
 The question is read once; all candidates are then read at once behind it, each seeing the question
 and itself. Nothing is copied for them.

@@ -1,4 +1,4 @@
-"""What the builders of data sets share: from a folder on disk to a tfds data set, checked once.
+"""Shared parts of the builders: from a folder on disk to a tfds data set, checked once.
 
 A builder reads what the folder says of its images (`scan`), looks at the head of every file,
 and writes one record per image with tfds in array_record files: id, label, shares of raters,
@@ -71,7 +71,7 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class FolderConfig(tfds.core.BuilderConfig):
-    """Which folder to build from.
+    """The folder to build from.
 
     Attributes:
       root: the folder.
@@ -125,7 +125,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     @property
     def copies(self) -> bool:
-        """Whether the records hold the images."""
+        """True if the records hold the images."""
         return self.builder_config.copy or not self.IMAGES_IN_FILES
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -214,7 +214,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 class _Head(NamedTuple):
-    """What the head of a file and its annotation say; height 0 where no image was found."""
+    """Contents of a file's head and annotation; height 0 where no image was found."""
 
     height: int
     width: int

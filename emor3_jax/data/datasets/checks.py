@@ -1,4 +1,4 @@
-"""What is counted, logged or refused while a data set's folder is read."""
+"""Faults that are counted, logged or refused while a data set's folder is read."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def tolerated(rows: int) -> int:
 
 
 class Checks:
-    """What was found in a folder, by kind, each with the ids of the rows."""
+    """Faults found in a folder, by kind, each with the ids of the rows."""
 
     def __init__(self, name: str, root: Path) -> None:
         """Starts with nothing found.

@@ -35,7 +35,7 @@ DEMO_COUNTS = {
 
 @dataclasses.dataclass(eq=False)
 class EmoScenesConfig(tfds.core.BuilderConfig):
-    """Which EmoScenes to draw.
+    """The EmoScenes to draw.
 
     Attributes:
       size: pixels a side, 112 to 224.

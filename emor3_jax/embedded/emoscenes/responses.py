@@ -1,4 +1,4 @@
-"""What a good policy would say of a scene: right about every cue, in the feeling of its label."""
+"""Responses of a good policy to a scene: right about every cue, in the feeling of its label."""
 
 import zlib
 

@@ -1,4 +1,4 @@
-"""What an EmoScenes image shows, and which emotion it evokes.
+"""The contents of an EmoScenes image, and the emotion that it evokes.
 
 A scene is a person (expression, action) beside an object under some weather, bright or dark, vivid
 or gray. Two styles exist. "drawn" has the eight labels of Mikels and filled shapes; "shifted" has
@@ -211,7 +211,7 @@ def likelihood(style: str, cue: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where things stand: shifts are in pixels of a 112-pixel image."""
+    """Positions of things: shifts are in pixels of a 112-pixel image."""
 
     mirrored: int
     person_x: int
@@ -249,7 +249,7 @@ class Scene:
 
     @property
     def key(self) -> tuple:
-        """All that the image shows; two scenes with one key look the same."""
+        """Key of the image's contents; two scenes with one key look the same."""
         return dataclasses.astuple(self)[:-1]
 
     def cues(self) -> dict[str, str]:

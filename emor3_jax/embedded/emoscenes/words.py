@@ -81,7 +81,7 @@ def _other(scene: Scene, cue: str, rng: np.random.Generator) -> str:
 
 
 def feeling(label: str, rng: np.random.Generator) -> str:
-    """How a viewer would feel: 3 x 12 phrasings for each label.
+    """Phrasings of a viewer's feeling: 3 x 12 for each label.
 
     Raises:
       ValueError: the label belongs to no style of EmoScenes.

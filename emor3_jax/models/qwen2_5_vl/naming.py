@@ -1,4 +1,4 @@
-"""Where each parameter lies on the hub: names and shapes of its tensors.
+"""Names and shapes of the hub's tensors that make up each parameter.
 
 A scanned stack of layers is one parameter here and one tensor a layer there; a kernel is [in, out]
 here and [out, in] there. The tower's fused projection goes head by head here, each with its query,
