@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax import account
 from emor3_jax.config import uses_reference
-from emor3_jax.flops import PHASES, Cost, ShapeError, StepShapes, phase_costs, total
+from emor3_jax.flops import Cost, ShapeError, StepShapes, phase_costs, total
 from emor3_jax.flops.cost import (
     decoder_flops,
     decoder_linear_flops,
@@ -58,7 +58,7 @@ def layout_costs(
     kept: bool = False,
     remat: bool = True,
 ) -> dict[str, Cost]:
-    """Returns the cost of each of `PHASES` in one step of a layout.
+    """Returns the cost of each phase in one step of a layout.
 
     Args:
       policy: its shapes.
@@ -90,35 +90,34 @@ def _release(policy: Shapes, s: StepShapes, layout: str, remat: bool) -> dict[st
         "release_spread": (b * _ENGINES * (1 - (1 - 1 / _ENGINES) ** s.responses), _ENGINES),
         "release_cached": (b, 1),
     }.get(layout, (rows, rows))
-    coherence = consistency = Cost()
-    if s.coherence is not None:
-        q = s.coherence._replace(replies=1)
+    questions = {}
+    if "coherence" in s.questions:
+        q = s.questions["coherence"]._replace(replies=1)
         each = question_cost(policy, q, head=0, before=q.head)
-        coherence = decoder_flops(policy, q.head).times(min(heads, rows)) + each.times(rows)
-    if s.consistency is not None:
-        q = s.consistency._replace(replies=1)
+        head = decoder_flops(policy, q.head).times(min(heads, rows))
+        questions["coherence"] = head + each.times(rows)
+    if "consistency" in s.questions:
+        q = s.questions["consistency"]._replace(replies=1)
         each = question_cost(policy, q, head=q.head, before=s.shared_tokens)
         prefix = image + decoder_flops(policy, s.shared_tokens)
-        consistency = prefix.times(shared) + each.times(rows)
+        questions["consistency"] = prefix.times(shared) + each.times(rows)
     # All of prompt and response, with logits of every token.
     score = (image + decoder_flops(policy, p + t, logits=p + t)).times(rows)
     recomputed = 0
     if remat:
         layers = decoder_linear_flops(policy, p + t) + vision_linear_flops(policy.vision, s.patches)
         recomputed = rows * layers + score.attention
-    costs = {
+    return {
         "vision": image.times(prompts),
         # Logits of a prompt's last token only.
         "prefill": decoder_flops(policy, p, logits=1).times(prompts),
         # The last token of a response is never read.
         "decode": decoder_flops(policy, t - 1, before=p, logits=t - 1).times(rows),
-        "coherence": coherence,
-        "consistency": consistency,
+        **questions,
         "old": score,
         "reference": score,
         "update": training_cost(score, recomputed),
     }
-    return {phase: costs[phase] for phase in PHASES}
 
 
 def ratio_table(costs: dict[str, dict[str, Cost]]) -> str:

@@ -32,7 +32,7 @@ def tokenizer(seed: int = 0) -> PreTrainedTokenizerBase:
     syllables = [start + vowel for start in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
     words = ["".join(rng.choice(syllables, rng.integers(2, 4))) for _ in range(6000)]
     templates = PromptTemplates.load()
-    texts = [templates.set, templates.coherence, templates.consistency, QUESTION]
+    texts = [templates.set, *templates.reflections.values(), QUESTION]
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "yes", "no"]
     # Often enough that every word of a question becomes one token, as in a large vocabulary.
     corpus = [*texts, *label_set(LABELS), ", ".join(label_set(LABELS))] * 50

@@ -17,6 +17,7 @@ from emor3_jax.flops import Cost, QuestionTokens, StepShapes, phase_costs, total
 from emor3_jax.models.family import Shapes
 from emor3_jax.prepare.checks import validate
 from emor3_jax.prepare.shapes import make_step_shapes, read_policy_shapes
+from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli
 
 
@@ -62,6 +63,7 @@ def step_costs(
         step,
         reference=uses_reference(config),
         kept=config.reference.image_cache > 0,
+        old=config.policy_update.old_logprobs == "recompute",
         remat=config.policy_update.remat == "layers",
     )
     return policy.shapes, step, costs
@@ -74,7 +76,7 @@ def report(policy: Shapes, step: StepShapes, costs: dict[str, Cost]) -> str:
             f"{step.prompts} prompts of {step.prompt_tokens} tokens, "
             f"{step.patches // policy.merge_unit} of them an image of {step.patches} "
             f"patches; {step.responses} responses to each of {step.response_tokens} tokens.",
-            *(_question_line(name, getattr(step, name)) for name in ("coherence", "consistency")),
+            *(_question_line(name, step.questions.get(name)) for name in QUESTIONS),
             "",
             "grouped: this program",
             "",

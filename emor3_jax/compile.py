@@ -33,7 +33,6 @@ from emor3_jax.parallel.mesh import check_batch, check_policy, make_mesh
 from emor3_jax.parallel.topology import Topology
 from emor3_jax.prepare.checks import validate
 from emor3_jax.prepare.shapes import TemplateTokens, make_step_shapes, read_policy_shapes
-from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli
 
 
@@ -140,7 +139,7 @@ def compile_config(
 
 def questions(texts: TemplateTokens) -> dict[str, tuple[int, int]]:
     """Returns name of a question → tokens around the judged text."""
-    return {name: getattr(texts, name) for name in QUESTIONS}
+    return dict(texts.questions)
 
 
 def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[str, Cost]:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax.errors import UserError
 from emor3_jax.rewards.patterns import PatternError
+from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.terms import Term, TermError, make_term
 
 EMBEDDED = "embedded"
@@ -131,8 +132,8 @@ def default() -> ConfigDict:
     # and "tiny_direct", which have no steps (docs/data.md).
     config.data.templates = ConfigDict()
     config.data.templates.set = "qwen"
-    config.data.templates.coherence = "qwen"
-    config.data.templates.consistency = "qwen"
+    for name in QUESTIONS:
+        config.data.templates[name] = "qwen"
 
     config.rollout = ConfigDict()
     # B, prompts a step, and G, responses to each.

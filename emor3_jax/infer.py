@@ -52,7 +52,7 @@ def answer(
     Raises:
       DataError: if the image cannot be decoded.
     """
-    chosen = PromptTemplates.load(set=templates, coherence=templates, consistency=templates)
+    chosen = PromptTemplates.load(set=templates)
     row = Row([image], Texts(question, labels[0], "image"))
     processor, tokenizer = policy.processor, policy.processor.tokenizer
     example = encode_row(row, processor, chosen.set, labels)

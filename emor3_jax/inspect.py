@@ -30,7 +30,7 @@ from emor3_jax.data.sources import Source
 from emor3_jax.data.survey import Survey, measure_padding, survey, thumbnail, to_dict
 from emor3_jax.io import pages, plots
 from emor3_jax.io.console import Console
-from emor3_jax.models import Policy
+from emor3_jax.models import LoadedPolicy
 from emor3_jax.prepare.checks import validate
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli, job
@@ -196,13 +196,13 @@ def _plots(name: str, numbers: dict[str, Any]) -> list[str]:
 
 
 def _questions(
-    policy: Policy, templates: PromptTemplates, labels: Sequence[str]
+    policy: LoadedPolicy, templates: PromptTemplates, labels: Sequence[str]
 ) -> list[dict[str, str]]:
     """Returns the text of the reflection questions, before and after the response's steps."""
     tokenizer = policy.processor.tokenizer
     questions = []
     for name, question in QUESTIONS.items():
-        template = getattr(templates, name)
+        template = templates.reflections[name]
         parts = reflection_parts(tokenizer, template, labels, question.with_image)
         head, tail = map(tokenizer.decode, parts)
         questions.append({"name": name, "head": head, "tail": tail})
@@ -210,7 +210,7 @@ def _questions(
 
 
 def _sample(
-    seen: Survey, source: Source, policy: Policy, encoder: Encoder, index: int
+    seen: Survey, source: Source, policy: LoadedPolicy, encoder: Encoder, index: int
 ) -> dict[str, Any]:
     """Returns a row as the policy will read it, or why it cannot be read.
 

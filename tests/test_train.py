@@ -15,11 +15,16 @@ from support import tiny_run
 from support.tiny_run import make_folder, read_metrics, write_rows
 
 from emor3_jax import evaluate, prepare
+from emor3_jax.account import step_costs
+from emor3_jax.compiler.record import Recorder
+from emor3_jax.compiler.step import step_programs
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
 from emor3_jax.export import export
 from emor3_jax.models import load
-from emor3_jax.rewards import Group
+from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.prepare.shapes import read_policy_shapes
+from emor3_jax.rewards import QUESTIONS, Group
 from emor3_jax.runtime import job
 from emor3_jax.train import train
 
@@ -140,7 +145,34 @@ def test_soft_reflection_gives_shares_instead_of_hits(folder):
     method += 0.05 * (row["reward/coherence"] + row["reward/consistency"])
     own = -0.2 * row["reward/brief"] + 0.01 * row["reward/length"]
     assert row["reward/overall"] == pytest.approx(method + own, abs=1e-6)
-    assert all("(" in sample.coherence_reply for sample in after["test"].samples)
+    assert all("(" in sample.replies["coherence"] for sample in after["test"].samples)
+
+
+def test_a_third_question_is_a_row_and_a_template(folder, monkeypatch):
+    pleasant = QUESTIONS["consistency"]._replace(name="pleasant", with_image=False)
+    monkeypatch.setitem(QUESTIONS, "pleasant", pleasant)
+    (folder / "pleasant.txt").write_text("is {text} pleasant ?")
+    for soft in (False, True):
+        config = make_config(folder)
+        config.data.templates.pleasant = str(folder / "pleasant.txt")
+        config.steps, config.reflect.soft = 1, soft
+        workdir = folder / f"third_{soft}"
+        train(config, workdir)
+        first, row = read_metrics(workdir)
+        assert "eval/test/pleasant" in first
+        method = 0.8 * row["reward/accuracy"] + 0.1 * row["reward/format"]
+        method += 0.1 / 3 * sum(row[f"reward/{name}"] for name in QUESTIONS)
+        own = -0.2 * row["reward/brief"] + 0.01 * row["reward/length"]
+        assert row["reward/overall"] == pytest.approx(method + own, abs=1e-6)
+        predictions = workdir / "predictions" / "000001" / "test.jsonl"
+        assert '"pleasant_reply"' in predictions.read_text()
+        # Compiled and counted ahead like the others.
+        mesh = make_mesh()
+        policy, texts = read_policy_shapes(config)
+        record = Recorder(mesh, lambda name: False)
+        with jax.set_mesh(mesh):
+            record.run(step_programs(mesh, config, policy, texts.questions))
+        assert step_costs(config, None, None)[2]["pleasant"].tokens > 0
 
 
 def test_first_update_of_a_batch_is_on_policy(whole):

@@ -6,11 +6,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from emor3_jax.compiler.verdict import LEARNING
+from emor3_jax.rewards.questions import QUESTIONS
 
 _CACHED = ("resize_ring", "decode", "shrink", "take_out", "admit")
 """Programs whose own memory grows with the slots; they compile in seconds."""
 
-_BESIDE = ("prefill", "coherence", "consistency")
+_BESIDE = ("prefill", *QUESTIONS)
 """Programs that run beside the cache and depend on `rollout.refill` alone; compiled once."""
 
 

@@ -8,17 +8,17 @@ from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import KINDS, Report
 from emor3_jax.flops import Cost
 from emor3_jax.models.family import Shapes
+from emor3_jax.rewards.questions import QUESTIONS
 
 _PHASES = {
     "prefill": ("vision", "prefill"),
     "decode": ("decode",),
-    "coherence": ("coherence",),
-    "consistency": ("consistency",),
+    **{name: (name,) for name in QUESTIONS},
     "reference": ("reference",),
     "old": ("old",),
     "update": ("update",),
 }
-"""Program → the phases of `flops.PHASES` that it executes."""
+"""Program → the phases of `flops.phase_costs` that it executes."""
 
 LEARNING = ("reference", "old", "update")
 """Programs whose temporaries grow with the micro-batch; those of the rollout, with the slots."""
@@ -44,7 +44,7 @@ def table(reports: Sequence[Report], costs: Mapping[str, Cost], devices: int, us
 
 def executed_flops(name: str, costs: Mapping[str, Cost]) -> float:
     """Returns the FLOPs that all calls of a program execute in a step, 0 where none are counted."""
-    return sum(costs[phase].executed for phase in _PHASES.get(name, ()))
+    return sum(costs[phase].executed for phase in _PHASES.get(name, ()) if phase in costs)
 
 
 def _row(report: Report, costs: Mapping[str, Cost], devices: int, usable: int) -> str:

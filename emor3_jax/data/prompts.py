@@ -50,6 +50,7 @@ _PLACEHOLDERS = {
     "coherence": ({"text", "labels"}, set()),
     "consistency": ({"text"}, set()),
 }
+_FURTHER_QUESTION = {"text"}, {"labels"}
 _PLACEHOLDER = re.compile(r"\\boxed\{[^{}]*\}|\{([^{}]*)\}")
 # Stands for the judged text while a chat is rendered: characters that no template contains.
 _TEXT_MARK = "\ue000\ue001"
@@ -57,17 +58,16 @@ _TEXT_MARK = "\ue000\ue001"
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplates:
-    """The three templates of a run.
+    """The templates of a run.
 
     Attributes:
       set: asks for the emotion, holds {question} and, if wanted, {labels}.
-      coherence: asks which of {labels} the text {text} is about; no image.
-      consistency: asks whether {text} describes the image.
+      reflections: name of a question about the response → its template. `coherence` asks which of
+        {labels} the text {text} is about; `consistency`, whether {text} describes the image.
     """
 
     set: str
-    coherence: str
-    consistency: str
+    reflections: dict[str, str]
 
     @classmethod
     def load(
@@ -75,18 +75,20 @@ class PromptTemplates:
         set: str | Path = "qwen",
         coherence: str | Path = "qwen",
         consistency: str | Path = "qwen",
+        **others: str | Path,
     ) -> "PromptTemplates":
         """Reads the templates, each from a file or, by its name, from a built-in one.
 
         Args:
           set: path, or a name of `BUILT_IN` or `SET_STYLES`.
           coherence, consistency: path, or a name of `BUILT_IN`.
+          **others: likewise, for each further question.
 
         Raises:
           DataError: if a file is missing, misses a placeholder, or holds an unknown or second one.
         """
-        chosen = {"set": set, "coherence": coherence, "consistency": consistency}
-        return cls(**{kind: _read(kind, source) for kind, source in chosen.items()})
+        chosen = {"coherence": coherence, "consistency": consistency, **others}
+        return cls(_read("set", set), {kind: _read(kind, x) for kind, x in chosen.items()})
 
 
 def fill(template: str, *, question: str = "", labels: Sequence[str] = (), text: str = "") -> str:
@@ -135,7 +137,7 @@ def reflection_parts(
 
     Args:
       tokenizer: as in `render_prompt`.
-      template: a `PromptTemplates.coherence` or `.consistency`.
+      template: one of `PromptTemplates.reflections`.
       labels: the label set.
       with_image: True leaves out of the head what the question shares with every prompt about the
         same image: the system turn and the image, `shared_length` tokens. The head may
@@ -225,7 +227,7 @@ def _read(kind: str, source: str | Path) -> str:
         )
     template = path.read_text(encoding="utf-8").rstrip("\n")
     names = [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
-    required, optional = _PLACEHOLDERS[kind]
+    required, optional = _PLACEHOLDERS.get(kind, _FURTHER_QUESTION)
     known = ", ".join(f"{{{name}}}" for name in sorted(required | optional))
     if unknown := [name for name in names if name not in required | optional]:
         raise DataError(

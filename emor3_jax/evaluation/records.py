@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from emor3_jax.evaluation.metrics import class_scores
 from emor3_jax.parallel import hosts
+from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.types import Experience, ReplyProbs, Samples
 
@@ -20,7 +21,7 @@ class Sample(NamedTuple):
       label: the true label.
       answer: the boxed label, "" where there is none.
       response: the text.
-      coherence_reply, consistency_reply: the texts.
+      replies: name of a question → the text of the reply.
       scores: name → value.
     """
 
@@ -28,8 +29,7 @@ class Sample(NamedTuple):
     label: str
     answer: str
     response: str
-    coherence_reply: str
-    consistency_reply: str
+    replies: dict[str, str]
     scores: dict[str, float]
 
 
@@ -65,7 +65,12 @@ def prediction(responses: Sequence[Sample], chosen: int) -> dict[str, Any]:
         "answer": of_row.answer,
         "right": of_row.answer == of_row.label,
         "responses": [
-            {name: value for name, value in each._asdict().items() if name not in ("id", "label")}
+            {
+                "answer": each.answer,
+                "response": each.response,
+                **{f"{name}_reply": text for name, text in each.replies.items()},
+                "scores": each.scores,
+            }
             for each in responses
         ],
     }
@@ -88,12 +93,13 @@ def read_sample(
         return scorer.tokenizer.decode(s.tokens[at][: s.lengths[at]], skip_special_tokens=True)
 
     replies, scores = experience.replies, experience.scores
-    answer, said = int(scores.answer[at]), dict.fromkeys(("coherence", "consistency"), "")
+    answer, said = int(scores.answer[at]), dict.fromkeys(QUESTIONS, "")
     if isinstance(replies, ReplyProbs):
-        probs = replies.probs["coherence"][at]
-        best = int(probs.argmax())
-        said["coherence"] = f"{scorer.labels[best]} ({probs[best]:.2f})"
-        said["consistency"] = f"yes ({replies.probs['consistency'][at][0]:.2f})"
+        for name, question in QUESTIONS.items():
+            probs = replies.probs[name][at]
+            # Of yes and no, show yes; of labels, the most likely.
+            best = 0 if question.meanings(()) else int(probs.argmax())
+            said[name] = f"{question.meanings(scorer.labels)[best]} ({probs[best]:.2f})"
     elif replies is not None:
         said = {name: text(reply) for name, reply in replies.samples.items()}
     return Sample(
@@ -101,8 +107,7 @@ def read_sample(
         label=scorer.labels[int(label)],
         answer=scorer.labels[answer] if answer >= 0 else "",
         response=text(experience.samples),
-        coherence_reply=said["coherence"],
-        consistency_reply=said["consistency"],
+        replies=said,
         scores={name: float(value[at]) for name, value in scores.named().items()},
     )
 
@@ -146,9 +151,17 @@ def from_json(data: Mapping[str, Any]) -> dict[str, Evaluation]:
     return {
         name: Evaluation(
             dict(e["metrics"]),
-            [Sample(**s) for s in e["samples"]],
+            [_read_sample(s) for s in e["samples"]],
             tuple(e.get("labels", ())),
             tuple(map(tuple, e.get("confusion", ()))),
         )
         for name, e in data.items()
     }
+
+
+def _read_sample(data: Mapping[str, Any]) -> Sample:
+    """Returns a sample from its JSON; older checkpoints hold each reply as `<question>_reply`."""
+    older = {f"{name}_reply": name for name in QUESTIONS}
+    replies = {older[key]: data[key] for key in older if key in data}
+    fields = {key: value for key, value in data.items() if key not in older}
+    return Sample(**({"replies": replies} | fields))

@@ -20,6 +20,7 @@ Assumptions, numbered:
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -38,17 +39,8 @@ from emor3_jax.flops.cost import (
 from emor3_jax.models.family import Shapes
 from emor3_jax.types import Batch
 
-PHASES = (
-    "vision",
-    "prefill",
-    "decode",
-    "coherence",
-    "consistency",
-    "old",
-    "reference",
-    "update",
-)
-"""The rollout (the first three), the reflections with their replies, and the scoring passes."""
+PHASES = ("vision", "prefill", "decode", "old", "reference", "update")
+"""The rollout (the first three), and the scoring passes; the reflections are between them."""
 
 
 class ShapeError(UserError):
@@ -62,13 +54,15 @@ class QuestionTokens(NamedTuple):
     """Token counts of a reflection question about one response.
 
     Attributes:
-      head: before the judged text, without the prefix that the consistency question shares with
-        the prompt.
+      head: before the judged text, without the prefix that a question with the image
+        shares with the prompt.
       text: the judged text.
       tail: after it, at least 1.
       reply: of the reply, the end of the turn included, at least 1.
       replies: candidates scored in parallel behind the question with `reflect.soft`; 1 for a
         sampled reply.
+      with_image: the question shares the prompt's leading tokens; without, its head is read once
+        for the whole batch.
     """
 
     head: Number
@@ -76,6 +70,7 @@ class QuestionTokens(NamedTuple):
     tail: Number
     reply: Number
     replies: int = 1
+    with_image: bool = False
 
 
 class StepShapes(NamedTuple):
@@ -87,9 +82,9 @@ class StepShapes(NamedTuple):
       prompt_tokens: P, image tokens included.
       response_tokens: T, the end of the turn included, at least 1.
       patches: N, of the image.
-      shared_tokens: leading tokens of the prompt, system turn and image, that the consistency
-        question has in common with it; less than P.
-      coherence, consistency: the reflections; None where none is asked.
+      shared_tokens: leading tokens of the prompt, system turn and image, that a question
+        with the image has in common with it; less than P.
+      questions: name → reflection; empty where none is asked.
     """
 
     prompts: int
@@ -98,22 +93,20 @@ class StepShapes(NamedTuple):
     response_tokens: Number
     patches: Number
     shared_tokens: Number
-    coherence: QuestionTokens | None = None
-    consistency: QuestionTokens | None = None
+    questions: Mapping[str, QuestionTokens] = MappingProxyType({})
 
 
 def mean_shapes(
     batch: Batch,
     lengths: np.ndarray,
-    coherence: QuestionTokens | None = None,
-    consistency: QuestionTokens | None = None,
+    questions: Mapping[str, QuestionTokens] = MappingProxyType({}),
 ) -> StepShapes:
     """Returns the shapes of a step that was taken: means over its prompts and responses.
 
     Args:
       batch: the prompts, or some of them, as arrays on the host.
       lengths: int32[B, G], of the responses.
-      coherence, consistency: the reflections, None where none was asked.
+      questions: name → reflection; empty where none was asked.
     """
     prompts, responses = lengths.shape
     return StepShapes(
@@ -123,8 +116,7 @@ def mean_shapes(
         response_tokens=float(np.mean(lengths)),
         patches=float(np.sum(batch.images.mask)) / len(batch.prompt.mask),
         shared_tokens=float(np.mean(batch.shared_length)),
-        coherence=coherence,
-        consistency=consistency,
+        questions=questions,
     )
 
 
@@ -137,7 +129,7 @@ def phase_costs(
     old: bool = False,
     remat: bool = True,
 ) -> dict[str, Cost]:
-    """Returns the cost of each of `PHASES` in one step of this program.
+    """Returns the cost of each of `PHASES`, and of each question, in one step of this program.
 
     Args:
       policy: its shapes.
@@ -161,13 +153,14 @@ def phase_costs(
     prefill = decoder_flops(policy, p).times(b)
     decode = decoder_flops(policy, t, before=p, logits=t).times(rows)
     score = vision + prefill + decode
-    coherence = consistency = Cost()
-    if (q := s.coherence) is not None:
-        # The head is read once, for the whole batch.
-        each = question_cost(policy, q, head=0, before=q.head)
-        coherence = decoder_flops(policy, q.head) + each.times(rows)
-    if (q := s.consistency) is not None:
-        consistency = question_cost(policy, q, head=q.head, before=s.shared_tokens).times(rows)
+    questions = {}
+    for name, q in s.questions.items():
+        if q.with_image:
+            each = question_cost(policy, q, head=q.head, before=s.shared_tokens)
+            questions[name] = each.times(rows)
+        else:
+            each = question_cost(policy, q, head=0, before=q.head)
+            questions[name] = decoder_flops(policy, q.head) + each.times(rows)
     tower = policy.vision
     recomputed = rows * logits_flops(policy, t) + b * vision_attention_flops(tower, s.patches)
     if remat:
@@ -178,8 +171,7 @@ def phase_costs(
         "vision": vision,
         "prefill": prefill,
         "decode": decode,
-        "coherence": coherence,
-        "consistency": consistency,
+        **questions,
         "old": score if old else Cost(),
         "reference": Cost() if not reference else prefill + decode if kept else score,
         "update": training_cost(score, recomputed),
@@ -219,11 +211,10 @@ def check_shapes(policy: Shapes, step: StepShapes) -> None:
             f"must hold the {image:g} tokens of {step.patches:g} patches and be less than "
             f"prompt_tokens={step.prompt_tokens:g}; a smaller image or a longer prompt fits",
         )
-    for field in ("coherence", "consistency"):
-        question = getattr(step, field)
-        if question is not None and (min(question) < 0 or min(question[2:]) < 1):
+    for name, question in step.questions.items():
+        if min(question.head, question.text) < 0 or min(question[2:5]) < 1:
             rule = "tail, reply and replies must be at least 1, head and text 0 or more"
-            raise ShapeError(field, question, rule)
+            raise ShapeError(name, question, rule)
 
 
 def training_cost(forward: Cost, recomputed: Number) -> Cost:

@@ -183,24 +183,28 @@ def _group(path: tuple) -> str:
 def make_meter(config: ConfigDict, rollout: Rollout) -> Callable[[Observed], float]:
     """Returns a function from the arrays of a step to the FLOPs that the model needs for it."""
 
-    def questions(replies: object) -> Iterator[QuestionTokens]:
+    def questions(replies: object) -> Iterator[tuple[str, QuestionTokens]]:
         for prompted in rollout.reflection.questions:
             name, candidates = prompted.question.name, prompted.candidates
             soft = isinstance(replies, ReplyProbs)
             lengths = candidates.lengths if soft else replies.samples[name].lengths
-            yield QuestionTokens(
-                len(prompted.head),
-                float(np.mean(replies.lengths[name])),
-                len(prompted.tail),
-                float(np.mean(lengths)),
-                len(lengths) if soft else 1,
+            yield (
+                name,
+                QuestionTokens(
+                    len(prompted.head),
+                    float(np.mean(replies.lengths[name])),
+                    len(prompted.tail),
+                    float(np.mean(lengths)),
+                    len(lengths) if soft else 1,
+                    prompted.question.with_image,
+                ),
             )
 
     def flops(observed: Observed) -> float:
         # On the host: else a mean would wait behind the running update.
         replies = jax.device_get(observed.experience.replies)
-        asked = () if replies is None else questions(replies)
-        shapes = mean_shapes(observed.batch, observed.lengths, *asked)
+        asked = {} if replies is None else dict(questions(replies))
+        shapes = mean_shapes(observed.batch, observed.lengths, asked)
         # Hosts hold as many rows each, so the mean over all rows is that of their means.
         names = "prompt_tokens", "patches", "shared_tokens"
         means = hosts.exchange([getattr(shapes, name) for name in names])

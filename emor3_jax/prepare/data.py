@@ -115,6 +115,11 @@ def open_source(
     return source, wanted
 
 
+def train_labels(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the labels of the training data by the config alone, without opening it."""
+    return label_set(config.data.train.labels or PARQUET_LABELS)
+
+
 def load_templates(config: ConfigDict) -> PromptTemplates:
     """Reads the prompt templates of a config."""
     return PromptTemplates.load(**config.data.templates.to_dict())

@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.config import EMBEDDED, ConfigError
-from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
 from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.flops import QuestionTokens, ShapeError, StepShapes
 from emor3_jax.models import Policy, published, read_config, read_processor
 from emor3_jax.models.family import Shapes
-from emor3_jax.prepare.data import load_templates
+from emor3_jax.prepare.data import load_templates, train_labels
+from emor3_jax.rewards.questions import QUESTIONS
 
 
 class TemplateTokens(NamedTuple):
@@ -28,22 +28,26 @@ class TemplateTokens(NamedTuple):
     Attributes:
       before: of a prompt up to its image, and of the token that closes the image.
       after: of a prompt behind its image.
-      coherence, consistency: head and tail of the questions.
-      label, yes_no: of a reply, the end of the turn included.
+      questions: name → head and tail of the question.
+      replies: name → length of its reply, the end of the turn included.
     """
 
     before: int
     after: int
-    coherence: tuple[int, int]
-    consistency: tuple[int, int]
-    label: int
-    yes_no: int
+    questions: dict[str, tuple[int, int]]
+    replies: dict[str, int]
 
 
 QWEN_TEMPLATE_TOKENS = TemplateTokens(
-    before=16, after=154, coherence=(26, 46), consistency=(8, 24), label=3, yes_no=2
+    before=16,
+    after=154,
+    questions=dict.fromkeys(QUESTIONS, (26, 46)) | {"consistency": (8, 24)},
+    replies=dict.fromkeys(QUESTIONS, 3) | {"consistency": 2},
 )
-"""Qwen2.5-VL's tokenizer on the "qwen" templates, the labels of mikels8, and a short question."""
+"""Qwen2.5-VL's tokenizer on the "qwen" templates, the labels of mikels8, and a short question.
+
+Further questions are taken to be as long as that of coherence.
+"""
 
 
 def count_template_tokens(
@@ -60,19 +64,15 @@ def count_template_tokens(
     prompt = render_prompt(tokenizer, templates.set, QUESTION, labels, 1)
     shared = shared_length(tokenizer, prompt)
 
-    def parts(template: str, with_image: bool) -> tuple[int, int]:
-        head, tail = reflection_parts(tokenizer, template, labels, with_image)
-        return len(head), len(tail)
-
-    label_lengths = [len(tokenizer.encode(label, add_special_tokens=False)) for label in labels]
-    return TemplateTokens(
-        before=shared - 1,
-        after=len(prompt) - shared,
-        coherence=parts(templates.coherence, False),
-        consistency=parts(templates.consistency, True),
-        label=round(sum(label_lengths) / len(labels)) + 1,
-        yes_no=len(tokenizer.encode("yes", add_special_tokens=False)) + 1,
-    )
+    around, replies = {}, {}
+    for name, question in QUESTIONS.items():
+        template = templates.reflections[name]
+        head, tail = reflection_parts(tokenizer, template, labels, question.with_image)
+        around[name] = len(head), len(tail)
+        meanings = question.meanings(labels)
+        lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in meanings]
+        replies[name] = round(sum(lengths) / len(lengths)) + 1
+    return TemplateTokens(shared - 1, len(prompt) - shared, around, replies)
 
 
 def read_policy_shapes(config: ConfigDict) -> tuple[Policy, TemplateTokens]:
@@ -91,7 +91,7 @@ def read_policy_shapes(config: ConfigDict) -> tuple[Policy, TemplateTokens]:
         path = config.policy.embedded_folder
     folder = Path(path)
     if (folder / "config.json").is_file():
-        policy, labels = read_config(folder), label_set(config.data.train.labels)
+        policy, labels = read_config(folder), train_labels(config)
         tokenizer = read_processor(folder, policy).tokenizer
         return policy, count_template_tokens(config, tokenizer, labels)
     if (policy := published(path)) is not None:
@@ -134,15 +134,14 @@ def make_step_shapes(
         rule = f"the text of a prompt takes {around} tokens, and the image needs some; raise it"
         raise ShapeError("prompt_tokens", prompt_tokens, rule)
     t = config.rollout.max_tokens if response_tokens is None else response_tokens
-    coherence = consistency = None
-    if config.reflect.enabled:
-        # Each label, yes and no are scored in two spellings, see `rollout.reflect`.
-        labels = 2 * len(label_set(config.data.train.labels)) if config.reflect.soft else 1
-        yes_no = 4 if config.reflect.soft else 1
-        head, tail = texts.coherence
-        coherence = QuestionTokens(head, 2 * t // 3, tail, texts.label, labels)
-        head, tail = texts.consistency
-        consistency = QuestionTokens(head, t // 3, tail, texts.yes_no, yes_no)
+    questions = {}
+    for name, question in QUESTIONS.items() if config.reflect.enabled else ():
+        head, tail = texts.questions[name]
+        judged = (2 * t // 3, t // 3)[question.span]
+        # Each meaning is scored in two spellings, see `rollout.reflect`.
+        meanings = question.meanings(train_labels(config)) if config.reflect.soft else ()
+        candidates, reply = max(1, 2 * len(meanings)), texts.replies[name]
+        questions[name] = QuestionTokens(head, judged, tail, reply, candidates, question.with_image)
     return StepShapes(
         config.rollout.prompts,
         config.rollout.responses,
@@ -150,6 +149,5 @@ def make_step_shapes(
         t,
         image * policy.merge_unit,
         texts.before + image,
-        coherence,
-        consistency,
+        questions,
     )

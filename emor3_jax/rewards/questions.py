@@ -1,6 +1,7 @@
 """The questions that the policy is asked about its own responses, and the scores of its replies.
 
-Adding a question is one more row of `QUESTIONS` and its prompt template.
+Adding a question is one more row of `QUESTIONS` and its prompt template: a file that
+`data.templates.<name>` of a config names, or `<name>.txt` beside the built-in ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ class Question(NamedTuple):
     """One reflection; hashable.
 
     Attributes:
-      name: of the score, and of the field of `PromptTemplates`.
+      name: of the score, and of the template (`data/templates/<name>.txt`).
       with_image: the question starts with the image.
       span: index of the judged part of a response in `rewards.cut_spans`.
       rule: from the labels to the machine that reads a reply.

@@ -105,7 +105,7 @@ def prompt_questions(
     """
     found = []
     for name, question in QUESTIONS.items():
-        template = getattr(templates, name)
+        template = templates.reflections[name]
         parts = reflection_parts(tokenizer, template, labels, with_image=question.with_image)
         spellings = [[word.lower(), word.capitalize()] for word in question.meanings(labels)]
         head, tail = (np.asarray(part, np.int32) for part in parts)

@@ -35,6 +35,7 @@ from emor3_jax.models import LoadedPolicy, save
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import check_batch, make_mesh
 from emor3_jax.prepare.checks import validate
+from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job
@@ -358,7 +359,7 @@ def evaluation_metrics(results: dict[str, Evaluation]) -> dict[str, float]:
 
 def evaluation_line(results: dict[str, Evaluation]) -> str:
     """Returns the main metrics of each data set in one line."""
-    shown = ("accuracy", "format", "coherence", "consistency", "decoupling")
+    shown = ("accuracy", "format", *QUESTIONS, "decoupling")
     return "; ".join(
         f"{name}: " + "  ".join(f"{m} {r.metrics[m]:.3f}" for m in shown if m in r.metrics)
         for name, r in results.items()

@@ -12,6 +12,7 @@ import numpy as np
 from emor3_jax.evaluation.records import Sample, read_sample
 from emor3_jax.io.metrics import Lap
 from emor3_jax.parallel import hosts
+from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rl.advantages import zero_std_fraction
 from emor3_jax.types import Batch, Experience
@@ -129,8 +130,7 @@ def progress_line(step: int, steps: int, values: dict[str, float], left: str) ->
             f"{values['time/step_s']:.2f} s  left {left}"
         )
     reward = "  ".join(
-        f"{name} {values[f'reward/{name}']:.2f}"
-        for name in ("format", "accuracy", "coherence", "consistency")
+        f"{name} {values[f'reward/{name}']:.2f}" for name in ("format", "accuracy", *QUESTIONS)
     )
     phases = "  ".join(
         f"{name} {values[f'time/{name}_s']:.2f}" for name in PHASES if f"time/{name}_s" in values

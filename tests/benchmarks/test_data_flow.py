@@ -80,17 +80,17 @@ def test_the_release_samples_its_replies() -> None:
     question = QuestionTokens(head=3, text=4, tail=2, reply=3, replies=4)
     sampled = question._replace(replies=1)
     flat = [
-        layout_costs(TINY, STEP._replace(coherence=q), "release")["coherence"]
+        layout_costs(TINY, STEP._replace(questions={"coherence": q}), "release")["coherence"]
         for q in (question, sampled)
     ]
     assert flat[0] == flat[1]
 
 
 def test_phases_that_are_switched_off_cost_nothing_in_any_layout() -> None:
-    plain = STEP._replace(coherence=None, consistency=None)
+    plain = STEP._replace(questions={})
     for layout in LAYOUTS:
         costs = layout_costs(TINY, plain, layout, reference=False)
-        assert costs["coherence"] == costs["consistency"] == costs["reference"] == Cost()
+        assert tuple(costs) == PHASES and costs["reference"] == Cost()
 
 
 # The fourth has an expected value in it.
@@ -99,7 +99,14 @@ EXACT = st.sampled_from([layout for layout in LAYOUTS if layout != "release_spre
 
 STEPS = st.builds(
     lambda b, g, image, around, t, coherence, consistency: StepShapes(
-        b, g, image + around + 2, t, 4 * image, image + 1, coherence, consistency
+        b,
+        g,
+        image + around + 2,
+        t,
+        4 * image,
+        image + 1,
+        ({} if coherence is None else {"coherence": coherence})
+        | ({} if consistency is None else {"consistency": consistency._replace(with_image=True)}),
     ),
     st.integers(1, 6),
     st.integers(1, 9),
@@ -129,7 +136,7 @@ def test_costs_are_whole_numbers_and_linear_in_prompts(s: StepShapes, layout: st
     assert all(isinstance(value, int) for value in dataclasses.astuple(one))
     # What is done once a batch, the head of the coherence question, does not grow.
     assert one + three == two.times(2)
-    if s.coherence is None:
+    if "coherence" not in s.questions:
         assert two == one.times(2)
 
 
@@ -147,7 +154,7 @@ def test_a_longer_response_costs_more(s: StepShapes, layout: str) -> None:
 
 @given(STEPS)
 def test_one_response_without_reflections_costs_both_layouts_the_same(s: StepShapes) -> None:
-    s = s._replace(responses=1, coherence=None, consistency=None)
+    s = s._replace(responses=1, questions={})
     ours, theirs = phase_costs(TINY, s, old=True), layout_costs(TINY, s, "release")
 
     def roll_out(costs: dict[str, Cost]) -> Cost:
@@ -165,8 +172,7 @@ def test_one_response_without_reflections_costs_both_layouts_the_same(s: StepSha
 
 @given(STEPS)
 def test_the_release_never_costs_less_and_its_engine_only_saves(s: StepShapes) -> None:
-    s = s._replace(coherence=s.coherence and s.coherence._replace(replies=1))
-    s = s._replace(consistency=s.consistency and s.consistency._replace(replies=1))
+    s = s._replace(questions={name: q._replace(replies=1) for name, q in s.questions.items()})
     grouped, usual, spread, least, most = (
         total(layout_costs(TINY, s, layout)) for layout in LAYOUTS
     )
@@ -188,8 +194,10 @@ def test_the_release_at_its_shape_costs_so_many_times_as_much() -> None:
             t,
             4 * 854,
             870,
-            QuestionTokens(26, 2 * t // 3, 46, 3),
-            QuestionTokens(8, t // 3, 24, 2),
+            {
+                "coherence": QuestionTokens(26, 2 * t // 3, 46, 3),
+                "consistency": QuestionTokens(8, t // 3, 24, 2, with_image=True),
+            },
         )
         grouped, *others = (total(layout_costs(config, s, layout)) for layout in LAYOUTS)
         ratios[t] = [(x.tokens / grouped.tokens, x.flops / grouped.flops) for x in others]

@@ -19,7 +19,7 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start
 def test_built_in_templates_load_and_name_all_labels(name, tokenizer):
     templates = PromptTemplates.load(name, name, name)
     prompt = tokenizer.decode(render_prompt(tokenizer, templates.set, "what ?", LABELS, 4))
-    head, tail = reflection_parts(tokenizer, templates.coherence, LABELS, False)
+    head, tail = reflection_parts(tokenizer, templates.reflections["coherence"], LABELS, False)
     question = tokenizer.decode(head) + tokenizer.decode(tail)
     assert "what ?" in prompt and "joy, fear" in prompt and "joy, fear" in question
 

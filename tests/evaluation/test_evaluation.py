@@ -74,7 +74,7 @@ def test_padding_rows_do_not_count(reflects: bool) -> None:
     assert [sample.id for sample in result.samples] == ["row 0", "row 1"]
     assert result.samples[1].label == "fear" and result.samples[1].answer == "joy"
     assert result.samples[0].response == "7 7"
-    assert result.samples[0].coherence_reply == ("7 7" if reflects else "")
+    assert result.samples[0].replies["coherence"] == ("7 7" if reflects else "")
     assert len(set(map(str, rollout.keys))) == 2
 
 

@@ -34,7 +34,7 @@ from emor3_jax.types import Batch, Images, Prompt, Samples
 
 def test_the_grouped_step_by_hand() -> None:
     costs = phase_costs(TINY, STEP)
-    assert tuple(costs) == PHASES
+    assert tuple(costs) == (*PHASES[:3], "coherence", "consistency", *PHASES[3:])
     assert costs["vision"] == Cost(0, 2, 2, 2 * 25088, 2 * 24576)
     # 11 tokens of each prompt; 1 + … + 11 = 66 pairs.
     assert costs["prefill"] == Cost(22, 0, 0, 22 * 1728, 2 * 66 * 64)
@@ -58,16 +58,16 @@ def test_the_grouped_step_by_hand() -> None:
 def test_candidate_replies_by_hand() -> None:
     # 4 candidates of 3: 2 tokens of each are read (9+1 and 9+2 pairs), logits of 3 of each.
     question = QuestionTokens(head=3, text=4, tail=2, reply=3, replies=4)
-    grouped = phase_costs(TINY, STEP._replace(coherence=question))["coherence"]
+    grouped = phase_costs(TINY, STEP._replace(questions={"coherence": question}))["coherence"]
     assert grouped.tokens == 3 + 6 * (6 + 4 * 2)
     assert grouped.linear == grouped.tokens * 1728 + 6 * 4 * 3 * 320
     assert grouped.attention == 64 * (6 + 6 * (39 + 4 * 21))
 
 
 def test_phases_that_are_switched_off_cost_nothing() -> None:
-    plain = STEP._replace(coherence=None, consistency=None)
+    plain = STEP._replace(questions={})
     costs = phase_costs(TINY, plain, reference=False)
-    assert costs["coherence"] == costs["consistency"] == costs["reference"] == Cost()
+    assert tuple(costs) == PHASES and costs["reference"] == Cost()
     assert phase_costs(TINY, STEP, old=True)["old"] == phase_costs(TINY, STEP)["reference"]
     kept = phase_costs(TINY, STEP, kept=True)["reference"]
     assert kept + phase_costs(TINY, STEP)["vision"] == phase_costs(TINY, STEP)["reference"]
@@ -183,8 +183,8 @@ def test_shapes_of_a_step_are_its_means() -> None:
         grades=None,
         weight=None,
     )
-    found = mean_shapes(batch, np.array([[3, 6, 6], [9, 1, 2]]), STEP.coherence)
-    assert found == StepShapes(2, 3, 8.5, 4.5, 10.0, 4.5, STEP.coherence, None)
+    found = mean_shapes(batch, np.array([[3, 6, 6], [9, 1, 2]]), STEP.questions)
+    assert found == StepShapes(2, 3, 8.5, 4.5, 10.0, 4.5, STEP.questions)
     assert step_flops(TINY, found) > 0
 
 
@@ -196,7 +196,10 @@ def test_shapes_of_a_step_are_its_means() -> None:
         ({"patches": -4}, "patches=-4: must be 0 or more"),
         ({"shared_tokens": 7}, "shared_tokens=7: must hold the 8 tokens of 32 patches"),
         ({"shared_tokens": 12}, "shared_tokens=12: .* less than prompt_tokens=12"),
-        ({"coherence": QuestionTokens(1, 1, 0, 1)}, "coherence=.*: tail, reply and replies"),
+        (
+            {"questions": {"coherence": QuestionTokens(1, 1, 0, 1)}},
+            "coherence=.*: tail, reply and replies",
+        ),
     ],
 )
 def test_shapes_that_no_step_can_have_are_refused(change: dict, message: str) -> None:

@@ -18,8 +18,7 @@ def _sample(**fields: object) -> Sample:
         "label": "awe",
         "answer": "fear",
         "response": "<step1> seen <step2> felt <step3> negative \\boxed{fear}",
-        "coherence_reply": "awe",
-        "consistency_reply": "yes",
+        "replies": {"coherence": "awe", "consistency": "yes"},
         "scores": {"format": 0.0, "accuracy": 0.0, "overall": 0.25},
     }
     return Sample(**{**values, **fields})
@@ -84,8 +83,7 @@ def test_what_a_policy_says_is_escaped(tmp_path: Path) -> None:
         label=nasty,
         answer=nasty,
         response=nasty,
-        coherence_reply=nasty,
-        consistency_reply=nasty,
+        replies={"coherence": nasty, "consistency": nasty},
     )
     path = tmp_path / "samples" / "000001.html"
     report.write_samples(path, 1, [sample], lambda _: b"jpeg")

@@ -39,14 +39,14 @@ def test_the_tokens_of_the_templates_are_counted(folder: Path) -> None:
     assert shapes.prompt_tokens == len(prompt) == 600
     assert shapes.shared_tokens == shared_length(tokenizer, prompt)
     assert shapes.response_tokens == 90
-    assert (shapes.coherence.text, shapes.consistency.text) == (60, 30)
-    assert shapes.coherence.tail > 1 and shapes.consistency.head > 1
+    assert tuple(q.text for q in shapes.questions.values()) == (60, 30)
+    assert shapes.questions["coherence"].tail > 1 and shapes.questions["consistency"].head > 1
     config.reflect.soft = True
     soft = make_step_shapes(config, policy.shapes, texts, 600, 90)
-    assert (soft.coherence.replies, soft.consistency.replies) == (4, 4)
+    assert [q.replies for q in soft.questions.values()] == [4, 4]
     config.reflect.enabled = False
     plain = make_step_shapes(config, policy.shapes, texts, 600, 90)
-    assert plain == shapes._replace(coherence=None, consistency=None)
+    assert plain == shapes._replace(questions={})
 
 
 def test_without_lengths_it_is_the_longest_step_of_the_config() -> None:

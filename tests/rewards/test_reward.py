@@ -1,6 +1,5 @@
 """The reward: format, reflections that count, custom terms, and the weights of all of them."""
 
-import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -114,12 +113,7 @@ def test_the_weighted_scores_sum_to_the_reward(tokenizer, profile, reflection, a
     assert set(weights) >= {"format", "accuracy", *(term.name for term in terms)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Templates(PromptTemplates):
-    valence: str
-
-
-def test_a_third_question_is_one_more_row(tokenizer, monkeypatch):
+def test_a_third_question_is_one_more_row(tokenizer, tmp_path, monkeypatch):
     third = Question(
         "valence",
         False,
@@ -130,10 +124,8 @@ def test_a_third_question_is_one_more_row(tokenizer, monkeypatch):
         lambda probs, target, found, profile: jnp.where(found, probs[..., 0], 0.0),
     )
     monkeypatch.setitem(QUESTIONS, "valence", third)
-    known = dataclasses.asdict(
-        PromptTemplates.load(set="tiny", coherence="tiny", consistency="tiny")
-    )
-    templates = Templates(**known, valence="is {text} pleasant ?")
+    (tmp_path / "valence.txt").write_text("is {text} pleasant ?")
+    templates = PromptTemplates.load("tiny", "tiny", "tiny", valence=tmp_path / "valence.txt")
     prompted = prompt_questions(tokenizer, templates, LABELS)
     assert [each.question.name for each in prompted] == ["coherence", "consistency", "valence"]
     assert "is" in tokenizer.decode(prompted[2].head)

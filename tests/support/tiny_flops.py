@@ -41,8 +41,10 @@ STEP = StepShapes(
     response_tokens=5,
     patches=32,
     shared_tokens=9,
-    coherence=QuestionTokens(head=3, text=4, tail=2, reply=2),
-    consistency=QuestionTokens(head=1, text=2, tail=2, reply=2),
+    questions={
+        "coherence": QuestionTokens(head=3, text=4, tail=2, reply=2),
+        "consistency": QuestionTokens(head=1, text=2, tail=2, reply=2, with_image=True),
+    },
 )
 
 # The sums of TINY, used below:

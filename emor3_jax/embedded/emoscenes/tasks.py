@@ -38,11 +38,11 @@ _FAVOURITES = {"drawn": ("excitement", "sadness"), "shifted": ("joy", "sadness")
 def scene_examples(scene: Scene, rng: np.random.Generator) -> list[QAExample]:
     """Returns an example of each kind about a scene, with a true and a false consistency one."""
     true, false = (
-        fill(templates().consistency, text=f"<step1> {words.render(cues)} </step1>")
+        fill(templates().reflections["consistency"], text=f"<step1> {words.render(cues)} </step1>")
         for cues in (scene.cues(), words.false_cues(scene, rng))
     )
     text, label = _text_to_judge(scene, rng)
-    judge = fill(templates().coherence, labels=scenes.labels(scene.style), text=text)
+    judge = fill(templates().reflections["coherence"], labels=scenes.labels(scene.style), text=text)
     return [
         QAExample("describe", words.DESCRIBE_QUESTION, words.describe(scene), True, 1.0),
         QAExample("consistency", true, "yes", True, JUDGE_WEIGHT),

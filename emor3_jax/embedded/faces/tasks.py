@@ -111,12 +111,12 @@ def face_examples(
     """
     other = _another(label, rng)
     true, false = (
-        fill(templates.consistency, text=f"<step1> {describe(name, rng)} </step1>")
+        fill(templates.reflections["consistency"], text=f"<step1> {describe(name, rng)} </step1>")
         for name in (label, other)
     )
     told = str(rng.choice(LABELS))
     text = reasoning(describe(told, rng), feeling(told, rng))
-    judge = fill(templates.coherence, labels=LABELS, text=text)
+    judge = fill(templates.reflections["coherence"], labels=LABELS, text=text)
     asked = fill(templates.set, labels=LABELS, question=question)
     return [
         QAExample("describe", "describe the picture", describe(label, rng), True, 1.0),

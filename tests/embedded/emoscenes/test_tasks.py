@@ -113,7 +113,10 @@ def test_questions_are_those_of_training():
     tokenizer = train_tokenizer(tasks.text_corpus(scenes_per_style=60), 1200)
     templates = tasks.templates()
     text = "<step1> calm man sitting by a flower under sun , bright and vivid </step1>"
-    for template, with_image in ((templates.coherence, False), (templates.consistency, True)):
+    for template, with_image in (
+        (templates.reflections["coherence"], False),
+        (templates.reflections["consistency"], True),
+    ):
         head, tail = prompts.reflection_parts(tokenizer, template, LABELS, with_image)
         question = prompts.fill(template, labels=LABELS, text=text)
         turn = [{"role": "user", "content": [{"type": "text", "text": question}]}]
@@ -125,7 +128,7 @@ def test_questions_are_those_of_training():
         assert whole[-len(parts) :] == parts
     assert all(
         len(tokenizer.encode(prompts.fill(t, question="", labels=(), text=""))) <= 30
-        for t in (templates.set, templates.coherence, templates.consistency)
+        for t in (templates.set, *templates.reflections.values())
     )
 
 
