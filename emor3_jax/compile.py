@@ -26,6 +26,7 @@ from emor3_jax.compiler.search import search
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.compiler.verdict import executed_flops, table, verdict
 from emor3_jax.config import uses_reference
+from emor3_jax.errors import UserError
 from emor3_jax.flops import Cost, phase_costs
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import topology
@@ -126,13 +127,20 @@ def compile_config(
         check_batch(mesh, f"rollout.{field}", config.rollout[field])
     for field in ("prompts", "micro_prompts"):
         check_batch(mesh, f"policy_update.{field}", config.policy_update[field])
+    check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
+
+    known: set[str] = set()
 
     def wanted(program: str) -> bool:
+        known.add(program)
         return not only or program in only
 
     record = Recorder(mesh, wanted, say, slices.chip.usable)
     with jax.set_mesh(mesh):
         record.run(step_programs(mesh, config, policy, questions(texts)))
+    if unknown := sorted(set(only) - known):
+        rule = f"no program of this config; choose among {', '.join(sorted(known))}"
+        raise UserError(f"only={unknown[0]!r}: {rule}")
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     return Compiled(slices, config, policy, parts, costs_of(config, policy, texts), record.reports)
 

@@ -6,5 +6,5 @@ class UserError(ValueError):
 
     Each part of the package derives its own error from this one. The message names the input, its
     value, the rule that it breaks and the way out; it is all that a user needs, so programs print
-    it without a traceback (`emor3_jax.cli`).
+    it without a traceback (`emor3_jax.runtime.cli`).
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
-from emor3_jax.config import ConfigError
+from emor3_jax.errors import UserError
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
 from emor3_jax.models import LoadedPolicy, read_config, read_processor, save
@@ -32,15 +32,16 @@ def export(config: ConfigDict, workdir: Path) -> Path:
       The folder.
 
     Raises:
-      ConfigError: if the run has no checkpoint.
+      UserError: if the run has no checkpoint.
     """
     say = Console("export")
     job.start_jax(config.log.compile_cache)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    step = checkpoints.latest()
-    if step is None:
-        rule = f"there is no checkpoint yet under {workdir / 'checkpoints'}; train first"
-        raise ConfigError("checkpoint.every", config.checkpoint.every, rule)
+    checkpoints, step = None, None
+    if (workdir / "checkpoints").is_dir():
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        step = checkpoints.latest()
+    if checkpoints is None or step is None:
+        raise UserError(f"workdir={str(workdir)!r}: has no checkpoint yet; train first")
     base = prepare.ensure_policy(config, say)
     policy = read_config(base)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

@@ -52,26 +52,26 @@ def train(config: ConfigDict, workdir: Path) -> Results:
     Raises:
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
-    run = Run("sft", config, workdir)
-    examples = Examples(config, run.policy, run.data)
-    run.say(examples.describe())
-    learner, state = prepare.make_learner(config, run.policy, run.mesh, imitate=True)
-    state = run.start(learner, state, counters=examples.counters)
+    with Run("sft", config, workdir) as run:
+        examples = Examples(config, run.policy, run.data)
+        run.say(examples.describe())
+        learner, state = prepare.make_learner(config, run.policy, run.mesh, imitate=True)
+        state = run.start(learner, state, counters=examples.counters)
 
-    for step, prompts in run.steps():
-        experience = learner.pack(examples.experience(prompts.ids, run.put(prompts.batch)))
-        experience = experience._replace(samples=shard_whole(experience.samples, run.mesh))
-        observed = observe(prompts.ids, prompts.batch, experience)
-        parts = learner.split(experience)
-        del experience
-        updates = []
-        while parts:
-            state, metrics = learner.update(state, parts.pop(0))
-            updates.append(metrics)
-        run.record(step, observed, updates, {})
-        run.evaluate(step, partial(learner.params, state))
-        run.save(step, learner, state)
-    return run.finish(partial(learner.params, state))
+        for step, prompts in run.steps():
+            experience = learner.pack(examples.experience(prompts.ids, run.put(prompts.batch)))
+            experience = experience._replace(samples=shard_whole(experience.samples, run.mesh))
+            observed = observe(prompts.ids, prompts.batch, experience)
+            parts = learner.split(experience)
+            del experience
+            updates = []
+            while parts:
+                state, metrics = learner.update(state, parts.pop(0))
+                updates.append(metrics)
+            run.record(step, observed, updates, {})
+            run.evaluate(step, partial(learner.params, state))
+            run.save(step, learner, state)
+        return run.finish(partial(learner.params, state))
 
 
 class Examples:

@@ -38,35 +38,36 @@ def train(config: ConfigDict, workdir: Path) -> Results:
     Raises:
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
-    run = Run("train", config, workdir)
-    rollout = prepare.make_rollout(config, run.policy, run.data.labels["train"], run.mesh)
-    learner, state = prepare.make_learner(config, run.policy, run.mesh)
-    state = run.start(learner, state, rollout, learner.reference.counters)
+    with Run("train", config, workdir) as run:
+        rollout = prepare.make_rollout(config, run.policy, run.data.labels["train"], run.mesh)
+        learner, state = prepare.make_learner(config, run.policy, run.mesh)
+        state = run.start(learner, state, rollout, learner.reference.counters)
 
-    for step, prompts in run.steps():  # reads ahead; ends on a stop signal; traces; resumes
-        key, params = run.key(step), learner.params(state)
-        # Sample G responses to each of B prompts, ask the policy about its own steps, score all.
-        experience, info = rollout(params, run.put(prompts.batch), key, run.clock), {}
-        if config.rollout.resample:  # DAPO: replace groups that have nothing to compare
-            again = partial(rollout, params, clock=run.clock)
-            prompts, experience, info = resample(
-                prompts, experience, again, run.data.train, key, config.rollout.resample, run.put
-            )
-        # Score them under the reference; compare each response with its group.
-        experience, scored = learner.score(params, prompts, experience, run.clock)
-        observed = observe(prompts.ids, prompts.batch, experience)
-        # Free merged weights and the whole batch before the update: both would be there twice.
-        parts = learner.split(experience)
-        del params, experience
-        updates = []
-        while parts:
-            state, metrics = learner.update(state, parts.pop(0))
-            updates.append(metrics)
-        learner.after_step(state, step, scored, updates)  # KL coefficient, a reference that follows
-        run.record(step, observed, updates, info | scored)  # written while the device works on
-        run.evaluate(step, partial(learner.params, state))
-        run.save(step, learner, state)
-    return run.finish(partial(learner.params, state))
+        for step, prompts in run.steps():  # reads ahead; ends on a stop signal; traces; resumes
+            key, params = run.key(step), learner.params(state)
+            # Sample G responses to each of B prompts, ask about their steps, score all.
+            experience, info = rollout(params, run.put(prompts.batch), key, run.clock), {}
+            if tries := config.rollout.resample:  # DAPO: replace groups with nothing to compare
+                again = partial(rollout, params, clock=run.clock)
+                prompts, experience, info = resample(
+                    prompts, experience, again, run.data.train, key, tries, run.put
+                )
+            # Score them under the reference; compare each response with its group.
+            experience, scored = learner.score(params, prompts, experience, run.clock)
+            observed = observe(prompts.ids, prompts.batch, experience)
+            # Free merged weights and the whole batch before the update: both would be there twice.
+            parts = learner.split(experience)
+            del params, experience
+            updates = []
+            while parts:
+                state, metrics = learner.update(state, parts.pop(0))
+                updates.append(metrics)
+            # Adapt the KL coefficient; let a reference follow the policy.
+            learner.after_step(state, step, scored, updates)
+            run.record(step, observed, updates, info | scored)  # written while the device works on
+            run.evaluate(step, partial(learner.params, state))
+            run.save(step, learner, state)
+        return run.finish(partial(learner.params, state))
 
 
 if __name__ == "__main__":

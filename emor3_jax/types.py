@@ -1,7 +1,7 @@
 """The arrays that flow between rollout, rewards, learner and evaluation.
 
 Every leaf of a batch starts with its `B` prompts, so that any row operation is one `jax.tree.map`
-(`take`, `split`, `concatenate`). Shapes use the project's letters: `B` prompts, `G` responses to
+(`take`, `split`, `join`). Shapes use the project's letters: `B` prompts, `G` responses to
 each, `P` prompt tokens, `T` response tokens, `I` images of a prompt, `W` attention windows of an
 image, `L` patches of a window, `K` labels.
 """
@@ -183,10 +183,10 @@ class Experience(NamedTuple):
     """A batch with all that a step finds out about it; what is not there yet is None.
 
     Attributes:
-      batch: the prompts on the devices; None once the step has split them.
+      batch: the prompts on the devices; None in what the log of a step keeps.
       samples: their responses, [B, G, T].
       replies: the reflections; None without reflection.
-      scores: of the responses.
+      scores: of the responses; None for given responses (supervised fine-tuning), as `rewards`.
       rewards: float32[B, G], what advantages compare.
       greedy: float32[B, 1], the reward of a greedy response to each prompt (ReMax).
       old_logprobs: float32[B, G, T], recomputed under the policy that sampled.
@@ -198,13 +198,36 @@ class Experience(NamedTuple):
     batch: Batch | None
     samples: Samples
     replies: Replies | ReplyProbs | None
-    scores: Scores
-    rewards: Array
+    scores: Scores | None
+    rewards: Array | None
     greedy: Array | None = None
     old_logprobs: Array | None = None
     ref_logprobs: Array | None = None
     advantages: Array | None = None
     packing: Packing | None = None
+
+
+class Observed(NamedTuple):
+    """Arrays of a step that each host reads, asked for before the device updates.
+
+    Attributes:
+      ids: of the prompts of all hosts.
+      batch: this host's prompts, as host arrays.
+      experience: samples, replies and scores of all hosts.
+      answers: int32[B], index of the label, of all hosts.
+      rewards: float32[B, G], of all hosts; None without scores.
+    """
+
+    ids: tuple[str, ...]
+    batch: Batch
+    experience: Experience
+    answers: Array
+    rewards: Array | None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32[B, G], of the responses."""
+        return jax.device_get(self.experience.samples.lengths)
 
 
 class Clock(Protocol):
@@ -232,8 +255,11 @@ def take(tree: Any, rows: Array) -> Any:
     Args:
       tree: pytree of arrays, [B, …] each.
       rows: int32[R].
+
+    Raises:
+      ValueError: if rows are no integers.
     """
-    return take_rows(tree, np.asarray(rows, np.int32))
+    return take_rows(tree, _as_rows(rows))
 
 
 def split(tree: Any, count: int) -> list[Any]:
@@ -244,12 +270,18 @@ def split(tree: Any, count: int) -> list[Any]:
     Args:
       tree: pytree of arrays, [B, …] each.
       count: number of parts; must divide B.
+
+    Raises:
+      ValueError: if it does not.
     """
     return list(iterate_parts(tree, count))
 
 
 def iterate_parts(tree: Any, count: int) -> Iterator[Any]:
     """Yields the parts of `split`, each made when it is asked for."""
+    rows = len(jax.tree.leaves(tree)[0])
+    if count < 1 or rows % count:
+        raise ValueError(f"count={count}: must be at least 1 and divide the {rows} rows")
     if count == 1:
         yield tree
         return
@@ -267,8 +299,25 @@ def stack_parts(tree: Any, count: int) -> Any:
 
 
 def join(trees: list[Any], rows: Array) -> Any:
-    """Returns rows of several trees of arrays, counted through all of them."""
-    return join_rows(trees, np.asarray(rows, np.int32))
+    """Returns rows of several trees of arrays, counted through all of them.
+
+    Args:
+      trees: at least one.
+      rows: int32[R].
+
+    Raises:
+      ValueError: if there is no tree, or rows are no integers.
+    """
+    if not trees:
+        raise ValueError("trees=[]: give at least one")
+    return join_rows(trees, _as_rows(rows))
+
+
+def _as_rows(rows: Array) -> np.ndarray:
+    found = np.asarray(rows)
+    if found.size and not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"rows of type {found.dtype}: must be integers, the indices of rows")
+    return found.astype(np.int32)
 
 
 @jax.jit

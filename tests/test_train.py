@@ -20,6 +20,7 @@ from emor3_jax.compiler.record import Recorder
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
+from emor3_jax.errors import UserError
 from emor3_jax.export import export
 from emor3_jax.models import load
 from emor3_jax.parallel.mesh import make_mesh
@@ -367,7 +368,7 @@ def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
 
 
 def test_exporting_a_run_without_checkpoint_is_refused(folder):
-    with pytest.raises(ConfigError, match="train first"):
+    with pytest.raises(UserError, match="train first"):
         export(make_config(folder), folder / "empty")
 
 

@@ -19,8 +19,9 @@ from emor3_jax.parallel import hosts
 class MetricWriter:
     """Writes metrics to sinks.
 
-    A run that goes on from a checkpoint first drops what was written after it, so that each step
-    stands in a sink once. Of several processes only the first writes.
+    A run that goes on from a checkpoint first drops what was written after it. The last step is
+    written twice: its own metrics, then those of the evaluation after training (`add_events`). Of
+    several processes only the first writes.
     """
 
     def __init__(self, workdir: Path, sinks: Sequence[str], first_step: int = 0) -> None:

@@ -1,9 +1,9 @@
 """The learner: experience in, updates out.
 
     experience, info = learner.score(params, prompts, experience)     # reference, KL, advantages
-    for part in split(experience, learner.settings.num_updates):
-        state, metrics = learner.update(state, part)
-    learner.after_step(state, step, info)
+    for part in learner.split(experience):
+        state, metrics = learner.update(state, part)                  # metrics go to `updates`
+    learner.after_step(state, step, info, updates)
 
 Supervised fine-tuning takes the same updates with another loss.
 """

@@ -26,7 +26,7 @@ class Cache(NamedTuple):
     """Keys and values of the continuations themselves, `C` slots for each.
 
     Attributes:
-      k: float[layers, B, G, kv_heads, head_dim, C]; for unrolled layers (`policy.unroll`) a tuple
+      k: float[layers, B, G, kv_heads, head_dim, C]; for unrolled layers (`params.unroll`) a tuple
         with one array for each.
       v: float[layers, B, G, kv_heads, C, head_dim], or such a tuple.
       mask: bool[B, G, C].

@@ -26,8 +26,7 @@ from emor3_jax.rl.losses import SURROGATES, ImitationLoss, PolicyLoss
 from emor3_jax.rl.update import TrainState, make_optimizer
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.tokens import suppressed_tokens
-from emor3_jax.runtime.step_log import Observed
-from emor3_jax.types import ReplyProbs
+from emor3_jax.types import Observed, ReplyProbs
 
 
 def make_learner(

@@ -1,4 +1,4 @@
-"""From readings to scores, and from scores to the reward, in both profiles (METHOD, "Rewards")."""
+"""From readings to scores, and from scores to the reward, in both profiles (docs/method.md)."""
 
 from collections.abc import Sequence
 

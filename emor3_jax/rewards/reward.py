@@ -10,7 +10,7 @@ from emor3_jax.rewards.combine import check_profile, combine, graded_accuracy
 from emor3_jax.rewards.questions import QUESTIONS, Question
 from emor3_jax.rewards.shaping import overlong
 from emor3_jax.rewards.tables import Tables, read_reply, score_response
-from emor3_jax.rewards.terms import BOXED, Group, Term
+from emor3_jax.rewards.terms import BOXED, Group, Term, TermError
 from emor3_jax.types import NOTHING_TO_JUDGE, Replies, ReplyProbs, Samples, Scores
 
 
@@ -43,6 +43,25 @@ class Reward:
             raise ValueError(
                 f"coherence_target={self.coherence_target!r}: must be 'label' or 'answer'"
             )
+        if self.format not in ("set", "boxed"):
+            raise ValueError(f"format={self.format!r}: must be 'set' or 'boxed'")
+        if self.reflection not in ("both", *QUESTIONS):
+            raise ValueError(
+                f"reflection={self.reflection!r}: must be 'both' or one of {', '.join(QUESTIONS)}"
+            )
+        weights = self.lambda_reflect, self.lambda_format
+        if min(weights) < 0 or sum(weights) > 1:
+            raise ValueError(
+                f"lambda_reflect={weights[0]}, lambda_format={weights[1]}: must be 0 or more, and "
+                "together at most 1"
+            )
+        if self.overlong is not None and self.overlong[1] < 1:
+            raise ValueError(f"overlong={self.overlong}: the buffer must be at least 1 token")
+        for term in self.terms:
+            if sum(map(bool, (term.pattern, term.function, term.text))) != 1:
+                raise TermError(
+                    f"term {term.name!r}: give exactly one of pattern, function and text"
+                )
 
     @property
     def patterns(self) -> tuple[str, ...]:

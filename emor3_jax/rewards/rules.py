@@ -1,4 +1,4 @@
-"""The text rules of METHOD's reward table, as machines over characters.
+"""The text rules of the reward (docs/method.md), as machines over characters.
 
 Format and boxed answer read the normalised text: every run of whitespace next to `<`, `>` or `/` is
 removed first. `Normalised` does that on the fly, in front of a rule.

@@ -55,13 +55,15 @@ class Scorer:
           PatternError: if a pattern cannot be read.
           ValueError: if `profile` or `coherence_target` is unknown.
         """
+        if isinstance(labels, str):
+            raise LabelError(f"labels={labels!r}: must be a list of labels, not one text")
         self.tokenizer, self.labels = tokenizer, lowercase_labels(labels)
         self.reward = reward or Reward(profile, coherence_target)
         self.tables = make_tables(tokenizer, labels, self.reward.patterns, cache)
 
     def score(self, batch: Batch, samples: Samples, replies: Replies | ReplyProbs | None) -> Scores:
         """Scores the responses to a batch."""
-        texts = self._score_texts(batch, samples)
+        texts = self._score_texts(batch.answers, samples)
         return self.reward(self.tables, batch.answers, batch.grades, samples, replies, texts)
 
     def score_tokens(
@@ -88,7 +90,7 @@ class Scorer:
 
         Raises:
           LabelError: if an answer is not in the label set.
-          ValueError: if the replies to some questions alone are given.
+          ValueError: if the replies to some questions alone are given, or numbers of rows differ.
         """
         given = {"coherence": coherence_replies, "consistency": consistency_replies}
         given |= {name.removesuffix("_replies"): reply for name, reply in more_replies.items()}
@@ -98,6 +100,14 @@ class Scorer:
                 f"give both kinds of replies ({', '.join(QUESTIONS)}; got {', '.join(given)}), or "
                 "none to switch the reflection off"
             )
+        if isinstance(answers, str):
+            raise ValueError(
+                f"answers={answers!r}: must be a list of labels, one for each response"
+            )
+        counts = {"responses": len(tokens), "lengths": len(lengths), "answers": len(answers)}
+        counts |= {f"{name}_replies": len(reply[1]) for name, reply in given.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{counts}: give as many of each")
         indices = []
         for answer in answers:
             if answer.strip().lower() not in self.labels:
@@ -114,7 +124,9 @@ class Scorer:
             )
         label = jnp.asarray(indices, jnp.int32)
         grades = jax.nn.one_hot(label, len(self.labels))
-        scores = self.reward(self.tables, label, grades, _as_samples(tokens, lengths), replies)
+        samples = _as_samples(tokens, lengths)
+        texts = self._score_texts(label, samples)
+        scores = self.reward(self.tables, label, grades, samples, replies, texts)
         return {
             name: scores.named()[name][:, 0]
             for name in ("format", "accuracy", *QUESTIONS, "overall")
@@ -139,6 +151,8 @@ class Scorer:
 
     def _spell(self, texts: Sequence[str]) -> Tokens:
         """Writes texts as byte tokens, in lengths rounded up so that few shapes are compiled."""
+        if isinstance(texts, str):
+            raise ValueError(f"{texts!r}: must be a list of texts")
         single = {t[0]: i for i, t in enumerate(token_bytes(self.tokenizer)) if len(t) == 1}
         codes = [text.encode("utf-8", "replace") for text in texts]
         size = 1 << max(4, max(map(len, codes), default=1).bit_length())
@@ -147,12 +161,12 @@ class Scorer:
             tokens[i, : len(code)] = [single[b] for b in code]
         return jnp.asarray(tokens), jnp.asarray([len(c) for c in codes], jnp.int32)
 
-    def _score_texts(self, batch: Batch, samples: Samples) -> dict[str, np.ndarray]:
+    def _score_texts(self, answers: jax.Array, samples: Samples) -> dict[str, np.ndarray]:
         """Returns the terms that are functions of the text, float32[B, G] each."""
         terms = [term for term in self.reward.terms if term.text]
         if not terms:
             return {}
-        tokens, lengths, answers = hosts.fetch((samples.tokens, samples.lengths, batch.answers))
+        tokens, lengths, answers = hosts.fetch((samples.tokens, samples.lengths, answers))
         scores = {term.name: np.zeros(lengths.shape, np.float32) for term in terms}
         for at in np.ndindex(lengths.shape):
             text = self.tokenizer.decode(tokens[at][: lengths[at]], skip_special_tokens=True)

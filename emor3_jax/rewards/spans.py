@@ -2,7 +2,7 @@
 
 Coherence judges from the first `<step1>` to the end of the first `</step2>` after it; consistency
 from the first `<step1>` up to the first `<step2>` after it, whitespace at its end stripped. Both on
-the raw text (METHOD, "Spans"). Tags may start and end in the middle of a token: the part of
+the raw text (docs/method.md). Tags may start and end in the middle of a token: the part of
 such a token that belongs to the span is written as byte tokens, so the text of the tokens returned
 is the span's text, byte for byte.
 

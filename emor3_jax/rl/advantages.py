@@ -143,8 +143,9 @@ class RewardTerms(NamedTuple):
 
     Attributes:
       rewards: float32[B, G], the combined rewards after shaping.
-      terms: float32[B, G] each, by name, before they are weighted.
-      weights: weight of each term in the combined reward.
+      terms: float32[B, G] each, by name, before they are weighted; `overall` is among them, which
+        has no weight.
+      weights: weight of each term in the combined reward before shaping.
       greedy: float32[B, 1], combined reward of a greedy response to each prompt; None unless the
         estimator needs it.
     """

@@ -389,6 +389,7 @@ def _take(slots: Slots, at: np.ndarray, everything: bool) -> tuple[KV, Samples]:
 
 @jax.jit
 def take_out(slots: Slots, at: jax.Array) -> tuple[KV, Samples]:
+    """Returns keys and responses of the prompts in the slots `at`, int32[R]."""
     wanted = slots._replace(cache=None)
     taken = map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, at, axis)), wanted)
     return taken.prefix, taken.samples

@@ -1,14 +1,14 @@
 """A run of a program that trains: everything around the algorithm.
 
-run = Run("train", config, workdir)
-learner, state = …
-state = run.start(learner, state)            # resumes; evaluates before the first step
-for step, prompts in run.steps():            # ends on a stop signal
-    …
-    run.record(step, observed, updates, info)
-    run.evaluate(step, params)
-    run.save(step, learner, state)
-return run.finish(params)
+with Run("train", config, workdir) as run:       # an error lets go of signals and files
+    learner, state = …
+    state = run.start(learner, state)            # resumes; evaluates before the first step
+    for step, prompts in run.steps():            # ends on a stop signal
+        …
+        run.record(step, observed, updates, info)
+        run.evaluate(step, params)
+        run.save(step, learner, state)
+    return run.finish(params)
 """
 
 import json
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import jax
 from ml_collections import ConfigDict
@@ -39,8 +39,8 @@ from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job
-from emor3_jax.runtime.step_log import Observed, StepRecord, progress_line
-from emor3_jax.types import Batch
+from emor3_jax.runtime.step_log import StepRecord, progress_line
+from emor3_jax.types import Batch, Observed
 
 Results = dict[str, dict[str, Evaluation]]
 
@@ -112,6 +112,18 @@ class Run:
         self._position: Any = None
         traced = self._step + 3
         self._traced = range(traced, traced + config.log.profile_steps)
+
+    def __enter__(self) -> Self:
+        """Returns the run."""
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Lets go of signals, threads and files where an error ends the run."""
+        if kind is not None:
+            self._stop.restore()
+            self.clock.close()
+            self._checkpoints.close()
+            self._writer.close()
 
     def put(self, batch: Batch) -> Batch:
         """Puts a batch of host arrays on the devices."""

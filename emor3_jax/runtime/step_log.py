@@ -15,32 +15,9 @@ from emor3_jax.parallel import hosts
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rl.advantages import zero_std_fraction
-from emor3_jax.types import Batch, Experience
+from emor3_jax.types import Batch, Experience, Observed
 
-PHASES = ("rollout", "reflect", "reward", "reference", "update")
-
-
-class Observed(NamedTuple):
-    """Arrays of a step that each host reads, asked for before the device updates.
-
-    Attributes:
-      ids: of the prompts of all hosts.
-      batch: this host's prompts, as host arrays.
-      experience: samples, replies and scores of all hosts.
-      answers: int32[B], index of the label, of all hosts.
-      rewards: float32[B, G], of all hosts; None without scores.
-    """
-
-    ids: tuple[str, ...]
-    batch: Batch
-    experience: Experience
-    answers: jax.Array
-    rewards: jax.Array | None
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int32[B, G], of the responses."""
-        return jax.device_get(self.experience.samples.lengths)
+PHASES = ("rollout", "reflect", "reward", "reference", "old", "update")
 
 
 def observe(ids: tuple[str, ...], batch: Batch, experience: Experience) -> Observed:

@@ -41,7 +41,7 @@ def open_dataset(
       path: the folder that the user has downloaded.
       split: of the data set.
       data_dir: folder of tfds data sets.
-      copy: whether the records hold the images themselves (`datasets/base.py`).
+      copy: whether the records hold the images themselves (`data/datasets/base.py`).
       question: asked instead of the data set's own; "" asks that.
 
     Raises:
