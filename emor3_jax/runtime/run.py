@@ -232,7 +232,8 @@ class Run:
 
     def save(self, step: int, learner: Learner, state: TrainState) -> None:
         """Writes a checkpoint where a step is due, and after the last one."""
-        if not self._last and step % self.config.checkpoint.every:
+        config = self.config
+        if not self._last and step % config.checkpoint.every:
             return
         self._flush()
         progress = self._progress | {"data": self._position} | learner.progress()

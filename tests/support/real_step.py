@@ -24,10 +24,6 @@ from emor3_jax.prepare import rollout as prepared
 COMPILED = re.compile(r"Compiling jit\(([\w.<>]+)\)")
 
 
-def plain(config: ConfigDict) -> None:
-    """The method as it is, prompts in turns."""
-
-
 def everything_else(config: ConfigDict) -> None:
     """What the method leaves out: each program that only an option calls."""
     config.reflect.soft = True
@@ -43,12 +39,12 @@ def everything_else(config: ConfigDict) -> None:
 
 
 def adapters(config: ConfigDict) -> None:
-    """Adapters, merged once a step."""
+    """The method as it is, with adapters that are merged once a step."""
     config.policy.lora_rank = 2
     config.rollout.unroll = True
 
 
-CASES = {case.__name__: case for case in (plain, everything_else, adapters)}
+CASES = {case.__name__: case for case in (everything_else, adapters)}
 
 
 def make_config(folder: Path, change: str) -> ConfigDict:
