@@ -48,9 +48,9 @@ from emor3_jax.models.cache import KV
 from emor3_jax.models.params import unroll, weight_sync
 from emor3_jax.rl.losses import Clip, PolicyLoss
 from emor3_jax.rl.update import TrainState, make_optimizer
-from emor3_jax.rollout import engine
 from emor3_jax.rollout.rollout import prefill
 from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.rollout.slots import Admission, Slots, begin, decode_block, open_slots
 from emor3_jax.types import Batch, Experience, Samples
 
 PROGRAMS = ("decode", "prefill", "reference", "update")
@@ -229,10 +229,10 @@ def decode(policy: Policy, sizes: Sizes, unrolled: bool) -> Job:
     params, layers = parameters(policy)[1], shapes.num_layers
     k, v = (jax.ShapeDtypeStruct((layers, b, heads, *x), DTYPE) for x in ((d, p), (p, d)))
     rows, samples = np.arange(b, dtype=np.int32), make_samples(policy, (b, g, longest), age)
-    admission = engine.Admission(rows, rows, rows, KV(k, v, np.ones((b, p), bool)))
-    new = engine.begin.eval_shape(admission, responses=g, length=longest, unroll=unrolled)
-    cache = engine.open_slots.eval_shape(new, b, places).cache
-    slots = engine.Slots(
+    admission = Admission(rows, rows, rows, KV(k, v, np.ones((b, p), bool)))
+    new = begin.eval_shape(admission, responses=g, length=longest, unroll=unrolled)
+    cache = open_slots.eval_shape(new, b, places).cache
+    slots = Slots(
         row=rows,
         position=np.full(b, p, np.int32),
         age=np.full(b, age, np.int32),
@@ -245,7 +245,7 @@ def decode(policy: Policy, sizes: Sizes, unrolled: bool) -> Job:
         cursor=np.int32(age),
     )
 
-    def again(result: engine.Slots, args: tuple) -> tuple:
+    def again(result: Slots, args: tuple) -> tuple:
         kept = slots.cache._replace(k=result.cache.k, v=result.cache.v)
         return jax.device_put(slots._replace(prefix=result.prefix, cache=kept)), *args[1:]
 
@@ -258,7 +258,7 @@ def decode(policy: Policy, sizes: Sizes, unrolled: bool) -> Job:
     given = unroll.eval_shape(params) if unrolled else params
     sampling = Sampling(longest, 1.0, 1.0, ())
     return Job(
-        engine.decode_block,
+        decode_block,
         (slots, jax.random.key(0), np.int32(0), given, np.zeros(shapes.vocab_size, bool)),
         {"policy": policy, "sampling": sampling, "block": sizes.block},
         decoder_flops(shapes, 1, before=p + cached, logits=1).times(b * g * sizes.block),

@@ -35,8 +35,9 @@ from benchmarks import small_policy
 from benchmarks.peers import Peer
 from benchmarks.step import PRECISIONS, Ours, batch_of, make_config, question
 from emor3_jax.models.params import cast_for_decoding
-from emor3_jax.rollout.engine import Admission, Engine, Plan
+from emor3_jax.rollout.engine import Engine, Plan
 from emor3_jax.rollout.rollout import prefill
+from emor3_jax.rollout.slots import Admission
 
 RUNS, WARM_UP = 7, 2
 CASES = ((2, 4, 224, False), (8, 8, 224, True))

@@ -48,6 +48,7 @@ class Compiled:
       parts: into how many parts the mesh cuts a batch.
       costs: phase → what a step costs, at the longest shapes.
       reports: of the programs, in the order of a step.
+      names: of all programs of the config, compiled or not.
     """
 
     topology: Topology
@@ -56,6 +57,7 @@ class Compiled:
     parts: int
     costs: dict[str, Cost]
     reports: list[Report]
+    names: list[str]
 
     @property
     def fits(self) -> bool:
@@ -129,25 +131,18 @@ def compile_config(
         check_batch(mesh, f"policy_update.{field}", config.policy_update[field])
     check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
 
-    known: set[str] = set()
+    names: list[str] = []
 
     def wanted(program: str) -> bool:
-        known.add(program)
+        names.append(program)
         return not only or program in only
 
     record = Recorder(mesh, wanted, say, slices.chip.usable)
     with jax.set_mesh(mesh):
-        record.run(step_programs(mesh, config, policy, questions(texts)))
-    if unknown := sorted(set(only) - known):
-        rule = f"no program of this config; choose among {', '.join(sorted(known))}"
-        raise UserError(f"only={unknown[0]!r}: {rule}")
+        record.run(step_programs(mesh, config, policy, texts.questions))
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    return Compiled(slices, config, policy, parts, costs_of(config, policy, texts), record.reports)
-
-
-def questions(texts: TemplateTokens) -> dict[str, tuple[int, int]]:
-    """Returns name of a question → tokens around the judged text."""
-    return dict(texts.questions)
+    costs = costs_of(config, policy, texts)
+    return Compiled(slices, config, policy, parts, costs, record.reports, names)
 
 
 def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[str, Cost]:
@@ -176,6 +171,9 @@ def main(config: ConfigDict) -> None:
         print(f"compiled {report.name}: {needed}", file=sys.stderr, flush=True)
 
     found = compile_config(config, given.topology, only, say)
+    if unknown := sorted(set(only) - set(found.names)):
+        rule = f"no program of this config; choose among {', '.join(sorted(set(found.names)))}"
+        raise UserError(f"only={unknown[0]!r}: {rule}")
     chip = found.topology.chip
     print(
         f"{found.topology.name}: {found.topology.device_count} devices, each with "

@@ -40,6 +40,14 @@ def test_a_mesh_that_the_slice_does_not_have_is_refused() -> None:
 
 
 @needs_compiler
+def test_an_unknown_program_is_refused_with_the_known_ones() -> None:
+    done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", "--only=decode_all")
+    assert done.returncode == 2
+    assert "error: only='decode_all': no program of this config; choose among " in done.stderr
+    assert "decode, " in done.stderr and "update" in done.stderr
+
+
+@needs_compiler
 def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = _compile(

@@ -36,6 +36,9 @@ def folder(tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp("run"))
 
 
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
+
+
 def share_of_length(group: Group) -> jax.Array:
     """A reward term on the device: length over the group's longest."""
     return group.lengths / jnp.max(group.lengths, axis=1, keepdims=True)
@@ -388,9 +391,10 @@ def test_a_config_that_cannot_run_stops_before_any_compile(folder, field, value,
     config = make_config(folder)
     with config.unlocked():
         config.update_from_flattened_dict({field: value})
-    counter = job.CompileCounter()
+    counter, handlers = job.CompileCounter(), [signal.getsignal(n) for n in STOP_SIGNALS]
     with pytest.raises(error) as caught:
         train(config, folder / "refused")
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == handlers
     assert said in str(caught.value)
     assert counter.count == 0
 

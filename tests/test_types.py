@@ -100,3 +100,18 @@ def test_every_leaf_of_an_experience_starts_with_its_prompts():
     assert second.batch is None and second.packing is None and second.advantages is None
     assert set(scores.named()) == {"overall", "format", "accuracy", "coherence", "brief"}
     assert samples.mask.tolist() == [[[True, True, False]] * g] * b
+
+
+@pytest.mark.parametrize("count", [0, -1, 5])
+def test_a_count_that_does_not_divide_the_rows_is_refused(pair, count):
+    with pytest.raises(ValueError, match=f"count={count}: must be at least 1 and divide the 12"):
+        split(pair, count)
+
+
+def test_rows_are_indices(pair):
+    for rows in (np.ones(ROWS, bool), [1.7]):
+        with pytest.raises(ValueError, match="must be integers"):
+            take(pair, rows)
+    assert len(take(pair, []).number) == 0
+    with pytest.raises(ValueError, match=r"trees=\[\]: give at least one"):
+        join([], [])

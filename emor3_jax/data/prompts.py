@@ -50,6 +50,7 @@ _PLACEHOLDERS = {
     "coherence": ({"text", "labels"}, set()),
     "consistency": ({"text"}, set()),
 }
+# Of a question that has no row above.
 _FURTHER_QUESTION = {"text"}, {"labels"}
 _PLACEHOLDER = re.compile(r"\\boxed\{[^{}]*\}|\{([^{}]*)\}")
 # Stands for the judged text while a chat is rendered: characters that no template contains.

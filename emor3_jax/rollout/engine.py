@@ -1,27 +1,23 @@
-"""The rollout at speed: prompts take slots, answer in their groups, and leave when all have ended.
+"""The rollout at speed: continuous batching of prompts, each with its group of responses.
 
-    for finished in roll_out(...):      # a few prompts at a time, in the order in which they end
-        ...                             # their keys are still there: ask the reflections now
+    for finished in engine.run(params, admissions, prompts, key):
+        ...       # a few prompts, as their groups end: ask the reflections, the keys are there
 
-`slots` prompts are in flight at once, each with its `G` responses and one copy of its keys. They
+At most `slots` prompts are in flight, each with its `G` responses and one copy of its keys. They
 decode together, in blocks of tokens. Between blocks the host reads which responses have ended and
 
-* takes out `refill` prompts whose groups are done, and lets as many waiting prompts in;
-* gives the cache as many places as the oldest response needs, in doubling sizes;
-* when nothing waits, drops ended responses from the batch: its prompts by halves, its responses by
-  quarters and thirds in turn (8, 6, 4, 3, 2, 1 a prompt).
+* takes out `refill` prompts whose groups have ended, and admits as many waiting ones;
+* resizes the ring-buffer KV cache to what the oldest response needs, in doubling sizes;
+* when no prompt waits, drops ended responses from the batch: its prompts by halves, its responses
+  by quarters and thirds in turn (8, 6, 4, 3, 2, 1 a prompt).
 
 So a few long responses hold neither the batch nor its memory. Shapes come from short lists: at
-most `halvings + 1` choices of prompts, `2 * halvings + 1` of responses, and log2(T / block) + 1 of
-the cache.
-
-The cache is a ring. All responses write their keys to the same place at the same time, and a mask
-says which places belong to whom; what order the places are in is nothing to attention, since keys
-carry their rope positions. So one update in place serves prompts that began at different times.
+most `halvings + 1` numbers of prompts, `2 * halvings + 1` of responses, and log2(T / block) + 1
+sizes of the cache. The arrays in flight, and the programs on them, are in `rollout.slots`.
 
 Deviations, numbered:
- 1. The noise of a token comes from (key, prompt, response, place in the response), so that what is
-    sampled does not depend on the slots: another `slots` or `refill` gives the same responses, as
+ 1. The noise of a token comes from (key, prompt, response, index in the response), so that the
+    samples do not depend on the slots: another `slots` or `refill` gives the same responses, as
     far as the arithmetic of another batch does.
 """
 
@@ -31,25 +27,28 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.cache import KV
 from emor3_jax.models.params import unroll
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import shard_rows
-from emor3_jax.parallel.program import (
-    Program,
-    Programs,
-    by_prompts,
-    by_prompts_and_heads,
-    first_rows,
-    mesh_of,
-    whole,
+from emor3_jax.parallel.program import Program, Programs, first_rows, mesh_of
+from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.rollout.slots import (
+    Admission,
+    Slots,
+    admit,
+    begin,
+    decode_block,
+    first_prompts,
+    open_slots,
+    resize_ring,
+    shrink,
+    slots_layout,
+    take_out,
+    taken_layout,
 )
-from emor3_jax.rollout.sampling import Sampling, noise, sample
 from emor3_jax.types import Samples
 
 
@@ -59,7 +58,7 @@ class Plan(NamedTuple):
     Attributes:
       slots: prompts in flight, 0 for all of the batch.
       refill: prompts that leave and enter at once, 0 for all; must divide `slots` and the batch.
-      block: tokens between two looks of the host, and the smallest cache.
+      block: tokens between two reads of the host, and the smallest cache.
       halvings: how often the batch may be halved when nothing waits, in prompts and in responses;
         of responses there is a step between two halves.
       unroll: decode with the layers apart, not in a loop over them; faster in bfloat16 on CPU, for
@@ -77,22 +76,6 @@ ALL_AT_ONCE = Plan()
 """All prompts in flight together."""
 
 
-class Admission(NamedTuple):
-    """`refill` prompts that are admitted together.
-
-    Attributes:
-      row: int32[R], index in the batch of each prompt.
-      token: int32[R], its last token, which is not among the keys.
-      position: int32[R], its rope position.
-      prefix: keys and values of the rest.
-    """
-
-    row: jax.Array
-    token: jax.Array
-    position: jax.Array
-    prefix: KV
-
-
 class Finished(NamedTuple):
     """Prompts whose responses have all ended.
 
@@ -105,38 +88,6 @@ class Finished(NamedTuple):
     row: np.ndarray
     prefix: KV
     samples: Samples
-
-
-class Slots(NamedTuple):
-    """State in flight: S prompts with L lanes each, a lane holding a response that goes on.
-
-    Attributes:
-      row: int32[S], which prompt of the batch.
-      position: int32[S], rope position of its last token.
-      age: int32[S], tokens generated so far, the same for all its lanes.
-      token: int32[S, L], the newest token, whose keys are not in the cache.
-      lane: int32[S, L], which response.
-      ended: bool[S, L], whether it has ended or reached T; an empty slot has only such lanes.
-      samples: all G responses, [S, G, T].
-      prefix: keys and values of the prompts.
-      cache: of the lanes; a ring of C places.
-      cursor: int32[], the place of the ring that is written next.
-    """
-
-    row: jax.Array
-    position: jax.Array
-    age: jax.Array
-    token: jax.Array
-    lane: jax.Array
-    ended: jax.Array
-    samples: Samples
-    prefix: KV
-    cache: Cache
-    cursor: jax.Array
-
-
-_AXES = Slots(0, 0, 0, 0, 0, 0, Samples(0, 0, 0, 0), KV(1, 1, 0), Cache(-5, -5, 0), None)
-"""Which axis of each field is the prompts'; the cache may have its layers apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +143,7 @@ class Engine:
         size, refill = self.sizes(prompts)
         block, waiting, slots = min(plan.block, sampling.max_tokens), prompts, None
         sizes = ring_sizes(block, sampling.max_tokens)
-        least, widths = size >> plan.halvings, _widths(self.group_size, plan.halvings)
+        least, widths = size >> plan.halvings, lane_counts(self.group_size, plan.halvings)
         params = unroll(params) if plan.unroll else params
         start = partial(
             begin, responses=self.group_size, length=sampling.max_tokens, unroll=plan.unroll
@@ -209,7 +160,8 @@ class Engine:
             going = taken & ~ended.all(axis=1)
             done = np.flatnonzero(taken & ~going)
             for at in done[: len(done) // refill * refill].reshape(-1, refill):
-                yield Finished(row[at], *_take(slots, at, size == refill))
+                leaving = slots.prefix, slots.samples
+                yield Finished(row[at], *(leaving if size == refill else take_out(slots, at)))
                 taken[at] = False
             if not going.any() or (waiting and not taken.all()):
                 continue
@@ -219,7 +171,7 @@ class Engine:
                 picked = choose_shrink(taken, ended, least, widths, self.num_shards)
             if picked is not None:
                 slots, taken, going = shrink(slots, *picked), taken[picked[0]], going[picked[0]]
-            slots = _fit(slots, oldest + block, sizes)
+            slots = fit_ring(slots, oldest + block, sizes)
             # With prompts waiting, no longer than until enough groups are done to let them in.
             leave = going.sum() - (refill - len(done) % refill) if waiting else 0
             slots = decode_block(
@@ -260,11 +212,17 @@ class Engine:
         in_flight = slots if refill < size else None
         admission = yield from admit_programs({"cache": in_flight})
         new = yield Program(
-            "begin", begin, (admission,), how, {"cache": [in_flight, admission]}, _lay_out, waves
+            "begin",
+            begin,
+            (admission,),
+            how,
+            {"cache": [in_flight, admission]},
+            slots_layout,
+            waves,
         )
         opened = (new, size, block)
         calls = 1 if refill < size else waves
-        yield Program("open_slots", open_slots, opened, {}, {"cache": new}, _lay_out, calls)
+        yield Program("open_slots", open_slots, opened, {}, {"cache": new}, slots_layout, calls)
         if len(sizes) > 1:
             small = self.abstract_slots(shapes, sizes[-2])
             yield Program(
@@ -278,7 +236,7 @@ class Engine:
         if refill < size:
             args = slots, new, rows
             slots = yield Program(
-                "admit", admit, args, {}, {"cache": [slots, new]}, _lay_out, waves
+                "admit", admit, args, {}, {"cache": [slots, new]}, slots_layout, waves
             )
         slots = yield Program(
             "decode",
@@ -286,17 +244,17 @@ class Engine:
             (slots, key, np.int32(0), params, self.suppressed),
             {"policy": self.policy, "sampling": self.sampling, "block": block},
             {"cache": slots},
-            _lay_out,
+            slots_layout,
             -(-prompts // size) * -(-length // block),
         )
         for groups, lanes in self._shrunk(size):
             picked = np.zeros(groups, np.int32), np.zeros((groups, lanes), np.int32)
-            yield Program("shrink", shrink, (slots, *picked), {}, {"cache": slots}, _lay_out)
+            yield Program("shrink", shrink, (slots, *picked), {}, {"cache": slots}, slots_layout)
         if refill == size:
             return slots.prefix, slots.samples
         return (
             yield Program(
-                "take_out", take_out, (slots, rows), {}, {"cache": slots}, _taken_layout, waves
+                "take_out", take_out, (slots, rows), {}, {"cache": slots}, taken_layout, waves
             )
         )
 
@@ -305,15 +263,15 @@ class Engine:
         size, _ = self.sizes(len(shapes.row))
         length = self.sampling.max_tokens
         how = {"responses": self.group_size, "length": length, "unroll": self.plan.unroll}
-        prefix = _first_prompts(shapes.prefix, size)
+        prefix = first_prompts(shapes.prefix, size)
         first = first_rows(shapes._replace(prefix=None), size)._replace(prefix=prefix)
         opened = begin.eval_shape(first, **how)
         slots = open_slots.eval_shape(opened, size, places or length)
-        return _lay_out(mesh_of(shapes.token), slots)
+        return slots_layout(mesh_of(shapes.token), slots)
 
     def _shrunk(self, size: int) -> list[tuple[int, int]]:
         """Returns slots and lanes after the largest shrink of the batch; none if it never does."""
-        lanes = _widths(self.group_size, self.plan.halvings)[-2:]
+        lanes = lane_counts(self.group_size, self.plan.halvings)[-2:]
         least, groups = size >> self.plan.halvings, size
         if size % (2 * self.num_shards) == 0 and size // 2 >= least:
             groups = size // 2
@@ -321,81 +279,7 @@ class Engine:
         return sorted(largest, key=lambda sizes: -sizes[0] * sizes[1])[:1]
 
 
-@partial(jax.jit, static_argnames=("responses", "length", "unroll"))
-def begin(admission: Admission, *, responses: int, length: int, unroll: bool = False) -> Slots:
-    """Returns the slots of prompts that begin; their cache has no places yet."""
-    r, g = len(admission.row), responses
-    k = admission.prefix.k
-    layers, _, heads, head_dim, _ = k.shape
-    shape = (r, g, length)
-    zeros = partial(jnp.zeros, dtype=jnp.int32)
-
-    def empty(*sizes: int) -> Any:
-        one = jnp.zeros((r, g, heads, *sizes), k.dtype)
-        return (one,) * layers if unroll else jnp.zeros((layers, *one.shape), k.dtype)
-
-    return Slots(
-        row=admission.row,
-        position=admission.position,
-        age=zeros(r),
-        token=jnp.broadcast_to(admission.token[:, None], (r, g)),
-        lane=jnp.broadcast_to(jnp.arange(g), (r, g)),
-        ended=jnp.zeros((r, g), bool),
-        samples=Samples(
-            zeros(shape), jnp.zeros(shape, jnp.float32), zeros((r, g)), jnp.zeros((r, g), bool)
-        ),
-        prefix=admission.prefix,
-        cache=Cache(empty(head_dim, 0), empty(0, head_dim), jnp.zeros((r, g, 0), bool)),
-        cursor=zeros(()),
-    )
-
-
-@partial(jax.jit, static_argnames=("size", "places"))
-def open_slots(first: Slots, size: int, places: int) -> Slots:
-    """Returns the first prompts with as many empty slots as make `size`, and a cache."""
-    more = size - len(first.row)
-
-    def grow(axis: int, x: jax.Array) -> jax.Array:
-        pad = [(0, more * (i == axis % x.ndim)) for i in range(x.ndim)]
-        # The lanes of an empty slot have ended.
-        wide = jnp.pad(x, pad, constant_values=x.dtype == bool) if more else x
-        return shard_rows(axis, wide)
-
-    slots = map_rows(grow, first)
-    cache, cursor = _resize(slots.cache, slots.cursor, places)
-    return slots._replace(
-        cache=map_rows(shard_rows, slots._replace(cache=cache)).cache, cursor=cursor
-    )
-
-
-@partial(jax.jit, donate_argnames="slots")
-def admit(slots: Slots, new: Slots, at: jax.Array) -> Slots:
-    """Puts prompts that begin into the slots `at`, int32[R]."""
-
-    def put(axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x.at[(slice(None),) * axis + (at,)].set(y)
-
-    # Keys of who was there before are masked; there is no need to overwrite them.
-    cache = slots.cache._replace(mask=slots.cache.mask.at[at].set(False))
-    new = new._replace(cache=cache)
-    filled = map_rows(put, slots._replace(cache=None), new._replace(cache=None))
-    return filled._replace(cache=cache)
-
-
-def _take(slots: Slots, at: np.ndarray, everything: bool) -> tuple[KV, Samples]:
-    """Returns keys and responses of the prompts in the slots `at`."""
-    return (slots.prefix, slots.samples) if everything else take_out(slots, at)
-
-
-@jax.jit
-def take_out(slots: Slots, at: jax.Array) -> tuple[KV, Samples]:
-    """Returns keys and responses of the prompts in the slots `at`, int32[R]."""
-    wanted = slots._replace(cache=None)
-    taken = map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, at, axis)), wanted)
-    return taken.prefix, taken.samples
-
-
-def _widths(responses: int, halvings: int) -> tuple[int, ...]:
+def lane_counts(responses: int, halvings: int) -> tuple[int, ...]:
     """Returns how many lanes a prompt may have, rising: G, 3/4 G, G/2, 3/8 G, G/4, …"""
     halves = [responses]
     while len(halves) <= halvings and halves[-1] % 2 == 0:
@@ -430,31 +314,6 @@ def choose_shrink(
     return groups, np.argsort(ended[groups], axis=1, kind="stable")[:, :narrow]
 
 
-@jax.jit
-def shrink(slots: Slots, groups: jax.Array, lanes: jax.Array) -> Slots:
-    """Returns some slots, and some lanes of each."""
-    picked = map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, groups, axis)), slots)
-
-    def narrow(x: Any, inner: int = 0) -> Any:
-        """Keeps the lanes, which `inner` axes follow, of each array."""
-
-        def pick(y: jax.Array) -> jax.Array:
-            axis = y.ndim - inner - 1
-            index = jnp.expand_dims(lanes, (*range(axis - 1), *range(axis + 1, y.ndim)))
-            return jnp.take_along_axis(y, index, axis)
-
-        return jax.tree.map(pick, x)
-
-    return picked._replace(
-        token=narrow(picked.token),
-        lane=narrow(picked.lane),
-        ended=narrow(picked.ended),
-        cache=Cache(
-            narrow(picked.cache.k, 3), narrow(picked.cache.v, 3), narrow(picked.cache.mask, 1)
-        ),
-    )
-
-
 def ring_sizes(block: int, most: int) -> tuple[int, ...]:
     """Returns the sizes that a ring may have: doubling from `block` on, then `most`."""
     sizes = [block]
@@ -463,7 +322,7 @@ def ring_sizes(block: int, most: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _fit(slots: Slots, needed: int, sizes: tuple[int, ...]) -> Slots:
+def fit_ring(slots: Slots, needed: int, sizes: tuple[int, ...]) -> Slots:
     """Returns the slots with a ring that holds `needed` places, or all that there can be.
 
     A ring shrinks when a quarter would do: what grows and shrinks in turns would be copied often.
@@ -474,161 +333,3 @@ def _fit(slots: Slots, needed: int, sizes: tuple[int, ...]) -> Slots:
         return slots
     cache, cursor = resize_ring(slots.cache, slots.cursor, places=sizes[wanted])
     return slots._replace(cache=cache, cursor=cursor)
-
-
-def _resize(cache: Cache, cursor: jax.Array, places: int) -> tuple[Cache, jax.Array]:
-    """Returns a ring of `places` with the newest places of another, the oldest first."""
-    now = cache.mask.shape[-1]
-    keep = min(now, places)
-    place = jnp.arange(places)
-    # Read in one pass: an order that is padded apart takes the memory of a second ring.
-    order = jnp.where(place < keep, (cursor - keep + place) % max(now, 1), now)
-
-    def move(axis: int, x: jax.Array) -> jax.Array:
-        if not keep:
-            axis %= x.ndim
-            return jnp.zeros((*x.shape[:axis], places, *x.shape[axis + 1 :]), x.dtype)
-        return jnp.take(x, order, axis, mode="fill", fill_value=0)
-
-    return _map_arrays(move, Cache(-1, -2, -1), cache), jnp.int32(keep % places)
-
-
-resize_ring = partial(jax.jit, static_argnames="places")(_resize)
-
-
-@partial(
-    jax.jit,
-    static_argnames=("policy", "sampling", "block"),
-    donate_argnames="slots",
-)
-def decode_block(
-    slots: Slots,
-    key: jax.Array,
-    leave: jax.Array,
-    params: dict,
-    suppressed: jax.Array,
-    *,
-    policy: Policy,
-    sampling: Sampling,
-    block: int,
-) -> Slots:
-    """Decodes up to `block` tokens of every lane, until no more than `leave` groups go on."""
-    stop = jnp.asarray(sampling.stop, jnp.int32)
-    shape = slots.token.shape
-    places = slots.cache.mask.shape[-1]
-    prefix = slots.prefix
-    if isinstance(slots.cache.k, tuple):
-        # Taken apart here, not once a token.
-        prefix = prefix._replace(k=tuple(prefix.k), v=tuple(prefix.v))
-
-    def going(carry: tuple) -> jax.Array:
-        i, _, ended, *_ = carry
-        groups = jnp.sum(~jnp.all(ended, axis=1))
-        return (i < block) & (groups > 0) & (groups > leave)
-
-    def step(carry: tuple) -> tuple:
-        i, token, ended, stopped, lengths, tokens, logprobs, cache = carry
-        age = slots.age + i
-        hidden, cache = policy.decode(
-            params,
-            prefix,
-            cache,
-            token,
-            jnp.broadcast_to((slots.position + age)[:, None], shape),
-            (slots.cursor + i) % places,
-        )
-        drawn, logprob = sample(
-            policy.logits(params, hidden),
-            noise(key, slots.row[:, None], slots.lane, age[:, None]),
-            sampling,
-            suppressed,
-        )
-        token = jnp.where(ended, 0, drawn)
-        tokens = tokens.at[..., i].set(token)
-        logprobs = logprobs.at[..., i].set(jnp.where(ended, 0.0, logprob))
-        lengths += ~ended
-        stopped |= ~ended & jnp.isin(token, stop)
-        ended |= stopped | (age + 1 >= sampling.max_tokens)[:, None]
-        return i + 1, token, ended, stopped, lengths, tokens, logprobs, cache
-
-    old = slots.samples
-    mine = jnp.arange(len(slots.row))[:, None], slots.lane
-    carry = (
-        jnp.int32(0),
-        slots.token,
-        slots.ended,
-        old.ended[mine],
-        old.lengths[mine],
-        jnp.zeros((*shape, block), jnp.int32),
-        jnp.zeros((*shape, block), jnp.float32),
-        slots.cache,
-    )
-    count, token, ended, stopped, lengths, tokens, logprobs, cache = jax.lax.while_loop(
-        going, step, carry
-    )
-    place = slots.age[:, None] + jnp.arange(block)
-    # What was not reached is dropped, each at a place of its own.
-    place = jnp.where(jnp.arange(block) < count, place, sampling.max_tokens + jnp.arange(block))
-
-    @jax.vmap
-    def write(x: jax.Array, lanes: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
-        return x.at[lanes[:, None], at[None]].set(new, mode="drop", unique_indices=True)
-
-    @jax.vmap
-    def write_lanes(x: jax.Array, lanes: jax.Array, new: jax.Array) -> jax.Array:
-        return x.at[lanes].set(new, unique_indices=True)
-
-    return slots._replace(
-        age=slots.age + count,
-        token=token,
-        ended=ended,
-        cache=cache,
-        cursor=(slots.cursor + count) % places,
-        samples=Samples(
-            write(old.tokens, slots.lane, place, tokens),
-            write(old.logprobs, slots.lane, place, logprobs),
-            write_lanes(old.lengths, slots.lane, lengths),
-            write_lanes(old.ended, slots.lane, stopped),
-        ),
-    )
-
-
-def map_rows(function: Any, slots: Slots, *others: Slots) -> Slots:
-    """Applies `function(axis of the prompts, array, …)` to every array of prompts, if there."""
-    axes = _AXES if slots.cache is not None else _AXES._replace(cache=None)
-    bare = [x._replace(cursor=None) for x in (slots, *others)]
-    return _map_arrays(function, axes, *bare)._replace(cursor=slots.cursor)
-
-
-def _map_arrays(function: Any, axes: Any, *trees: Any) -> Any:
-    """Applies `function(axis, array, …)` to every array; an axis may be that of a tuple's."""
-    return jax.tree.map(lambda axis, *x: jax.tree.map(partial(function, axis), *x), axes, *trees)
-
-
-def _lay_out(mesh: Mesh, slots: Slots) -> Slots:
-    """Returns abstract slots, sharded as `open_slots` does."""
-    heads = slots.prefix.v.shape[2]
-    laid = map_rows(lambda axis, x: by_prompts_and_heads(mesh, x, axis, heads), slots)
-    return laid._replace(cursor=whole(mesh, slots.cursor))
-
-
-def _first_prompts(prefix: KV, count: int) -> KV:
-    """Returns the shapes of the first prompts."""
-
-    def first(x: Any, axis: int) -> jax.ShapeDtypeStruct:
-        shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(shape, x.dtype)
-
-    return KV(*(first(x, axis) for x, axis in zip(prefix, (1, 1, 0), strict=True)))
-
-
-def _taken_layout(mesh: Mesh, taken: tuple[KV, Samples]) -> tuple[KV, Samples]:
-    """Returns abstract results of `take_out`."""
-    return prefix_layout(mesh, taken[0]), by_prompts(mesh, taken[1])
-
-
-def prefix_layout(mesh: Mesh, prefix: KV) -> KV:
-    """Returns abstract keys and values of prompts."""
-    heads = prefix.v.shape[2]
-    axes = zip(prefix, (1, 1, 0), strict=True)
-    return KV(*(by_prompts_and_heads(mesh, x, axis, heads) for x, axis in axes))

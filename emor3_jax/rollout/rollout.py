@@ -34,9 +34,10 @@ from emor3_jax.parallel.program import (
 )
 from emor3_jax.rewards.reward import score_jitted, shape_jitted
 from emor3_jax.rewards.scorer import Scorer
-from emor3_jax.rollout.engine import ALL_AT_ONCE, Admission, Engine, Finished, Plan, prefix_layout
+from emor3_jax.rollout.engine import ALL_AT_ONCE, Engine, Finished, Plan
 from emor3_jax.rollout.reflect import Reflection, reflect, reflect_programs
 from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.rollout.slots import Admission, prefix_layout
 from emor3_jax.types import (
     Batch,
     Clock,

@@ -17,8 +17,9 @@ from emor3_jax import models  # noqa: E402
 from emor3_jax.models import weights  # noqa: E402
 from emor3_jax.models.params import leaves  # noqa: E402
 from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes  # noqa: E402
-from emor3_jax.rollout.engine import Admission, Engine, Plan  # noqa: E402
+from emor3_jax.rollout.engine import Engine, Plan  # noqa: E402
 from emor3_jax.rollout.sampling import Sampling  # noqa: E402
+from emor3_jax.rollout.slots import Admission  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -49,6 +49,16 @@ def test_the_tokens_of_the_templates_are_counted(folder: Path) -> None:
     assert plain == shapes._replace(questions={})
 
 
+def test_a_config_without_labels_counts_those_of_the_default(folder: Path) -> None:
+    config = default()
+    config.policy.path, config.data.train.labels = str(folder), ""
+    policy, texts = read_policy_shapes(config)
+    config.reflect.soft = True
+    # Two spellings of each of the eight labels of mikels8.
+    found = make_step_shapes(config, policy.shapes, texts, 600, 90).questions
+    assert found["coherence"].replies == 16
+
+
 def test_without_lengths_it_is_the_longest_step_of_the_config() -> None:
     config = default()
     config.policy.path = "Qwen/Qwen2.5-VL-7B-Instruct@main"

@@ -149,6 +149,42 @@ def test_options_that_are_refused(build_scorer, straddling, labels):
         scorer.score_text(["a"], ["joy"], ["joy"])
     with pytest.raises(rewards.LabelError, match="answer 'awe' is not one of joy, anger"):
         scorer.score_text(["a"], ["awe"])
+    # A text in the place of a list would be read letter by letter, one row broadcast to many.
+    with pytest.raises(rewards.LabelError, match="labels='joy': must be a list"):
+        rewards.Scorer(straddling.tokenizer, "joy")
+    with pytest.raises(ValueError, match="'joy': must be a list of texts"):
+        scorer.score_text("joy", ["joy"])
+    with pytest.raises(ValueError, match="answers='joy': must be a list"):
+        scorer.score_text(["a"], "joy")
+    with pytest.raises(ValueError, match="'responses': 3, 'lengths': 3, 'answers': 1"):
+        scorer.score_text(["a", "b", "c"], ["joy"])
+    with pytest.raises(ValueError, match="'coherence_replies': 1"):
+        scorer.score_text(["a", "b"], ["joy", "joy"], ["joy"], ["yes", "no"])
+
+
+def test_a_term_that_is_a_function_of_the_text_is_scored(straddling, labels):
+    term = rewards.Term("long", 0.5, text=lambda text, label: len(text) + len(label))
+    scorer = rewards.Scorer(
+        straddling.tokenizer, labels, reward=rewards.Reward(lambda_format=0.0, terms=(term,))
+    )
+    overall = scorer.score_text(["ab", ""], ["joy", "joy"])["overall"]
+    assert overall.tolist() == [0.5 * (2 + 3), 0.5 * 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"format": "box"}, "format='box': must be"),
+        ({"reflection": "logic"}, "reflection='logic': must be 'both' or one of coherence"),
+        ({"lambda_reflect": -0.1}, "lambda_reflect=-0.1"),
+        ({"lambda_reflect": 0.7, "lambda_format": 0.4}, "together at most 1"),
+        ({"overlong": (8, 0, 1.0)}, "the buffer must be at least 1"),
+        ({"terms": (rewards.Term("empty", 1.0),)}, "term 'empty': give exactly one"),
+    ],
+)
+def test_a_reward_that_cannot_be_is_refused(fields, named):
+    with pytest.raises(ValueError, match=named):
+        rewards.Reward(**fields)
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused(labels):

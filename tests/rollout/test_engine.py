@@ -9,6 +9,7 @@ from emor3_jax.models.cache import Cache
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Plan
 from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.rollout.slots import Slots, resize_ring
 
 B, G, T = 4, 4, 12
 # Many stop ids, so that lengths are ragged; some responses reach T.
@@ -82,10 +83,10 @@ def test_a_ring_keeps_its_newest_places_the_oldest_first():
         (2, [0, 1], 0),
         (4, [2, 3, 0, 1], 0),
     ):
-        found, at = engine._resize(cache, jnp.int32(2), places)
+        found, at = resize_ring(cache, jnp.int32(2), places=places)
         assert found.k.ravel().tolist() == found.v.ravel().tolist() == wanted
         assert at == cursor
-    found, _ = engine._resize(cache, jnp.int32(2), 6)
+    found, _ = resize_ring(cache, jnp.int32(2), places=6)
     assert found.mask.ravel().tolist() == [True, True, False, False, False, False]
 
 
@@ -116,7 +117,7 @@ def test_shrinking_keeps_what_goes_on_and_what_waits_to_leave():
     ],
 )
 def test_lanes_have_a_few_widths(responses, halvings, widths):
-    assert engine._widths(responses, halvings) == widths
+    assert engine.lane_counts(responses, halvings) == widths
 
 
 def test_the_ring_has_a_few_sizes():
@@ -127,8 +128,8 @@ def test_the_ring_has_a_few_sizes():
         cache = Cache(
             jnp.zeros((1, 1, 1, 1, 1, now)), jnp.zeros((1, 1, 1, 1, now, 1)), jnp.ones((1, 1, now))
         )
-        slots = engine.Slots(*[None] * 8, cache=cache, cursor=jnp.int32(0))
-        return engine._fit(slots, needed, sizes).cache.mask.shape[-1]
+        slots = Slots(*[None] * 8, cache=cache, cursor=jnp.int32(0))
+        return engine.fit_ring(slots, needed, sizes).cache.mask.shape[-1]
 
     assert [fitted(8, n) for n in (5, 8, 9, 17, 100, 150)] == [8, 8, 16, 32, 100, 100]
     # It shrinks by a quarter or more at once.

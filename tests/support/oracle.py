@@ -3,43 +3,15 @@
 import re
 from collections.abc import Sequence
 
-MARKS = ("<step1>", "</step1>", "<step2>", "</step2>", "<step3>", "</step3>", "\\boxed{", "}")
+from benchmarks.plain_rules import MARKS, boxed, format_score, normalise
 
-
-def normalise(text: str) -> str:
-    """Removes every run of whitespace next to `<`, `>` or `/`."""
-    return re.sub(r"\s*([<>/])\s*", r"\1", text)
-
-
-def format_score(text: str) -> int:
-    """Searches for each mark after the one before it: linear, whatever the text."""
-    text = normalise(text)
-    if not text.startswith(MARKS[0]):
-        return 0
-    at = 0
-    for mark in MARKS:
-        at = text.find(mark, at)
-        if at < 0:
-            return 0
-        at += len(mark)
-    return 1
+__all__ = ["MARKS", "format_score", "normalise"]
 
 
 def format_by_regex(text: str) -> int:
     """The rule word for word; takes very long on some texts."""
     pattern = ".*".join(map(re.escape, MARKS)) + ".*"
     return int(re.fullmatch(pattern, normalise(text), re.DOTALL) is not None)
-
-
-def boxed(text: str) -> str:
-    """Content of the last box of a normalised text, stripped; "None" where there is none."""
-    _, mark, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for i, char in enumerate(rest if mark else ""):
-        depth += (char == "{") - (char == "}")
-        if not depth:
-            return rest[:i].strip()
-    return "None"
 
 
 def _index(text: str, labels: Sequence[str]) -> int:

@@ -10,9 +10,10 @@ from support import tiny
 from emor3_jax.learner.logprobs import LogprobSpec, score_responses
 from emor3_jax.models import Policy
 from emor3_jax.models.cache import KV
-from emor3_jax.rollout.engine import Admission, Engine, Finished, Plan
+from emor3_jax.rollout.engine import Engine, Finished, Plan
 from emor3_jax.rollout.rollout import prefill
 from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.rollout.slots import Admission
 from emor3_jax.types import Batch, Images, Prompt, Samples
 
 STOP, SUPPRESSED = 7, (70, 71, 72, 73)
