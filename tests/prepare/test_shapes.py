@@ -55,7 +55,7 @@ def test_a_config_without_labels_counts_those_of_the_default(folder: Path) -> No
     policy, texts = read_policy_shapes(config)
     config.reflect.soft = True
     # Two spellings of each of the eight labels of mikels8.
-    found = make_step_shapes(config, policy.shapes, texts, 600, 90).questions
+    found = make_step_shapes(config, policy.shapes, texts, 2000, 90).questions
     assert found["coherence"].replies == 16
 
 
