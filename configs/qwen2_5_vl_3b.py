@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.data.max_pixels = 4_194_304
     config.data.train = dataset(kind="parquet", labels="mikels8")
     config.data.workers = 8
-    config.rollout.slots, config.rollout.refill = 64, 16
+    config.rollout.slots, config.rollout.refill, config.rollout.lanes = 64, 16, 128
     # All images of the next step: 10 MB each at 401,408 pixels, 100 MB at the largest size.
     config.data.read_ahead = 512
     config.evaluate.sets.validation = dataset(kind="parquet", labels="mikels8")
@@ -78,15 +78,18 @@ class Layout(NamedTuple):
     Attributes:
       chips: of the smallest slice that the compiler says it fits, the default.
       tensor: mesh.tensor; the rest of a slice is mesh.fsdp, up to `FSDP`, then mesh.data.
-      slots, refill, micro: prompts in flight, let in at once, and of a micro-batch, for each part
-        that the mesh cuts a batch into.
+      slots, refill, lanes, micro: prompts in flight, prompts that are admitted at once, responses
+        in flight, and prompts of a micro-batch, for each part that the mesh cuts a batch into.
+        A prompt stays until the longest of its responses ends, about four times as long as one
+        response takes: so there are four times as many slots as G lanes each would fill.
       devices: XLA's devices of a chip.
     """
 
     chips: int
     tensor: int = 1
-    slots: int = 4
+    slots: int = 16
     refill: int = 2
+    lanes: int = 32
     micro: int = 1
     devices: int = 1
 
@@ -131,7 +134,10 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     config.mesh.tensor = layout.tensor
     config.rollout.slots = min(layout.slots * parts, config.rollout.prompts)
     config.rollout.refill = min(layout.refill * parts, config.rollout.slots)
+    config.rollout.lanes = layout.lanes * parts
     config.policy_update.micro_prompts = min(layout.micro * parts, config.policy_update.prompts)
-    # All of an evaluation's batch is prefilled and judged at once.
-    config.evaluate.prompts = config.rollout.refill
+    # One response to a row, so as many lanes as slots.
+    config.evaluate.refill = config.rollout.refill
+    config.evaluate.prompts = max(256, config.rollout.refill)
+    config.evaluate.slots = min(config.rollout.slots, config.evaluate.prompts)
     return config

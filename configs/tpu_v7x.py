@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from configs.qwen2_5_vl_3b import Layout, on_slice
 
 LAYOUTS = {
-    "3b": Layout(chips=4, slots=16, refill=4, micro=2, devices=2),
-    "7b": Layout(chips=4, slots=8, refill=4, devices=2),
+    "3b": Layout(chips=4, slots=64, refill=4, lanes=128, micro=2, devices=2),
+    "7b": Layout(chips=4, slots=32, refill=4, lanes=64, devices=2),
 }
 
 

@@ -30,9 +30,9 @@ from emor3_jax.errors import UserError
 from emor3_jax.flops import Cost, phase_costs
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import topology
-from emor3_jax.parallel.mesh import check_batch, check_policy, make_mesh
+from emor3_jax.parallel.mesh import check_policy, make_mesh
 from emor3_jax.parallel.topology import Topology
-from emor3_jax.prepare.checks import validate
+from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.prepare.shapes import TemplateTokens, make_step_shapes, read_policy_shapes
 from emor3_jax.runtime import cli
 
@@ -125,11 +125,7 @@ def compile_config(
     devices = slices.devices()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_policy(mesh, policy.shapes)
-    for field in ("prompts", "slots", "refill"):
-        check_batch(mesh, f"rollout.{field}", config.rollout[field])
-    for field in ("prompts", "micro_prompts"):
-        check_batch(mesh, f"policy_update.{field}", config.policy_update[field])
-    check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
+    check_batches(mesh, config)
 
     names: list[str] = []
 

@@ -140,15 +140,18 @@ def default() -> ConfigDict:
     config.rollout.prompts = 512
     config.rollout.responses = 8
     config.rollout.max_tokens = 2048
-    # Prompts in flight at once, each with its G responses; 0 is all of them. As groups end,
-    # `refill` prompts leave and others enter; both must divide (docs/engine.md).
+    # Prompts in flight at once; 0 is all of them. As groups end, `refill` prompts leave and others
+    # enter; both must divide (docs/engine.md).
     config.rollout.slots = 0
     config.rollout.refill = 0
-    # Tokens that are decoded between two looks at what has ended, and the smallest cache.
+    # Responses of these prompts that are decoded at once; 0 is all of them. As one ends, another
+    # begins.
+    config.rollout.lanes = 0
+    # Tokens that are decoded between two reads of the host, and the smallest cache.
     config.rollout.block = 128
-    # How often the batch may be halved once no prompt waits, in prompts and in responses; those
-    # also stop between two halves.
-    config.rollout.halvings = 2
+    # How often the number of responses that are decoded at once may be halved when none waits;
+    # there is a step between two halves.
+    config.rollout.halvings = 4
     # Decode without a loop over the layers: faster on CPU in bfloat16 (docs/engine.md).
     config.rollout.unroll = False
     # DAPO's dynamic sampling: further batches a step may draw to replace prompts whose rewards are
@@ -266,7 +269,11 @@ def default() -> ConfigDict:
     # Steps between evaluations of the first set, on `evaluate.during` of its rows.
     config.evaluate.every = 50
     config.evaluate.during = 200
+    # Rows of a batch; `slots`, `refill` and `lanes` are those of the rollout for its responses.
     config.evaluate.prompts = 64
+    config.evaluate.slots = 0
+    config.evaluate.refill = 0
+    config.evaluate.lanes = 0
     # 0 is greedy.
     config.evaluate.temperature = 0.0
     config.evaluate.top_p = 1.0

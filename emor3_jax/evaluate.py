@@ -18,8 +18,8 @@ from emor3_jax.evaluation.records import Evaluation, prediction_file
 from emor3_jax.io import report
 from emor3_jax.io.console import Console
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import check_batch, make_mesh
-from emor3_jax.prepare.checks import validate
+from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.runtime import cli, job
 from emor3_jax.runtime.restore import load_evaluated
 
@@ -31,7 +31,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     job.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     jax.set_mesh(mesh)
-    check_batch(mesh, "evaluate.prompts", config.evaluate.prompts)
+    check_batches(mesh, config, ("evaluate",))
     policy = load_evaluated(config, say, mesh)
     data = prepare.open_data(config, policy, mesh)
     results = {}
@@ -39,7 +39,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
         say(f"evaluating on {name}")
         with prediction_file(workdir / "predictions" / f"{name}.jsonl") as record:
             results[name] = evaluate(
-                prepare.make_evaluation_rollout(config, policy, data.labels[name]),
+                prepare.make_evaluation_rollout(config, policy, data.labels[name], mesh),
                 policy.params,
                 batches,
                 config.seed,

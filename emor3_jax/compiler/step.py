@@ -181,6 +181,7 @@ class _Maker:
             c.evaluate.votes,
             reflection if asks else None,
             prepare.evaluation_plan(c),
+            num_shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
         )
 
     def _question(self, name: str) -> PromptedQuestion:

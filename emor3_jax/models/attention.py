@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from emor3_jax.models.cache import Routing
+
 BACKENDS = ("xla", "splash", "cudnn")
 """Everywhere; TPU; NVIDIA GPU. `splash_interpret` runs the TPU's kernel on any platform, slowly."""
 
@@ -34,11 +36,13 @@ class Shared(NamedTuple):
       k: float[B, kv_heads, head_dim, P].
       v: float[B, kv_heads, P, head_dim].
       mask: bool[B, P].
+      routing: where the queries, [N, 1, …], meet the B prompts; None if these are theirs in order.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+    routing: Routing | None = None
 
 
 class Own(NamedTuple):
@@ -119,8 +123,17 @@ def _attend_block(q: jax.Array, sources: list[Shared | Own], start: jax.Array) -
     q = jnp.swapaxes(q, 2, 3)  # [B, G, kv_heads, S, heads of the group, head_dim]
 
     def align(x: jax.Array, source: Shared | Own) -> jax.Array:
-        """Swaps B, G, kv_heads and B, kv_heads, G: a prompt's keys meet all its G continuations."""
-        return jnp.swapaxes(x, 1, 2) if isinstance(source, Shared) else x
+        """Brings B, G, kv_heads to B, kv_heads, G: a prompt's keys meet all its continuations."""
+        if isinstance(source, Own):
+            return x
+        routed = x if source.routing is None else source.routing.to_prompts(x, len(source.v))
+        return jnp.swapaxes(routed, 1, 2)
+
+    def align_back(x: jax.Array, source: Shared | Own) -> jax.Array:
+        if isinstance(source, Own):
+            return x
+        x = jnp.swapaxes(x, 1, 2)
+        return x if source.routing is None else source.routing.to_rows(x)
 
     def matmul(x: jax.Array, source: Shared | Own, y: jax.Array) -> jax.Array:
         """Multiplies [..., rows, i] by a source's [..., i, j]; the rows of y's batch joined."""
@@ -149,13 +162,13 @@ def _attend_block(q: jax.Array, sources: list[Shared | Own], start: jax.Array) -
     ]
     # One softmax over all sources, of which only the maxima and the sums are brought together.
     top = jnp.stack(
-        [align(jnp.max(x, axis=-1), source) for x, source in zip(scores, sources, strict=True)]
+        [align_back(jnp.max(x, axis=-1), source) for x, source in zip(scores, sources, strict=True)]
     )
     top = jax.lax.stop_gradient(jnp.max(top, axis=0))
     total, out = 0.0, 0.0
     for score, source in zip(scores, sources, strict=True):
         weights = jnp.exp(score - align(top, source)[..., None])
-        total += align(jnp.sum(weights, axis=-1), source)
-        out += align(matmul(weights.astype(q.dtype), source, source.v), source)
+        total += align_back(jnp.sum(weights, axis=-1), source)
+        out += align_back(matmul(weights.astype(q.dtype), source, source.v), source)
     out = (out / total[..., None]).astype(q.dtype)
     return jnp.swapaxes(out, 2, 3).reshape(b, g, s, heads, head_dim)

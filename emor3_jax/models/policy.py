@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.cache import KV, Cache, Routing
 from emor3_jax.models.family import Family, Shapes
 from emor3_jax.models.layers import DEFAULT, Compute, Dtype, GroupRow, two_rows
 from emor3_jax.models.params import Params
@@ -215,6 +215,7 @@ class Policy:
         tokens: jax.Array,
         positions: jax.Array,
         slot: jax.Array,
+        routing: Routing | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs one token of each continuation and adds it to the cache.
 
@@ -225,6 +226,8 @@ class Policy:
           tokens: int32[B, G].
           positions: int32[B, G], rope positions.
           slot: int32[], where the keys and values of these tokens go.
+          routing: where these tokens, each a row of its own (G = 1), meet the prompts of `prefix`;
+            None if these are B, in order.
 
         Returns:
           float[B, G, D] after the final norm, and the cache with `slot` filled.
@@ -238,6 +241,7 @@ class Policy:
             jnp.ones((b, g, 1), bool),
             prefix=prefix,
             cache=cache,
+            routing=routing,
         )
         if unrolled:
             # Always 0, but known only once all layers have read the cache: XLA writes in place.

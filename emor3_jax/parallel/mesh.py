@@ -233,6 +233,34 @@ def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: j
     return jax.shard_map(own, in_specs=(spec, *[BATCH] * len(rows)), out_specs=BATCH)(weight, *rows)
 
 
+ALIKE = -1
+"""In place of an axis: an array that all parts hold whole."""
+
+
+def on_each_part(
+    function: Callable[..., Any], args: tuple, axes: tuple, result_axes: Any, parts: int
+) -> Any:
+    """Applies a function to the rows of each part of a batch apart, without collectives.
+
+    Args:
+      function: of a part's own rows.
+      args: trees of arrays, their rows cut into equal parts.
+      axes: which axis of each array is that of the rows, in trees that are prefixes of `args`;
+        `ALIKE` for none.
+      result_axes: the same of what the function returns.
+      parts: data * fsdp; with 1 there is nothing to cut.
+    """
+    if parts == 1:
+        return function(*args)
+
+    def spec(axis: int) -> P:
+        return P() if axis == ALIKE else P(*[None] * axis, BATCH[0])
+
+    ins, outs = (jax.tree.map(spec, tree) for tree in (axes, result_axes))
+    own = jax.shard_map(function, in_specs=ins, out_specs=outs, axis_names=set(BATCH[0]))
+    return own(*args)
+
+
 def _without_fsdp(spec: P) -> P:
     return P(*(None if axis == "fsdp" else axis for axis in spec))
 

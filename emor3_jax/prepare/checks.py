@@ -1,8 +1,9 @@
 """Rules for the values of a config and their combinations, checked before any compile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
@@ -11,6 +12,7 @@ from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import is_hub_id
 from emor3_jax.models.attention import BACKENDS
 from emor3_jax.models.lora import TOWER
+from emor3_jax.parallel.mesh import check_batch
 from emor3_jax.prepare.data import data_sets
 from emor3_jax.prepare.sources import check_kind
 from emor3_jax.rewards.questions import QUESTIONS
@@ -84,19 +86,8 @@ def validate(config: ConfigDict) -> None:
     rollout = config.rollout
     need(rollout.block >= 1, "rollout.block", "must be at least 1")
     need(rollout.halvings >= 0, "rollout.halvings", "must be 0 or more")
-    slots = rollout.slots or rollout.prompts
-    need(
-        0 <= rollout.slots <= rollout.prompts,
-        "rollout.slots",
-        f"must be 0 (all) to rollout.prompts={rollout.prompts}",
-    )
-    refill = rollout.refill or slots
-    need(
-        rollout.refill >= 0 and slots % refill == 0 and rollout.prompts % refill == 0,
-        "rollout.refill",
-        f"must be 0 (all slots) or divide both the {slots} slots and rollout.prompts="
-        f"{rollout.prompts}",
-    )
+    _check_in_flight("rollout", rollout, need)
+    _check_in_flight("evaluate", config.evaluate, need)
     need(
         config.profile != "release" or config.rollout.responses >= 2,
         "rollout.responses",
@@ -152,6 +143,46 @@ def validate(config: ConfigDict) -> None:
         "evaluate.votes",
         "at evaluate.temperature=0 all responses to a row are the same; raise it, or ask once",
     )
+
+
+_BATCHES = {
+    "rollout": ("prompts", "slots", "refill", "lanes"),
+    "evaluate": ("prompts", "slots", "refill", "lanes"),
+    "policy_update": ("prompts", "micro_prompts"),
+}
+"""Section of the config → its fields whose rows the devices cut into parts."""
+
+
+def check_batches(mesh: Mesh, config: ConfigDict, sections: Iterable[str] = _BATCHES) -> None:
+    """Checks that the batches of a config divide over a mesh.
+
+    Args:
+      mesh: of the devices.
+      config: of the run.
+      sections: of the config whose batches there are.
+
+    Raises:
+      MeshError: naming the field, its value, the rule and what would do.
+    """
+    for section in sections:
+        for field in _BATCHES[section]:
+            check_batch(mesh, f"{section}.{field}", config[section][field])
+
+
+def _check_in_flight(
+    name: str, section: ConfigDict, need: Callable[[bool, str, str], None]
+) -> None:
+    """Checks the prompts and responses in flight of the rollout or of evaluation."""
+    prompts = section.prompts
+    slots = section.slots or prompts
+    need(0 <= section.slots <= prompts, f"{name}.slots", f"must be 0 (all) to {name}.{prompts=}")
+    refill = section.refill or slots
+    need(
+        section.refill >= 0 and slots % refill == 0 and prompts % refill == 0,
+        f"{name}.refill",
+        f"must be 0 (all slots) or divide both the {slots} slots and {name}.{prompts=}",
+    )
+    need(section.lanes >= 0, f"{name}.lanes", "must be 0 (all responses of the slots) or more")
 
 
 def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:

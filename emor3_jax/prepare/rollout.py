@@ -43,14 +43,15 @@ def make_rollout(
 
 
 def make_evaluation_rollout(
-    config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]
+    config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...], mesh: Mesh
 ) -> Rollout:
-    """Returns the rollout of an evaluation: a batch is in flight all at once.
+    """Returns the rollout of an evaluation.
 
     Args:
       config: of the run.
       policy: its policy and tokenizer.
       labels: the label set.
+      mesh: of the devices.
     """
     asks = config.reflect.enabled or config.evaluate.reflect
     sampling = make_sampling(config, stop_ids(policy.processor.tokenizer))
@@ -62,6 +63,7 @@ def make_evaluation_rollout(
         config.evaluate.votes,
         _reflection(config, policy, labels) if asks else None,
         evaluation_plan(config),
+        num_shards=mesh.shape["data"] * mesh.shape["fsdp"],
     )
 
 
@@ -96,15 +98,15 @@ def make_reward(config: ConfigDict, terms: tuple[Term, ...] | None = None) -> Re
 
 
 def rollout_plan(config: ConfigDict) -> Plan:
-    """Returns the number of prompts in flight in a training step."""
+    """Returns the number of prompts and responses in flight in a training step."""
     c = config.rollout
-    return Plan(c.slots, c.refill, c.block, c.halvings, c.unroll)
+    return Plan(c.slots, c.refill, c.lanes, c.block, c.halvings, c.unroll)
 
 
 def evaluation_plan(config: ConfigDict) -> Plan:
-    """Returns the same for evaluation: a batch is in flight all at once."""
-    c = config.rollout
-    return Plan(block=c.block, halvings=c.halvings, unroll=c.unroll)
+    """Returns the same for evaluation."""
+    c = config.evaluate
+    return rollout_plan(config)._replace(slots=c.slots, refill=c.refill, lanes=c.lanes)
 
 
 def _scorer(config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]) -> Scorer:

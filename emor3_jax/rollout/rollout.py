@@ -163,7 +163,7 @@ class Rollout:
             args = params, jnp.dtype(self.policy.dtype)
             params = yield Program("weight_sync", weight_sync, args, layout=layout)
         alive = {"parameters": params}
-        _, refill = engine.sizes(prompts)
+        refill = engine.sizes(prompts)[1]
         waves = prompts // refill
         part = first_rows(batch, refill)
         rows = by_prompts(mesh, jax.ShapeDtypeStruct((refill,), jnp.int32))
@@ -190,7 +190,7 @@ class Rollout:
         replies = None
         if self.reflection is not None:
             # The slots are still there; the prompts that left are in none of them.
-            alive["cache"] = engine.abstract_slots(every), prefix
+            alive["cache"] = engine.abstract_flight(every), prefix
             shared = part.shared_length, part.shared_position
             every_shared = (batch.shared_length, batch.shared_position), rows
             shared = yield Program("take", take_rows, every_shared, {}, alive, by_prompts, waves)
@@ -249,7 +249,7 @@ class Rollout:
         self, params: dict, batch: Batch, key: jax.Array, engine: Engine
     ) -> Iterator[Finished]:
         prompts = len(batch.last_token)
-        _, refill = engine.sizes(prompts)
+        refill = engine.sizes(prompts)[1]
         waves = prompts // refill
 
         def admissions() -> Iterator[Admission]:

@@ -1,11 +1,18 @@
-"""The prompts in flight as arrays, and the jitted programs that admit, decode and take them out.
+"""The prompts and responses in flight as arrays, and the jitted programs that change them.
 
-The KV cache of the responses is a ring buffer: all of them write the keys of a token to the same
-slot at the same time, and a mask tells which slots belong to which response. Attention ignores the
-order of keys, since they carry their rope positions, so one update in place serves prompts that
-began at different times.
+A *slot* holds a prompt: one copy of its keys and values, and the samples of its G responses. A
+*lane* decodes one response at a time; when that ends, it goes on with the next response that waits
+in a slot of its part, in the very next token. The devices cut slots and lanes into equal parts, and
+nothing ever moves from one part to another: each program but the decoder's own works on every part
+by itself, without collectives. Indices of slots and lanes are those within a part.
+
+The KV cache of the lanes is a ring buffer: all of them write the keys of a token to the same place
+at the same time, so that one update in place serves responses that began at different times. The
+keys of a lane are the newest places, as many as its response has tokens. Attention ignores the
+order of keys, since they carry their rope positions.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.cache import KV, Cache, Routing
 from emor3_jax.models.policy import Policy
-from emor3_jax.parallel.mesh import shard_rows
+from emor3_jax.parallel.mesh import ALIKE, on_each_part
 from emor3_jax.parallel.program import by_prompts, by_prompts_and_heads, whole
 from emor3_jax.rollout.sampling import Sampling, noise, sample
 from emor3_jax.types import Samples
@@ -38,273 +45,437 @@ class Admission(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """State in flight: S prompts with L lanes each, a lane holding a response that goes on.
+    """S prompts.
 
     Attributes:
       row: int32[S], which prompt of the batch.
-      position: int32[S], rope position of its last token.
-      age: int32[S], tokens generated so far, the same for all its lanes.
-      token: int32[S, L], the newest token, whose keys are not in the cache.
-      lane: int32[S, L], which response.
-      ended: bool[S, L], whether it has ended or reached T; an empty slot has only such lanes.
-      samples: all G responses, [S, G, T].
+      token, position: int32[S], as of `Admission`.
+      wave: int32[S], number of the admission; earlier ones go first.
+      begun: int32[S], how many of its responses have begun; G for an empty slot.
+      samples: of its responses, [S, G, T].
       prefix: keys and values of the prompts.
-      cache: of the lanes; a ring of C places.
-      cursor: int32[], the place of the ring that is written next.
     """
 
     row: jax.Array
-    position: jax.Array
-    age: jax.Array
     token: jax.Array
-    lane: jax.Array
-    ended: jax.Array
+    position: jax.Array
+    wave: jax.Array
+    begun: jax.Array
     samples: Samples
     prefix: KV
-    cache: Cache
+
+
+class Lanes(NamedTuple):
+    """N responses that go on; each lane belongs to one, or idles.
+
+    Attributes:
+      cell: int32[N], slot * M + column: where the lane's queries meet the keys of its prompt. M is
+        the number of columns; no two lanes share a cell. An idle lane has S' * M, for the S' slots
+        of its part.
+      row, response, position: int32[N], the prompt in the batch, which of its responses, and the
+        rope position of the response's first token but one.
+      token: int32[N], the newest token, whose keys are not in the cache.
+      age: int32[N], tokens generated so far; 0 for an idle lane.
+      k, v: the ring of C places, as of `models.cache.Cache` with G = 1.
+    """
+
+    cell: jax.Array
+    row: jax.Array
+    response: jax.Array
+    position: jax.Array
+    token: jax.Array
+    age: jax.Array
+    k: Any
+    v: Any
+
+
+class InFlight(NamedTuple):
+    """All that is in flight.
+
+    Attributes:
+      slots: the prompts.
+      lanes: the responses that go on.
+      cursor: int32[], the place of the ring that is written next.
+    """
+
+    slots: Slots
+    lanes: Lanes
     cursor: jax.Array
 
 
-_AXES = Slots(0, 0, 0, 0, 0, 0, Samples(0, 0, 0, 0), KV(1, 1, 0), Cache(-5, -5, 0), None)
-"""Which axis of each field is the prompts'; the cache may have its layers apart."""
+_SLOT_AXES = Slots(0, 0, 0, 0, 0, Samples(0, 0, 0, 0), KV(1, 1, 0))
+_ADMISSION_AXES = Admission(0, 0, 0, KV(1, 1, 0))
 
 
-@partial(jax.jit, static_argnames=("responses", "length", "unroll"))
-def begin(admission: Admission, *, responses: int, length: int, unroll: bool = False) -> Slots:
-    """Returns the slots of prompts that begin; their cache has no places yet."""
-    r, g = len(admission.row), responses
-    k = admission.prefix.k
-    layers, _, heads, head_dim, _ = k.shape
-    shape = (r, g, length)
-    zeros = partial(jnp.zeros, dtype=jnp.int32)
-
-    def empty(*sizes: int) -> Any:
-        one = jnp.zeros((r, g, heads, *sizes), k.dtype)
-        return (one,) * layers if unroll else jnp.zeros((layers, *one.shape), k.dtype)
-
-    return Slots(
-        row=admission.row,
-        position=admission.position,
-        age=zeros(r),
-        token=jnp.broadcast_to(admission.token[:, None], (r, g)),
-        lane=jnp.broadcast_to(jnp.arange(g), (r, g)),
-        ended=jnp.zeros((r, g), bool),
-        samples=Samples(
-            zeros(shape), jnp.zeros(shape, jnp.float32), zeros((r, g)), jnp.zeros((r, g), bool)
-        ),
-        prefix=admission.prefix,
-        cache=Cache(empty(head_dim, 0), empty(0, head_dim), jnp.zeros((r, g, 0), bool)),
-        cursor=zeros(()),
-    )
+def _lane_axes(unrolled: bool) -> Lanes:
+    ring = 0 if unrolled else 1
+    return Lanes(0, 0, 0, 0, 0, 0, ring, ring)
 
 
-@partial(jax.jit, static_argnames=("size", "places"))
-def open_slots(first: Slots, size: int, places: int) -> Slots:
-    """Returns the first prompts with as many empty slots as make `size`, and a cache."""
-    more = size - len(first.row)
+class Room(NamedTuple):
+    """Sizes of what is in flight; hashable, a static argument.
 
-    def grow(axis: int, x: jax.Array) -> jax.Array:
-        pad = [(0, more * (i == axis % x.ndim)) for i in range(x.ndim)]
-        # The lanes of an empty slot have ended.
-        wide = jnp.pad(x, pad, constant_values=x.dtype == bool) if more else x
-        return shard_rows(axis, wide)
+    Attributes:
+      parts: number of equal parts that the devices cut it into.
+      slots: S, of all parts.
+      lanes: N, of all parts.
+      places: C, of the ring.
+    """
 
-    slots = map_rows(grow, first)
-    cache, cursor = resize_ring(slots.cache, slots.cursor, places=places)
-    return slots._replace(
-        cache=map_rows(shard_rows, slots._replace(cache=cache)).cache, cursor=cursor
-    )
+    parts: int
+    slots: int
+    lanes: int
+    places: int
 
 
-@partial(jax.jit, donate_argnames="slots")
-def admit(slots: Slots, new: Slots, at: jax.Array) -> Slots:
-    """Puts prompts that begin into the slots `at`, int32[R]."""
+@partial(jax.jit, static_argnames=("responses", "length", "room", "unroll"))
+def open_flight(
+    admission: Admission, *, responses: int, length: int, room: Room, unroll: bool = False
+) -> InFlight:
+    """Returns prompts in the first slots of each part, and lanes that all idle.
 
-    def put(axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x.at[(slice(None),) * axis + (at,)].set(y)
+    Args:
+      admission: the prompts.
+      responses: G.
+      length: T.
+      room: sizes.
+      unroll: keep the layers of the ring apart.
+    """
+    layers, _, heads, head_dim, _ = admission.prefix.k.shape
+    kind = admission.prefix.k.dtype
+    slots, lanes = room.slots // room.parts, room.lanes // room.parts
 
-    # Keys of who was there before are masked; there is no need to overwrite them.
-    cache = slots.cache._replace(mask=slots.cache.mask.at[at].set(False))
-    new = new._replace(cache=cache)
-    filled = map_rows(put, slots._replace(cache=None), new._replace(cache=None))
-    return filled._replace(cache=cache)
+    def own(admission: Admission) -> tuple[Slots, Lanes]:
+        new = _begin(admission, jnp.int32(0), responses, length)
+        first = len(new.row)
+
+        def grow(axis: int, x: jax.Array) -> jax.Array:
+            pad = [(0, (slots - first) * (i == axis)) for i in range(x.ndim)]
+            return jnp.pad(x, pad) if slots > first else x
+
+        held = _map_arrays(grow, _SLOT_AXES, new)
+        begun = jnp.where(jnp.arange(slots) < first, held.begun, responses)
+
+        def ring(*sizes: int) -> Any:
+            shape = lanes, 1, heads, *sizes
+            if unroll:
+                return tuple(jnp.zeros(shape, kind) for _ in range(layers))
+            return jnp.zeros((layers, *shape), kind)
+
+        zeros = jnp.zeros(lanes, jnp.int32)
+        idle = jnp.full(lanes, slots * responses, jnp.int32)
+        keys, values = ring(head_dim, room.places), ring(room.places, head_dim)
+        idle_lanes = Lanes(idle, zeros, zeros, zeros, zeros, zeros, keys, values)
+        return held._replace(begun=begun), idle_lanes
+
+    axes = _SLOT_AXES, _lane_axes(unroll)
+    found = on_each_part(own, (admission,), (_ADMISSION_AXES,), axes, room.parts)
+    return _keep_layout(InFlight(*found, jnp.int32(0)))
 
 
-@jax.jit
-def take_out(slots: Slots, at: jax.Array) -> tuple[KV, Samples]:
-    """Returns keys and responses of the prompts in the slots `at`, int32[R]."""
-    wanted = slots._replace(cache=None)
-    taken = map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, at, axis)), wanted)
-    return taken.prefix, taken.samples
+@partial(jax.jit, static_argnames="parts", donate_argnames="flight")
+def admit(
+    flight: InFlight, admission: Admission, at: jax.Array, wave: jax.Array, *, parts: int
+) -> InFlight:
+    """Puts prompts into empty slots.
+
+    Args:
+      flight: donated.
+      admission: R prompts.
+      at: int32[R], slots within the part of each prompt.
+      wave: int32[], number of the admission.
+      parts: number of parts.
+    """
+    *_, g, length = flight.slots.samples.tokens.shape
+
+    def own(slots: Slots, admission: Admission, at: jax.Array, wave: jax.Array) -> Slots:
+        def put(axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
+            return x.at[(slice(None),) * axis + (at,)].set(y)
+
+        return _map_arrays(put, _SLOT_AXES, slots, _begin(admission, wave, g, length))
+
+    args = flight.slots, admission, at, wave
+    axes = _SLOT_AXES, _ADMISSION_AXES, 0, ALIKE
+    slots = on_each_part(own, args, axes, _SLOT_AXES, parts)
+    return _keep_layout(flight._replace(slots=slots))
 
 
-@jax.jit
-def shrink(slots: Slots, groups: jax.Array, lanes: jax.Array) -> Slots:
-    """Returns some slots, and some lanes of each."""
-    picked = map_rows(lambda axis, x: shard_rows(axis, jnp.take(x, groups, axis)), slots)
+@partial(jax.jit, static_argnames="parts")
+def take_out(flight: InFlight, at: jax.Array, *, parts: int) -> tuple[KV, Samples]:
+    """Returns keys and responses of the prompts in the slots `at`, int32[R], of their parts."""
 
-    def narrow(x: Any, inner: int = 0) -> Any:
-        """Keeps the lanes, which `inner` axes follow, of each array."""
+    wanted = flight.slots.prefix, flight.slots.samples
+    return _keep_layout(_pick(wanted, (_SLOT_AXES.prefix, _SLOT_AXES.samples), at, parts))
 
-        def pick(y: jax.Array) -> jax.Array:
-            axis = y.ndim - inner - 1
-            index = jnp.expand_dims(lanes, (*range(axis - 1), *range(axis + 1, y.ndim)))
-            return jnp.take_along_axis(y, index, axis)
 
-        return jax.tree.map(pick, x)
+@partial(jax.jit, static_argnames="parts")
+def shrink(lanes: Lanes, at: jax.Array, cell: jax.Array, *, parts: int) -> Lanes:
+    """Returns some lanes of each part.
 
-    return picked._replace(
-        token=narrow(picked.token),
-        lane=narrow(picked.lane),
-        ended=narrow(picked.ended),
-        cache=Cache(
-            narrow(picked.cache.k, 3), narrow(picked.cache.v, 3), narrow(picked.cache.mask, 1)
-        ),
-    )
+    Args:
+      lanes: all lanes.
+      at: int32[N], the lanes that stay, within their parts.
+      cell: int32[N], their new cells.
+      parts: number of parts.
+    """
+    kept = _pick(lanes, _lane_axes(isinstance(lanes.k, tuple)), at, parts)
+    return _keep_layout(kept._replace(cell=cell))
+
+
+@partial(jax.jit, static_argnames="parts")
+def shrink_slots(slots: Slots, at: jax.Array, *, parts: int) -> Slots:
+    """Returns the slots `at`, int32[S], of their parts."""
+    return _keep_layout(_pick(slots, _SLOT_AXES, at, parts))
 
 
 @partial(jax.jit, static_argnames="places")
-def resize_ring(cache: Cache, cursor: jax.Array, *, places: int) -> tuple[Cache, jax.Array]:
+def resize_ring(lanes: Lanes, cursor: jax.Array, *, places: int) -> tuple[Lanes, jax.Array]:
     """Returns a ring of `places` with the newest keys of another, the oldest of them first."""
-    now = cache.mask.shape[-1]
+    now = ring_places(lanes)
     keep = min(now, places)
     place = jnp.arange(places)
     # Read in one pass: an order that is padded apart takes the memory of a second ring.
-    order = jnp.where(place < keep, (cursor - keep + place) % max(now, 1), now)
+    order = jnp.where(place < keep, (cursor - keep + place) % now, now)
 
     def move(axis: int, x: jax.Array) -> jax.Array:
-        if not keep:
-            axis %= x.ndim
-            return jnp.zeros((*x.shape[:axis], places, *x.shape[axis + 1 :]), x.dtype)
         return jnp.take(x, order, axis, mode="fill", fill_value=0)
 
-    return _map_arrays(move, Cache(-1, -2, -1), cache), jnp.int32(keep % places)
+    k, v = _map_arrays(move, (-1, -2), (lanes.k, lanes.v))
+    return _keep_layout(lanes._replace(k=k, v=v)), jnp.int32(keep % places)
 
 
 @partial(
     jax.jit,
-    static_argnames=("policy", "sampling", "block"),
-    donate_argnames="slots",
+    static_argnames=("policy", "sampling", "block", "columns", "parts"),
+    donate_argnames="flight",
 )
 def decode_block(
-    slots: Slots,
+    flight: InFlight,
     key: jax.Array,
-    leave: jax.Array,
     params: dict,
     suppressed: jax.Array,
     *,
     policy: Policy,
     sampling: Sampling,
     block: int,
-) -> Slots:
-    """Decodes up to `block` tokens of every lane, until no more than `leave` groups go on."""
+    columns: int,
+    parts: int,
+) -> InFlight:
+    """Decodes up to `block` tokens of every lane, as long as any response goes on.
+
+    Args:
+      flight: donated.
+      key: PRNG key of the step.
+      params: of the policy.
+      suppressed: bool[V], ids never sampled.
+      policy, sampling: the policy and how to sample from it.
+      block: most tokens of a lane.
+      columns: M, lanes that a slot may have; G as long as any response waits.
+      parts: number of parts.
+    """
+    slots, ring = flight.slots, flight.lanes
     stop = jnp.asarray(sampling.stop, jnp.int32)
-    shape = slots.token.shape
-    places = slots.cache.mask.shape[-1]
-    prefix = slots.prefix
-    if isinstance(slots.cache.k, tuple):
+    count, g, _ = slots.samples.tokens.shape
+    cells, places = count // parts * columns, ring_places(ring)
+    prefix, number = slots.prefix, len(ring.cell)
+    if isinstance(ring.k, tuple):
         # Taken apart here, not once a token.
         prefix = prefix._replace(k=tuple(prefix.k), v=tuple(prefix.v))
+    back = jnp.arange(places)
 
     def going(carry: tuple) -> jax.Array:
-        i, _, ended, *_ = carry
-        groups = jnp.sum(~jnp.all(ended, axis=1))
-        return (i < block) & (groups > 0) & (groups > leave)
+        i, lanes, begun, _ = carry
+        return (i < block) & (jnp.any(lanes.cell < cells) | jnp.any(begun < g))
 
     def step(carry: tuple) -> tuple:
-        i, token, ended, stopped, lengths, tokens, logprobs, cache = carry
-        age = slots.age + i
+        i, lanes, begun, record = carry
+        lanes, begun = _refill(slots._replace(begun=begun), lanes, parts, cells)
+        live, at = lanes.cell < cells, flight.cursor + i
+        own = (at - 1 - back) % places < lanes.age[:, None]
         hidden, cache = policy.decode(
             params,
             prefix,
-            cache,
-            token,
-            jnp.broadcast_to((slots.position + age)[:, None], shape),
-            (slots.cursor + i) % places,
+            Cache(lanes.k, lanes.v, own[:, None]),
+            lanes.token[:, None],
+            (lanes.position + lanes.age)[:, None],
+            at % places,
+            Routing.of(lanes.cell, cells, parts),
         )
         drawn, logprob = sample(
-            policy.logits(params, hidden),
-            noise(key, slots.row[:, None], slots.lane, age[:, None]),
+            policy.logits(params, hidden)[:, 0],
+            noise(key, lanes.row, lanes.response, lanes.age),
             sampling,
             suppressed,
         )
-        token = jnp.where(ended, 0, drawn)
-        tokens = tokens.at[..., i].set(token)
-        logprobs = logprobs.at[..., i].set(jnp.where(ended, 0.0, logprob))
-        lengths += ~ended
-        stopped |= ~ended & jnp.isin(token, stop)
-        ended |= stopped | (age + 1 >= sampling.max_tokens)[:, None]
-        return i + 1, token, ended, stopped, lengths, tokens, logprobs, cache
+        age = jnp.where(live, lanes.age + 1, 0)
+        stopped = live & jnp.isin(drawn, stop)
+        ended = stopped | (age >= sampling.max_tokens)
+        mine = jnp.where(live, lanes.cell // columns * g + lanes.response, count // parts * g)
+        record = jax.tree.map(
+            lambda all_, new: all_.at[:, i].set(new),
+            record,
+            _Record(mine, lanes.age, drawn, logprob, stopped),
+        )
+        lanes = lanes._replace(
+            cell=jnp.where(ended, cells, lanes.cell),
+            token=drawn,
+            age=jnp.where(ended, 0, age),
+            k=cache.k,
+            v=cache.v,
+        )
+        return i + 1, lanes, begun, record
 
-    old = slots.samples
-    mine = jnp.arange(len(slots.row))[:, None], slots.lane
-    carry = (
-        jnp.int32(0),
-        slots.token,
-        slots.ended,
-        old.ended[mine],
-        old.lengths[mine],
-        jnp.zeros((*shape, block), jnp.int32),
-        jnp.zeros((*shape, block), jnp.float32),
-        slots.cache,
+    def empty(kind: Any, fill: Any = 0) -> jax.Array:
+        return jnp.full((number, block), fill, kind)
+
+    record = _Record(
+        empty(jnp.int32, count // parts * g),
+        empty(jnp.int32),
+        empty(jnp.int32),
+        empty(jnp.float32),
+        empty(bool, False),
     )
-    count, token, ended, stopped, lengths, tokens, logprobs, cache = jax.lax.while_loop(
-        going, step, carry
+    carry = jnp.int32(0), ring, slots.begun, record
+    steps, lanes, begun, record = jax.lax.while_loop(going, step, carry)
+    samples = _write(slots.samples, record, parts)
+    slots = slots._replace(begun=begun, samples=samples)
+    return _keep_layout(InFlight(slots, lanes, (flight.cursor + steps) % places))
+
+
+class _Record(NamedTuple):
+    """What a block of decoding found, [N, block]; `mine` tells whose, slot * G + response."""
+
+    mine: jax.Array
+    place: jax.Array
+    token: jax.Array
+    logprob: jax.Array
+    stopped: jax.Array
+
+
+def _begin(admission: Admission, wave: jax.Array, responses: int, length: int) -> Slots:
+    """Returns prompts none of whose responses have begun."""
+    r = len(admission.row)
+    shape = r, responses, length
+    zeros = partial(jnp.zeros, dtype=jnp.int32)
+    logprobs, ended = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:2], bool)
+    samples = Samples(zeros(shape), logprobs, zeros(shape[:2]), ended)
+    waves = jnp.broadcast_to(wave, (r,))
+    row, token, position, prefix = admission
+    return Slots(row, token, position, waves, zeros(r), samples, prefix)
+
+
+def _refill(slots: Slots, lanes: Lanes, parts: int, cells: int) -> tuple[Lanes, jax.Array]:
+    """Gives idle lanes the responses that wait; returns these and `Slots.begun`.
+
+    Responses of earlier admissions go first. Sums over comparisons, no gathers: they are few.
+    """
+    g = slots.samples.tokens.shape[1]
+    row, token, position, wave, begun = (x.reshape(parts, -1) for x in slots[:5])
+    order = wave * row.shape[1] + jnp.arange(row.shape[1])
+    waiting = g - begun
+    earlier = order[:, None] < order[..., None]
+    first = jnp.sum(jnp.where(earlier, waiting[:, None], 0), axis=-1)
+    idle = lanes.cell.reshape(parts, -1) >= cells
+    rank = (jnp.cumsum(idle, axis=-1) - 1)[..., None]
+    # [parts, lanes, slots]: which slot's response a lane takes, none or one.
+    takes = idle[..., None] & (rank >= first[:, None]) & (rank < (first + waiting)[:, None])
+    taken = jnp.any(takes, axis=-1).reshape(-1)
+
+    def pick(values: jax.Array, old: jax.Array) -> jax.Array:
+        found = jnp.sum(jnp.where(takes, values, 0), axis=-1).reshape(-1)
+        return jnp.where(taken, found, old)
+
+    response = (begun - first)[:, None] + rank
+    cell = g * jnp.arange(row.shape[1]) + response
+    lanes = lanes._replace(
+        cell=pick(cell, lanes.cell),
+        row=pick(row[:, None], lanes.row),
+        response=pick(response, lanes.response),
+        position=pick(position[:, None], lanes.position),
+        token=pick(token[:, None], lanes.token),
     )
-    place = slots.age[:, None] + jnp.arange(block)
-    # What was not reached is dropped, each at a place of its own.
-    place = jnp.where(jnp.arange(block) < count, place, sampling.max_tokens + jnp.arange(block))
+    return lanes, (begun + jnp.sum(takes, axis=1)).reshape(-1)
+
+
+def _write(samples: Samples, record: _Record, parts: int) -> Samples:
+    """Puts the tokens of a block where they belong."""
+    length = samples.tokens.shape[-1]
 
     @jax.vmap
-    def write(x: jax.Array, lanes: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
-        return x.at[lanes[:, None], at[None]].set(new, mode="drop", unique_indices=True)
+    def own(samples: Samples, record: _Record) -> Samples:
+        # A place that no response has is dropped.
+        mine, end = record.mine.reshape(-1), samples.ended.size
+        place = record.place.reshape(-1)
+        stopped = jnp.where(record.stopped.reshape(-1), mine, end)
+        return Samples(
+            samples.tokens.at[mine, place].set(record.token.reshape(-1), mode="drop"),
+            samples.logprobs.at[mine, place].set(record.logprob.reshape(-1), mode="drop"),
+            samples.lengths.at[mine].max(place + 1, mode="drop"),
+            samples.ended.at[stopped].set(True, mode="drop"),
+        )
 
-    @jax.vmap
-    def write_lanes(x: jax.Array, lanes: jax.Array, new: jax.Array) -> jax.Array:
-        return x.at[lanes].set(new, unique_indices=True)
-
-    return slots._replace(
-        age=slots.age + count,
-        token=token,
-        ended=ended,
-        cache=cache,
-        cursor=(slots.cursor + count) % places,
-        samples=Samples(
-            write(old.tokens, slots.lane, place, tokens),
-            write(old.logprobs, slots.lane, place, logprobs),
-            write_lanes(old.lengths, slots.lane, lengths),
-            write_lanes(old.ended, slots.lane, stopped),
-        ),
+    flat = Samples(
+        samples.tokens.reshape(parts, -1, length),
+        samples.logprobs.reshape(parts, -1, length),
+        samples.lengths.reshape(parts, -1),
+        samples.ended.reshape(parts, -1),
     )
+    pieces = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[-1]), record)
+    return jax.tree.map(lambda x, old: x.reshape(old.shape), own(flat, pieces), samples)
 
 
-def map_rows(function: Any, slots: Slots, *others: Slots) -> Slots:
-    """Applies `function(axis of the prompts, array, …)` to every array of prompts, if there."""
-    axes = _AXES if slots.cache is not None else _AXES._replace(cache=None)
-    bare = [x._replace(cursor=None) for x in (slots, *others)]
-    return _map_arrays(function, axes, *bare)._replace(cursor=slots.cursor)
+def ring_places(lanes: Lanes) -> int:
+    """Returns C, the places of the ring."""
+    return jax.tree.leaves(lanes.k)[0].shape[-1]
 
 
-def _map_arrays(function: Any, axes: Any, *trees: Any) -> Any:
+def _pick(tree: Any, axes: Any, at: jax.Array, parts: int) -> Any:
+    """Returns the rows `at`, int32[n], of each part of a tree of arrays."""
+
+    def own(tree: Any, at: jax.Array) -> Any:
+        return _map_arrays(lambda axis, x: jnp.take(x, at, axis), axes, tree)
+
+    return on_each_part(own, (tree, at), (axes, 0), axes, parts)
+
+
+def _map_arrays(function: Callable[..., Any], axes: Any, *trees: Any) -> Any:
     """Applies `function(axis, array, …)` to every array; an axis may be that of a tuple's."""
     return jax.tree.map(lambda axis, *x: jax.tree.map(partial(function, axis), *x), axes, *trees)
 
 
+def _keep_layout(tree: Any) -> Any:
+    """Returns results of a jitted program, laid out as the functions below say."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    layouts = {InFlight: flight_layout, Slots: slots_layout, Lanes: lanes_layout}
+    lay = layouts.get(type(tree), taken_layout)
+    return jax.tree.map(
+        lambda x, like: jax.lax.with_sharding_constraint(x, like.sharding), tree, lay(mesh, tree)
+    )
+
+
+def flight_layout(mesh: Mesh, flight: InFlight) -> InFlight:
+    """Returns abstract slots and lanes, sharded over their parts and heads."""
+    slots, lanes, cursor = flight
+    return InFlight(slots_layout(mesh, slots), lanes_layout(mesh, lanes), whole(mesh, cursor))
+
+
 def slots_layout(mesh: Mesh, slots: Slots) -> Slots:
-    """Returns abstract slots, sharded as `open_slots` does."""
-    heads = slots.prefix.v.shape[2]
-    laid = map_rows(lambda axis, x: by_prompts_and_heads(mesh, x, axis, heads), slots)
-    return laid._replace(cursor=whole(mesh, slots.cursor))
+    """Returns abstract slots."""
+    rest = by_prompts(mesh, slots._replace(prefix=None))
+    return rest._replace(prefix=prefix_layout(mesh, slots.prefix))
 
 
-def first_prompts(prefix: KV, count: int) -> KV:
-    """Returns the shapes of the first prompts."""
+def lanes_layout(mesh: Mesh, lanes: Lanes) -> Lanes:
+    """Returns abstract lanes."""
+    unrolled = isinstance(lanes.k, tuple)
+    heads = jax.tree.leaves(lanes.v)[0].shape[-3]
 
-    def first(x: Any, axis: int) -> jax.ShapeDtypeStruct:
-        shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(shape, x.dtype)
+    def lay(axis: int, x: Any) -> Any:
+        return by_prompts_and_heads(mesh, x, axis, heads)
 
-    return KV(*(first(x, axis) for x, axis in zip(prefix, (1, 1, 0), strict=True)))
+    return _map_arrays(lay, _lane_axes(unrolled), lanes)
 
 
 def taken_layout(mesh: Mesh, taken: tuple[KV, Samples]) -> tuple[KV, Samples]:

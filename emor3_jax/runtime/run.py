@@ -33,8 +33,8 @@ from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.learner.learner import Learner
 from emor3_jax.models import LoadedPolicy, save
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import check_batch, make_mesh
-from emor3_jax.prepare.checks import validate
+from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.rollout import Rollout
@@ -75,12 +75,7 @@ class Run:
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         # For attention kernels, which must be told the part of a batch that is a device's.
         jax.set_mesh(self.mesh)
-        for section in ("rollout", "policy_update", "evaluate"):
-            check_batch(self.mesh, f"{section}.prompts", config[section].prompts)
-        for field in ("slots", "refill"):
-            check_batch(self.mesh, f"rollout.{field}", config.rollout[field])
-        micro_prompts = config.policy_update.micro_prompts
-        check_batch(self.mesh, "policy_update.micro_prompts", micro_prompts)
+        check_batches(self.mesh, config)
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
         self.say(f"loading the policy {config.policy.path}")
@@ -90,7 +85,9 @@ class Run:
         job.keep_config(config, workdir)
         self.say("building the reward tables")
         self._rollouts = {
-            name: prepare.make_evaluation_rollout(config, self.policy, self.data.labels[name])
+            name: prepare.make_evaluation_rollout(
+                config, self.policy, self.data.labels[name], self.mesh
+            )
             for name in self.data.evaluate
         }
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)

@@ -66,7 +66,9 @@ class Setting(NamedTuple):
                 row = np.arange(at, at + size, dtype=np.int32)
                 yield Admission(row, self.last[rows], self.position[rows], part)
 
-        engine = Engine(self.policy, sampling, plan, g, 1, self.suppressed)
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+        engine = Engine(self.policy, sampling, plan, g, parts, self.suppressed)
         return engine.run(self.params, admissions(), prompts, jax.random.key(seed))
 
     def score(self, params, responses, lengths, temperature=1.0):

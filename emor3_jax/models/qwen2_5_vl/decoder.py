@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from emor3_jax.models.attention import Own, Shared, attend, slots_last
-from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.cache import KV, Cache, Routing
 from emor3_jax.models.layers import DEFAULT, Compute, Dense, GroupRow, Mlp, RMSNorm, rematerialised
 from emor3_jax.models.qwen2_5_vl import rope
 from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
@@ -126,8 +126,8 @@ class DecoderLayer(nn.Module):
           x: float[B, G, S, D].
           prefix: this layer's keys and values of the prompts.
           cache: this layer's keys and values of the continuations so far.
-          shared: what all layers share: rope `table`, the masks `own`, `prefix`, `cache`, and the
-            `segments`.
+          shared: what all layers share: rope `table`, the masks `own`, `prefix`, `cache`, the
+            `segments`, and the `routing`.
 
         Returns:
           float[B, G, S, D], and the new keys and values if they are kept.
@@ -136,7 +136,7 @@ class DecoderLayer(nn.Module):
         x = keep_rows(x)
         earlier: list[Shared | Own] = []
         if prefix is not None:
-            earlier.append(Shared(*prefix, shared["prefix"]))
+            earlier.append(Shared(*prefix, shared["prefix"], shared.get("routing")))
         if cache is not None:
             earlier.append(Own(*cache, shared["cache"]))
         normed = RMSNorm(eps, self.compute.dtype, name="input_layernorm")(x)
@@ -178,6 +178,7 @@ class Decoder(nn.Module):
         prefix: KV | None = None,
         cache: Cache | None = None,
         segments: jax.Array | None = None,
+        routing: Routing | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs the decoder.
 
@@ -191,6 +192,7 @@ class Decoder(nn.Module):
           prefix: keys and values of the prompts.
           cache: keys and values of the continuations so far.
           segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
+          routing: to the prompts of `prefix`; then G and S are 1. None if these are B, in order.
 
         Returns:
           float[B, G, S, D] after the final norm (of a group, of the continuations), and the new
@@ -216,6 +218,8 @@ class Decoder(nn.Module):
             shared["cache"] = cache.mask
         if segments is not None:
             shared["segments"] = segments
+        if routing is not None:
+            shared["routing"] = routing
         layer = rematerialised(DecoderLayer, self.compute.remat)
         of_layers = (
             None if prefix is None else (prefix.k, prefix.v),

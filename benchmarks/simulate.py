@@ -1,0 +1,207 @@
+"""Simulate a rollout's lanes: the engine's own loop on drawn response lengths, without a policy.
+
+    python -m benchmarks.simulate
+
+Prompts draw the lengths of their responses: log-normal, of which 1 % are cut at 2,048 tokens, 265
+tokens on average before the cut. The engine admits, decodes, shrinks and takes out as it does in a
+run; only its programs are replaced by arithmetic on these lengths. Printed are, for each mesh and
+plan: decode steps, the share of lane steps that sampled a token (lane efficiency), the programs
+that differ in shape, and how many places of the ring attention reads for one that it needs. What
+the engine before 2026-11-29 took, which refilled whole groups, is `BEFORE`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+
+from emor3_jax.rollout import engine
+from emor3_jax.rollout.engine import Engine, Plan
+from emor3_jax.rollout.sampling import Sampling
+from emor3_jax.rollout.slots import Room
+
+PROMPTS, RESPONSES, MEAN, LONGEST, CUT = 512, 8, 265.0, 2048, 0.01
+
+BLOCKS = 128
+"""Places that a ragged attention reads at once."""
+
+
+class Case(NamedTuple):
+    """A mesh and a plan.
+
+    Attributes:
+      name: of the slice.
+      parts: that the mesh cuts a batch into.
+      slots, refill, lanes: of a part.
+    """
+
+    name: str
+    parts: int
+    slots: int
+    refill: int
+    lanes: int
+
+
+CASES = (
+    Case("v5e-64", 32, 16, 2, 32),
+    Case("v5e-64", 32, 16, 2, 64),
+    Case("v4-32", 16, 8, 2, 32),
+    Case("v4-32", 16, 16, 2, 32),
+    Case("v4-8", 4, 8, 2, 32),
+    Case("v4-8", 4, 16, 2, 32),
+    Case("v5p-8", 4, 32, 4, 128),
+    Case("one device", 1, 32, 4, 128),
+)
+
+
+def draw_lengths(seed: int = 0, prompts: int = PROMPTS) -> np.ndarray:
+    """Returns lengths of responses, int64[prompts, RESPONSES], in [1, LONGEST]."""
+    quantile = 2.3263
+    # exp(mu + sigma^2 / 2) = MEAN and mu + quantile * sigma = log(LONGEST): the smaller root.
+    sigma = quantile - math.sqrt(quantile**2 - 2 * math.log(LONGEST / MEAN))
+    mu = math.log(LONGEST) - quantile * sigma
+    drawn = np.random.default_rng(seed).normal(mu, sigma, (prompts, RESPONSES))
+    return np.clip(np.exp(drawn), 1, LONGEST).astype(int)
+
+
+class _Flight(NamedTuple):
+    slots: "_FakeSlots"
+    lanes: "_FakeLanes"
+    cursor: int = 0
+
+
+class _FakeSlots(NamedTuple):
+    row: np.ndarray
+    begun: np.ndarray
+    wave: np.ndarray
+    prefix: None = None
+    samples: None = None
+
+
+class _FakeLanes(NamedTuple):
+    cell: np.ndarray
+    age: np.ndarray
+    left: np.ndarray
+    places: int
+
+
+class Counts(NamedTuple):
+    """What a rollout took.
+
+    Attributes:
+      steps: of decoding.
+      lane_steps, tokens: steps of all lanes, and those that sampled a token.
+      read, ragged, needed: places of the ring that attention reads over the whole ring and by
+        blocks of `BLOCKS`, and those that hold a key it needs.
+      programs: shapes of the decoder's programs.
+    """
+
+    steps: int
+    lane_steps: int
+    tokens: int
+    read: int
+    ragged: int
+    needed: int
+    programs: frozenset
+
+
+def simulate(lengths: np.ndarray, case: Case, plan: Plan) -> Counts:
+    """Returns what the engine takes for responses of these lengths.
+
+    Args:
+      lengths: int[B, G].
+      case: mesh, and sizes of a part.
+      plan: block and halvings; the sizes are those of the case.
+    """
+    prompts, g = lengths.shape
+    parts, each = case.parts, prompts // case.parts
+    plan = plan._replace(
+        slots=min(case.slots * parts, prompts),
+        refill=case.refill * parts,
+        lanes=case.lanes * parts,
+    )
+    total = dict.fromkeys(("steps", "lane_steps", "tokens", "read", "ragged", "needed"), 0)
+    programs = set()
+
+    def open_flight(rows: np.ndarray, *, room: Room, **_: Any) -> _Flight:
+        slots, lanes = room.slots // parts, room.lanes // parts
+        row = np.zeros((parts, slots), int)
+        row[:, : rows.shape[1]] = rows
+        begun = np.where(np.arange(slots) < rows.shape[1], 0, g) + 0 * row
+        idle = np.full((parts, lanes), slots * g)
+        held = _FakeSlots(row, begun, 0 * row)
+        return _Flight(held, _FakeLanes(idle, 0 * idle, 0 * idle, room.places))
+
+    def admit(flight: _Flight, rows: np.ndarray, at: np.ndarray, wave: int, **_: Any) -> _Flight:
+        at = at.reshape(parts, -1)
+        for values, new in zip(flight.slots[:3], (rows, 0, int(wave)), strict=True):
+            np.put_along_axis(values, at, new, axis=1)
+        return flight
+
+    def resize_ring(lanes: _FakeLanes, cursor: int, *, places: int) -> tuple[_FakeLanes, int]:
+        return lanes._replace(places=places), cursor
+
+    def shrink(lanes: _FakeLanes, at: np.ndarray, cell: np.ndarray, **_: Any) -> _FakeLanes:
+        at = at.reshape(parts, -1)
+        age, left = (np.take_along_axis(x, at, axis=1) for x in lanes[1:3])
+        return _FakeLanes(cell.reshape(parts, -1).astype(int), age, left, lanes.places)
+
+    def shrink_slots(slots: _FakeSlots, at: np.ndarray, **_: Any) -> _FakeSlots:
+        at = at.reshape(parts, -1)
+        return _FakeSlots(*(np.take_along_axis(x, at, axis=1) for x in slots[:3]))
+
+    def decode_block(flight: _Flight, *_: Any, block: int, columns: int, **__: Any) -> _Flight:
+        row, begun, wave = (x.copy() for x in flight.slots[:3])
+        cell, age, left = (x.copy() for x in flight.lanes[:3])
+        places = flight.lanes.places
+        cells = row.shape[1] * columns
+        programs.add((cell.shape[1], row.shape[1], columns, places))
+        for _step in range(block):
+            for part in np.flatnonzero((cell >= cells).any(axis=1) & (begun < g).any(axis=1)):
+                idle = iter(np.flatnonzero(cell[part] >= cells))
+                for slot in np.lexsort((np.arange(row.shape[1]), wave[part])):
+                    while begun[part, slot] < g and (lane := next(idle, None)) is not None:
+                        response = begun[part, slot]
+                        cell[part, lane], age[part, lane] = slot * g + response, 0
+                        left[part, lane] = lengths[row[part, slot], response]
+                        begun[part, slot] += 1
+            live = cell < cells
+            if not live.any():
+                break
+            total["steps"] += 1
+            total["lane_steps"] += live.size
+            total["tokens"] += live.sum()
+            total["read"] += live.size * places
+            # A range of the ring lies in one block more than its own length fills.
+            total["ragged"] += (np.where(age > 0, -(-age // BLOCKS) + 1, 0) * BLOCKS).sum()
+            total["needed"] += age.sum()
+            age, left = age + live, left - live
+            ended = live & (left == 0)
+            cell[ended], age[ended] = cells, 0
+        return flight._replace(
+            slots=_FakeSlots(row, begun, wave), lanes=_FakeLanes(cell, age, left, places)
+        )
+
+    def admissions() -> Iterator[np.ndarray]:
+        for first in range(0, each, case.refill):
+            yield np.arange(parts)[:, None] * each + np.arange(first, first + case.refill)
+
+    fakes = {
+        "open_flight": open_flight,
+        "admit": admit,
+        "resize_ring": resize_ring,
+        "shrink": shrink,
+        "shrink_slots": shrink_slots,
+        "decode_block": decode_block,
+        "ring_places": lambda lanes: lanes.places,
+        "take_out": lambda *_, **__: (None, None),
+    }
+    sampling = Sampling(LONGEST, 1.0, 1.0, ())
+    one = Engine(None, sampling, plan, g, parts, None)  # type: ignore[arg-type]
+    with mock.patch.multiple(engine, **fakes), mock.patch.object(engine.hosts, "fetch", tuple):
+        rows = [each.row for each in one.run({}, admissions(), prompts, None)]
+    if sorted(np.concatenate(rows)) != list(range(prompts)) or total["tokens"] != lengths.sum():
+        raise AssertionError("a response was lost or decoded twice")
+    return Counts(**total, programs=frozenset(programs))
