@@ -132,6 +132,6 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     config.rollout.slots = min(layout.slots * parts, config.rollout.prompts)
     config.rollout.refill = min(layout.refill * parts, config.rollout.slots)
     config.policy_update.micro_prompts = min(layout.micro * parts, config.policy_update.prompts)
-    # All of an evaluation's batch is prefilled and judged at once.
+    # All of an evaluation's batch is prefilled and asked the questions at once.
     config.evaluate.prompts = config.rollout.refill
     return config

@@ -144,7 +144,7 @@ def default() -> ConfigDict:
     # `refill` prompts leave and others enter; both must divide (docs/engine.md).
     config.rollout.slots = 0
     config.rollout.refill = 0
-    # Tokens that are decoded between two looks at what has ended, and the smallest cache.
+    # Tokens decoded before the host reads again what has ended, and the smallest cache.
     config.rollout.block = 128
     # How often the batch may be halved once no prompt waits, in prompts and in responses; those
     # also stop between two halves.

@@ -104,7 +104,7 @@ def test_a_checkpoint_is_evaluated_as_training_did(whole, folder):
         assert (workdir / name).is_file() and (whole / name).is_file()
 
 
-def test_an_earlier_checkpoint_is_evaluated_by_vote(whole, folder):
+def test_an_earlier_checkpoint_is_evaluated_by_majority(whole, folder):
     config = make_config(folder)
     config.evaluate.checkpoint = str(whole / "checkpoints" / "2")
     config.evaluate.votes = 3

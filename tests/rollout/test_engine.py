@@ -74,7 +74,7 @@ def test_a_plan_that_does_not_divide_is_refused(four):
         four.roll_out_in(Plan(slots=3, refill=2), RULE, 0, G)
 
 
-def test_a_ring_keeps_its_newest_places_the_oldest_first():
+def test_a_ring_keeps_its_newest_positions_the_oldest_first():
     # Places 0 to 3 were written last at 1: the order of age is 2, 3, 0, 1.
     x = jnp.arange(4.0)
     cache = Cache(x.reshape(1, 1, 1, 1, 1, 4), x.reshape(1, 1, 1, 1, 4, 1), (x > 1)[None, None])
