@@ -56,7 +56,7 @@ from emor3_jax.types import Batch, Experience, Samples
 PROGRAMS = ("decode", "prefill", "reference", "update")
 DTYPE = jnp.dtype(jnp.bfloat16)
 KERNELS, CHAIN = 8, 10
-"""Kernels shown of each program; passes of a copy or product between two looks at the clock."""
+"""Kernels shown of each program; passes of a copy or product between two readings of the clock."""
 LOSS = PolicyLoss(surrogate=Clip(0.2, 0.3, 3.0), kl="k3", mean="token", entropy=False)
 KL_COEF = 1e-2
 LOGPROBS = LogprobSpec(temperature=1.0, chunk=1024)
@@ -109,7 +109,7 @@ class Job(NamedTuple):
       args: its arguments; what is abstract is made on the device (`fill`).
       static: its static arguments.
       cost: of one call.
-      again: (result, args) → the arguments of the next call, where they were given up to this one.
+      again: (result, args) → the arguments of the next call, where they were donated to this one.
       steps: how many tokens one after the other a call decodes, or 1.
       bytes: what → bytes of one step, where they bound it.
     """

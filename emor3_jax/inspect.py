@@ -117,9 +117,9 @@ def main(
     if leakage != "none":
         say(f"looking for images in two sets, by {leakage}")
         decode = leakage in ("dhash", "look")
-        prints = {name: fingerprints(source, decode) for name, source in data.sources.items()}
-        for a, b in itertools.combinations(prints, 2):
-            pairs = shared(prints[a], prints[b])
+        images = {name: fingerprints(source, decode) for name, source in data.sources.items()}
+        for a, b in itertools.combinations(images, 2):
+            pairs = shared(images[a], images[b])
             found["shared"][f"{a}, {b}"] = pairs
             named = ", ".join(f"{x} = {y}" for x, y in pairs[:_NAMED])
             more = ", …" if len(pairs) > _NAMED else ""

@@ -104,7 +104,7 @@ def test_a_checkpoint_is_evaluated_as_training_did(whole, folder):
         assert (workdir / name).is_file() and (whole / name).is_file()
 
 
-def test_an_earlier_checkpoint_is_evaluated_by_vote(whole, folder):
+def test_an_earlier_checkpoint_is_evaluated_by_majority(whole, folder):
     config = make_config(folder)
     config.evaluate.checkpoint = str(whole / "checkpoints" / "2")
     config.evaluate.votes = 3
@@ -170,6 +170,11 @@ def test_a_third_question_is_a_row_and_a_template(folder, monkeypatch):
         assert row["reward/overall"] == pytest.approx(method + own, abs=1e-6)
         predictions = workdir / "predictions" / "000001" / "test.jsonl"
         assert '"pleasant_reply"' in predictions.read_text()
+        page, samples = workdir / "report.html", workdir / "samples" / "000001.html"
+        assert "<td>test · pleasant</td>" in page.read_text()
+        assert f">pleasant {row['reward/pleasant']:.2f}</text>" in page.read_text()
+        for file in (page, samples):
+            assert "reply to the pleasant question" in file.read_text()
         # Compiled and counted ahead like the others.
         mesh = make_mesh()
         policy, texts = read_policy_shapes(config)

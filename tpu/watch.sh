@@ -8,7 +8,7 @@
 #                [--tries N] [--every SECONDS] [--dry-run] -- ARGUMENTS OF PYTHON
 #
 #   --tries    at most so many creations, and as many starts; 20 by default
-#   --every    seconds between two looks; 60 by default
+#   --every    seconds between two checks; 60 by default
 #   --dry-run  prints the commands of a first start instead of running them
 #   the others are those of create.sh; a TPU that is there already is taken as it is
 #

@@ -61,7 +61,7 @@ class Encoder:
           labels: the label set.
           max_tokens: of a padded prompt, which is the prompt without its last token.
           max_windows: of an image.
-          graded: whether answers are worth the shares of raters.
+          graded: accuracy by soft labels, the shares of raters.
           cut: whether questions that are too long lose their end, rather than their row be left
             out.
         """

@@ -5,10 +5,10 @@
 
 A row that cannot be used is left out, counted by reason and named in the log once. What its texts
 show is found before the run starts; a damaged image when its row is first read, and another row
-of its group, drawn by the seed and the place, stands in for it. So neither the shape of a batch
+of its group, drawn by the seed and the position, stands in for it. So neither the shape of a batch
 nor the other rows depend on it, nor on timing.
 
-A position in the data is one number, the place in the endless order (`data/order.py`) where the
+A position in the data is one number, the index in the endless order (`data/order.py`) where the
 next batch begins: it depends neither on the number of worker processes nor on that of hosts.
 
 With several hosts each reads the rows of a batch that its devices hold; they tell each other
@@ -115,8 +115,8 @@ class _Reader:
         return min(-(-(self._end - self._start) // self._batch_size), 2**40) * len(self._host_rows)
 
     def __getitem__(self, number: int) -> _Read:
-        batch, place = divmod(int(number), len(self._host_rows))
-        position = self._start + batch * self._batch_size + int(self._host_rows[place])
+        batch, index = divmod(int(number), len(self._host_rows))
+        position = self._start + batch * self._batch_size + int(self._host_rows[index])
         return self.read(position) if position < self._end else _Read(None)
 
     def read(self, position: int) -> _Read:
@@ -296,7 +296,7 @@ class _Rows:
           This host's rows, the ids of all hosts' rows, and how many rows there are.
 
         Raises:
-          DataError: if a place has no row, nor anything to stand there.
+          DataError: if a position has no row, nor anything to stand there.
         """
         found = [read.example for read in reads]
         spare = filler() if None in found else None
@@ -304,7 +304,7 @@ class _Rows:
         note = {
             "skips": [skip for read in reads for skip in read.skips],
             "cut": [x.id for x in found if x is not None and x.cut],
-            "rows": [[place, x.id] for place, x in zip(self.host_rows, found, strict=True) if x],
+            "rows": [[index, x.id] for index, x in zip(self.host_rows, found, strict=True) if x],
             "size": size_of(present) if present else (0, 0),
             "empty": None in found and spare is None,
         }

@@ -143,10 +143,10 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     say("preparing the data and the tokenizer")
     dataset = DATASETS[config.data.kind](config)
     # The policy between the two stages, which a run that was stopped continues from.
-    looked = folder / "looked" if config.look.steps else None
-    before = load(looked) if looked and (looked / "config.json").exists() else None
+    pretrained = folder / "looked" if config.look.steps else None
+    before = load(pretrained) if pretrained and (pretrained / "config.json").exists() else None
     if before:
-        say(f"continuing from {looked}; delete it to repeat vision pretraining")
+        say(f"continuing from {pretrained}; delete it to repeat vision pretraining")
         tokenizer = before.processor.tokenizer
     else:
         tokenizer = train_tokenizer(dataset.corpus, config.model.vocab_size)
@@ -155,10 +155,10 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     policy = small_policy(config, tokenizer)
     if before and before.policy != policy:
         raise ConfigError(
-            "model", config.model.to_dict(), f"is not the shape of {looked}; delete that folder"
+            "model", config.model.to_dict(), f"is not the shape of {pretrained}; delete that folder"
         )
     processor = Processor(tokenizer, settings, policy.layout)
-    targets = caption_targets(dataset, tokenizer) if looked else None
+    targets = caption_targets(dataset, tokenizer) if pretrained else None
     images = read_images(dataset.images, processor)
     labels = None if targets is None else targets[:, 0]
     loader = ExampleLoader(dataset, processor, policy, images, labels, config.data.warp)
@@ -167,13 +167,13 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     say(f"{count / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {len(dataset.images)} images")
 
     scores = {}
-    if looked:
+    if pretrained:
         captions = CaptionLoader(loader, targets, config.look.erase)
         if before:
             params = before.params
         else:
             params = pretrain_vision(config, captions, params, say)
-            save(LoadedPolicy(policy, params, processor), looked)
+            save(LoadedPolicy(policy, params, processor), pretrained)
         scores["look"], scores["begin"] = evaluate_captions(config, captions, params)
         say(f"held-out labels right: {scores['look']:.3f}, first words: {scores['begin']:.3f}")
     params, found = pretrain_qa(config, loader, params, say)

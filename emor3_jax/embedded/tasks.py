@@ -10,7 +10,7 @@ MISNAMED = 0.08
 BROKEN_FORMAT = 0.35
 FRESH_ANSWER = 0.55
 
-# Weight of a judgement's tokens: its one-word reply is one of about fifty tokens per image.
+# Weight of a reflection's tokens: its one-word reply is one of about fifty tokens per image.
 JUDGE_WEIGHT = 6.0
 
 

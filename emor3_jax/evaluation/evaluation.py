@@ -52,7 +52,7 @@ def evaluate(
       seed: of the sampling noise; the same seed gives the same responses.
       put: puts this host's rows on the devices, as a batch of all hosts.
       keep: number of responses to return as text.
-      graded: report the graded accuracy (soft labels) beside the exact one.
+      graded: report the accuracy by soft labels beside the exact one.
       record: takes each row with its responses, as it is written to a file of predictions.
     """
     columns: dict[str, list[np.ndarray]] = {}
@@ -92,7 +92,7 @@ def _columns(found: Experience, answers: np.ndarray, chosen: np.ndarray) -> dict
     columns = dict(scores.named())
     columns["answers"], columns["inferred"] = scores.answer, scores.inferred
     columns["answer"], columns["label"] = scores.answer[first], answers
-    # Exact also where the reward is graded, so that data sets can be compared.
+    # Exact also where the reward takes soft labels, so that data sets can be compared.
     columns["graded_accuracy"] = scores.accuracy[first]
     columns["accuracy"] = columns["answer"] == columns["label"]
     columns["response_length"] = found.samples.lengths

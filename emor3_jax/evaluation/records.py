@@ -51,6 +51,16 @@ class Evaluation(NamedTuple):
     confusion: Sequence[Sequence[int]] = ()
 
 
+def question_names(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:
+    """Returns the names of the questions: of the package, then others that samples reply to.
+
+    Args:
+      evaluations: data set → evaluation, of this process or read from a file.
+    """
+    samples = (sample for each in evaluations.values() for sample in each.samples)
+    return tuple(dict.fromkeys((*QUESTIONS, *(name for s in samples for name in s.replies))))
+
+
 def prediction(responses: Sequence[Sample], chosen: int) -> dict[str, Any]:
     """Returns the JSON of one row: its answer, and each response with its scores.
 

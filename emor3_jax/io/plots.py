@@ -7,6 +7,7 @@ stay unused.
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain, cycle, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,13 +27,9 @@ _MIN_SCALE = 0.7
 
 _BEFORE, _AFTER = "#999999", "#4477aa"
 _RIGHT, _WRONG = (0.09, 0.45, 0.27), (0.70, 0.15, 0.12)
-_CURVES = {
-    "overall": "#222222",
-    "format": "#4477aa",
-    "accuracy": "#228833",
-    "coherence": "#ee6677",
-    "consistency": "#ccbb44",
-}
+_TOTAL = "#222222"
+_COLOURS = ("#4477aa", "#228833", "#ee6677", "#ccbb44", "#66ccee", "#aa3377")
+_LINES = ("solid", "dashed", "dotted", "dashdot")
 
 
 def accuracy_intervals(
@@ -142,11 +139,14 @@ def bars(
     return figure
 
 
-def reward_curves(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
+def reward_curves(rows: Sequence[Mapping[str, Any]], questions: Sequence[str]) -> "Figure | None":
     """Draws the mean reward terms over the training steps.
+
+    Custom reward terms are left out, since they may be of any size.
 
     Args:
       rows: lines of metrics.jsonl.
+      questions: names of the reflections.
 
     Returns:
       The figure, its legend with the last values; None if no training step was logged.
@@ -157,12 +157,14 @@ def reward_curves(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
             for row in rows
             if row.get(f"reward/{name}") is not None
         ]
-        for name in _CURVES
+        for name in ("overall", "format", "accuracy", *questions)
     }
     if not any(curves.values()):
         return None
     figure, axes = _new(_WIDTH, 3)
-    for name, points in curves.items():
+    # By position, so that a term keeps its colour where another one is missing.
+    styles = chain([("solid", _TOTAL)], cycle(product(_LINES, _COLOURS)))
+    for (name, points), (line, colour) in zip(curves.items(), styles, strict=False):
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(
@@ -170,7 +172,8 @@ def reward_curves(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
                 values,
                 # One point alone makes no line.
                 marker="o" if len(points) == 1 else None,
-                color=_CURVES[name],
+                color=colour,
+                linestyle=line,
                 label=f"{name} {values[-1]:.2f}",
             )
     low, high = axes.get_ylim()

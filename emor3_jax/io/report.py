@@ -7,22 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emor3_jax.evaluation.metrics import class_scores
-from emor3_jax.evaluation.records import Evaluation, Sample, to_json
+from emor3_jax.evaluation.records import Evaluation, Sample, question_names, to_json
 from emor3_jax.io import pages, plots
 
 SAMPLES = 12
 """Number of samples in a gallery."""
 
-_SHARES = (
-    "accuracy",
-    "macro_f1",
-    "weighted_f1",
-    "format",
-    "coherence",
-    "consistency",
-    "decoupling",
-)
 _MEANS = ("response_length", "rows")
+"""Scores that are not shares."""
 
 
 class _Score(NamedTuple):
@@ -30,6 +22,7 @@ class _Score(NamedTuple):
 
     data_set: str
     score: str
+    is_share: bool
     before: float | None
     after: float
     interval: str
@@ -37,10 +30,6 @@ class _Score(NamedTuple):
     @property
     def change(self) -> float | None:
         return None if self.before is None else self.after - self.before
-
-    @property
-    def is_share(self) -> bool:
-        return self.score in _SHARES
 
 
 class _Shown(NamedTuple):
@@ -57,13 +46,16 @@ def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Eva
     Args:
       before, after: data set → evaluation; a set missing from `before` shows a dash.
     """
-    lines = [f"{'data set':<16}{'score':<14}{'before':>9}{'after':>9}{'change':>9}"]
-    for each in _scores(before, after, _SHARES):
+    scores = list(_scores(before, after, _shares(after)))
+    # Questions may have names of any length.
+    width = max([14, *(len(each.score) + 2 for each in scores)])
+    lines = [f"{'data set':<16}{'score':<{width}}{'before':>9}{'after':>9}{'change':>9}"]
+    for each in scores:
         if each.change is None:
             numbers = f"{'–':>9}{each.after:>9.1f}{'–':>9}"
         else:
             numbers = f"{each.before:>9.1f}{each.after:>9.1f}{each.change:>+9.1f}"
-        lines.append(f"{each.data_set:<16}{each.score:<14}{numbers}")
+        lines.append(f"{each.data_set:<16}{each.score:<{width}}{numbers}")
     return "\n".join(lines)
 
 
@@ -108,11 +100,12 @@ def write_report(
     metrics = workdir / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     rows = [json.loads(line) for line in lines]
-    intervals, curves = plots.accuracy_intervals(before, after), plots.reward_curves(rows)
+    intervals = plots.accuracy_intervals(before, after)
+    curves = plots.reward_curves(rows, question_names(after))
     page = pages.render(
         "report.html.j2",
         title=title,
-        scores=list(_scores(before, after, _SHARES)),
+        scores=list(_scores(before, after, _shares(after))),
         intervals=intervals and plots.to_svg(intervals, "accuracy of each data set"),
         data_sets=[
             {
@@ -143,9 +136,15 @@ def markdown(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) 
     """
     return pages.render(
         "evaluation.md.j2",
-        scores=list(_scores(before, after, (*_SHARES, *_MEANS))),
+        scores=list(_scores(before, after, (*_shares(after), *_MEANS))),
         data_sets=[_classes(name, each) for name, each in after.items()],
     )
+
+
+def _shares(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:
+    """Returns the scores that are shares, in the order of the tables."""
+    first = ("accuracy", "macro_f1", "weighted_f1", "format")
+    return (*first, *question_names(evaluations), "decoupling")
 
 
 def _scores(
@@ -154,11 +153,13 @@ def _scores(
     for data_set, evaluation in after.items():
         old, new = before[data_set].metrics if data_set in before else {}, evaluation.metrics
         for name in (name for name in names if name in new):
-            scale = 100 if name in _SHARES else 1
+            is_share = name not in _MEANS
+            scale = 100 if is_share else 1
             bounds = [100 * new[key] for key in (f"{name}_low", f"{name}_high") if key in new]
             yield _Score(
                 data_set,
                 name,
+                is_share,
                 scale * old[name] if name in old else None,
                 scale * new[name],
                 "{:.1f} to {:.1f}".format(*bounds) if bounds else "",

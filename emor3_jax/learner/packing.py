@@ -65,14 +65,14 @@ def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:
 
 
 def pack(packing: Packing, x: jax.Array) -> jax.Array:
-    """Returns [B, R, C] of [B, G, T]; what stands where no token is means nothing."""
+    """Returns [B, R, C] of [B, G, T]; positions without a token are undefined."""
     source = jnp.maximum(packing.source, 0)
     flat = jnp.take_along_axis(x.reshape(len(x), -1), source.reshape(len(x), -1), axis=1)
     return flat.reshape(source.shape)
 
 
 def unpack(packing: Packing, x: jax.Array, size: int) -> jax.Array:
-    """Returns [B, G, T] of [B, R, C]; what stands after the end of a response means nothing.
+    """Returns [B, G, T] of [B, R, C]; positions after the end of a response are undefined.
 
     Args:
       packing: where the tokens are.

@@ -97,11 +97,11 @@ def init_adapters(params: Params, names: Sequence[str], rank: int, key: jax.Arra
         if rank > min(wide, out):
             raise LoraError(f"{_name(path)!r} is of {wide} x {out}, under the rank {rank}")
         key, own = jax.random.split(key)
-        place = adapters
+        node = adapters
         for part in path:
-            place = place.setdefault(part, {})
-        place["lora_a"] = jax.random.normal(own, (*lead, wide, rank)) / math.sqrt(wide)
-        place["lora_b"] = jnp.zeros((*lead, rank, out))
+            node = node.setdefault(part, {})
+        node["lora_a"] = jax.random.normal(own, (*lead, wide, rank)) / math.sqrt(wide)
+        node["lora_b"] = jnp.zeros((*lead, rank, out))
     return adapters
 
 

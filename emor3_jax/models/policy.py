@@ -284,8 +284,8 @@ class Policy:
         """
         n, size = tokens.shape
         b, g = positions.shape
-        place = jnp.tile(jnp.arange(size), n)
-        where = positions[..., None, None] + jnp.broadcast_to(place[:, None], (n * size, 3))
+        offset = jnp.tile(jnp.arange(size), n)
+        where = positions[..., None, None] + jnp.broadcast_to(offset[:, None], (n * size, 3))
         hidden, _ = self._decoder().apply(
             {"params": params["model"]},
             jnp.broadcast_to(tokens.reshape(-1), (b, g, n * size)),

@@ -1,6 +1,6 @@
 """Parameters from and to a folder in Hugging Face's format, one tensor at a time.
 
-Neither direction holds a second copy of the policy: a tensor is read straight into its place in the
+Neither direction holds a second copy of the policy: a tensor is read straight into its part of the
 (sharded) array of its parameter, each device reading only its own part; and the files are
 written one after the other. What exists besides the parameters is one tensor when reading, one
 file when writing.
@@ -271,7 +271,7 @@ def _read_param(
         return _convert(transpose, dtype, sharding)(load(tensors[0]))
     array = _zeros(shape, dtype, sharding)()
     for tensor in tensors:
-        array = _place(transpose, sharding)(array, load(tensor), tensor.layer)
+        array = _layer_writer(transpose, sharding)(array, load(tensor), tensor.layer)
     return array
 
 
@@ -286,14 +286,14 @@ def _convert(transpose: bool, dtype: Any, sharding: Sharding) -> Callable[[jax.A
 
 
 @functools.cache
-def _place(transpose: bool, sharding: Sharding) -> Callable[..., jax.Array]:
+def _layer_writer(transpose: bool, sharding: Sharding) -> Callable[..., jax.Array]:
     """Returns the program that writes one layer into a stack, in the stack's own memory."""
 
-    def place(stack: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:
+    def write_layer(stack: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:
         x = (x.T if transpose else x).astype(stack.dtype)
         return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
 
-    return jax.jit(place, out_shardings=sharding, donate_argnums=0)
+    return jax.jit(write_layer, out_shardings=sharding, donate_argnums=0)
 
 
 def _put(tree: Params, path: str, value: jax.Array) -> None:

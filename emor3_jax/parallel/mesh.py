@@ -106,24 +106,24 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
             spec = (None,) * (len(shape) - len(axes)) + tuple(axes)
             return P(
                 *(
-                    _cut_or_whole(path, shape, place, axis, mesh, vector=len(axes) == 1)
-                    for place, axis in enumerate(spec)
+                    _cut_or_whole(path, shape, dimension, axis, mesh, vector=len(axes) == 1)
+                    for dimension, axis in enumerate(spec)
                 )
             )
     return P()
 
 
 def _cut_or_whole(
-    path: str, shape: tuple[int, ...], place: int, axis: str | None, mesh: Mesh, vector: bool
+    path: str, shape: tuple[int, ...], dimension: int, axis: str | None, mesh: Mesh, vector: bool
 ) -> str | None:
     """Returns the axis that cuts one dimension of a parameter, None if it stays whole."""
-    size = shape[place]
+    size = shape[dimension]
     if axis is None or (vector and size % mesh.shape[axis]):
         return None
     if size % mesh.shape[axis]:
         raise MeshError(
-            f"mesh.{axis}={mesh.shape[axis]}: does not divide dimension {place} of {path}, whose "
-            f"shape is {shape}; {_listed(_divisors(size))} would"
+            f"mesh.{axis}={mesh.shape[axis]}: does not divide dimension {dimension} of {path}, "
+            f"whose shape is {shape}; {_listed(_divisors(size))} would"
         )
     return axis
 
@@ -221,11 +221,11 @@ def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: j
         return function(gather(weight, path), *rows, axis=None)
     axes = spec_of(path, weight.shape, mesh)
     spec = P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in axes))
-    cut = [place for place, axis in enumerate(spec) if axis == "fsdp"]
+    cut = [dimension for dimension, axis in enumerate(spec) if axis == "fsdp"]
 
     def own(weight: jax.Array, *rows: jax.Array) -> Any:
-        for place in cut:
-            weight = jax.lax.all_gather(weight, "fsdp", axis=place, tiled=True)
+        for dimension in cut:
+            weight = jax.lax.all_gather(weight, "fsdp", axis=dimension, tiled=True)
         missing = "data" if cut else BATCH[0]
         weight = jax.lax.pcast(weight, missing, to="varying")
         return function(weight, *rows, axis="tensor" if "tensor" in spec else None)

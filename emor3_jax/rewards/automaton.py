@@ -114,7 +114,7 @@ def _group_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`np.unique` of the rows of a matrix, compared as bytes, with first places and inverse."""
+    """`np.unique` of the rows of a matrix, compared as bytes, with first indices and inverse."""
     rows = np.ascontiguousarray(rows)
     view = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
     _, first, inverse = np.unique(view, return_index=True, return_inverse=True)
@@ -163,9 +163,9 @@ def over_bytes(rule: Rule) -> tuple[np.ndarray, np.ndarray]:
     table, outputs = merge(table, np.asarray([rule.output(s) for s in states], np.int32))
     code_of = {c.encode(): i for i, c in enumerate(chars[:-1]) if i >= 128}
     prefixes = sorted({code[:i] for code in code_of for i in range(1, len(code))})
-    place = {held: i for i, held in enumerate([b"", *prefixes, *_FOLLOW])}
+    index = {held: i for i, held in enumerate([b"", *prefixes, *_FOLLOW])}
     other = table[:, -1]
-    n, width = len(table), len(place)
+    n, width = len(table), len(index)
 
     def kind(held: bytes | str) -> str:
         if isinstance(held, str):
@@ -178,18 +178,18 @@ def over_bytes(rule: Rule) -> tuple[np.ndarray, np.ndarray]:
             begun = _lead(byte)
             if begun is None:
                 return (table[inner, byte] if byte < 128 else other[inner]) * width
-            return inner * width + place.get(bytes([byte]), place[begun])
+            return inner * width + index.get(bytes([byte]), index[begun])
         first, last, following = _FOLLOW[kind(held)]
         if not first <= byte <= last:
             return after(other[inner], b"", byte)
         code = held + bytes([byte]) if isinstance(held, bytes) else None
         if following == _DONE:
             return (table[inner, code_of[code]] if code in code_of else other[inner]) * width
-        return inner * width + place.get(code, place[following])
+        return inner * width + index.get(code, index[following])
 
     everywhere = np.arange(n, dtype=np.int32)
     following = np.empty((n, width, 256), np.int32)
-    for held, i in place.items():
+    for held, i in index.items():
         for byte in range(256):
             following[:, i, byte] = after(everywhere, held, byte)
     # A text that ends within a character has an invalid one there.
@@ -206,9 +206,9 @@ def compose(table: np.ndarray, tokens: Sequence[bytes]) -> np.ndarray:
     """
     columns = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], len(tokens) + 1, axis=1)
     alive = list(range(len(tokens)))
-    for place in range(max(map(len, tokens), default=0)):
-        alive = [i for i in alive if len(tokens[i]) > place]
-        found = np.asarray([tokens[i][place] for i in alive])
+    for offset in range(max(map(len, tokens), default=0)):
+        alive = [i for i in alive if len(tokens[i]) > offset]
+        found = np.asarray([tokens[i][offset] for i in alive])
         columns[:, alive] = table[columns[:, alive], found]
     return columns
 

@@ -5,7 +5,7 @@ classes holds, so that `\\w`, ranges, case and Unicode mean what they mean to `r
 from it is an automaton: exact, and linear in length whatever the expression.
 
 Deviations, numbered:
- 1. Only what an automaton can do: no back-references, no looking around, no word boundaries, no
+ 1. Only what an automaton can do: no back-references, no lookaround, no word boundaries, no
     possessive or atomic parts, no `(?m)`. Such an expression is refused by name.
 """
 
@@ -24,11 +24,11 @@ class PatternError(UserError):
 
 
 class _Node(NamedTuple):
-    """A place in an expression.
+    """A position in an expression.
 
     Attributes:
       kind: "char", "split", "begin", "end" or "match".
-      following: places after it.
+      following: positions after it.
       test: of "char": index of the class that the character must be in.
     """
 
@@ -39,7 +39,7 @@ class _Node(NamedTuple):
 
 _MATCH = 0
 _MOST = 1000
-"""Largest repetition, and largest number of places."""
+"""Largest repetition, and largest number of positions."""
 _ALL = "".join(chr(p) for p in range(0x110000) if not 0xD800 <= p < 0xE000)
 
 
@@ -98,7 +98,7 @@ class PatternRule:
         self.start: Hashable = self._close({first}, at_start=True)
 
     def step(self, state: Any, char: str) -> Hashable:
-        """Returns the state after a character; the empty set of places stands for a match."""
+        """Returns the state after a character; the empty set of positions stands for a match."""
         if _MATCH in state:
             return state
         holds = tuple((char in each.chars) != each.inverted for each in self._classes)
@@ -119,9 +119,11 @@ class PatternRule:
         """Returns whether the text matches if it ends here."""
         return int(_MATCH in self._close(set(state), at_end=True))
 
-    def _close(self, places: set[int], at_start: bool = False, at_end: bool = False) -> frozenset:
-        """Returns all places that are reached without a character; `_MATCH` alone if it is."""
-        found, todo = set(), list(places)
+    def _close(
+        self, positions: set[int], at_start: bool = False, at_end: bool = False
+    ) -> frozenset:
+        """Returns all positions that are reached without a character; `_MATCH` alone if it is."""
+        found, todo = set(), list(positions)
         while todo:
             i = todo.pop()
             if i in found:
@@ -140,7 +142,7 @@ class PatternRule:
         return len(self._nodes) - 1
 
     def _last(self, following: int) -> int:
-        """The place behind a final newline: only the end may follow."""
+        """The position behind a final newline: only the end may follow."""
         node = _Node("last", (following,))
         if node not in self._nodes:
             self._nodes.append(node)
@@ -152,7 +154,7 @@ class PatternRule:
         return following
 
     def _item(self, item: tuple, flags: int, following: int) -> int:
-        """Returns the first place of an item that goes on to `following`."""
+        """Returns the first position of an item that goes on to `following`."""
         kind, value = item
         if kind in (_constants.LITERAL, _constants.NOT_LITERAL, _constants.IN, _constants.ANY):
             return self._add("char", following, test=self._test(item, flags))

@@ -110,17 +110,17 @@ class _Tags:
             # What is text and what is whitespace matters no more.
             return (*self._search(state, byte, flags), b""), False, False
         held = state[3]
-        places = self._search(state, byte, flags)
+        matched = self._search(state, byte, flags)
         code = held + bytes([byte])
         if code in self._codes:
-            return (*places, b""), False, False
+            return (*matched, b""), False, False
         if code in self._held:
-            return (*places, code), False, False
+            return (*matched, code), False, False
         if held:
             # No character after all: the held bytes are text, and this byte begins anew.
             following, _, is_text = self.read((*state[:3], b""), byte)
             return following, True, is_text
-        return (*places, b""), False, True
+        return (*matched, b""), False, True
 
     def _search(self, state: _State, byte: int, flags: int) -> tuple[int, int, int]:
         wanted = (not flags & _OPENED, flags & _OPENED, flags & _OPENED)
@@ -167,21 +167,21 @@ def _machine(tokens: Sequence[bytes]) -> tuple[np.ndarray, ...]:
     shape = (len(states), len(tokens) + 1)
     following = np.repeat(np.arange(shape[0], dtype=np.int32)[:, None], shape[1], axis=1)
     begin, end, last, stop = (np.zeros(shape, np.int16) for _ in range(4))
-    for place in range(sizes.max()):
-        alive = np.flatnonzero(sizes > place)
-        byte = np.asarray([tokens[i][place] for i in alive])
+    for offset in range(sizes.max()):
+        alive = np.flatnonzero(sizes > offset)
+        byte = np.asarray([tokens[i][offset] for i in alive])
         state, begins, ends, lasts, stops = (
             x[:, alive] for x in (following, begin, end, last, stop)
         )
         now = table[state, byte]
         before, after = flags[state], flags[now]
         new = after & ~before
-        lasts[texts[state, byte, 0]] = 1 + place
+        lasts[texts[state, byte, 0]] = 1 + offset
         opens = (byte == ord("<")) & (before & _CONSISTENCY == 0)
         stops = np.where(opens, np.where(lasts == _KEEP, _TAKE_LAST, 1 + lasts), stops)
-        lasts[texts[state, byte, 1]] = 1 + place + 1
-        begins[new & _OPENED > 0] = place + 1 - len(_OPEN)
-        ends[new & _COHERENCE > 0] = place + 1
+        lasts[texts[state, byte, 1]] = 1 + offset + 1
+        begins[new & _OPENED > 0] = offset + 1 - len(_OPEN)
+        ends[new & _COHERENCE > 0] = offset + 1
         for whole, some in zip(
             (following, begin, end, last, stop), (now, begins, ends, lasts, stops), strict=True
         ):
@@ -247,10 +247,10 @@ def cut(spans: SpanTables, tokens: jax.Array, lengths: jax.Array) -> tuple[Span,
     index = jnp.arange(t)[:, None]
 
     def close_gaps(tokens: jax.Array) -> jax.Array:
-        place = jnp.where(filled, counts, t + index).T
+        target = jnp.where(filled, counts, t + index).T
         text = jnp.zeros((n, t), jnp.int32)
         rows = jnp.arange(n)[:, None]
-        return text.at[rows, place].set(tokens, mode="drop", unique_indices=True)
+        return text.at[rows, target].set(tokens, mode="drop", unique_indices=True)
 
     # A scatter costs as much as all the rest; special tokens mostly stand at the end alone.
     text = jax.lax.cond(jnp.any(filled & (counts != index)), close_gaps, lambda x: x, tokens)

@@ -150,12 +150,14 @@ class Rollout:
         engine, greedy = self._engine(self.group_size, self.sampling), None
         if self.greedy:
             one = self._engine(1, self.sampling)
-            played = yield from along(self._play_programs(params, batch, key, one), {}, "greedy ")
-            greedy = played.rewards
-        experience = yield from self._play_programs(params, batch, key, engine)
+            baseline = yield from along(
+                self._experience_programs(params, batch, key, one), {}, "greedy "
+            )
+            greedy = baseline.rewards
+        experience = yield from self._experience_programs(params, batch, key, engine)
         return experience._replace(greedy=greedy)
 
-    def _play_programs(self, params: Any, batch: Batch, key: Any, engine: Engine) -> Programs:
+    def _experience_programs(self, params: Any, batch: Batch, key: Any, engine: Engine) -> Programs:
         mesh, prompts = mesh_of(batch), len(batch.last_token)
         kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
         if kinds != {jnp.dtype(self.policy.dtype)} or mesh.size > 1:

@@ -33,7 +33,7 @@ def run(
 
 
 def end(result: object, *, may_stop: bool) -> None:
-    """Exits with the status `STOPPED` if nothing is the result of a program that may stop."""
+    """Exits with `STOPPED` if a resumable program ended early, that is, without a result."""
     if may_stop and not result:
         sys.exit(STOPPED)
 

@@ -88,7 +88,7 @@ def test_accuracy_stays_exact_beside_the_graded_one() -> None:
     assert metrics["graded_accuracy"] == 0.75
 
 
-def test_rows_are_answered_by_vote_and_written_with_every_response() -> None:
+def test_rows_are_answered_by_majority_and_written_with_every_response() -> None:
     # True labels 0, 1, 1; the last row is padding.
     batches = [_batch([0, 1], [1, 1]), _batch([1, 0], [1, 0])]
     answers = [[0, 1, 0], [0, 1, 0], [-1, -1, 1], [0, 0, 0]]

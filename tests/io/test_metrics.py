@@ -44,7 +44,7 @@ def test_the_file_is_closed_after_each_step(tmp_path):
 
 
 class ListSink:
-    """Holds what was written, in place of a sink of one's own."""
+    """Holds what was written, in place of a custom sink."""
 
     def __init__(self, workdir, first_step):
         self.rows, self.opened, self.closed = [], (workdir, first_step), False

@@ -104,6 +104,32 @@ def test_steps_begin_on_lines_of_their_own(tmp_path: Path) -> None:
     )
 
 
+def test_a_third_question_is_in_tables_curves_and_samples(tmp_path: Path) -> None:
+    replies = {"coherence": "awe", "pleasant": "no & never"}
+    metrics = {"accuracy": 0.5, "coherence": 0.25, "pleasant": 0.75, "decoupling": 0.0, "rows": 4.0}
+    before = {"scenes": Evaluation({"pleasant": 0.5}, [])}
+    after = {"scenes": Evaluation(metrics, [_sample(replies=replies)])}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward/pleasant": 0.125}))
+    table = [line.split() for line in report.before_after_table(before, after).splitlines()]
+    assert [row[1] for row in table[1:]] == ["accuracy", "coherence", "pleasant", "decoupling"]
+    assert table[3] == ["scenes", "pleasant", "50.0", "75.0", "+25.0"]
+    # A long name moves its column.
+    longer = _sample(replies={"a_long_question": ""})
+    wide = report.before_after_table({}, {"s": Evaluation({"a_long_question": 1.0}, [longer])})
+    head, row = wide.splitlines()
+    assert row.split() == ["s", "a_long_question", "–", "100.0", "–"] and len(head) == len(row)
+    images = {"scenes": lambda _: None}
+    page = report.write_report(tmp_path, "t", before, after, images).read_text(encoding="utf-8")
+    assert "<td>scenes · pleasant</td><td>50.0</td><td>75.0</td><td>+25.0</td>" in page
+    assert ">pleasant 0.12</text>" in page
+    assert '<span class="tag">reply to the pleasant question</span>no &amp; never</p>' in page
+    assert '<span class="tag">emotion inferred from the text</span>awe</p>' in page
+    # A mean that is no share stays as it is.
+    text = (tmp_path / "evaluation.md").read_text()
+    assert "| scenes | pleasant | 50.0 | 75.0 |  |" in text
+    assert "| scenes | rows | – | 4.0 | |" in text
+
+
 @pytest.fixture
 def counted() -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
     metrics = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 0.875, "rows": 8.0}

@@ -1,4 +1,4 @@
-"""Packing: by hand, and as a property: every token has one place, and comes back from it."""
+"""Packing: by hand, and as a property: every token has one position, and comes back from it."""
 
 import hypothesis
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ def test_a_plan_by_hand():
     assert found.place.tolist() == [[12, 0, 10, 6, 15, 5]]
 
 
-def test_the_width_with_the_fewest_places_is_taken():
+def test_the_width_with_the_fewest_positions_is_taken():
     lengths = np.full((2, 4), 5)
-    # Two to a row of 10 need 20 places, one to a row of 6 needs 24, three to a row of 16 need 32.
+    # Two to a row of 10 need 20 positions, one to a row of 6 needs 24, three to one of 16 need 32.
     assert plan(lengths, 6, (6, 10, 16)).source.shape == (2, 2, 10)
     # Nothing is gained where two do not fit.
     assert plan(lengths, 6, (6, 9)) is None
@@ -41,7 +41,7 @@ def test_every_group_gets_as_many_rows_as_the_fullest_needs():
     st.lists(st.integers(1, 30), max_size=3),
 )
 @hypothesis.settings(deadline=None, max_examples=200)
-def test_tokens_come_back_from_their_places(lengths, sizes):
+def test_tokens_come_back_from_their_positions(lengths, sizes):
     lengths, size = np.asarray(lengths), 9
     found = plan(lengths, size, sizes)
     if found is None:

@@ -33,7 +33,7 @@ def prompts(number: int) -> Batch:
     return Batch(prompt, own, own, images, own, own, own, grades, np.ones(B, np.float32))
 
 
-def played(batch: Batch, rewards: Sequence[Sequence[float]]) -> Experience:
+def rolled_out(batch: Batch, rewards: Sequence[Sequence[float]]) -> Experience:
     """An experience whose arrays hold the numbers of their rows."""
     own = jnp.repeat(jnp.asarray(batch.last_token)[:, None], G, axis=1)
     value = own.astype(jnp.float32)
@@ -62,12 +62,12 @@ def run(mesh, rounds: Sequence[Sequence[Sequence[float]]], tries: int):
 
     def again(batch, key):
         keys.append(jax.random.key_data(key).tolist())
-        return played(batch, next(waiting))
+        return rolled_out(batch, next(waiting))
 
     first = named(0)
     key = jax.random.key(0)
     found, experience, counts = resample(
-        first, played(put(first.batch), rounds[0]), again, stream(), key, tries, put
+        first, rolled_out(put(first.batch), rounds[0]), again, stream(), key, tries, put
     )
     # Neither the first rollout's key nor one of those that it is split into.
     own = [jax.random.key_data(k).tolist() for k in (key, *jax.random.split(key, 4))]

@@ -6,7 +6,7 @@ attributes, size in pixels, and the image's file. TensorFlow is not needed.
 
 Copy or refer. EmoSet-118K is 118,102 files; to copy them into records doubles the disk they take
 and makes the first run wait for the copy. So by default records refer to the images, which stay
-where they are and must not move, and a build costs one look at the head of each file. `copy=True`
+where they are and must not move, and a build reads the head of each file. `copy=True`
 puts the bytes of the images into a split of their own beside the records (`<split>_pictures`),
 for disks that are slow at many small files, or to take one folder to another machine. What has no
 image files (FER-2013's csv) is always copied.

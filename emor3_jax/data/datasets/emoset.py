@@ -89,9 +89,9 @@ def _check_order(root: Path, checks: Checks) -> None:
 
 def _find(info: object, key: str) -> dict | None:
     """Returns the map under `key`, at the top or under "emotion"."""
-    for place in (info, info.get("emotion") if isinstance(info, dict) else None):
-        if isinstance(place, dict) and isinstance(place.get(key), dict):
-            values = place[key]
+    for holder in (info, info.get("emotion") if isinstance(info, dict) else None):
+        if isinstance(holder, dict) and isinstance(holder.get(key), dict):
+            values = holder[key]
             if all(re.fullmatch(r"\d+", str(value)) for value in values.values()):
                 return {name: int(value) for name, value in values.items()}
     return None

@@ -2,7 +2,7 @@
 
 FER-2013 labels its faces and says nothing else of them, so the descriptions are stock phrases for
 each label ("a face with raised brows and a dropped jaw"). They are right for most faces, not for
-each. As on EmoScenes, judgements are correct pairs of phrase and label, and SET responses are
+each. As on EmoScenes, reflections are correct pairs of phrase and label, and SET responses are
 mediocre on purpose: they describe the face correctly, now and then as one of another label. The
 feeling mostly follows that description, and the answer follows one of the two; else they are one of
 a few favourites. The format is often broken.
