@@ -50,7 +50,7 @@ from emor3_jax.rl.losses import Clip, PolicyLoss
 from emor3_jax.rl.update import TrainState, make_optimizer
 from emor3_jax.rollout.rollout import prefill
 from emor3_jax.rollout.sampling import Sampling
-from emor3_jax.rollout.slots import Admission, Slots, begin, decode_block, open_slots
+from emor3_jax.rollout.slots import Admission, InFlight, Room, decode_block, open_flight
 from emor3_jax.types import Batch, Experience, Samples
 
 PROGRAMS = ("decode", "prefill", "reference", "update")
@@ -230,24 +230,34 @@ def decode(policy: Policy, sizes: Sizes, unrolled: bool) -> Job:
     k, v = (jax.ShapeDtypeStruct((layers, b, heads, *x), DTYPE) for x in ((d, p), (p, d)))
     rows, samples = np.arange(b, dtype=np.int32), make_samples(policy, (b, g, longest), age)
     admission = Admission(rows, rows, rows, KV(k, v, np.ones((b, p), bool)))
-    new = begin.eval_shape(admission, responses=g, length=longest, unroll=unrolled)
-    cache = open_slots.eval_shape(new, b, places).cache
-    slots = Slots(
-        row=rows,
-        position=np.full(b, p, np.int32),
-        age=np.full(b, age, np.int32),
-        token=samples.tokens[..., 0],
-        lane=np.broadcast_to(np.arange(g, dtype=np.int32), (b, g)),
-        ended=np.zeros((b, g), bool),
-        samples=samples,
-        prefix=admission.prefix,
-        cache=cache._replace(mask=np.broadcast_to(np.arange(places) < age, (b, g, places))),
-        cursor=np.int32(age),
+    how = {"responses": g, "length": longest, "unroll": unrolled}
+    opened = open_flight.eval_shape(admission, room=Room(1, b, b * g, places), **how)
+    lanes = np.arange(b * g, dtype=np.int32)
+    flight = InFlight(
+        opened.slots._replace(
+            row=rows,
+            token=rows,
+            position=np.full(b, p, np.int32),
+            wave=np.zeros(b, np.int32),
+            begun=np.full(b, g, np.int32),
+            samples=samples,
+            prefix=admission.prefix,
+        ),
+        opened.lanes._replace(
+            cell=lanes,
+            row=lanes // g,
+            response=lanes % g,
+            position=np.full(b * g, p, np.int32),
+            token=samples.tokens[..., 0].reshape(-1),
+            age=np.full(b * g, age, np.int32),
+        ),
+        np.int32(age),
     )
 
-    def again(result: Slots, args: tuple) -> tuple:
-        kept = slots.cache._replace(k=result.cache.k, v=result.cache.v)
-        return jax.device_put(slots._replace(prefix=result.prefix, cache=kept)), *args[1:]
+    def again(result: InFlight, args: tuple) -> tuple:
+        slots = flight.slots._replace(prefix=result.slots.prefix)
+        ring = flight.lanes._replace(k=result.lanes.k, v=result.lanes.v)
+        return jax.device_put(InFlight(slots, ring, flight.cursor)), *args[1:]
 
     # Of an embedding that is not the head as well, a token reads a row.
     read_by_all = dict(params["model"]) | params.get("lm_head", {})
@@ -259,8 +269,14 @@ def decode(policy: Policy, sizes: Sizes, unrolled: bool) -> Job:
     sampling = Sampling(longest, 1.0, 1.0, ())
     return Job(
         decode_block,
-        (slots, jax.random.key(0), np.int32(0), given, np.zeros(shapes.vocab_size, bool)),
-        {"policy": policy, "sampling": sampling, "block": sizes.block},
+        (flight, jax.random.key(0), given, np.zeros(shapes.vocab_size, bool)),
+        {
+            "policy": policy,
+            "sampling": sampling,
+            "block": sizes.block,
+            "columns": g,
+            "parts": 1,
+        },
         decoder_flops(shapes, 1, before=p + cached, logits=1).times(b * g * sizes.block),
         again,
         sizes.block,

@@ -1,15 +1,22 @@
 """Simulate a rollout's lanes: the engine's own loop on drawn response lengths, without a policy.
 
-    python -m benchmarks.simulate
+    python -m benchmarks.simulate [--seed=0]
 
-Prompts draw the lengths of their responses: log-normal, of which 1 % are cut at 2,048 tokens, 265
-tokens on average before the cut. The engine admits, decodes, shrinks and takes out as it does in a
-run; only its programs are replaced by arithmetic on these lengths. Printed are, for each mesh and
-plan: decode steps, the share of lane steps that sampled a token (lane efficiency), the programs
-that differ in shape, and how many places of the ring attention reads for one that it needs. What
-the engine before 2026-11-29 took, which refilled whole groups, is `BEFORE`.
+512 prompts draw the lengths of their 8 responses: log-normal, on average 265 tokens of which 1 %
+are cut at 2,048. The engine admits, decodes, shrinks and takes out as it does in a run; only its
+programs are replaced by arithmetic on these lengths. For each slice, with the sizes of its config,
+two ways are printed: a lane for each response of a prompt in flight (a slot is refilled as a whole
+when its group has ended, as the engine did until 2026-11-29), and fewer lanes than responses (a
+lane is refilled when its response has ended). Columns:
+
+* steps: of decoding, each of which reads all weights;
+* lanes: share of the steps of all lanes that sampled a token (lane efficiency);
+* ring, blocks: places of the ring that attention reads for one that it needs, over the whole ring
+  and by blocks of 128 places;
+* programs: shapes that the decoder is compiled for.
 """
 
+import argparse
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -44,16 +51,23 @@ class Case(NamedTuple):
     lanes: int
 
 
-CASES = (
-    Case("v5e-64", 32, 16, 2, 32),
-    Case("v5e-64", 32, 16, 2, 64),
-    Case("v4-32", 16, 8, 2, 32),
-    Case("v4-32", 16, 16, 2, 32),
-    Case("v4-8", 4, 8, 2, 32),
-    Case("v4-8", 4, 16, 2, 32),
-    Case("v5p-8", 4, 32, 4, 128),
-    Case("one device", 1, 32, 4, 128),
+GROUPS = (
+    Case("v5e-64", 32, 4, 2, 32),
+    Case("v4-32", 16, 4, 2, 32),
+    Case("v4-8", 4, 4, 2, 32),
+    Case("v5p-8", 4, 16, 4, 128),
+    Case("one device", 1, 16, 4, 128),
 )
+"""A lane for each response of a prompt in flight: a slot is refilled when its group has ended."""
+
+LANES = (
+    Case("v5e-64", 32, 16, 2, 32),
+    Case("v4-32", 16, 16, 2, 32),
+    Case("v4-8", 4, 16, 2, 32),
+    Case("v5p-8", 4, 64, 4, 128),
+    Case("one device", 1, 64, 4, 128),
+)
+"""Fewer lanes than responses: a lane is refilled when its response ends. Sizes of the configs."""
 
 
 def draw_lengths(seed: int = 0, prompts: int = PROMPTS) -> np.ndarray:
@@ -205,3 +219,32 @@ def simulate(lengths: np.ndarray, case: Case, plan: Plan) -> Counts:
     if sorted(np.concatenate(rows)) != list(range(prompts)) or total["tokens"] != lengths.sum():
         raise AssertionError("a response was lost or decoded twice")
     return Counts(**total, programs=frozenset(programs))
+
+
+def rows(seed: int) -> Iterator[str]:
+    """Yields the lines of the table."""
+    lengths = draw_lengths(seed)
+    plan = Plan(block=128)
+    yield "| slice | parts | slots | lanes | refilled | steps | lanes | ring | blocks | programs |"
+    yield "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|"
+    for name, cases in (("groups", GROUPS), ("responses", LANES)):
+        for case in cases:
+            found = simulate(lengths, case, plan)
+            yield (
+                f"| {case.name} | {case.parts} | {case.slots} | {case.lanes} | {name} | "
+                f"{found.steps:,} | {found.tokens / found.lane_steps:.2f} | "
+                f"{found.read / found.needed:.1f} | {found.ragged / found.needed:.2f} | "
+                f"{len(found.programs)} |"
+            )
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--seed", type=int, default=0)
+    for row in rows(parser.parse_args().seed):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
