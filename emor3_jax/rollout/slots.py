@@ -433,7 +433,11 @@ def _pick(tree: Any, axes: Any, at: jax.Array, parts: int) -> Any:
     """Returns the rows `at`, int32[n], of each part of a tree of arrays."""
 
     def own(tree: Any, at: jax.Array) -> Any:
-        return _map_arrays(lambda axis, x: jnp.take(x, at, axis), axes, tree)
+        def pick(axis: int, x: jax.Array) -> jax.Array:
+            # Layer by layer: all at once, the compiler lays keys out anew, which takes a copy.
+            return jax.lax.map(lambda y: jnp.take(y, at, 0), x) if axis else jnp.take(x, at, 0)
+
+        return _map_arrays(pick, axes, tree)
 
     return on_each_part(own, (tree, at), (axes, 0), axes, parts)
 
