@@ -12,6 +12,7 @@ import pytest
 import emor3_jax
 from configs import tpu_v4
 from configs.qwen2_5_vl_3b import Layout, on_slice
+from emor3_jax.compile import matches
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 
@@ -43,8 +44,29 @@ def test_a_mesh_that_the_slice_does_not_have_is_refused() -> None:
 def test_an_unknown_program_is_refused_with_the_known_ones() -> None:
     done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", "--only=decode_all")
     assert done.returncode == 2
-    assert "error: only='decode_all': no program of this config; choose among " in done.stderr
-    assert "decode, " in done.stderr and "update" in done.stderr
+    assert "error: only='decode_all': no program of this config. Programs: " in done.stderr
+    assert " decode, " in done.stderr and " evaluate.decode, " in done.stderr
+    assert "Whole families: evaluate." in done.stderr
+    # It is told before anything is compiled.
+    assert "compiled" not in done.stderr
+
+
+@needs_compiler
+def test_the_names_of_all_programs_are_listed() -> None:
+    done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", "--only=help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = done.stdout.splitlines()
+    said, families = line.split(". Whole families: ")
+    names = said.removeprefix("Programs: ").split(", ")
+    assert {"weight_sync", "decode", "shrink", "admit", "take_out", "update"} <= set(names)
+    assert {"evaluate.decode", "evaluate.prefill"} <= set(names)
+    assert not any(" " in name for name in names) and families == "evaluate."
+
+
+def test_a_name_stands_for_its_program_or_its_family() -> None:
+    assert matches("decode", "decode") and matches("evaluate", "evaluate.decode")
+    assert matches("evaluate.decode", "evaluate.decode") and matches("shrink", "shrink.64x3")
+    assert not matches("decode", "evaluate.decode") and not matches("dec", "decode")
 
 
 @needs_compiler
@@ -58,7 +80,7 @@ def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "v4-8: 4 devices, each with 30.75 GiB for programs (32 GB a chip)" in done.stdout
-    assert "\nfits: at most " in done.stdout
+    assert "\nfits, as far as compiled (2 of " in done.stdout
     found = json.loads(out.read_text())
     programs = {program["name"]: program for program in found["programs"]}
     assert list(programs) == ["weight_sync", "decode"]

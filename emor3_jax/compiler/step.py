@@ -106,9 +106,9 @@ def step_programs(
     yield from along(along(updates, found), kept)
     evaluated = maker.batch(config.evaluate.prompts)
     kept["data"] = [evaluated, rollout.scorer.tables]
-    yield from along(maker.put_programs(evaluated), kept, "evaluate ")
+    yield from along(maker.put_programs(evaluated), kept, "evaluate")
     evaluation = maker.rollout(training=False).programs(base, evaluated, key)
-    yield from along(evaluation, kept, "evaluate ")
+    yield from along(evaluation, kept, "evaluate")
 
 
 class _Maker:
@@ -195,7 +195,7 @@ class _Maker:
         if self.policy.dtype != jnp.float32:
             given = by_prompts(self.mesh, jax.ShapeDtypeStruct(patches.shape, jnp.float32))
             args = given, self.policy.dtype
-            yield Program("cast_patches", prepare.cast_patches, args, layout=by_prompts)
+            yield Program("cast_patches", prepare.cast_patches, args)
 
     def batch(self, prompts: int) -> Batch:
         """Returns prompts in the largest buckets of the config."""

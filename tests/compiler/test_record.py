@@ -89,7 +89,7 @@ def test_programs_are_sent_the_results_of_those_before(record: Recorder) -> None
         z = yield Program("second", double, (y,))
         return z.shape
 
-    assert record.run(along(programs(), {"cache": held}, "a ")) == (16,)
-    assert [report.name for report in record.reports] == ["a first", "a second"]
+    assert record.run(along(programs(), {"cache": held}, "a")) == (16,)
+    assert [report.name for report in record.reports] == ["a.first", "a.second"]
     assert [report.resident["cache"] for report in record.reports] == [40, 24]
     assert [report.resident["data"] for report in record.reports] == [0, 32]
