@@ -242,7 +242,12 @@ class Learner:
         return update(state, part, self.suppressed, kl_coef, self.lora, spec=self.spec)
 
     def programs(
-        self, state: TrainState, experience: Experience, reference: Any, rewards: RewardTerms
+        self,
+        state: TrainState,
+        experience: Experience,
+        reference: Any,
+        rewards: RewardTerms,
+        params: Any,
     ) -> Programs:
         """Yields every jitted program of `score`, `update` and `after_step` at the largest shapes.
 
@@ -251,6 +256,7 @@ class Learner:
           experience: of the rollout, abstract.
           reference: parameters of the reference, abstract.
           rewards: what advantages are estimated from, abstract.
+          params: of the policy that sampled, abstract; in memory until the first update.
 
         Returns:
           The abstract state after the updates.
@@ -259,7 +265,7 @@ class Learner:
         how = {"size": experience.samples.tokens.shape[-1]}
         samples = yield Program("trim", trim, (experience.samples,), how)
         experience = experience._replace(samples=samples)
-        params = yield from self._merge_programs(state)
+        sampled = {"parameters": params}
         how = {
             "policy": spec.policy,
             "spec": spec.logprobs,
@@ -270,9 +276,10 @@ class Learner:
         if step.use_reference:
             features = yield from self.reference.programs(reference, experience.batch)
             args = (reference, *scored, features)
-            ref_logprobs = yield Program("reference", response_logprobs, args, how)
+            ref_logprobs = yield Program("reference", response_logprobs, args, how, sampled)
         if step.recompute:
-            old_logprobs = yield Program("old", response_logprobs, (params, *scored), how)
+            args = params, *scored
+            old_logprobs = yield Program("old", response_logprobs, args, how, sampled)
             yield Program("mean_gap", mean_gap, (old_logprobs, samples))
         kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
         kl_coef = whole(mesh, kl_coef) if step.adapt_kl else spec.kl_coef
@@ -295,7 +302,12 @@ class Learner:
             # The last one is cut while the others are there.
             others = [first_rows(part, rows) for _ in range(step.num_updates - 1)]
             part = yield Program(
-                "split", take_part, args, how, {"data": others}, calls=step.num_updates
+                "split",
+                take_part,
+                args,
+                how,
+                {"data": others, **sampled},
+                calls=step.num_updates,
             )
             held = [part, *others]
         args = state, part, self.suppressed, kl_coef if step.adapt_kl else None, self.lora
@@ -312,14 +324,19 @@ class Learner:
         yield from self.reference.follow_programs(reference, state.params)
         return state
 
-    def _merge_programs(self, state: TrainState) -> Programs:
-        """Yields the programs that merge adapters; returns the policy's abstract parameters."""
+    def merge_programs(self, state: TrainState) -> Programs:
+        """Yields the programs of `params`; returns what that returns, abstract."""
         if self.lora is None:
             return state.params
+        merged = {}
         for name, args in self.lora.merges(state.params).items():
             layout = partial(merged_layout, name)
-            yield Program(f"merge.{name}", add_adapter, args, {"path": name}, layout=layout)
-        return self.lora.base
+            # Beside those that were merged before.
+            alive, how = {"parameters": list(merged.values())}, {"path": name}
+            merged[name] = yield Program(
+                f"merge.{name}", add_adapter, args, how, alive, layout=layout
+            )
+        return self.lora.replace(merged)
 
     def after_step(self, state: TrainState, step: int, info: Metrics, updates: list) -> None:
         """Adapts the KL coefficient, and lets the reference follow the policy.

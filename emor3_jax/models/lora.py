@@ -64,6 +64,21 @@ class Lora(NamedTuple):
             if _has(adapters, path)
         }
 
+    def replace(self, kernels: dict[str, Any]) -> Params:
+        """Returns the base with other kernels, path → kernel; every other leaf is the base's."""
+        return _replace(self.base, {tuple(path.split("/")): x for path, x in kernels.items()})
+
+
+def _replace(
+    params: Params, kernels: dict[tuple[str, ...], Any], path: tuple[str, ...] = ()
+) -> Params:
+    if path in kernels:
+        return {**params, "kernel": kernels[path]}
+    return {
+        name: _replace(value, kernels, (*path, name)) if isinstance(value, dict) else value
+        for name, value in params.items()
+    }
+
 
 def modules(params: Params) -> dict[str, tuple[str, ...]]:
     """Returns name → path of one of its kernels, for every module that can be adapted.
