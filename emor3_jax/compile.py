@@ -1,10 +1,11 @@
-"""Compiles every program of a training step for a TPU slice that need not be there.
+"""Compiles every program of a training step for TPUs or GPUs that need not be there.
 
     python -m emor3_jax.compile --config=configs/tpu_v4.py --topology=v4-32 [--search] \\
         [--only=decode,update | --only=help] [--json=FILE]
 
-The TPU's own compiler (`pip install -e '.[compile]'`, any x86_64 Linux) compiles the programs that
-`train` runs, at the config's real shapes, without weights, data or a TPU. Printed are, for each
+The TPU's own compiler (`pip install -e '.[compile]'`), or XLA's for GPUs (`'.[compile_gpu]'`,
+`--topology=h100-1`), on any x86_64 Linux, compiles the programs that `train` runs, at the config's
+real shapes, without weights, data or a device. Printed are, for each
 program, the HBM of a device, the arithmetic of a step, what the collectives move and how long
 compiling took; then whether the step fits and, if not, what to change. Exit status 1 says that it
 does not fit. What is assumed stands in `emor3_jax/compiler/step.py`; docs/compile.md explains.
@@ -163,7 +164,7 @@ def find_place(config: ConfigDict, name: str) -> Place:
     slices = topology.parse(name)
     validate(config)
     policy, texts = read_policy_shapes(config)
-    policy = policy.with_compute(attention=prepare.attention_backend(config, "tpu"))
+    policy = policy.with_compute(attention=prepare.attention_backend(config, slices.chip.platform))
     devices = slices.devices()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_policy(mesh, policy.shapes)
@@ -243,7 +244,9 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", None, "TPU slice, such as v4-32 or 2xv5e-16.", required=True)
+    flags.DEFINE_string(
+        "topology", None, "TPU slice or GPUs, such as v4-32, 2xv5e-16 or h100-8.", required=True
+    )
     flags.DEFINE_bool("search", False, "Find the largest micro-batch and slots that fit.")
     flags.DEFINE_string("only", "", "Programs or families, joined by commas; empty for all.")
     flags.DEFINE_string("json", "", "File for the same as JSON.")

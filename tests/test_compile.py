@@ -120,7 +120,7 @@ def test_a_config_follows_the_chips() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("13b", "13b: must be of 3b, chips=16, slices=2"),
+        ("13b", "13b: must be of 3b, lora, chips=…, slices=…"),
         ("chips=0", "chips=0: must be of"),
         ("chips=12", "chips=12: 6 parts must divide the 256 prompts"),
     ],
