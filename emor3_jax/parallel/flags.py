@@ -2,7 +2,7 @@
 
 They are environment variables that are read once, when JAX first looks for devices. `set_flags`
 sets those that the environment does not set itself; a flag that is there, with whatever value,
-stays. `python -m emor3_jax.parallel.flags PLATFORM` prints them.
+stays, and EMOR3_FLAGS=0 leaves all as it is. `python -m emor3_jax.parallel.flags tpu` prints them.
 """
 
 import os
@@ -93,10 +93,12 @@ def set_flags(platform: str, environment: MutableMapping[str, str] = os.environ)
     """Sets the flags of a platform, before JAX looks for devices.
 
     Args:
-      platform: "tpu", "gpu" or "cpu".
+      platform: "tpu", "gpu" or "cpu"; another has none.
       environment: changed.
     """
-    for flag in FLAGS[platform]:
+    if environment.get("EMOR3_FLAGS") == "0":
+        return
+    for flag in FLAGS.get(platform, ()):
         there = environment.get(flag.variable, "")
         if flag.variable not in _MANY:
             environment.setdefault(flag.variable, flag.value)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from emor3_jax.errors import UserError
-from emor3_jax.parallel.flags import GPU_MEMORY_FRACTION
+from emor3_jax.parallel.flags import GPU_MEMORY_FRACTION, set_flags
 
 
 class TopologyError(UserError):
@@ -151,6 +151,8 @@ class Topology(NamedTuple):
           TopologyError: if the compiler is not installed.
         """
         need_compiler(self.chip.platform)
+        # What is compiled here is compiled as it is there.
+        set_flags(self.chip.platform)
         # Else it asks the network of Google Cloud where it runs, and lets one process in at a time.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
