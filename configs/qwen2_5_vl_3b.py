@@ -12,9 +12,10 @@ which an image of 1.5 million pixels fills by itself. The files for one machine 
 pixels (512 image tokens).
 
 `on_slice` makes the configs of TPU slices, for `python -m emor3_jax.compile`; what fits where is in
-docs/results/compile.md. `single_host` makes smaller runs, of which nothing has been compiled. By
-hand: policy, reference, AdamW's two moments and gradients take 18 bytes for each of 3.75 billion
-parameters over all devices, and each token in flight 36,864 bytes of bfloat16 cache.
+docs/results/compile.md. `single_host` makes smaller runs, those of `configs/gpu.py`; see
+docs/train_3b.md. By hand: policy, reference, AdamW's two moments and gradients take 18 bytes for
+each of 3.75 billion parameters over all devices, and each token in flight 36,864 bytes of bfloat16
+cache.
 """
 
 from collections.abc import Iterable

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import emor3_jax
-from configs import tpu_v4
+from configs import emoset, gpu, tpu_v4
 from configs.qwen2_5_vl_3b import Layout, on_slice
 from emor3_jax.compile import matches
+from emor3_jax.parallel import topology
+from emor3_jax.prepare.checks import validate
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 
@@ -128,3 +131,31 @@ def test_a_config_follows_the_chips() -> None:
 def test_an_unknown_option_of_a_config_is_refused(options: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         on_slice(options, LAYOUTS)
+
+
+@pytest.mark.parametrize("machine", emoset.MACHINES)
+def test_the_config_of_every_machine_is_sound_on_its_devices(machine: str) -> None:
+    config = emoset.get_config(machine)
+    config.data.train.path = config.evaluate.sets.emoset.path = "EmoSet-118K"
+    config.evaluate.sets.emotion6.path = "Emotion6"
+    validate(config)
+    found = topology.parse(machine)
+    sizes = [size for size in config.mesh.to_dict().values() if size != -1]
+    assert found.device_count % math.prod(sizes) == 0
+    parts = found.device_count // config.mesh.tensor
+    for size in (
+        *(config.rollout.prompts, config.rollout.slots, config.rollout.refill),
+        *(config.policy_update.prompts, config.policy_update.micro_prompts),
+        config.evaluate.prompts,
+    ):
+        assert size % parts == 0
+    # 16 GB chips and one GPU of 80 GB hold adapters alone.
+    assert bool(config.policy.lora_rank) == (machine in ("v5e-8", "h100-1"))
+
+
+def test_an_unknown_machine_is_told_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="machine 'v5e-1': must be one of v4-8, v5e-8"):
+        emoset.get_config("v5e-1")
+    with pytest.raises(ValueError, match="gpus must be 1 or 8"):
+        gpu.get_config("gpus=3")
+    assert gpu.get_config("gpus=8,lora").policy.lora_rank == 64

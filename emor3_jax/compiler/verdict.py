@@ -129,14 +129,17 @@ def _changes(
         if name in BY_REFILL and refill > parts:
             rule = f"fewer prompts prefilled and judged at once, down to {parts}"
             yield "rollout.refill", refill, rule
-    if not config.policy.lora_rank and held.get("optimizer"):
+    # What is a small share of the whole is no way out.
+    quarter = report.needed / 4
+    if not config.policy.lora_rank and held.get("optimizer", 0) > quarter:
         rule = f"adapters, such as 64, spare most of {_gib(held['optimizer'])} GiB of the optimizer"
         yield "policy.lora_rank", 0, rule
-    if held.get("data", 0) > sum(held.values()) / 4:
+    if held.get("data", 0) > quarter:
         rule = f"fewer images at once: {_gib(held['data'])} GiB are data"
         yield "rollout.prompts", rollout.prompts, rule
     tensor = config.mesh.tensor
-    if name not in LEARNING and tensor < policy.num_kv_heads:
+    whole = name not in LEARNING and held.get("parameters", 0) > quarter
+    if whole and tensor < policy.num_kv_heads:
         rule = f"{2 * tensor} halves the weights that decode, which are not cut over fsdp"
         yield "mesh.tensor", tensor, rule
 
