@@ -41,6 +41,9 @@ $(VENV)/installed-peers: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable '.[peers]'
 	touch $@
 
+# On a CPU, also where the extra of a TPU or GPU is installed: its library would look for the device,
+# print errors and take seconds. JAX_PLATFORMS=tpu make demo takes a TPU.
+demo: export JAX_PLATFORMS ?= cpu
 demo: setup
 	$(RUN) -m emor3_jax.train --config=configs/cpu_demo.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 

@@ -39,6 +39,8 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2,<0.11"],
         # The TPU's compiler, which needs no TPU; this version gave the numbers of the docs.
         "compile": ["libtpu==0.0.52"],
+        # The GPU's, which needs no GPU; attention is cuDNN's.
+        "compile_gpu": ["jax-cuda13-plugin>=0.10.2,<0.11", "nvidia-cudnn-cu13>=9.10"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -53,9 +53,8 @@ def load() -> Results:
 def compile_cell(size: str, name: str, programs: list[str]) -> None:
     """Compiles programs of a cell, and adds a line for each to the results."""
     slices = topology.parse(name)
-    kind = next(kind for kind, chip in topology.CHIPS.items() if chip == slices.chip)
     options = f"{size},chips={slices.chips * slices.slices},slices={slices.slices}"
-    config = f"configs/tpu_{CONFIGS[kind]}.py:{options}"
+    config = f"configs/tpu_{CONFIGS[slices.kind]}.py:{options}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [sys.executable, "-m", "emor3_jax.compile", f"--config={config}"]

@@ -1,26 +1,46 @@
 """EMO-R3 on EmoSet-118K as the paper trains: 2,000 balanced images, tested at home and abroad.
 
-python -m emor3_jax.train --config=configs/emoset.py --workdir=runs/emoset \\
-    --config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct --config.data.train.path=EmoSet-118K \\
+python -m emor3_jax.train --config=configs/emoset.py:v5e-8 --workdir=runs/emoset \\
+    --config.data.train.path=EmoSet-118K \\
     --config.evaluate.sets.emoset.path=EmoSet-118K --config.evaluate.sets.emotion6.path=Emotion6
 
-Both folders as their authors publish them (docs/data.md). Look at the data first, with the same
-flags: python -m emor3_jax.inspect --config=configs/emoset.py …
-
-For one machine with 4 chips or GPUs of 95 GB; not compiled for any yet, so whether it fits in
-memory is not known (configs/qwen2_5_vl_3b.py).
+Behind the colon stands the machine, one of `MACHINES`; docs/train_3b.md says what fits. Both
+folders as their authors publish them (docs/data.md). Look at the data first, with the same flags:
+python -m emor3_jax.inspect --config=configs/emoset.py …
 """
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import single_host
+from configs import gpu, tpu_v4, tpu_v5e, tpu_v5p, tpu_v6e
 from emor3_jax.config import dataset
 
+MACHINES = {
+    "v4-8": (tpu_v4, "3b"),
+    "v5e-8": (tpu_v5e, "3b,lora,chips=8"),
+    "v5e-64": (tpu_v5e, "3b,chips=64"),
+    "v5p-8": (tpu_v5p, "3b"),
+    "v6e-8": (tpu_v6e, "3b"),
+    "h100-1": (gpu, "gpus=1"),
+    "h100-8": (gpu, "gpus=8"),
+    "h200-1": (gpu, "gpus=1,memory=141"),
+}
+"""Name of a topology, as `emor3_jax.compile` knows it → config of the machine, and its options.
+"h100" stands for any GPU of 80 GB, "h200" for one of 141."""
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
-    config = single_host(prompts=64, max_tokens=2048)
-    config.mesh.fsdp = 4
+
+def get_config(machine: str = "v5p-8") -> ConfigDict:
+    """Returns the config for a machine.
+
+    Args:
+      machine: one of `MACHINES`.
+
+    Raises:
+      ValueError: if there is no such machine.
+    """
+    if machine not in MACHINES:
+        raise ValueError(f"machine {machine!r}: must be one of {', '.join(MACHINES)}")
+    module, options = MACHINES[machine]
+    config = module.get_config(options)
     config.data.train = dataset(kind="emoset", split="train", subset=2000)
     config.data.sort_by_size = True
     config.evaluate.sets = ConfigDict()

@@ -1,21 +1,47 @@
-"""EMO-R3 on Qwen2.5-VL-3B, one machine with 8 GPUs of 80 GB.
+"""EMO-R3 on Qwen2.5-VL-3B on one machine with GPUs: 8 or 1 of 80 GB, or 1 of 141 GB.
 
-python -m emor3_jax.train --config=configs/gpu.py --workdir=DIR \\
-    --config.policy.path=FOLDER --config.data.train.path=TRAIN.parquet \\
+python -m emor3_jax.train --config=configs/gpu.py:gpus=1 --workdir=DIR \\
+    --config.data.train.path=TRAIN.parquet \\
     --config.evaluate.sets.validation.path=VALIDATION.parquet
 
-Not compiled for this hardware yet, so whether it fits in memory is not known;
-configs/qwen2_5_vl_3b.py has the counts by hand. Of the release's settings, prompts a step (512) and
-image size differ.
+| behind the colon | trains | prompts a step |
+|---|---|---:|
+| `gpus=8`, the default | all parameters | 128 |
+| `gpus=1` | adapters: the optimizer of all parameters alone would take 30 of 80 GB | 64 |
+| `gpus=1,memory=141` | all parameters | 64 |
+
+`lora` behind a comma takes adapters anyway. Of the release's settings, prompts a step (512) and
+image size differ. What XLA's compiler for GPUs says of the memory is in docs/train_3b.md; nothing
+has been run on these machines.
 """
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import single_host
+from configs.qwen2_5_vl_3b import read_options, single_host, use_adapters
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
-    config = single_host(prompts=128, max_tokens=2048)
-    config.mesh.fsdp = 8
+def get_config(options: str = "gpus=8") -> ConfigDict:
+    """Returns the config.
+
+    Args:
+      options: see the module.
+
+    Raises:
+      ValueError: if an option is unknown.
+    """
+    chosen, numbers = read_options(options, ("lora",), {"gpus": 8, "memory": 80})
+    gpus = numbers["gpus"]
+    if gpus not in (1, 8) or numbers["memory"] not in (80, 141):
+        raise ValueError(f"--config=…:{options}: gpus must be 1 or 8, memory 80 or 141")
+    config = single_host(prompts=128 if gpus == 8 else 64, max_tokens=2048)
+    config.policy.path = "Qwen/Qwen2.5-VL-3B-Instruct"
+    config.mesh.fsdp = gpus
+    if gpus == 1:
+        config.rollout.slots, config.rollout.refill = 32, 8
+        config.policy_update.micro_prompts = 2
+        config.evaluate.prompts = 8
+        if numbers["memory"] == 80:
+            chosen = {"lora"}
+    if "lora" in chosen:
+        use_adapters(config)
     return config

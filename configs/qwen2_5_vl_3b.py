@@ -12,11 +12,13 @@ which an image of 1.5 million pixels fills by itself. The files for one machine 
 pixels (512 image tokens).
 
 `on_slice` makes the configs of TPU slices, for `python -m emor3_jax.compile`; what fits where is in
-docs/results/compile.md. `single_host` makes smaller runs, of which nothing has been compiled. By
-hand: policy, reference, AdamW's two moments and gradients take 18 bytes for each of 3.75 billion
-parameters over all devices, and each token in flight 36,864 bytes of bfloat16 cache.
+docs/results/compile.md. `single_host` makes smaller runs, those of `configs/gpu.py`; see
+docs/train_3b.md. By hand: policy, reference, AdamW's two moments and gradients take 18 bytes for
+each of 3.75 billion parameters over all devices, and each token in flight 36,864 bytes of bfloat16
+cache.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -72,6 +74,46 @@ were cut into 64 parts, much narrower than a TPU's vector of 128, the compiler d
 but summed whole matrices, and twice as much was moved."""
 
 
+def use_adapters(config: ConfigDict) -> None:
+    """Trains adapters of rank 64 in all layers of the decoder in the place of all parameters.
+
+    Their learning rate is ten times that of all parameters, and their scale stays near 1, by the
+    rule of thumb of https://thinkingmachines.ai/blog/lora; nothing of it has been tuned here.
+    """
+    config.policy.lora_rank, config.policy.lora_alpha = 64, 64.0
+    config.policy.lora_modules = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    config.policy_update.learning_rate *= 10
+
+
+def read_options(
+    options: str, words: Iterable[str], numbers: dict[str, int]
+) -> tuple[set[str], dict[str, int]]:
+    """Returns the options behind the colon of a config: the words, and all numbers.
+
+    Args:
+      options: joined by commas, such as "7b,chips=16".
+      words: that are known.
+      numbers: known keys → what they are by default.
+
+    Raises:
+      ValueError: if an option is unknown.
+    """
+    chosen, found = set(), dict(numbers)
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if option in words:
+            chosen.add(option)
+        elif key in numbers and value.isdigit() and int(value):
+            found[key] = int(value)
+        else:
+            known = ", ".join([*words, *(f"{key}=…" for key in numbers)])
+            raise ValueError(f"--config=…:{option}: must be of {known}, joined by commas")
+    return chosen, found
+
+
 class Layout(NamedTuple):
     """How a policy lies on slices of a kind.
 
@@ -101,25 +143,17 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     2048 tokens (about 1.5 million pixels), or that has over 144 windows, is dropped and counted.
 
     Args:
-      options: "3b" or "7b", "chips=16", "slices=2" (chips are those of all slices), joined by
-        commas.
+      options: "3b" or "7b", "lora" for adapters in the place of all parameters, "chips=16",
+        "slices=2" (chips are those of all slices), joined by commas.
       layouts: size of the policy → how it lies.
 
     Raises:
       ValueError: if an option is unknown, or the prompts do not divide over so many chips.
     """
-    size, numbers = "3b", {"slices": 1}
-    for option in filter(None, options.split(",")):
-        key, _, value = option.partition("=")
-        if option in layouts:
-            size = option
-        elif key in ("chips", "slices") and value.isdigit() and int(value):
-            numbers[key] = int(value)
-        else:
-            known = ", ".join([*layouts, "chips=16", "slices=2"])
-            raise ValueError(f"--config=…:{option}: must be of {known}, joined by commas")
+    chosen, numbers = read_options(options, (*layouts, "lora"), {"chips": 0, "slices": 1})
+    size = next((size for size in layouts if size in chosen), "3b")
     layout = layouts[size]
-    devices = numbers.get("chips", layout.chips) * layout.devices
+    devices = (numbers["chips"] or layout.chips) * layout.devices
     parts = devices // layout.tensor
     config = get_config()
     if parts < 1 or config.policy_update.prompts % parts:
@@ -140,4 +174,6 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     config.evaluate.refill = config.rollout.refill
     config.evaluate.prompts = max(256, config.rollout.refill)
     config.evaluate.slots = min(config.rollout.slots, config.evaluate.prompts)
+    if "lora" in chosen:
+        use_adapters(config)
     return config

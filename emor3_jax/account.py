@@ -7,14 +7,29 @@ Counted from shapes: no weights and no data are read, and no device is needed. T
 gives its shapes and its tokenizer; published policies are known by their id on the hub, and nothing
 is downloaded. Without `--prompt_tokens` and `--response_tokens` it is the longest step that the
 config allows. The assumptions stand in `emor3_jax.flops.step` and `emor3_jax.prepare.shapes`.
+
+    python -m emor3_jax.account --config=configs/tpu_v5e.py:3b,chips=64 --on=v5e-64
+
+estimates the seconds of a step by phase on these devices, at mean lengths instead of the longest
+(`emor3_jax.flops.seconds`); `--assume=padding=0.5,lanes=0.6` changes what is assumed, and
+`--compiled=FILE`, of `emor3_jax.compile --json`, takes the collectives of compiled programs.
 """
 
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from emor3_jax.config import uses_reference
+from emor3_jax.errors import UserError
 from emor3_jax.flops import Cost, QuestionTokens, StepShapes, phase_costs, total
+from emor3_jax.flops.seconds import CHIPS, REASONS, Assumptions, Machine, Phase, phase_seconds
 from emor3_jax.models.family import Shapes
+from emor3_jax.parallel import topology
 from emor3_jax.prepare.checks import validate
 from emor3_jax.prepare.shapes import make_step_shapes, read_policy_shapes
 from emor3_jax.rewards.questions import QUESTIONS
@@ -92,15 +107,126 @@ def _question_line(name: str, q: QuestionTokens | None) -> str:
     return f"{name}: {q.head} + {q.text} + {q.tail} tokens, reply {q.reply}{candidates}."
 
 
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step on devices that need not be there.
+
+    Attributes:
+      topology: of the devices.
+      assumed: the assumptions.
+      phases: phase → its seconds by each bound.
+    """
+
+    topology: topology.Topology
+    assumed: Assumptions
+    phases: dict[str, Phase]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step: its phases one after the other."""
+        return sum(phase.seconds for phase in self.phases.values())
+
+    def table(self) -> str:
+        """Returns the phases and what is assumed as markdown."""
+        lines = [
+            f"An estimate, no measurement: {self.seconds:.0f} s a step on {self.topology.name}.",
+            "",
+            "| phase | products s | memory s | links s | seconds | bound by |",
+            "|---|---:|---:|---:|---:|---|",
+            *(
+                f"| {name} | {x.flops:.2f} | {x.memory:.2f} | {x.links:.2f} | {x.seconds:.2f} "
+                f"| {x.bound} |"
+                for name, x in self.phases.items()
+            ),
+            f"| sum | | | | {self.seconds:.2f} | |",
+            "",
+            "| assumed | value | why |",
+            "|---|---:|---|",
+        ]
+        for field, value in self.assumed._asdict().items():
+            shown = value
+            if field == "lengths":
+                shown = (
+                    f"log-normal, mean {value.mean:g}, {value.cut:.1%} over {value.most}: "
+                    f"{value.average:.0f} once cut"
+                )
+            given = value != Assumptions._field_defaults[field]
+            lines.append(f"| {field} | {shown} | {'as given' if given else REASONS[field]} |")
+        chip = CHIPS[self.topology.kind]
+        lines.append(
+            f"| a device | {chip.flops / 1e12:.0f} TFLOP/s, {chip.memory / 1e9:.0f} GB/s, "
+            f"{chip.links / 1e9:.0f} GB/s received | its makers' pages |"
+        )
+        return "\n".join(lines)
+
+
+def estimate(
+    config: ConfigDict, name: str, assumed: Assumptions, compiled: Path | None = None
+) -> Estimate:
+    """Estimates the seconds of a step of a config.
+
+    Args:
+      config: of the run.
+      name: of a topology.
+      assumed: the assumptions.
+      compiled: file of `emor3_jax.compile --json`, whose collectives are taken.
+
+    Raises:
+      ConfigError, TopologyError: if the config or the topology is wrong.
+      UserError: if the file is not there, or of other devices.
+    """
+    slices = topology.parse(name)
+    mean = round(assumed.lengths.average)
+    shapes, step, costs = step_costs(config, assumed.prompt_tokens, mean)
+    sizes = config.mesh.to_dict()
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {k: slices.device_count // known if v == -1 else v for k, v in sizes.items()}
+    slots = min(config.rollout.slots or step.prompts, step.prompts)
+    machine = Machine(
+        CHIPS[slices.kind],
+        slices.device_count,
+        sizes["tensor"],
+        sizes["fsdp"],
+        slots,
+        min(config.rollout.refill or slots, slots),
+        step.prompts // config.policy_update.micro_prompts,
+        step.prompts // config.policy_update.prompts,
+    )
+    policy, _ = read_policy_shapes(config)
+    parameters = sum(x.size for x in jax.tree.leaves(policy.param_shapes()))
+    moved = None if compiled is None else _moved(compiled, name)
+    return Estimate(
+        slices, assumed, phase_seconds(shapes, step, costs, machine, assumed, parameters, moved)
+    )
+
+
+def _moved(file: Path, name: str) -> dict[str, float]:
+    if not file.is_file():
+        raise UserError(f"compiled={str(file)!r}: no such file; python -m emor3_jax.compile --json")
+    found = json.loads(file.read_text())
+    if found["topology"] != name:
+        raise UserError(f"compiled={str(file)!r}: is of {found['topology']}, not of on={name!r}")
+    return {x["name"]: x["calls"] * sum(x["moved"].values()) for x in found["programs"]}
+
+
 def define_flags() -> None:
-    """Defines the flags of the lengths: `--prompt_tokens` and `--response_tokens`."""
+    """Defines the flags of the lengths, and of the estimate."""
     flags.DEFINE_integer("prompt_tokens", None, "P, those of the image included.")
     flags.DEFINE_integer("response_tokens", None, "T, of every response.")
+    flags.DEFINE_string("on", "", "Devices to estimate seconds for, such as v5e-64 or h200-1.")
+    flags.DEFINE_string("assume", "", "Other assumptions: padding=0.5,mean=400,…")
+    flags.DEFINE_string("compiled", "", "File of emor3_jax.compile --json, for its collectives.")
 
 
 def main(config: ConfigDict) -> None:
     """Prints the cost of a step of a config."""
-    print(report(*step_costs(config, flags.FLAGS.prompt_tokens, flags.FLAGS.response_tokens)))
+    given = flags.FLAGS
+    if not given.on:
+        print(report(*step_costs(config, given.prompt_tokens, given.response_tokens)))
+        return
+    assumed = Assumptions().changed(given.assume)
+    compiled = Path(given.compiled) if given.compiled else None
+    print(estimate(config, given.on, assumed, compiled).table())
 
 
 if __name__ == "__main__":

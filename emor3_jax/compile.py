@@ -1,10 +1,11 @@
-"""Compiles every program of a training step for a TPU slice that need not be there.
+"""Compiles every program of a training step for TPUs or GPUs that need not be there.
 
     python -m emor3_jax.compile --config=configs/tpu_v4.py --topology=v4-32 [--search] \\
-        [--only=decode,update] [--json=FILE]
+        [--only=decode,update | --only=help] [--json=FILE]
 
-The TPU's own compiler (`pip install -e '.[compile]'`, any x86_64 Linux) compiles the programs that
-`train` runs, at the config's real shapes, without weights, data or a TPU. Printed are, for each
+The TPU's own compiler (`pip install -e '.[compile]'`), or XLA's for GPUs (`'.[compile_gpu]'`,
+`--topology=h100-1`), on any x86_64 Linux, compiles the programs that `train` runs, at the config's
+real shapes, without weights, data or a device. Printed are, for each
 program, the HBM of a device, the arithmetic of a step, what the collectives move and how long
 compiling took; then whether the step fits and, if not, what to change. Exit status 1 says that it
 does not fit. What is assumed stands in `emor3_jax/compiler/step.py`; docs/compile.md explains.
@@ -13,11 +14,13 @@ does not fit. What is assumed stands in `emor3_jax/compiler/step.py`; docs/compi
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
@@ -47,8 +50,8 @@ class Compiled:
       policy: its shapes.
       parts: into how many parts the mesh cuts a batch.
       costs: phase → what a step costs, at the longest shapes.
-      reports: of the programs, in the order of a step.
-      names: of all programs of the config, compiled or not.
+      reports: of the programs that were compiled, in the order of a step.
+      names: of all programs of the config.
     """
 
     topology: Topology
@@ -72,8 +75,8 @@ class Compiled:
 
     def verdict(self) -> str:
         """Returns whether the step fits, and what to change if not."""
-        usable = self.topology.chip.usable
-        return verdict(self.reports, self.config, self.policy.shapes, self.parts, usable)
+        usable, total = self.topology.chip.usable, len(self.names)
+        return verdict(self.reports, self.config, self.policy.shapes, self.parts, usable, total)
 
     def to_json(self) -> dict[str, Any]:
         """Returns all of it as JSON; bytes and FLOPs are those of one device."""
@@ -112,33 +115,80 @@ def compile_config(
     Args:
       config: of the run.
       name: of the topology.
-      only: the programs to compile; empty for all.
+      only: names or families of the programs to compile (`matches`); empty for all.
       say: told of each report.
 
     Raises:
       ConfigError, MeshError, TopologyError: before any compile, for what cannot be compiled.
     """
-    slices = topology.parse(name)
-    validate(config)
-    policy, texts = read_policy_shapes(config)
-    policy = policy.with_compute(attention=prepare.attention_backend(config, "tpu"))
-    devices = slices.devices()
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    check_policy(mesh, policy.shapes)
-    check_batches(mesh, config)
-
+    place = find_place(config, name)
+    slices, policy = place.topology, place.policy
     names: list[str] = []
 
     def wanted(program: str) -> bool:
         names.append(program)
-        return not only or program in only
+        return not only or any(matches(x, program) for x in only)
 
-    record = Recorder(mesh, wanted, say, slices.chip.usable)
-    with jax.set_mesh(mesh):
-        record.run(step_programs(mesh, config, policy, texts.questions))
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    costs = costs_of(config, policy, texts)
-    return Compiled(slices, config, policy, parts, costs, record.reports, names)
+    reports = place.record(Recorder(place.mesh, wanted, say, slices.chip.usable))
+    parts = place.mesh.shape["data"] * place.mesh.shape["fsdp"]
+    costs = costs_of(config, policy, place.texts)
+    return Compiled(slices, config, policy, parts, costs, reports, names)
+
+
+class Place(NamedTuple):
+    """A config on devices that need not be there.
+
+    Attributes:
+      topology: of the devices.
+      config: of the run.
+      policy: its shapes, with the attention of the platform.
+      texts: tokens around judged texts.
+      mesh: of the devices.
+    """
+
+    topology: Topology
+    config: ConfigDict
+    policy: Policy
+    texts: TemplateTokens
+    mesh: Mesh
+
+    def record(self, recorder: Recorder) -> list[Report]:
+        """Returns the reports of the programs that a recorder compiles."""
+        with jax.set_mesh(self.mesh):
+            recorder.run(step_programs(self.mesh, self.config, self.policy, self.texts.questions))
+        return recorder.reports
+
+
+def find_place(config: ConfigDict, name: str) -> Place:
+    """Checks a config on a topology; arguments and errors as of `compile_config`."""
+    slices = topology.parse(name)
+    validate(config)
+    policy, texts = read_policy_shapes(config)
+    policy = policy.with_compute(attention=prepare.attention_backend(config, slices.chip.platform))
+    devices = slices.devices()
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    check_policy(mesh, policy.shapes)
+    check_batches(mesh, config)
+    return Place(slices, config, policy, texts, mesh)
+
+
+def program_names(place: Place) -> list[str]:
+    """Returns the names of all programs of a run, in its order, without compiling any."""
+    names: list[str] = []
+    place.record(Recorder(place.mesh, lambda name: bool(names.append(name))))
+    return names
+
+
+def matches(name: str, program: str) -> bool:
+    """Returns whether a name is a program's, or that of its family: "evaluate", "merge"."""
+    return program == name or program.startswith(f"{name}.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns the names of programs and of their families, for people."""
+    families = sorted({name.split(".")[0] for name in names if "." in name})
+    said = f"Programs: {', '.join(dict.fromkeys(names))}."
+    return f"{said} Whole families: {', '.join(families)}." if families else said
 
 
 def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[str, Cost]:
@@ -161,15 +211,20 @@ def main(config: ConfigDict) -> None:
             print(line, flush=True)
         return
     only = tuple(name.strip() for name in given.only.split(",") if name.strip())
+    if only:
+        # Names alone, in seconds: a wrong one is told before minutes of compiling.
+        names = program_names(find_place(config, given.topology))
+        if only == ("help",):
+            print(listed(names))
+            return
+        if unknown := [x for x in only if not any(matches(x, program) for program in names)]:
+            raise UserError(f"only={unknown[0]!r}: no program of this config. {listed(names)}")
 
     def say(report: Report) -> None:
         needed = f"{report.needed / 2**30:.2f} GiB"
         print(f"compiled {report.name}: {needed}", file=sys.stderr, flush=True)
 
     found = compile_config(config, given.topology, only, say)
-    if unknown := sorted(set(only) - set(found.names)):
-        rule = f"no program of this config; choose among {', '.join(sorted(set(found.names)))}"
-        raise UserError(f"only={unknown[0]!r}: {rule}")
     chip = found.topology.chip
     print(
         f"{found.topology.name}: {found.topology.device_count} devices, each with "
@@ -185,8 +240,10 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", None, "TPU slice, such as v4-32 or 2xv5e-16.", required=True)
+    flags.DEFINE_string(
+        "topology", None, "TPU slice or GPUs, such as v4-32, 2xv5e-16 or h100-8.", required=True
+    )
     flags.DEFINE_bool("search", False, "Find the largest micro-batch and slots that fit.")
-    flags.DEFINE_string("only", "", "Programs to compile, joined by commas; empty for all.")
+    flags.DEFINE_string("only", "", "Programs or families, joined by commas; empty for all.")
     flags.DEFINE_string("json", "", "File for the same as JSON.")
     cli.run_without_workdir(main)

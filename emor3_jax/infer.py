@@ -4,6 +4,7 @@ python -m emor3_jax.infer --policy=runs/cpu_demo/policy --image=photo.jpg [--lab
 """
 
 import logging
+import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +19,8 @@ from emor3_jax.data.sources import Row, Texts
 from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.errors import UserError
 from emor3_jax.models import LoadedPolicy, load
+from emor3_jax.parallel.devices import expected_platform, find_devices
+from emor3_jax.parallel.flags import set_flags
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.sampling import Sampling
@@ -82,7 +85,9 @@ def main(_: list[str]) -> None:
     """Runs the program."""
     # The parameter overview is of no interest to who asks about an image.
     logging.getLogger("emor3_jax").setLevel(logging.WARNING)
+    set_flags(expected_platform())
     try:
+        print(find_devices(), file=sys.stderr, flush=True)
         policy = load(FLAGS.policy, dtype=FLAGS.dtype)
         text, label = answer(
             policy,

@@ -69,7 +69,7 @@ def main(
     """
     validate(config)
     say = Console("inspect")
-    job.start_jax("")
+    job.start_jax("", devices=False)
     policy = prepare.read_policy(config, say)
     say("opening the data")
     data = prepare.open_data(config, policy)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax.parallel.mesh import shard_rows
+from emor3_jax.parallel.program import by_prompts, laid_out
 
 Array = jax.Array | np.ndarray
 
@@ -321,23 +321,26 @@ def _as_rows(rows: Array) -> np.ndarray:
 
 
 @jax.jit
+@laid_out(by_prompts)
 def take_rows(tree: Any, rows: jax.Array) -> Any:
     """`take` of rows int32[R], jitted."""
-    return jax.tree.map(lambda x: shard_rows(0, jnp.take(x, rows, axis=0)), tree)
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), tree)
 
 
 @partial(jax.jit, static_argnames="count")
+@laid_out(by_prompts)
 def take_part(tree: Any, part: jax.Array, *, count: int) -> Any:
     """One part of `split`, jitted."""
 
     def every(x: jax.Array) -> jax.Array:
         parts = jnp.asarray(x).reshape(len(x) // count, count, *x.shape[1:])
-        return shard_rows(0, jnp.take(parts, part, axis=1))
+        return jnp.take(parts, part, axis=1)
 
     return jax.tree.map(every, tree)
 
 
 @jax.jit
+@laid_out(by_prompts)
 def join_rows(trees: list[Any], rows: jax.Array) -> Any:
     """`join` of rows int32[R], jitted."""
-    return jax.tree.map(lambda *x: shard_rows(0, jnp.concatenate(x)[rows]), *trees)
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[rows], *trees)

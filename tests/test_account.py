@@ -1,5 +1,6 @@
 """The program that prints the cost of a step."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 
 import emor3_jax
+from configs import tpu_v5e
 from emor3_jax import account
 from emor3_jax.config import ConfigError, default
+from emor3_jax.errors import UserError
 from emor3_jax.flops import ShapeError
+from emor3_jax.flops.seconds import Assumptions
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 
@@ -48,3 +52,40 @@ def test_the_program_prints_tables() -> None:
         text=True,
     )
     assert done.returncode == 2 and "error: prompt_tokens=9: " in done.stderr
+
+
+def test_the_program_estimates_seconds_on_devices_that_are_not_here() -> None:
+    command = [sys.executable, "-m", "emor3_jax.account", "--on=v5e-64"]
+    command += ["--config=configs/tpu_v5e.py:3b,chips=64"]
+    found = {}
+    # Before, and with micro-batches of lengths of their own, refilled lanes and a ragged decode.
+    for assumed in ("padding=0.13,lanes=0.38,places=20,chunk=32", ""):
+        done = subprocess.run(
+            [*command, f"--assume={assumed}"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        said = re.match(r"An estimate, no measurement: (\d+) s a step on v5e-64\.", done.stdout)
+        found[assumed] = int(said[1])
+    before, now = found.values()
+    # By another estimate, a simulation of the engine's loop with a roofline, 117 s before.
+    assert before == pytest.approx(117, rel=0.1)
+    # The target of the release's settings on 64 chips.
+    assert now <= 45
+
+
+def test_an_estimate_refuses_the_collectives_of_other_devices(tmp_path: Path) -> None:
+    config = tpu_v5e.get_config("3b,chips=64")
+    file = tmp_path / "out.json"
+    with pytest.raises(UserError, match="no such file"):
+        account.estimate(config, "v5e-64", Assumptions(), file)
+    program = {"name": "update", "calls": 2, "moved": {"all-gather": 35e9, "all-reduce": 35e9}}
+    file.write_text(json.dumps({"topology": "v5e-64", "programs": [program]}))
+    found = account.estimate(config, "v5e-64", Assumptions(links_share=1.0), file)
+    # 140 GB at 100 GB/s.
+    assert found.phases["update"].links == pytest.approx(1.4)
+    with pytest.raises(UserError, match="is of v5e-64, not of on='v4-8'"):
+        account.estimate(config, "v4-8", Assumptions(), file)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 
 import emor3_jax
-from configs import tpu_v4
+from configs import emoset, gpu, tpu_v4
 from configs.qwen2_5_vl_3b import Layout, on_slice
+from emor3_jax.compile import matches
+from emor3_jax.parallel import topology
+from emor3_jax.prepare.checks import validate
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 
@@ -43,8 +47,29 @@ def test_a_mesh_that_the_slice_does_not_have_is_refused() -> None:
 def test_an_unknown_program_is_refused_with_the_known_ones() -> None:
     done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", "--only=decode_all")
     assert done.returncode == 2
-    assert "error: only='decode_all': no program of this config; choose among " in done.stderr
-    assert "decode, " in done.stderr and "update" in done.stderr
+    assert "error: only='decode_all': no program of this config. Programs: " in done.stderr
+    assert " decode, " in done.stderr and " evaluate.decode, " in done.stderr
+    assert "Whole families: evaluate." in done.stderr
+    # It is told before anything is compiled.
+    assert "compiled" not in done.stderr
+
+
+@needs_compiler
+def test_the_names_of_all_programs_are_listed() -> None:
+    done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", "--only=help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = done.stdout.splitlines()
+    said, families = line.split(". Whole families: ")
+    names = said.removeprefix("Programs: ").split(", ")
+    assert {"weight_sync", "decode", "shrink", "admit", "take_out", "update"} <= set(names)
+    assert {"evaluate.decode", "evaluate.prefill"} <= set(names)
+    assert not any(" " in name for name in names) and families == "evaluate."
+
+
+def test_a_name_stands_for_its_program_or_its_family() -> None:
+    assert matches("decode", "decode") and matches("evaluate", "evaluate.decode")
+    assert matches("evaluate.decode", "evaluate.decode") and matches("shrink", "shrink.64x3")
+    assert not matches("decode", "evaluate.decode") and not matches("dec", "decode")
 
 
 @needs_compiler
@@ -58,7 +83,7 @@ def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "v4-8: 4 devices, each with 30.75 GiB for programs (32 GB a chip)" in done.stdout
-    assert "\nfits: at most " in done.stdout
+    assert "\nfits, as far as compiled (2 of " in done.stdout
     found = json.loads(out.read_text())
     programs = {program["name"]: program for program in found["programs"]}
     assert list(programs) == ["weight_sync", "decode"]
@@ -98,7 +123,7 @@ def test_a_config_follows_the_chips() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("13b", "13b: must be of 3b, chips=16, slices=2"),
+        ("13b", "13b: must be of 3b, lora, chips=…, slices=…"),
         ("chips=0", "chips=0: must be of"),
         ("chips=12", "chips=12: 6 parts must divide the 256 prompts"),
     ],
@@ -106,3 +131,31 @@ def test_a_config_follows_the_chips() -> None:
 def test_an_unknown_option_of_a_config_is_refused(options: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         on_slice(options, LAYOUTS)
+
+
+@pytest.mark.parametrize("machine", emoset.MACHINES)
+def test_the_config_of_every_machine_is_sound_on_its_devices(machine: str) -> None:
+    config = emoset.get_config(machine)
+    config.data.train.path = config.evaluate.sets.emoset.path = "EmoSet-118K"
+    config.evaluate.sets.emotion6.path = "Emotion6"
+    validate(config)
+    found = topology.parse(machine)
+    sizes = [size for size in config.mesh.to_dict().values() if size != -1]
+    assert found.device_count % math.prod(sizes) == 0
+    parts = found.device_count // config.mesh.tensor
+    for size in (
+        *(config.rollout.prompts, config.rollout.slots, config.rollout.refill),
+        *(config.policy_update.prompts, config.policy_update.micro_prompts),
+        config.evaluate.prompts,
+    ):
+        assert size % parts == 0
+    # 16 GB chips and one GPU of 80 GB hold adapters alone.
+    assert bool(config.policy.lora_rank) == (machine in ("v5e-8", "h100-1"))
+
+
+def test_an_unknown_machine_is_told_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="machine 'v5e-1': must be one of v4-8, v5e-8"):
+        emoset.get_config("v5e-1")
+    with pytest.raises(ValueError, match="gpus must be 1 or 8"):
+        gpu.get_config("gpus=3")
+    assert gpu.get_config("gpus=8,lora").policy.lora_rank == 64

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from emor3_jax.compiler import hlo
-from emor3_jax.parallel.program import Program, Programs, whole
+from emor3_jax.parallel.program import Program, Programs
 
 _ARRAYS = (jax.ShapeDtypeStruct, jax.Array, np.ndarray)
 
@@ -95,10 +95,9 @@ class Recorder:
         Returns:
           The results as abstract arrays, sharded as the compiled program shards them.
         """
-        shapes = program.function.eval_shape(*program.args, **program.options)
-        guessed = (program.layout or whole)(self.mesh, shapes)
+        foretold = program.results(self.mesh)
         if not self._wanted(program.name):
-            return guessed
+            return foretold
         resident = self._resident(program.alive, program.args)
         total = sum(resident.values())
 
@@ -107,7 +106,7 @@ class Recorder:
 
         if total > self._usable:
             self._keep(report(None, total))
-            return guessed
+            return foretold
         started = time.perf_counter()
         lowered = program.function.lower(*program.args, **program.options)
         lowering = time.perf_counter() - started
@@ -120,7 +119,7 @@ class Recorder:
             seconds = time.perf_counter() - started - lowering
             beside = total - sum(self._resident({}, program.args).values())
             self._keep(report(None, beside + used, lowering=lowering, compiling=seconds))
-            return guessed
+            return foretold
         seconds = time.perf_counter() - started - lowering
         stats = compiled.memory_analysis()
         made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -135,7 +134,7 @@ class Recorder:
                 collectives=tuple(collectives),
             )
         )
-        return jax.tree.map(_laid_out, shapes, compiled.output_shardings)
+        return jax.tree.map(_laid_out, foretold, compiled.output_shardings)
 
     def _keep(self, report: Report) -> None:
         self.reports.append(report)

@@ -91,10 +91,13 @@ def step_programs(
         "data": [batch, rollout.scorer.tables],
     }
     yield from along(maker.put_programs(batch), kept)
-    experience = yield from along(rollout.programs(base, batch, key), kept)
+    params = yield from along(learner.merge_programs(state), kept)
+    # Merged kernels lie beside base and adapters while responses are sampled and scored.
+    sampling = {**kept, "parameters": [*kept["parameters"], params]}
+    experience = yield from along(rollout.programs(params, batch, key), sampling)
     if config.rollout.resample:
         args = (experience.rewards,)
-        yield from along(single(Program("compare_groups", compare_groups, args)), kept)
+        yield from along(single(Program("compare_groups", compare_groups, args)), sampling)
     found = {"data": [experience.samples, experience.replies]}
     terms = RewardTerms(
         experience.rewards,
@@ -102,13 +105,13 @@ def step_programs(
         dict(learner.step.weights),
         experience.greedy,
     )
-    updates = learner.programs(state, experience, reference, terms)
+    updates = learner.programs(state, experience, reference, terms, params)
     yield from along(along(updates, found), kept)
     evaluated = maker.batch(config.evaluate.prompts)
-    kept["data"] = [evaluated, rollout.scorer.tables]
-    yield from along(maker.put_programs(evaluated), kept, "evaluate ")
-    evaluation = maker.rollout(training=False).programs(base, evaluated, key)
-    yield from along(evaluation, kept, "evaluate ")
+    kept = {**sampling, "data": [evaluated, rollout.scorer.tables]}
+    yield from along(maker.put_programs(evaluated), kept, "evaluate")
+    evaluation = maker.rollout(training=False).programs(params, evaluated, key)
+    yield from along(evaluation, kept, "evaluate")
 
 
 class _Maker:
@@ -196,7 +199,7 @@ class _Maker:
         if self.policy.dtype != jnp.float32:
             given = by_prompts(self.mesh, jax.ShapeDtypeStruct(patches.shape, jnp.float32))
             args = given, self.policy.dtype
-            yield Program("cast_patches", prepare.cast_patches, args, layout=by_prompts)
+            yield Program("cast_patches", prepare.cast_patches, args)
 
     def batch(self, prompts: int) -> Batch:
         """Returns prompts in the largest buckets of the config."""

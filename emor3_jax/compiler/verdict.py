@@ -1,6 +1,7 @@
 """The summary of reports: a table, a verdict on the step, and advice if it does not fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -22,6 +23,9 @@ _PHASES = {
 
 LEARNING = ("reference", "old", "update")
 """Programs whose temporaries grow with the micro-batch; those of the rollout, with the slots."""
+
+BY_REFILL = ("prefill", "take_part", "begin", "admit", "take_out", "spans", *QUESTIONS)
+"""Programs whose temporaries grow with `rollout.refill`."""
 
 
 def table(reports: Sequence[Report], costs: Mapping[str, Cost], devices: int, usable: int) -> str:
@@ -63,74 +67,81 @@ def _row(report: Report, costs: Mapping[str, Cost], devices: int, usable: int) -
 
 
 def verdict(
-    reports: Sequence[Report], config: ConfigDict, policy: Shapes, parts: int, usable: int
-) -> str:
-    """Returns whether all programs fit and, if not, what to change.
-
-    Args:
-      reports: of the programs.
-      config: of the run.
-      policy: its shapes.
-      parts: into how many parts the mesh cuts a batch.
-      usable: bytes of HBM of a device.
-    """
-    worst = max(reports, key=lambda report: report.needed)
-    if all(report.fits(usable) for report in reports):
-        return (
-            f"fits: at most {_gib(worst.needed)} of {_gib(usable)} GiB a device are needed "
-            f"({worst.name})"
-        )
-    lines = [
-        f"does not fit: {report.name} needs {'at least ' if report.made is None else ''}"
-        f"{_gib(report.needed)} of {_gib(usable)} GiB a device"
-        for report in reports
-        if not report.fits(usable)
-    ]
-    names = {report.name for report in reports if not report.fits(usable)}
-    return "\n".join([*lines, *_advice(names, reports, config, policy, parts, usable)])
-
-
-def _advice(
-    names: set[str],
     reports: Sequence[Report],
     config: ConfigDict,
     policy: Shapes,
     parts: int,
     usable: int,
-) -> list[str]:
-    lines = []
-    update, rollout = config.policy_update, config.rollout
-    # What lies there without any cache, in the rollout and in the update.
-    least = max(sum(r.resident.values()) - r.resident["cache"] for r in reports)
-    if names & set(LEARNING):
-        if update.micro_prompts > parts:
-            lines.append(
-                f"policy_update.micro_prompts={update.micro_prompts}: fewer prompts at once, "
-                f"down to {parts}, the parts that the mesh cuts a batch into"
-            )
-        if update.remat != "layers":
-            lines.append(f"policy_update.remat={update.remat!r}: 'layers' keeps the least")
-        if update.logprob_chunk > 256:
-            chunk = update.logprob_chunk
-            lines.append(f"policy_update.logprob_chunk={chunk}: logits of fewer tokens at once")
-    if names - set(LEARNING) and least <= usable:
-        slots = min(rollout.slots or rollout.prompts, rollout.prompts)
-        refill = min(rollout.refill or slots, slots)
-        if slots > parts:
-            lines.append(f"rollout.slots={slots}: fewer, down to {parts}")
-        if refill > parts:
-            lines.append(
-                f"rollout.refill={refill}: fewer prompts prefilled and judged at once, down to "
-                f"{parts}"
-            )
-    tensor = config.mesh.tensor
-    if tensor < policy.num_kv_heads:
-        lines.append(
-            f"mesh.tensor={tensor}: {2 * tensor} halves the weights that decode, which are not cut "
-            "over fsdp"
+    programs: int,
+) -> str:
+    """Returns whether all programs fit and, if not, what to change for each that does not.
+
+    Args:
+      reports: of the programs that were compiled.
+      config: of the run.
+      policy: its shapes.
+      parts: into how many parts the mesh cuts a batch.
+      usable: bytes of HBM of a device.
+      programs: of the config, compiled or not.
+    """
+    over = [report for report in reports if not report.fits(usable)]
+    if not over:
+        worst = max(reports, key=lambda report: report.needed)
+        some = f", as far as compiled ({len(reports)} of {programs} programs)"
+        return (
+            f"fits{some if len(reports) < programs else ''}: at most {_gib(worst.needed)} of "
+            f"{_gib(usable)} GiB a device are needed ({worst.name})"
         )
+    lines = []
+    for report in over:
+        lines.append(
+            f"does not fit: {report.name} needs {'at least ' if report.made is None else ''}"
+            f"{_gib(report.needed)} of {_gib(usable)} GiB a device"
+        )
+        changes = _changes(report, config, policy, parts)
+        lines += [f"  change {field}={value!r}: {rule}" for field, value, rule in changes]
     lines.append("or a larger slice: policy, optimizer and reference are cut over mesh.fsdp")
-    return [f"  change {line}" if "mesh." in line or "=" in line else f"  {line}" for line in lines]
+    return "\n".join(lines)
+
+
+def _changes(
+    report: Report, config: ConfigDict, policy: Shapes, parts: int
+) -> Iterator[tuple[str, Any, str]]:
+    """Yields field, value and rule of what makes a program smaller."""
+    update, rollout = config.policy_update, config.rollout
+    family, _, name = report.name.rpartition(".")
+    slots = min(rollout.slots or rollout.prompts, rollout.prompts)
+    refill = min(rollout.refill or slots, slots)
+    held = {kind: size for kind, size in report.resident.items() if size}
+    if family == "evaluate" and config.evaluate.prompts > parts:
+        yield "evaluate.prompts", config.evaluate.prompts, f"fewer at once, down to {parts}"
+    if name in LEARNING:
+        if update.micro_prompts > parts:
+            rule = f"fewer prompts at once, down to {parts}, the parts of the mesh"
+            yield "policy_update.micro_prompts", update.micro_prompts, rule
+        if update.remat != "layers":
+            yield "policy_update.remat", update.remat, "'layers' keeps the least"
+        if update.logprob_chunk > 256:
+            yield "policy_update.logprob_chunk", update.logprob_chunk, "logits of fewer tokens"
+    elif family != "evaluate" and name != "weight_sync":
+        if held.get("cache") and slots > parts:
+            yield "rollout.slots", slots, f"fewer prompts in flight, down to {parts}"
+        if name in BY_REFILL and refill > parts:
+            rule = f"fewer prompts prefilled and judged at once, down to {parts}"
+            yield "rollout.refill", refill, rule
+    # What is a small share of the whole is no way out.
+    quarter = report.needed / 4
+    if not config.policy.lora_rank and held.get("optimizer", 0) > quarter:
+        rule = f"adapters, such as 64, spare most of {_gib(held['optimizer'])} GiB of the optimizer"
+        yield "policy.lora_rank", 0, rule
+    if held.get("data", 0) > quarter:
+        rule = f"fewer images at once: {_gib(held['data'])} GiB are data"
+        yield "rollout.prompts", rollout.prompts, rule
+    tensor = config.mesh.tensor
+    whole = name not in LEARNING and held.get("parameters", 0) > quarter
+    if whole and tensor < policy.num_kv_heads:
+        rule = f"{2 * tensor} halves the weights that decode, which are not cut over fsdp"
+        yield "mesh.tensor", tensor, rule
 
 
 def _gib(size: float) -> str:

@@ -23,7 +23,7 @@ from emor3_jax.data.batch import Prompts
 from emor3_jax.learner import packing
 from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs, score_responses
 from emor3_jax.learner.reference import Reference
-from emor3_jax.models.lora import Lora, add_adapter
+from emor3_jax.models.lora import Lora, add_adapter, merged_layout
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_whole
@@ -32,7 +32,9 @@ from emor3_jax.parallel.program import (
     Programs,
     as_params,
     by_prompts,
+    by_prompts_and_whole,
     first_rows,
+    laid_out,
     mesh_of,
     whole,
 )
@@ -240,7 +242,12 @@ class Learner:
         return update(state, part, self.suppressed, kl_coef, self.lora, spec=self.spec)
 
     def programs(
-        self, state: TrainState, experience: Experience, reference: Any, rewards: RewardTerms
+        self,
+        state: TrainState,
+        experience: Experience,
+        reference: Any,
+        rewards: RewardTerms,
+        params: Any,
     ) -> Programs:
         """Yields every jitted program of `score`, `update` and `after_step` at the largest shapes.
 
@@ -249,15 +256,16 @@ class Learner:
           experience: of the rollout, abstract.
           reference: parameters of the reference, abstract.
           rewards: what advantages are estimated from, abstract.
+          params: of the policy that sampled, abstract; in memory until the first update.
 
         Returns:
           The abstract state after the updates.
         """
         step, spec, mesh = self.step, self.spec, mesh_of(experience.samples)
         how = {"size": experience.samples.tokens.shape[-1]}
-        samples = yield Program("trim", trim, (experience.samples,), how, layout=by_prompts)
+        samples = yield Program("trim", trim, (experience.samples,), how)
         experience = experience._replace(samples=samples)
-        params = yield from self._merge_programs(state)
+        sampled = {"parameters": params}
         how = {
             "policy": spec.policy,
             "spec": spec.logprobs,
@@ -268,25 +276,20 @@ class Learner:
         if step.use_reference:
             features = yield from self.reference.programs(reference, experience.batch)
             args = (reference, *scored, features)
-            ref_logprobs = yield Program(
-                "reference", response_logprobs, args, how, layout=by_prompts
-            )
+            ref_logprobs = yield Program("reference", response_logprobs, args, how, sampled)
         if step.recompute:
-            old_logprobs = yield Program(
-                "old", response_logprobs, (params, *scored), how, layout=by_prompts
-            )
+            args = params, *scored
+            old_logprobs = yield Program("old", response_logprobs, args, how, sampled)
             yield Program("mean_gap", mean_gap, (old_logprobs, samples))
         kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
         kl_coef = whole(mesh, kl_coef) if step.adapt_kl else spec.kl_coef
         if ref_logprobs is not None and step.kl_penalty:
             old = samples if old_logprobs is None else samples._replace(logprobs=old_logprobs)
             args = rewards.rewards, old, ref_logprobs, kl_coef
-            penalised, _ = yield Program(
-                "kl", penalise, args, {"name": step.kl_penalty}, layout=_penalised_layout
-            )
+            penalised, _ = yield Program("kl", penalise, args, {"name": step.kl_penalty})
             rewards, ref_logprobs = rewards._replace(rewards=penalised), None
         how = {"name": step.advantage, "std": step.std}
-        advantage = yield Program("advantage", estimate_jitted, (rewards,), how, layout=by_prompts)
+        advantage = yield Program("advantage", estimate_jitted, (rewards,), how)
         part = _read(
             experience._replace(
                 old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantage
@@ -299,7 +302,12 @@ class Learner:
             # The last one is cut while the others are there.
             others = [first_rows(part, rows) for _ in range(step.num_updates - 1)]
             part = yield Program(
-                "split", take_part, args, how, {"data": others}, by_prompts, step.num_updates
+                "split",
+                take_part,
+                args,
+                how,
+                {"data": others, **sampled},
+                calls=step.num_updates,
             )
             held = [part, *others]
         args = state, part, self.suppressed, kl_coef if step.adapt_kl else None, self.lora
@@ -309,22 +317,26 @@ class Learner:
             args,
             {"spec": spec},
             {"data": held},
-            _updated_layout,
-            step.num_updates,
+            calls=step.num_updates,
         )
         if step.adapt_kl:
             yield Program("adapt_kl", step.adapt_kl, (kl_coef, metrics["loss"]))
         yield from self.reference.follow_programs(reference, state.params)
         return state
 
-    def _merge_programs(self, state: TrainState) -> Programs:
-        """Yields the programs that merge adapters; returns the policy's abstract parameters."""
+    def merge_programs(self, state: TrainState) -> Programs:
+        """Yields the programs of `params`; returns what that returns, abstract."""
         if self.lora is None:
             return state.params
+        merged = {}
         for name, args in self.lora.merges(state.params).items():
-            layout = partial(_merged_layout, name)
-            yield Program(f"merge {name}", add_adapter, args, layout=layout)
-        return self.lora.base
+            layout = partial(merged_layout, name)
+            # Beside those that were merged before.
+            alive, how = {"parameters": list(merged.values())}, {"path": name}
+            merged[name] = yield Program(
+                f"merge.{name}", add_adapter, args, how, alive, layout=layout
+            )
+        return self.lora.replace(merged)
 
     def after_step(self, state: TrainState, step: int, info: Metrics, updates: list) -> None:
         """Adapts the KL coefficient, and lets the reference follow the policy.
@@ -372,14 +384,6 @@ def _updated_layout(mesh: Mesh, result: tuple[TrainState, Metrics]) -> tuple[Tra
     return as_params(mesh, result[0]), whole(mesh, result[1])
 
 
-def _merged_layout(path: str, mesh: Mesh, kernel: Any) -> Any:
-    return as_params(mesh, {f"{path}/kernel": kernel})[f"{path}/kernel"]
-
-
-def _penalised_layout(mesh: Mesh, result: tuple[Any, Any]) -> tuple[Any, Any]:
-    return by_prompts(mesh, result[0]), whole(mesh, result[1])
-
-
 @jax.jit
 def mean_gap(logprobs: jax.Array, samples: Samples) -> jax.Array:
     """Returns the mean distance of log-probabilities, float32[B, G, T], from the sampler's."""
@@ -388,6 +392,7 @@ def mean_gap(logprobs: jax.Array, samples: Samples) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="size")
+@laid_out(by_prompts)
 def trim(samples: Samples, *, size: int) -> Samples:
     """Cuts padding off the end of responses.
 
@@ -401,6 +406,7 @@ def trim(samples: Samples, *, size: int) -> Samples:
 
 
 @partial(jax.jit, static_argnames="name")
+@laid_out(by_prompts_and_whole)
 def penalise(
     rewards: jax.Array,
     samples: Samples,
@@ -423,12 +429,14 @@ def penalise(
 
 
 @partial(jax.jit, static_argnames=("name", "std"))
+@laid_out(by_prompts)
 def estimate_jitted(terms: RewardTerms, *, name: str, std: str) -> jax.Array:
     """Returns `rl.advantages.estimate`, jitted."""
     return advantages.estimate(name, terms, std=std)
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@laid_out(_updated_layout)
 def update(
     state: TrainState,
     part: Experience,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from emor3_jax.learner.packing import pack, unpack
 from emor3_jax.models.policy import Policy
+from emor3_jax.parallel.program import by_prompts, laid_out
 from emor3_jax.types import Batch, Packing, Samples, stack_parts
 
 
@@ -92,6 +93,7 @@ def score_responses(
 
 
 @partial(jax.jit, static_argnames=("policy", "spec", "count"))
+@laid_out(by_prompts)
 def response_logprobs(
     params: dict,
     batch: Batch,

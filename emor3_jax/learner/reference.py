@@ -21,8 +21,14 @@ import numpy as np
 
 from emor3_jax.models.params import Params, cast_matrices
 from emor3_jax.models.policy import Policy
-from emor3_jax.parallel.mesh import shard_rows
-from emor3_jax.parallel.program import Program, Programs, as_params, by_prompts, mesh_of
+from emor3_jax.parallel.program import (
+    Program,
+    Programs,
+    as_params,
+    by_prompts,
+    laid_out,
+    mesh_of,
+)
 from emor3_jax.types import Batch, Images, take, take_rows
 
 
@@ -84,9 +90,9 @@ class Reference:
             return None
         mesh, size = mesh_of(batch), self._cache.micro_prompts
         rows = np.zeros(size, np.int32)
-        images = yield Program("take images", take_rows, (batch.images, rows), layout=by_prompts)
+        images = yield Program("take_images", take_rows, (batch.images, rows))
         how = {"policy": self._cache.policy}
-        one = yield Program("encode", encode, (params, images), how, layout=by_prompts)
+        one = yield Program("encode", encode, (params, images), how)
         shape = (len(batch.last_token), *one.shape[1:])
         return by_prompts(mesh, jax.ShapeDtypeStruct(shape, one.dtype))
 
@@ -95,20 +101,16 @@ class Reference:
         if self._kind == "none" or self._dtype == jnp.float32:
             return params
         args = params, self._dtype
-        return (
-            yield Program(
-                "cast_matrices", cast_matrices, args, {}, {"parameters": params}, as_params
-            )
-        )
+        return (yield Program("cast_matrices", cast_matrices, args, {}, {"parameters": params}))
 
     def follow_programs(self, reference: Any, params: Any) -> Programs:
         """Yields the programs of `follow`; arguments are abstract."""
         if self._kind == "refresh":
             args = params, self._dtype
-            yield Program("refresh", cast_matrices, args, layout=as_params)
+            yield Program("refresh", cast_matrices, args)
         elif self._kind == "average":
             args = reference, params, self._decay
-            yield Program("average", average, args, layout=as_params)
+            yield Program("average", average, args)
 
     def counters(self) -> dict[str, float]:
         """Returns the counts of the kept features; {} if none are kept."""
@@ -128,6 +130,7 @@ class Reference:
 
 
 @partial(jax.jit, donate_argnums=0)
+@laid_out(as_params)
 def average(reference: Params, params: Params, decay: float) -> Params:
     """Returns `decay * reference + (1 - decay) * params`; the reference is donated."""
     return jax.tree.map(lambda r, p: decay * r + (1.0 - decay) * p, reference, params)
@@ -191,6 +194,7 @@ class FeatureCache:
 
 
 @partial(jax.jit, static_argnames="policy")
+@laid_out(by_prompts)
 def encode(params: Params, images: Images, *, policy: Policy) -> jax.Array:
     """Returns the features of each prompt's images, float[B, N, D]."""
-    return shard_rows(0, policy.encode_images(params, images))
+    return policy.encode_images(params, images)

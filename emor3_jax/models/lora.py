@@ -9,12 +9,15 @@ reference, so that no second copy of the weights is kept.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from emor3_jax.errors import UserError
+from emor3_jax.parallel.program import as_params, lay_out
 
 Params = dict[str, Any]
 
@@ -60,6 +63,21 @@ class Lora(NamedTuple):
             for path in _kernels(self.base)
             if _has(adapters, path)
         }
+
+    def replace(self, kernels: dict[str, Any]) -> Params:
+        """Returns the base with other kernels, path → kernel; every other leaf is the base's."""
+        return _replace(self.base, {tuple(path.split("/")): x for path, x in kernels.items()})
+
+
+def _replace(
+    params: Params, kernels: dict[tuple[str, ...], Any], path: tuple[str, ...] = ()
+) -> Params:
+    if path in kernels:
+        return {**params, "kernel": kernels[path]}
+    return {
+        name: _replace(value, kernels, (*path, name)) if isinstance(value, dict) else value
+        for name, value in params.items()
+    }
 
 
 def modules(params: Params) -> dict[str, tuple[str, ...]]:
@@ -111,17 +129,35 @@ def _overlay(base: Params, adapters: Params, scale: jax.Array) -> Params:
     return {**base, **{name: _overlay(base[name], x, scale) for name, x in adapters.items()}}
 
 
-def _merge(base: Params, adapters: Params, scale: jax.Array) -> Params:
+def _merge(base: Params, adapters: Params, scale: jax.Array, path: tuple[str, ...] = ()) -> Params:
     if "lora_a" in adapters:
-        kernel = add_adapter(base["kernel"], adapters["lora_a"], adapters["lora_b"], scale)
-        return {**base, "kernel": kernel}
-    return {**base, **{name: _merge(base[name], x, scale) for name, x in adapters.items()}}
+        args = base["kernel"], adapters["lora_a"], adapters["lora_b"], scale
+        return {**base, "kernel": add_adapter(*args, path="/".join(path))}
+    return {
+        **base,
+        **{name: _merge(base[name], x, scale, (*path, name)) for name, x in adapters.items()},
+    }
 
 
-@jax.jit
-def add_adapter(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns a kernel with its adapter added."""
-    return kernel + scale * jnp.matmul(a, b, precision="highest")
+def merged_layout(path: str, mesh: Mesh, kernel: Any) -> Any:
+    """Returns an abstract kernel with its adapter, laid out as the kernel; see `add_adapter`."""
+    return as_params(mesh, {f"{path}/kernel": kernel})[f"{path}/kernel"]
+
+
+@partial(jax.jit, static_argnames="path")
+def add_adapter(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, path: str
+) -> jax.Array:
+    """Returns a kernel with its adapter added.
+
+    Args:
+      kernel: of the base.
+      a, b: the adapter.
+      scale: float32[], alpha over rank.
+      path: of the module, its keys joined by "/".
+    """
+    merged = kernel + scale * jnp.matmul(a, b, precision="highest")
+    return lay_out(partial(merged_layout, path), merged)
 
 
 def _kernels(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from emor3_jax.models.layers import Dtype
 from emor3_jax.parallel.mesh import gather, keep_layout, path_of
+from emor3_jax.parallel.program import as_gathered_params, as_params, laid_out
 
 Params = dict[str, Any]
 
@@ -35,6 +36,7 @@ def cast_for_decoding(params: Params, dtype: Dtype) -> Params:
 
 
 @partial(jax.jit, static_argnames="dtype")
+@laid_out(as_params)
 def cast_matrices(params: Params, dtype: Dtype) -> Params:
     """Returns the parameters with matrices in the compute type, sharded as before.
 
@@ -49,6 +51,7 @@ def cast_matrices(params: Params, dtype: Dtype) -> Params:
 
 
 @partial(jax.jit, static_argnames="dtype")
+@laid_out(as_gathered_params)
 def weight_sync(params: Params, dtype: Dtype) -> Params:
     """Casts and reshards for decoding: `cast_for_decoding`, always."""
     before: jax.Array | None = None
@@ -71,6 +74,7 @@ def _cast(params: Params, dtype: Dtype) -> Params:
 
 
 @jax.jit
+@laid_out(as_gathered_params)
 def unroll(params: Params) -> Params:
     """Returns the parameters with the decoder's layers apart, for `Policy.decode`.
 

@@ -135,6 +135,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(o_proj|proj|down_proj|fc2|mlp_2).*kernel", ("tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|mlp_0).*bias", ("tensor",)),
     (r"patch_embed.*kernel", (None, "fsdp")),
+    # An adapter is cut where its kernel is; the rank never.
+    (r"(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|mlp_0)/lora_a", ("fsdp", None)),
+    (r"(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|mlp_0)/lora_b", (None, "tensor")),
+    (r"(o_proj|proj|down_proj|fc2|mlp_2)/lora_a", ("tensor", None)),
+    (r"(o_proj|proj|down_proj|fc2|mlp_2)/lora_b", (None, "fsdp")),
 )
 """Parameter path → mesh axes of its last dimensions. First match wins; the rest is replicated."""
 

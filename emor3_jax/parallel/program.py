@@ -6,6 +6,7 @@ sharding). So a program that is compiled ahead of time is the one that runs.
 """
 
 from collections.abc import Callable, Generator, Mapping
+from functools import wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from emor3_jax.parallel.mesh import BATCH, head_axis, param_shardings
 
 Layout = Callable[[Mesh, Any], Any]
+"""From mesh and shapes to abstract arrays with their sharding."""
 
 
 class Program(NamedTuple):
@@ -27,7 +29,8 @@ class Program(NamedTuple):
       options: further arguments, static ones among them.
       alive: kind ("parameters", "optimizer", "cache", "data") → arrays that are in memory
         meanwhile; arguments that are in none count as data.
-      layout: from mesh and shapes to abstract results, where the program is not compiled.
+      layout: of the results, where the program is not compiled; by default the function's own
+        (`laid_out`), or whole on every device.
       calls: number of calls in a step at most.
     """
 
@@ -39,13 +42,59 @@ class Program(NamedTuple):
     layout: Layout | None = None
     calls: int = 1
 
+    def results(self, mesh: Mesh) -> Any:
+        """Returns the abstract results, laid out as the program would lay them out."""
+        shapes = self.function.eval_shape(*self.args, **self.options)
+        inner = getattr(self.function, "__wrapped__", None)
+        return (self.layout or getattr(inner, "layout", whole))(mesh, shapes)
+
+
+def laid_out(layout: Layout) -> Callable[[Callable], Callable]:
+    """Decorates a function that is to be jitted: its results lie as `layout` says.
+
+    Left alone, the compiler chooses. Then the next program would be compiled for another layout
+    than foretold, and would be over or under the memory that was promised.
+
+    Args:
+      layout: of the results.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def constrained(*args: Any, **options: Any) -> Any:
+            return lay_out(layout, function(*args, **options))
+
+        constrained.layout = layout
+        return constrained
+
+    return decorate
+
+
+def lay_out(layout: Layout, tree: Any) -> Any:
+    """Returns arrays of a jitted program, laid out as `layout` says.
+
+    Without a mesh (`jax.set_mesh`) there is nothing to do.
+
+    Args:
+      layout: of the arrays.
+      tree: of arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    return jax.tree.map(
+        lambda x, wanted: jax.lax.with_sharding_constraint(x, wanted.sharding.spec),
+        tree,
+        layout(mesh, tree),
+    )
+
 
 Programs = Generator[Program, Any, Any]
 """Yields programs, is sent their abstract results, and returns the result of the whole."""
 
 
-def along(programs: Programs, alive: Mapping[str, Any], prefix: str = "") -> Programs:
-    """Yields programs with further arrays in memory, and names that begin with a prefix."""
+def along(programs: Programs, alive: Mapping[str, Any], family: str = "") -> Programs:
+    """Yields programs with more arrays in memory, and names in a family: evaluate.decode."""
     sent = None
     while True:
         try:
@@ -54,7 +103,8 @@ def along(programs: Programs, alive: Mapping[str, Any], prefix: str = "") -> Pro
             return end.value
         kinds = {*alive, *program.alive}
         both = {k: [alive.get(k), program.alive.get(k)] for k in kinds}
-        sent = yield program._replace(name=prefix + program.name, alive=both)
+        name = f"{family}.{program.name}" if family else program.name
+        sent = yield program._replace(name=name, alive=both)
 
 
 def single(program: Program) -> Programs:
@@ -73,27 +123,46 @@ def whole(mesh: Mesh, tree: Any) -> Any:
 
 
 def by_prompts(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
-    """Returns abstract arrays whose axis of the prompts is sharded over `data` and `fsdp`."""
+    """Returns abstract arrays whose axis of the prompts is sharded over `data` and `fsdp`.
+
+    Where they do not divide it, the array is whole on every device.
+    """
 
     def lay(x: Any) -> Any:
-        return _with(x, NamedSharding(mesh, P(*[None] * (axis % x.ndim), BATCH[0])))
+        spec = [None] * (axis % x.ndim) + [_batch_axis(mesh, x.shape[axis])]
+        return _with(x, NamedSharding(mesh, P(*spec)))
 
     return jax.tree.map(lay, tree)
 
 
-def as_params(mesh: Mesh, tree: Any, *, gathered: bool = False) -> Any:
+def as_params(mesh: Mesh, tree: Any) -> Any:
     """Returns abstract parameters or optimizer state, sharded as the rules say."""
-    return jax.tree.map(_with, tree, param_shardings(tree, mesh, gathered=gathered))
+    return jax.tree.map(_with, tree, param_shardings(tree, mesh))
+
+
+def as_gathered_params(mesh: Mesh, tree: Any) -> Any:
+    """Returns abstract parameters as decoding reads them, cut over `tensor` alone."""
+    return jax.tree.map(_with, tree, param_shardings(tree, mesh, gathered=True))
+
+
+def by_prompts_and_whole(mesh: Mesh, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Returns two trees: one as `by_prompts` does, the other, means and the like, as `whole`."""
+    first, second = pair
+    return by_prompts(mesh, first), whole(mesh, second)
 
 
 def by_prompts_and_heads(mesh: Mesh, x: Any, axis: int, heads: int) -> Any:
     """Shards prompts over `data` and `fsdp`, and the heads of keys and values over `tensor`."""
-    axis %= x.ndim
-    spec = [None] * x.ndim
-    spec[axis] = BATCH[0]
-    if axis == 1:
-        spec[x.ndim - 3] = head_axis(mesh, heads)
+    spec: list = [None] * x.ndim
+    spec[axis] = _batch_axis(mesh, x.shape[axis])
+    # Keys and values alone have so many axes: […, heads, head_dim, tokens], or the last swapped.
+    if x.ndim >= 5:
+        spec[-3] = head_axis(mesh, heads)
     return _with(x, NamedSharding(mesh, P(*spec)))
+
+
+def _batch_axis(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
+    return None if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else BATCH[0]
 
 
 def first_rows(tree: Any, rows: int) -> Any:

@@ -19,6 +19,7 @@ from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
+from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.prepare.policy import make_lora, trained_params
 from emor3_jax.prepare.rollout import make_reward
 from emor3_jax.rl.kl import adapt
@@ -43,6 +44,8 @@ def make_learner(
     lora = make_lora(config, loaded.params)
     reference = Reference({}, "none") if imitate else make_reference(config, loaded)
     trained = trained_params(config, loaded.params)
+    if lora is not None:
+        trained = jax.device_put(jax.device_get(trained), param_shardings(trained, mesh))
     if reference.params is trained:
         # The state is donated to each update, so it starts as a copy of what the reference keeps.
         trained = jax.tree.map(jnp.copy, trained)

@@ -28,8 +28,8 @@ from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import (
     host_rows,
     shard_batch,
-    shard_rows,
 )
+from emor3_jax.parallel.program import by_prompts, laid_out
 from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
 from emor3_jax.types import Batch
 
@@ -211,6 +211,7 @@ def put_batch(batch: Batch, mesh: Mesh, config: ConfigDict) -> Batch:
 
 
 @partial(jax.jit, static_argnames="dtype")
+@laid_out(by_prompts)
 def cast_patches(patches: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the patches of a batch in the compute type."""
-    return shard_rows(0, patches.astype(dtype))
+    return patches.astype(dtype)

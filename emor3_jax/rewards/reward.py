@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from emor3_jax.parallel.program import by_prompts, laid_out
 from emor3_jax.rewards.combine import check_profile, combine, graded_accuracy
 from emor3_jax.rewards.questions import QUESTIONS, Question
 from emor3_jax.rewards.shaping import overlong
@@ -122,6 +123,7 @@ class Reward:
 
 
 @partial(jax.jit, static_argnums=0)
+@laid_out(by_prompts)
 def shape_jitted(
     penalty: tuple[int, int, float], overall: jax.Array, lengths: jax.Array
 ) -> jax.Array:
@@ -136,6 +138,7 @@ def flatten(samples: Samples) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnums=0)
+@laid_out(by_prompts)
 def score_jitted(
     reward: Reward,
     tables: Tables,

@@ -44,15 +44,12 @@ from emor3_jax.rollout.slots import (
     admit,
     decode_block,
     flight_layout,
-    lanes_layout,
     open_flight,
     resize_ring,
     ring_places,
     shrink,
     shrink_slots,
-    slots_layout,
     take_out,
-    taken_layout,
 )
 from emor3_jax.types import Samples
 
@@ -258,16 +255,13 @@ class Engine:
             (admission,),
             how,
             {"cache": admission},
-            flight_layout,
-            1 if refill < size else waves,
+            calls=1 if refill < size else waves,
         )
 
         if refill < size:
             args = flight, admission, np.zeros(refill, np.int32), np.int32(0)
             alive = {"cache": [flight, admission]}
-            flight = yield Program(
-                "admit", admit, args, {"parts": parts}, alive, flight_layout, waves
-            )
+            flight = yield Program("admit", admit, args, {"parts": parts}, alive, calls=waves)
         if len(sizes) > 1:
             small = self.abstract_flight(shapes, sizes[-2])
             yield Program(
@@ -289,24 +283,19 @@ class Engine:
                 "parts": parts,
             },
             {"cache": flight},
-            flight_layout,
-            -(-prompts * g // lanes) * -(-length // block),
+            calls=-(-prompts * g // lanes) * -(-length // block),
         )
         for fewer in lane_counts(lanes // parts, self.plan.halvings)[-2:-1]:
             rows = np.zeros(fewer * parts, np.int32)
             args, alive = (flight.lanes, rows, rows), {"cache": flight}
-            yield Program("shrink", shrink, args, {"parts": parts}, alive, lanes_layout)
+            yield Program("shrink", shrink, args, {"parts": parts}, alive)
             if size // parts % 2 == 0:
                 args = flight.slots, np.zeros(size // 2, np.int32)
-                yield Program(
-                    "shrink_slots", shrink_slots, args, {"parts": parts}, alive, slots_layout
-                )
+                yield Program("shrink_slots", shrink_slots, args, {"parts": parts}, alive)
         if refill == size:
             return flight.slots.prefix, flight.slots.samples
         args, alive = (flight, np.zeros(refill, np.int32)), {"cache": flight}
-        return (
-            yield Program("take_out", take_out, args, {"parts": parts}, alive, taken_layout, waves)
-        )
+        return (yield Program("take_out", take_out, args, {"parts": parts}, alive, calls=waves))
 
     def abstract_flight(self, shapes: Any, places: int | None = None) -> InFlight:
         """Returns abstract slots and lanes with a ring of `places`, by default the largest.

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.data.prompts import PromptTemplates, reflection_parts
@@ -29,7 +28,13 @@ from emor3_jax.models.cache import KV
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_rows
-from emor3_jax.parallel.program import Program, Programs, by_prompts, whole
+from emor3_jax.parallel.program import (
+    Program,
+    Programs,
+    by_prompts,
+    by_prompts_and_whole,
+    laid_out,
+)
 from emor3_jax.rewards.questions import QUESTIONS, Question
 from emor3_jax.rewards.reward import flatten
 from emor3_jax.rewards.spans import Span
@@ -181,7 +186,7 @@ def reflect_programs(
 ) -> Programs:
     """Yields the programs of `reflect` at the longest texts; arguments as there, but abstract."""
     key, rows = noise_of
-    spans, _ = yield Program("spans", find_spans, (tables, samples), layout=_spans_layout)
+    spans, _ = yield Program("spans", find_spans, (tables, samples))
     sizes = (*reflection.text_lengths, samples.tokens.shape[-1])
     size = bucket(samples.tokens.shape[-1], sizes)
     replies, found, lengths = {}, {}, {}
@@ -196,17 +201,13 @@ def reflect_programs(
         else:
             args = policy, params, asked, key, rows, reflection.sampling, suppressed
             program = Program(name, ask, args, {"size": size})
-        replies[name] = yield program._replace(layout=by_prompts)
+        replies[name] = yield program
         found[name], lengths[name] = span.found, span.lengths
     return (ReplyProbs if reflection.soft else Replies)(replies, found, lengths)
 
 
-def _spans_layout(mesh: Mesh, shapes: Any) -> Any:
-    spans, longest = shapes
-    return by_prompts(mesh, spans), whole(mesh, longest)
-
-
 @jax.jit
+@laid_out(by_prompts_and_whole)
 def find_spans(tables: Tables, samples: Samples) -> tuple[tuple[Span, ...], tuple[jax.Array, ...]]:
     """Returns the judged parts of responses, [B, G, …] each, and the longest of each, int32[]."""
     shape = samples.lengths.shape
@@ -216,6 +217,7 @@ def find_spans(tables: Tables, samples: Samples) -> tuple[tuple[Span, ...], tupl
 
 
 @partial(jax.jit, static_argnames=("policy", "sampling", "size"))
+@laid_out(by_prompts)
 def ask(
     policy: Policy,
     params: dict,
@@ -251,6 +253,7 @@ def ask(
 
 
 @partial(jax.jit, static_argnames=("policy", "count", "size"))
+@laid_out(by_prompts)
 def weigh(
     policy: Policy,
     params: dict,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.data.batch import Prompts, pick_prompts
+from emor3_jax.parallel.program import by_prompts_and_whole, laid_out
 from emor3_jax.rl.advantages import all_equal
 from emor3_jax.types import Batch, Experience, join
 
@@ -85,6 +86,7 @@ def resample(
 
 
 @jax.jit
+@laid_out(by_prompts_and_whole)
 def compare_groups(rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns bool[B], groups whose rewards are all equal, and the mean reward float32[]."""
     return all_equal(rewards), jnp.mean(rewards)

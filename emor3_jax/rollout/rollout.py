@@ -27,9 +27,9 @@ from emor3_jax.parallel.program import (
     Program,
     Programs,
     along,
-    as_params,
     by_prompts,
     first_rows,
+    laid_out,
     mesh_of,
 )
 from emor3_jax.rewards.reward import score_jitted, shape_jitted
@@ -151,7 +151,7 @@ class Rollout:
         if self.greedy:
             one = self._engine(1, self.sampling)
             baseline = yield from along(
-                self._experience_programs(params, batch, key, one), {}, "greedy "
+                self._experience_programs(params, batch, key, one), {}, "greedy"
             )
             greedy = baseline.rewards
         experience = yield from self._experience_programs(params, batch, key, engine)
@@ -161,9 +161,8 @@ class Rollout:
         mesh, prompts = mesh_of(batch), len(batch.last_token)
         kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
         if kinds != {jnp.dtype(self.policy.dtype)} or mesh.size > 1:
-            layout = partial(as_params, gathered=True)
             args = params, jnp.dtype(self.policy.dtype)
-            params = yield Program("weight_sync", weight_sync, args, layout=layout)
+            params = yield Program("weight_sync", weight_sync, args)
         alive = {"parameters": params}
         refill = engine.sizes(prompts)[1]
         waves = prompts // refill
@@ -175,13 +174,11 @@ class Rollout:
             if waves > 1:
                 args = batch, np.int32(0)
                 wave = yield Program(
-                    "take_part", take_part, args, {"count": waves}, cache, by_prompts, waves
+                    "take_part", take_part, args, {"count": waves}, cache, calls=waves
                 )
             how = {"policy": self.policy}
             held = {**cache, "data": wave}
-            prefix = yield Program(
-                "prefill", prefill, (params, wave), how, held, prefix_layout, waves
-            )
+            prefix = yield Program("prefill", prefill, (params, wave), how, held, calls=waves)
             return Admission(rows, wave.last_token, wave.next_position, prefix)
 
         prefix = prefill.eval_shape(params, batch, policy=self.policy)
@@ -195,7 +192,7 @@ class Rollout:
             alive["cache"] = engine.abstract_flight(every), prefix
             shared = part.shared_length, part.shared_position
             every_shared = (batch.shared_length, batch.shared_position), rows
-            shared = yield Program("take", take_rows, every_shared, {}, alive, by_prompts, waves)
+            shared = yield Program("take", take_rows, every_shared, {}, alive, calls=waves)
             asked = reflect_programs(
                 self.policy,
                 params,
@@ -211,18 +208,17 @@ class Rollout:
             # As many arrays as there are waves, each an object of its own.
             parts = [first_rows((samples, replies), refill) for _ in range(waves)]
             args = parts, np.zeros(prompts, np.int32)
-            samples, replies = yield Program("join", join_rows, args, layout=by_prompts)
+            samples, replies = yield Program("join", join_rows, args)
         reward = self.scorer.reward
         scores = yield Program(
             "reward",
             score_jitted,
             (reward, self.scorer.tables, batch.answers, batch.grades, samples, replies, {}),
-            layout=by_prompts,
         )
         rewards = scores.overall
         if reward.overlong is not None:
             args = reward.overlong, scores.overall, samples.lengths
-            rewards = yield Program("shape", shape_jitted, args, layout=by_prompts)
+            rewards = yield Program("shape", shape_jitted, args)
         return Experience(batch, samples, replies, scores, rewards)
 
     def _engine(self, group_size: int, sampling: Sampling, plan: Plan | None = None) -> Engine:
@@ -264,6 +260,7 @@ class Rollout:
 
 
 @partial(jax.jit, static_argnames="policy")
+@laid_out(prefix_layout)
 def prefill(params: dict, batch: Batch, *, policy: Policy) -> KV:
     """Returns keys and values of the prompts of a batch."""
     return policy.prefill(params, batch.prompt, batch.images)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from emor3_jax.models.cache import KV, Cache, Routing
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel.mesh import ALIKE, on_each_part
-from emor3_jax.parallel.program import by_prompts, by_prompts_and_heads, whole
+from emor3_jax.parallel.program import by_prompts, by_prompts_and_heads, laid_out, whole
 from emor3_jax.rollout.sampling import Sampling, noise, sample
 from emor3_jax.types import Samples
 
@@ -128,7 +128,48 @@ class Room(NamedTuple):
     places: int
 
 
+def flight_layout(mesh: Mesh, flight: InFlight) -> InFlight:
+    """Returns abstract slots and lanes, sharded over their parts and heads."""
+    slots, lanes, cursor = flight
+    return InFlight(slots_layout(mesh, slots), lanes_layout(mesh, lanes), whole(mesh, cursor))
+
+
+def slots_layout(mesh: Mesh, slots: Slots) -> Slots:
+    """Returns abstract slots."""
+    rest = by_prompts(mesh, slots._replace(prefix=None))
+    return rest._replace(prefix=prefix_layout(mesh, slots.prefix))
+
+
+def lanes_layout(mesh: Mesh, lanes: Lanes) -> Lanes:
+    """Returns abstract lanes."""
+    unrolled = isinstance(lanes.k, tuple)
+    heads = jax.tree.leaves(lanes.v)[0].shape[-3]
+
+    def lay(axis: int, x: Any) -> Any:
+        return by_prompts_and_heads(mesh, x, axis, heads)
+
+    return _map_arrays(lay, _lane_axes(unrolled), lanes)
+
+
+def ring_layout(mesh: Mesh, resized: tuple[Lanes, jax.Array]) -> tuple[Lanes, jax.Array]:
+    """Returns abstract results of `resize_ring`."""
+    return lanes_layout(mesh, resized[0]), whole(mesh, resized[1])
+
+
+def taken_layout(mesh: Mesh, taken: tuple[KV, Samples]) -> tuple[KV, Samples]:
+    """Returns abstract results of `take_out`."""
+    return prefix_layout(mesh, taken[0]), by_prompts(mesh, taken[1])
+
+
+def prefix_layout(mesh: Mesh, prefix: KV) -> KV:
+    """Returns abstract keys and values of prompts."""
+    heads = prefix.v.shape[2]
+    axes = zip(prefix, (1, 1, 0), strict=True)
+    return KV(*(by_prompts_and_heads(mesh, x, axis, heads) for x, axis in axes))
+
+
 @partial(jax.jit, static_argnames=("responses", "length", "room", "unroll"))
+@laid_out(flight_layout)
 def open_flight(
     admission: Admission, *, responses: int, length: int, room: Room, unroll: bool = False
 ) -> InFlight:
@@ -170,10 +211,11 @@ def open_flight(
 
     axes = _SLOT_AXES, _lane_axes(unroll)
     found = on_each_part(own, (admission,), (_ADMISSION_AXES,), axes, room.parts)
-    return _keep_layout(InFlight(*found, jnp.int32(0)))
+    return InFlight(*found, jnp.int32(0))
 
 
 @partial(jax.jit, static_argnames="parts", donate_argnames="flight")
+@laid_out(flight_layout)
 def admit(
     flight: InFlight, admission: Admission, at: jax.Array, wave: jax.Array, *, parts: int
 ) -> InFlight:
@@ -197,18 +239,20 @@ def admit(
     args = flight.slots, admission, at, wave
     axes = _SLOT_AXES, _ADMISSION_AXES, 0, ALIKE
     slots = on_each_part(own, args, axes, _SLOT_AXES, parts)
-    return _keep_layout(flight._replace(slots=slots))
+    return flight._replace(slots=slots)
 
 
 @partial(jax.jit, static_argnames="parts")
+@laid_out(taken_layout)
 def take_out(flight: InFlight, at: jax.Array, *, parts: int) -> tuple[KV, Samples]:
     """Returns keys and responses of the prompts in the slots `at`, int32[R], of their parts."""
 
     wanted = flight.slots.prefix, flight.slots.samples
-    return _keep_layout(_pick(wanted, (_SLOT_AXES.prefix, _SLOT_AXES.samples), at, parts))
+    return _pick(wanted, (_SLOT_AXES.prefix, _SLOT_AXES.samples), at, parts)
 
 
 @partial(jax.jit, static_argnames="parts")
+@laid_out(lanes_layout)
 def shrink(lanes: Lanes, at: jax.Array, cell: jax.Array, *, parts: int) -> Lanes:
     """Returns some lanes of each part.
 
@@ -219,16 +263,18 @@ def shrink(lanes: Lanes, at: jax.Array, cell: jax.Array, *, parts: int) -> Lanes
       parts: number of parts.
     """
     kept = _pick(lanes, _lane_axes(isinstance(lanes.k, tuple)), at, parts)
-    return _keep_layout(kept._replace(cell=cell))
+    return kept._replace(cell=cell)
 
 
 @partial(jax.jit, static_argnames="parts")
+@laid_out(slots_layout)
 def shrink_slots(slots: Slots, at: jax.Array, *, parts: int) -> Slots:
     """Returns the slots `at`, int32[S], of their parts."""
-    return _keep_layout(_pick(slots, _SLOT_AXES, at, parts))
+    return _pick(slots, _SLOT_AXES, at, parts)
 
 
 @partial(jax.jit, static_argnames="places")
+@laid_out(ring_layout)
 def resize_ring(lanes: Lanes, cursor: jax.Array, *, places: int) -> tuple[Lanes, jax.Array]:
     """Returns a ring of `places` with the newest keys of another, the oldest of them first."""
     now = ring_places(lanes)
@@ -241,7 +287,7 @@ def resize_ring(lanes: Lanes, cursor: jax.Array, *, places: int) -> tuple[Lanes,
         return jnp.take(x, order, axis, mode="fill", fill_value=0)
 
     k, v = _map_arrays(move, (-1, -2), (lanes.k, lanes.v))
-    return _keep_layout(lanes._replace(k=k, v=v)), jnp.int32(keep % places)
+    return lanes._replace(k=k, v=v), jnp.int32(keep % places)
 
 
 @partial(
@@ -249,6 +295,7 @@ def resize_ring(lanes: Lanes, cursor: jax.Array, *, places: int) -> tuple[Lanes,
     static_argnames=("policy", "sampling", "block", "columns", "parts"),
     donate_argnames="flight",
 )
+@laid_out(flight_layout)
 def decode_block(
     flight: InFlight,
     key: jax.Array,
@@ -339,7 +386,7 @@ def decode_block(
     steps, lanes, begun, record = jax.lax.while_loop(going, step, carry)
     samples = _write(slots.samples, record, parts)
     slots = slots._replace(begun=begun, samples=samples)
-    return _keep_layout(InFlight(slots, lanes, (flight.cursor + steps) % places))
+    return InFlight(slots, lanes, (flight.cursor + steps) % places)
 
 
 class _Record(NamedTuple):
@@ -445,50 +492,3 @@ def _pick(tree: Any, axes: Any, at: jax.Array, parts: int) -> Any:
 def _map_arrays(function: Callable[..., Any], axes: Any, *trees: Any) -> Any:
     """Applies `function(axis, array, …)` to every array; an axis may be that of a tuple's."""
     return jax.tree.map(lambda axis, *x: jax.tree.map(partial(function, axis), *x), axes, *trees)
-
-
-def _keep_layout(tree: Any) -> Any:
-    """Returns results of a jitted program, laid out as the functions below say."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return tree
-    layouts = {InFlight: flight_layout, Slots: slots_layout, Lanes: lanes_layout}
-    lay = layouts.get(type(tree), taken_layout)
-    return jax.tree.map(
-        lambda x, like: jax.lax.with_sharding_constraint(x, like.sharding), tree, lay(mesh, tree)
-    )
-
-
-def flight_layout(mesh: Mesh, flight: InFlight) -> InFlight:
-    """Returns abstract slots and lanes, sharded over their parts and heads."""
-    slots, lanes, cursor = flight
-    return InFlight(slots_layout(mesh, slots), lanes_layout(mesh, lanes), whole(mesh, cursor))
-
-
-def slots_layout(mesh: Mesh, slots: Slots) -> Slots:
-    """Returns abstract slots."""
-    rest = by_prompts(mesh, slots._replace(prefix=None))
-    return rest._replace(prefix=prefix_layout(mesh, slots.prefix))
-
-
-def lanes_layout(mesh: Mesh, lanes: Lanes) -> Lanes:
-    """Returns abstract lanes."""
-    unrolled = isinstance(lanes.k, tuple)
-    heads = jax.tree.leaves(lanes.v)[0].shape[-3]
-
-    def lay(axis: int, x: Any) -> Any:
-        return by_prompts_and_heads(mesh, x, axis, heads)
-
-    return _map_arrays(lay, _lane_axes(unrolled), lanes)
-
-
-def taken_layout(mesh: Mesh, taken: tuple[KV, Samples]) -> tuple[KV, Samples]:
-    """Returns abstract results of `take_out`."""
-    return prefix_layout(mesh, taken[0]), by_prompts(mesh, taken[1])
-
-
-def prefix_layout(mesh: Mesh, prefix: KV) -> KV:
-    """Returns abstract keys and values of prompts."""
-    heads = prefix.v.shape[2]
-    axes = zip(prefix, (1, 1, 0), strict=True)
-    return KV(*(by_prompts_and_heads(mesh, x, axis, heads) for x, axis in axes))

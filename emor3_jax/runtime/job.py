@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import ConfigError
 from emor3_jax.parallel import hosts
+from emor3_jax.parallel.devices import expected_platform, find_devices
+from emor3_jax.parallel.flags import set_flags
 from emor3_jax.prepare.data import data_sets, open_source
 
 
@@ -23,16 +25,23 @@ class CompileCounter:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
-def start_jax(cache: str) -> CompileCounter:
-    """Joins the other processes, sets where compiled programs are kept, starts to count compiles.
+def start_jax(cache: str, *, devices: bool = True) -> CompileCounter:
+    """Sets the platform's flags, joins the other processes, says what devices there are.
+
+    Also sets where compiled programs are kept, and starts to count compiles.
 
     Args:
       cache: folder, made if needed; "" keeps none.
+      devices: they will be used; a program that only reads leaves them to others.
 
     Raises:
       MeshError: as `hosts.start`.
+      DeviceError: if a platform is asked for that is not here.
     """
+    set_flags(expected_platform())
     hosts.start()
+    if devices and (found := find_devices()) and hosts.is_first():
+        print(found, flush=True)
     # The data sets' own notices would drown the progress of the run.
     for name in ("absl", "grain", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import tiny_step
 
 from emor3_jax.compiler.record import Recorder, device_bytes
+from emor3_jax.compiler.step import step_programs
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.parallel.program import Program, along, by_prompts, whole
 
@@ -89,7 +91,39 @@ def test_programs_are_sent_the_results_of_those_before(record: Recorder) -> None
         z = yield Program("second", double, (y,))
         return z.shape
 
-    assert record.run(along(programs(), {"cache": held}, "a ")) == (16,)
-    assert [report.name for report in record.reports] == ["a first", "a second"]
+    assert record.run(along(programs(), {"cache": held}, "a")) == (16,)
+    assert [report.name for report in record.reports] == ["a.first", "a.second"]
     assert [report.resident["cache"] for report in record.reports] == [40, 24]
     assert [report.resident["data"] for report in record.reports] == [0, 32]
+
+
+def test_adapters_take_their_own_memory_and_spare_the_optimizer() -> None:
+    mesh = meshes.make_mesh(1, 1, 1)
+
+    def sizes(rank: int) -> dict[str, dict[str, int]]:
+        """Program → kind → bytes; nothing is compiled, as there is no memory at all."""
+        config = tiny_step.make_config()
+        config.policy.lora_rank = rank
+        record = Recorder(mesh, usable=0)
+        with jax.set_mesh(mesh):
+            record.run(step_programs(mesh, config, tiny_step.POLICY, tiny_step.QUESTIONS))
+        return {report.name: report.resident for report in record.reports}
+
+    shapes = tiny_step.SHAPES
+    width, layers = shapes.hidden_size, shapes.num_layers
+    heads, kv_heads = shapes.num_heads * 24, shapes.num_kv_heads * 24
+    # Query and output, key and value: [D, r] and [r, F] each.
+    numbers = layers * (2 * (width + heads) + 2 * (width + kv_heads))
+    kernels = layers * width * 2 * (heads + kv_heads)
+    every = sum(x.size for x in jax.tree.leaves(tiny_step.POLICY.param_shapes()))
+    full, small, large = sizes(0), sizes(4), sizes(8)
+    # Two moments, and Adam's count.
+    assert full["update"]["optimizer"] == pytest.approx(8 * every, abs=16)
+    for rank, found in ((4, small), (8, large)):
+        assert found["update"]["optimizer"] == pytest.approx(8 * rank * numbers, abs=16)
+    more = large["update"]["parameters"] - small["update"]["parameters"]
+    assert more == 4 * 4 * numbers
+    # While responses are sampled, merged kernels lie beside those of the base.
+    merged = small["weight_sync"]["parameters"] - small["update"]["parameters"]
+    assert merged == 4 * kernels
+    assert full["weight_sync"]["parameters"] == full["update"]["parameters"]

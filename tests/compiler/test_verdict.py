@@ -42,8 +42,15 @@ def test_a_step_that_fits_names_the_largest_program() -> None:
         tiny.make_policy().shapes,
         4,
         6 * GIB,
+        2,
     )
     assert said == "fits: at most 5.50 of 6.00 GiB a device are needed (update)"
+
+
+def test_some_programs_that_fit_are_not_the_whole_step() -> None:
+    shapes = tiny.make_policy().shapes
+    said = verdict([report("decode", 5.0)], default(), shapes, 4, 6 * GIB, 30)
+    assert said.startswith("fits, as far as compiled (1 of 30 programs): at most 5.00 of 6.00 GiB")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,8 @@ def test_a_step_that_fits_names_the_largest_program() -> None:
         ("update", {"micro_prompts": 8}, "policy_update.micro_prompts=8", "rollout.slots"),
         ("update", {"remat": "none"}, "policy_update.remat='none'", "rollout.refill"),
         ("decode", {}, "rollout.slots=512", "micro_prompts"),
+        ("prefill", {}, "rollout.refill=512", "micro_prompts"),
+        ("evaluate.decode", {}, "evaluate.prompts=64", "rollout.slots"),
     ],
 )
 def test_what_does_not_fit_is_told_what_to_change(
@@ -59,10 +68,35 @@ def test_what_does_not_fit_is_told_what_to_change(
 ) -> None:
     config = default()
     config.policy_update.update(change)
-    said = verdict([report(name, 7.0)], config, tiny.make_policy().shapes, 4, 6 * GIB)
+    over = [report(name, 7.0, cache=2.0), report("spans", 3.0)]
+    said = verdict(over, config, tiny.make_policy().shapes, 4, 6 * GIB, 2)
     assert said.startswith(f"does not fit: {name} needs 7.00 of 6.00 GiB a device\n")
-    assert f"change {advice}" in said and "change mesh.tensor=1: 2" in said
-    assert not_advised not in said and "a larger slice" in said
+    assert f"  change {advice}" in said and not_advised not in said
+    assert ("change mesh.tensor=1: 2" in said) == (name != "update")
+    assert "spans" not in said and "a larger slice" in said
+
+
+def test_advice_stands_under_the_program_that_is_over() -> None:
+    config = default()
+    over = [report("update", 8.0), report("decode", 7.0, cache=3.0)]
+    said = verdict(over, config, tiny.make_policy().shapes, 4, 6 * GIB, 2).splitlines()
+    first, second = (said.index(next(x for x in said if f": {n} needs" in x)) for n in UPDATED)
+    assert any("policy_update.micro_prompts" in line for line in said[first:second])
+    assert any("rollout.slots" in line for line in said[second:])
+
+
+UPDATED = ("update", "decode")
+
+
+def test_a_large_optimizer_is_told_of_adapters_and_many_images_of_fewer_prompts() -> None:
+    resident = {"parameters": 0, "optimizer": 4 * GIB, "cache": 0, "data": 3 * GIB}
+    found = Report("weight_sync", 1, resident, 0, 7 * GIB)
+    config = default()
+    said = verdict([found], config, tiny.make_policy().shapes, 4, 6 * GIB, 1)
+    assert "change policy.lora_rank=0: adapters, such as 64, spare most of 4.00 GiB" in said
+    assert "change rollout.prompts=512: fewer images at once: 3.00 GiB are data" in said
+    config.policy.lora_rank = 64
+    assert "lora" not in verdict([found], config, tiny.make_policy().shapes, 4, 6 * GIB, 1)
 
 
 def searched(config: ConfigDict) -> list[str]:

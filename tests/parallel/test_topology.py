@@ -20,6 +20,8 @@ from emor3_jax.parallel.topology import TopologyError
         ("v6e-64", 64, 64, "8x8"),
         ("tpu7x-8", 4, 8, "2x2x1"),
         ("2xv5e-16", 16, 32, "4x4"),
+        ("h100-1", 1, 1, "1x1x1"),
+        ("a100-8", 8, 8, "1x1x8"),
     ],
 )
 def test_names(name: str, chips: int, devices: int, grid: str) -> None:
@@ -33,7 +35,9 @@ def test_names(name: str, chips: int, devices: int, grid: str) -> None:
     assert product == chips
 
 
-@pytest.mark.parametrize("name", ["v4-6", "v4", "v3-8", "v5e-512", "0xv5e-16", "-8", "v4-32x2"])
+@pytest.mark.parametrize(
+    "name", ["v4-6", "v4", "v3-8", "v5e-512", "0xv5e-16", "-8", "v4-32x2", "2xh100-8", "h100-3"]
+)
 def test_an_unknown_name_is_told_the_known_ones(name: str) -> None:
     with pytest.raises(TopologyError, match=f"^topology='{name}': must be one of v4-8, v4-16"):
         topology.parse(name)
@@ -44,6 +48,23 @@ def test_without_the_compiler_its_package_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TopologyError, match=r"pip install 'emor3_jax\[compile\]'"):
         topology.parse("v4-8").devices()
+    with pytest.raises(TopologyError, match=r"GPU needs .* pip install 'emor3_jax\[compile_gpu\]'"):
+        topology.parse("h200-1").devices()
+
+
+def test_gpus_keep_a_share_of_their_memory_for_programs() -> None:
+    chip = topology.parse("h200-1").chip
+    assert (chip.platform, topology.parse("v4-8").chip.platform) == ("gpu", "tpu")
+    # 92 % of what an H200 reports.
+    assert chip.usable == 139_285_789_409
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the plugin is not installed"
+)
+def test_the_compiler_knows_gpus() -> None:
+    devices = topology.parse("h100-8").devices()
+    assert [device.platform for device in devices] == ["gpu"] * 8
 
 
 @pytest.mark.loads_tpu_compiler

@@ -1,0 +1,331 @@
+"""Seconds of a training step by phase: a roofline model, an estimate and no measurement.
+
+A phase takes as long as the longest of three: its FLOPs by the peak of the chips, its bytes by the
+bandwidth of their memory, and the bytes that its collectives receive by that of their links; each
+bandwidth times the share of it that is reached. What is assumed stands in `Assumptions`; the
+figures of chips in `CHIPS`.
+
+Left out, numbered:
+ 1. The host: reading images, dispatch, logs; they run beside the devices.
+ 2. Evaluation, checkpoints and compiling.
+ 3. Rewards, advantages, norms and activations' own traffic, which `flops_share` stands for.
+ 4. Waits between hosts, and the slower network between slices.
+"""
+
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import NamedTuple
+
+from emor3_jax.errors import UserError
+from emor3_jax.flops.cost import Cost
+from emor3_jax.flops.step import StepShapes
+from emor3_jax.models.family import Shapes
+
+_GIGA = 10**9
+
+
+class ChipSpeed(NamedTuple):
+    """One jax device, by the pages of its makers.
+
+    Attributes:
+      flops: dense bfloat16 FLOP/s.
+      memory: bytes a second of HBM.
+      links: bytes a second that it receives over all links to its neighbours, half of what is
+        given for both directions.
+    """
+
+    flops: float
+    memory: float
+    links: float
+
+
+CHIPS = {
+    "v4": ChipSpeed(275e12, 1228 * _GIGA, 150 * _GIGA),
+    "v5e": ChipSpeed(197e12, 819 * _GIGA, 100 * _GIGA),
+    "v5p": ChipSpeed(459e12, 2765 * _GIGA, 300 * _GIGA),
+    "v6e": ChipSpeed(918e12, 1640 * _GIGA, 224 * _GIGA),
+    "tpu7x": ChipSpeed(2307e12 / 2, 3690 * _GIGA, 300 * _GIGA),
+    "a100": ChipSpeed(312e12, 2039 * _GIGA, 300 * _GIGA),
+    "h100": ChipSpeed(989e12, 3352 * _GIGA, 450 * _GIGA),
+    "h200": ChipSpeed(989e12, 4800 * _GIGA, 450 * _GIGA),
+}
+"""Kind of a topology (`parallel.topology`) → its speed."""
+
+
+class Lengths(NamedTuple):
+    """How long responses are: log-normal, cut at `most`.
+
+    Attributes:
+      mean: of the distribution before it is cut.
+      cut: share of the responses that reach `most`.
+      most: tokens.
+    """
+
+    mean: float = 265.0
+    cut: float = 0.01
+    most: int = 2048
+
+    def quantiles(self, count: int = 4096) -> list[float]:
+        """Returns the middles of `count` equally likely parts, rising.
+
+        Raises:
+          ValueError: if no log-normal distribution has this mean and this cut.
+        """
+        # log(mean) = mu + sigma²/2 and log(most) = mu + z sigma give a square equation of sigma.
+        z = NormalDist().inv_cdf(1 - self.cut)
+        inner = z**2 - 2 * math.log(self.most / self.mean)
+        if inner < 0 or z <= 0 or self.mean >= self.most:
+            raise ValueError(f"{self}: no log-normal distribution has this mean and this cut")
+        sigma = z - math.sqrt(inner)
+        mu = math.log(self.most) - z * sigma
+        normal = NormalDist(mu, sigma)
+        middles = (normal.inv_cdf((i + 0.5) / count) for i in range(count))
+        return [min(math.exp(x), float(self.most)) for x in middles]
+
+    @property
+    def average(self) -> float:
+        """Mean tokens of a response, once cut."""
+        found = self.quantiles()
+        return sum(found) / len(found)
+
+    @property
+    def age(self) -> float:
+        """Mean tokens behind a token of a response: what it attends to, beside the prompt."""
+        found = self.quantiles()
+        return sum(x * (x + 1) / 2 for x in found) / sum(found)
+
+
+class Assumptions(NamedTuple):
+    """What the model assumes; `REASONS` says why.
+
+    Attributes:
+      prompt_tokens: of a prompt, its image included.
+      lengths: of responses.
+      padding: real over padded tokens, of prompts, images and responses.
+      lanes: share of the decoded lanes that belong to a response.
+      places: places of the KV cache that are read, over those that are needed.
+      chunk: tokens of a device whose logits exist at once.
+      flops_share, memory_share, links_share: of the peak that is reached.
+      latency: seconds of a collective of a few numbers, in decoding with `tensor`.
+    """
+
+    prompt_tokens: int = 1024
+    lengths: Lengths = Lengths()
+    padding: float = 0.7
+    lanes: float = 0.75
+    places: float = 1.5
+    chunk: int = 1024
+    flops_share: float = 0.5
+    memory_share: float = 0.7
+    links_share: float = 0.7
+    latency: float = 5e-6
+
+    def changed(self, text: str) -> "Assumptions":
+        """Returns other assumptions, of a text such as "padding=0.13,lanes=0.38".
+
+        Raises:
+          AssumptionError: for a field that is not there, or no positive number.
+        """
+        new = self
+        for pair in filter(None, text.split(",")):
+            field, _, value = pair.partition("=")
+            inner = new.lengths if field in Lengths._fields else new._replace(lengths=None)
+            try:
+                number = type(getattr(inner, field))(float(value))
+            except (AttributeError, TypeError, ValueError):
+                number = 0
+            if number <= 0:
+                known = [*(x for x in self._fields if x != "lengths"), *Lengths._fields]
+                raise AssumptionError(
+                    f"assume={pair!r}: must be a positive number of {', '.join(known)}, as in "
+                    "padding=0.7"
+                )
+            changed = inner._replace(**{field: number})
+            if field in Lengths._fields:
+                new = new._replace(lengths=changed)
+            else:
+                new = changed._replace(lengths=new.lengths)
+        return new
+
+
+class AssumptionError(UserError):
+    """An assumption that there is not."""
+
+
+REASONS = {
+    "prompt_tokens": "an image of about 670,000 pixels; the release has 262,144 to 1.5 million",
+    "lengths": "placeholder, no run of the 3B has been measured",
+    "padding": "placeholder until the simulation's value is filled in",
+    "lanes": "placeholder until the simulation's value is filled in",
+    "places": "the most that the simulation allows",
+    "chunk": "log-probabilities are computed so many tokens of a device at once",
+    "flops_share": "not measured; large products alone reach more",
+    "memory_share": "not measured",
+    "links_share": "not measured",
+    "latency": "not measured",
+}
+"""Field of `Assumptions` → where its value comes from."""
+
+
+class Machine(NamedTuple):
+    """The devices and how a step lies on them.
+
+    Attributes:
+      chip: of each device.
+      devices: that share the step.
+      tensor: mesh.tensor.
+      fsdp: mesh.fsdp.
+      slots: prompts in flight.
+      refill: prompts that are prefilled and judged at once.
+      micro_batches: of all updates of a step.
+      updates: optimizer steps.
+    """
+
+    chip: ChipSpeed
+    devices: int
+    tensor: int
+    fsdp: int
+    slots: int
+    refill: int
+    micro_batches: int
+    updates: int
+
+    @property
+    def parts(self) -> int:
+        """How many parts the mesh cuts a batch into."""
+        return self.devices // self.tensor
+
+
+class Phase(NamedTuple):
+    """Seconds of a phase by each bound.
+
+    Attributes:
+      flops, memory, links: seconds that each takes alone.
+    """
+
+    flops: float = 0.0
+    memory: float = 0.0
+    links: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the phase: the longest of the three, which run at once."""
+        return max(self)
+
+    @property
+    def bound(self) -> str:
+        """Which of the three it is."""
+        return self._fields[self.index(self.seconds)]
+
+
+def phase_seconds(
+    policy: Shapes,
+    step: StepShapes,
+    costs: Mapping[str, Cost],
+    machine: Machine,
+    assumed: Assumptions,
+    parameters: int,
+    moved: Mapping[str, float] | None = None,
+) -> dict[str, Phase]:
+    """Returns phase → seconds of a step.
+
+    Args:
+      policy: its shapes.
+      step: shapes of the step at the mean lengths.
+      costs: of its phases (`phase_costs`).
+      machine: the devices.
+      assumed: the assumptions.
+      parameters: of the policy, all.
+      moved: program → bytes that a device receives in all its calls of a step, from compiled
+        programs; None counts them from shapes.
+    """
+    chip, tensor, fsdp = machine.chip, machine.tensor, machine.fsdp
+    flop_rate = chip.flops * assumed.flops_share * machine.devices
+    byte_rate, link_rate = chip.memory * assumed.memory_share, chip.links * assumed.links_share
+    # bfloat16, whole but for tensor.
+    weights = 2 * parameters / tensor
+    # The share of a gathered weight that other devices have.
+    away = (fsdp - 1) / fsdp
+
+    def products(*names: str) -> float:
+        padded = sum(costs[name].executed for name in names if name in costs)
+        return padded / assumed.padding / flop_rate
+
+    def received(name: str, counted: float) -> float:
+        return (counted if moved is None else moved.get(name, 0.0)) / link_rate
+
+    def summed(tokens: float, passes: int) -> float:
+        """Bytes of the two sums of activations over `tensor` in each layer and pass."""
+        each = 2 * 2 * policy.num_layers * policy.hidden_size * tokens / assumed.padding
+        return 2 * (tensor - 1) / tensor * passes * each / machine.parts
+
+    waves = step.prompts // machine.refill
+    read = step.prompts * step.prompt_tokens
+    written = step.prompts * step.responses * step.response_tokens
+    every = parameters / (fsdp * tensor)
+    found = {
+        # The float32 weights are read, gathered bfloat16 ones are written.
+        "weight sync": Phase(
+            memory=(4 * every + weights) / byte_rate, links=received("weight_sync", away * weights)
+        ),
+        "vision and prefill": Phase(
+            products("vision", "prefill"),
+            waves * weights / byte_rate,
+            received("prefill", summed(read, 1)),
+        ),
+        "decode": _decode(policy, step, costs["decode"], machine, assumed, weights),
+    }
+    for name, question in step.questions.items():
+        # The question is read once a wave; each further token of its reply reads all weights again.
+        reads = waves * (question.reply if question.replies == 1 else 1)
+        tokens = question.head * question.with_image + question.text + question.tail
+        sums = summed(step.prompts * step.responses * tokens, 1)
+        found[name] = Phase(products(name), reads * weights / byte_rate, received(name, sums))
+    # Layers are gathered in bfloat16 for each micro-batch: forward, and in an update backward too,
+    # from where float32 gradients are scattered.
+    rounds = machine.micro_batches
+    gathers = rounds * away * weights
+    chunks = written / assumed.padding / machine.parts / assumed.chunk
+    head = 4 * policy.vocab_size * policy.hidden_size / tensor
+    for name in ("old", "reference"):
+        if costs[name].flops:
+            found[name] = Phase(
+                products(name),
+                rounds * weights / byte_rate,
+                received(name, gathers + summed(read + written, 1)),
+            )
+    # Weights, gradient and two moments of AdamW: read and written.
+    adam = machine.updates * 2 * 4 * 4 * every
+    found["update"] = Phase(
+        products("update"),
+        # Each chunk of logits adds to the head's gradient.
+        (rounds * 2 * weights + chunks * 2 * head + adam) / byte_rate,
+        received("update", 2 * gathers + 2 * gathers + summed(read + written, 3)),
+    )
+    return found
+
+
+def _decode(
+    policy: Shapes,
+    step: StepShapes,
+    cost: Cost,
+    machine: Machine,
+    assumed: Assumptions,
+    weights: float,
+) -> Phase:
+    """Returns the seconds of decoding: rounds of all lanes, each of which reads all weights."""
+    chip = machine.chip
+    lanes = machine.slots * step.responses
+    rounds = step.prompts * step.responses * step.response_tokens / (lanes * assumed.lanes)
+    heads = machine.tensor if policy.num_kv_heads % machine.tensor == 0 else 1
+    token = 2 * 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim / heads
+    # Of a device: the prompts of its slots, and what its lanes have written so far.
+    prompts = machine.slots / machine.parts * step.prompt_tokens / assumed.padding
+    own = lanes / machine.parts * assumed.lanes * assumed.lengths.age * assumed.places
+    read = weights + (prompts + own) * token
+    return Phase(
+        cost.executed / assumed.lanes / (chip.flops * assumed.flops_share * machine.devices),
+        rounds * read / (chip.memory * assumed.memory_share),
+        rounds * 2 * policy.num_layers * assumed.latency * (machine.tensor > 1),
+    )

@@ -1,0 +1,130 @@
+"""Seconds of a step by hand, and what they follow."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from support import tiny
+
+from emor3_jax.flops import Cost, QuestionTokens, StepShapes
+from emor3_jax.flops.seconds import (
+    CHIPS,
+    REASONS,
+    AssumptionError,
+    Assumptions,
+    ChipSpeed,
+    Lengths,
+    Machine,
+    Phase,
+    phase_seconds,
+)
+from emor3_jax.parallel import topology
+
+SHAPES = tiny.make_policy().shapes
+STEP = StepShapes(8, 2, 20, 30, 16, 10, {"coherence": QuestionTokens(0, 20, 5, 3)})
+COSTS = {
+    "vision": Cost(linear=1e6),
+    "prefill": Cost(linear=3e6),
+    "decode": Cost(linear=5e6, attention=1e6),
+    "coherence": Cost(linear=2e6),
+    "old": Cost(),
+    "reference": Cost(linear=4e6),
+    "update": Cost(linear=12e6, recomputed=4e6),
+}
+# All that is reached is all there is, so that numbers stay plain.
+WHOLE = Assumptions(
+    20, Lengths(30, 0.01, 256), 0.5, 0.5, 2.0, 10, flops_share=1, memory_share=1, links_share=1
+)
+MACHINE = Machine(ChipSpeed(1e6, 1e5, 1e4), 4, 1, 4, 4, 2, 4, 2)
+PARAMETERS = 1000
+
+
+def test_each_phase_is_the_longest_of_three() -> None:
+    found = phase_seconds(SHAPES, STEP, COSTS, MACHINE, WHOLE, PARAMETERS)
+    assert list(found) == [
+        *("weight sync", "vision and prefill", "decode", "coherence", "reference", "update")
+    ]
+    # 4 devices of 1e6 FLOP/s; half of the tokens are padding.
+    assert found["vision and prefill"].flops == 4e6 / 0.5 / 4e6
+    assert found["reference"].flops == 2.0
+    # What rematerialisation repeats is executed too.
+    assert found["update"].flops == 8.0
+    # Four waves, each reading 1000 weights of two bytes.
+    assert found["vision and prefill"].memory == pytest.approx(4 * 2000 / 1e5)
+    # And three replies' tokens of each wave.
+    assert found["coherence"].memory == pytest.approx(4 * 3 * 2000 / 1e5)
+    # 250 float32 weights of its own are read, all are written; three quarters come from others.
+    assert found["weight sync"].memory == pytest.approx((4 * 250 + 2000) / 1e5)
+    assert found["weight sync"].links == pytest.approx(0.75 * 2000 / 1e4)
+    # Layers of four micro-batches are gathered once for the reference; for the update twice, and
+    # float32 gradients, twice as large, scattered.
+    assert found["reference"].links == pytest.approx(4 * 0.75 * 2000 / 1e4)
+    assert found["update"].links == pytest.approx(4 * 4 * 0.75 * 2000 / 1e4)
+    # 480 response tokens, 960 padded, 240 a device, 24 chunks of 10: each rewrites 80 x 32 float32.
+    chunks = 24 * 2 * 4 * 80 * 32
+    adam = 2 * 2 * 4 * 4 * 250
+    assert found["update"].memory == pytest.approx((4 * 2 * 2000 + chunks + adam) / 1e5)
+    assert found["update"].seconds == max(found["update"])
+
+
+def test_decoding_reads_weights_prompts_and_keys_in_every_round() -> None:
+    decode = phase_seconds(SHAPES, STEP, COSTS, MACHINE, WHOLE, PARAMETERS)["decode"]
+    # 480 tokens on 8 lanes, half of them idle.
+    rounds = 120
+    token = 2 * 2 * SHAPES.num_layers * SHAPES.num_kv_heads * SHAPES.head_dim
+    prompts = 1 * 20 / 0.5
+    own = 2 * 0.5 * WHOLE.lengths.age * 2
+    assert decode.memory == pytest.approx(rounds * (2000 + (prompts + own) * token) / 1e5)
+    assert decode.flops == 6e6 / 0.5 / 4e6
+    assert decode.links == 0
+    cut = MACHINE._replace(tensor=2, fsdp=2)
+    halved = phase_seconds(SHAPES, STEP, COSTS, cut, WHOLE, PARAMETERS)["decode"]
+    # Weights and heads are cut by two, but a device has twice the prompts.
+    read = 1000 + 2 * (prompts + own) * token / 2
+    assert halved.memory == pytest.approx(rounds * read / 1e5)
+    assert halved.links == pytest.approx(rounds * 2 * SHAPES.num_layers * WHOLE.latency)
+
+
+def test_collectives_of_compiled_programs_replace_the_counted_ones() -> None:
+    found = phase_seconds(
+        SHAPES, STEP, COSTS, MACHINE, WHOLE, PARAMETERS, {"update": 5e4, "weight_sync": 1e4}
+    )
+    assert (found["update"].links, found["weight sync"].links) == (5.0, 1.0)
+    assert found["reference"].links == 0
+
+
+def test_lengths_are_log_normal_and_cut() -> None:
+    lengths = Lengths(265, 0.01, 2048)
+    found = np.asarray(lengths.quantiles(100_000))
+    assert np.mean(found == 2048) == pytest.approx(0.01, abs=1e-5)
+    logs = np.log(found[found < 2048])
+    # Of the whole distribution, which its median and its cut tell.
+    mu = math.log(np.median(found))
+    sigma = (math.log(2048) - mu) / statistics.NormalDist().inv_cdf(0.99)
+    assert math.exp(mu + sigma**2 / 2) == pytest.approx(265, rel=1e-3)
+    assert logs.max() < math.log(2048)
+    assert lengths.average == pytest.approx(found.mean(), rel=1e-3) and lengths.average < 265
+    # A token of a long response attends to more: what lies behind a token drawn at random.
+    assert lengths.age == pytest.approx((found * (found + 1) / 2).sum() / found.sum(), rel=1e-2)
+    with pytest.raises(ValueError, match="no log-normal distribution"):
+        Lengths(2000, 0.5, 2048).quantiles()
+
+
+def test_assumptions_are_changed_by_name_and_all_have_a_reason() -> None:
+    changed = Assumptions().changed("padding=0.13,mean=400,chunk=32")
+    assert (changed.padding, changed.chunk, changed.lengths.mean) == (0.13, 32, 400.0)
+    assert changed.lanes == Assumptions().lanes and changed.lengths.cut == 0.01
+    assert Assumptions().changed("") == Assumptions()
+    for wrong in ("paddding=0.5", "padding=much", "padding=0", "lengths=3", "padding"):
+        with pytest.raises(AssumptionError, match=f"^assume='{wrong}': must be a positive number"):
+            Assumptions().changed(wrong)
+    assert set(REASONS) == set(Assumptions._fields)
+
+
+def test_every_kind_of_device_has_a_speed() -> None:
+    assert set(CHIPS) == set(topology.CHIPS)
+
+
+def test_the_longest_bound_is_named() -> None:
+    assert Phase(1.0, 3.0, 2.0).bound == "memory" and Phase(1.0, 3.0, 2.0).seconds == 3.0
