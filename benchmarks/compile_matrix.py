@@ -30,10 +30,13 @@ SLICES = (
 )
 SIZES = ("3b", "7b")
 PROGRAMS = (
-    *("weight_sync", "decode", "resize_ring", "update"),
+    *("weight_sync", "decode", "resize_ring", "shrink", "admit", "take_out", "update"),
     *("prefill", "coherence", "consistency", "reference"),
 )
 """Those that take memory, the most telling first; `emor3_jax.compile` has the others too."""
+
+SHOWN = ("slots", "lanes", "micro", "GiB")
+"""Columns in front of the programs: sizes of the rollout and update, and HBM of a device."""
 
 CONFIGS = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "v7x"}
 
@@ -105,14 +108,14 @@ def _fit_table(found: Results) -> list[str]:
         "GiB while each program runs, with all that lies there meanwhile; **bold** is over what",
         "the device has. An empty cell has not been run.",
         "",
-        f"| policy | slice | mesh | slots | micro | GiB | {' | '.join(PROGRAMS)} | verdict |",
-        f"|---|---|---|---:|---:|---:|{'---:|' * len(PROGRAMS)}---|",
+        f"| policy | slice | mesh | {' | '.join((*SHOWN, *PROGRAMS))} | verdict |",
+        f"|---|---|---|{'---:|' * (len(SHOWN) + len(PROGRAMS))}---|",
     ]
     for size in SIZES:
         for name in SLICES:
             cell = found.get((size, name), {})
             if not cell:
-                empty = " | ".join([""] * (len(PROGRAMS) + 4))
+                empty = " | ".join([""] * (len(PROGRAMS) + 5))
                 lines.append(f"| {size.upper()} | {name} | {empty} | not run |")
                 continue
             any_ = next(iter(cell.values()))
@@ -125,6 +128,7 @@ def _fit_table(found: Results) -> list[str]:
             verdict += ", as far as run" if missing and verdict == "fits" else ""
             lines.append(
                 f"| {size.upper()} | {name} | {shown} | {any_['rollout']['slots']} "
+                f"| {any_['rollout'].get('lanes', 8 * any_['rollout']['slots'])} "
                 f"| {any_['micro_prompts']} | {any_['usable'] / 2**30:.2f} "
                 f"| {' | '.join(sizes)} | {verdict} |"
             )

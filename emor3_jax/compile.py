@@ -87,7 +87,7 @@ class Compiled:
             "usable": self.topology.chip.usable,
             "policy": self.config.policy.path,
             "mesh": self.config.mesh.to_dict(),
-            "rollout": {k: self.config.rollout[k] for k in ("prompts", "slots", "refill")},
+            "rollout": {k: self.config.rollout[k] for k in ("prompts", "slots", "refill", "lanes")},
             "micro_prompts": self.config.policy_update.micro_prompts,
             "fits": self.fits,
             "programs": [

@@ -9,7 +9,7 @@ from emor3_jax.compiler.verdict import LEARNING
 from emor3_jax.rewards.questions import QUESTIONS
 
 _CACHED = ("resize_ring", "decode", "shrink", "take_out", "admit")
-"""Programs whose own memory grows with the slots; they compile in seconds."""
+"""Programs whose own memory grows with slots and lanes; they compile in seconds."""
 
 _BESIDE = ("prefill", *QUESTIONS)
 """Programs that run beside the cache and depend on `rollout.refill` alone; compiled once."""
@@ -17,6 +17,8 @@ _BESIDE = ("prefill", *QUESTIONS)
 
 def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]) -> Iterator[str]:
     """Finds `policy_update.micro_prompts` and `rollout.slots`; `rollout.refill` stays.
+
+    `rollout.lanes`, where it is not 0, keeps its share of the slots.
 
     From what the config says, doubled while it fits or halved until it does. Where the config's
     rules refuse a half, the next smaller size that they allow is tried.
@@ -33,6 +35,7 @@ def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]
     rollout.slots = min(rollout.slots or rollout.prompts, rollout.prompts)
     rollout.refill = min(rollout.refill or rollout.slots, rollout.slots)
     found: dict[str, int | None] = {}
+    lanes, of_slots = rollout.lanes, rollout.slots
 
     first = compile_config(config, topology, _BESIDE)
     usable = first.topology.chip.usable
@@ -40,6 +43,7 @@ def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]
 
     def slots_fit(slots: int) -> bool:
         rollout.slots = slots
+        rollout.lanes = slots * lanes // of_slots // first.parts * first.parts
         tried = compile_config(config, topology, _CACHED)
         cache = max(r.resident["cache"] for r in tried.reports if r.name != "resize_ring")
         needed = [r.needed if r.made is not None else usable + 1 for r in tried.reports]
@@ -70,9 +74,11 @@ def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]
             smaller = (size for size in range(value // 2, 0, -1) if allowed(size))
             value = 2 * value if good else next(smaller, 0)
         section[key] = best or min(tried)
+        rollout.lanes = rollout.slots * lanes // of_slots // first.parts * first.parts
         found[field] = best
         if best is None:
             yield f"{field}: nothing fits, down to {min(tried)}"
     if None not in found.values():
+        found |= {"rollout.lanes": rollout.lanes} if lanes else {}
         flags = " ".join(f"--config.{field}={value}" for field, value in found.items())
         yield f"largest that fits: {flags}"

@@ -124,6 +124,9 @@ def _changes(
         if update.logprob_chunk > 256:
             yield "policy_update.logprob_chunk", update.logprob_chunk, "logits of fewer tokens"
     elif family != "evaluate" and name != "weight_sync":
+        lanes = min(rollout.lanes or slots * rollout.responses, slots * rollout.responses)
+        if held.get("cache") and lanes > parts:
+            yield "rollout.lanes", lanes, f"fewer responses in flight, down to {parts}"
         if held.get("cache") and slots > parts:
             yield "rollout.slots", slots, f"fewer prompts in flight, down to {parts}"
         if name in BY_REFILL and refill > parts:

@@ -16,7 +16,7 @@ BUILT_IN = {
     "<lambda>",
     "_normal",
     "true_divide",
-    "place",
+    "write_layer",
     "copy",
     # Eager operations on keys and scalars.
     "_threefry_fold_in",
