@@ -97,6 +97,7 @@ def default() -> ConfigDict:
     config.policy.dtype = "bfloat16"
     # "xla", "splash" (TPU), "cudnn" (NVIDIA GPU), or "auto": the one of the platform.
     config.policy.attention = "auto"
+    # Then the tower has no backward pass, no moments and no part in the gradient's norm.
     config.policy.freeze_vision_tower = False
     # Train adapters of this rank alone (models/lora.py), in these modules: those of the decoder by
     # name, those of the vision tower as "visual/qkv". 0 trains the weights themselves.

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
+from emor3_jax.config import uses_reference
 from emor3_jax.data.labels import label_set
 from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.reference import FeatureCache, Reference
@@ -85,6 +86,9 @@ def step_programs(
     loaded = {"parameters": [base, state.params]}
     # Made once a run; it replaces the float32 parameters that were loaded.
     reference = yield from along(learner.reference.cast_programs(base), loaded)
+    if reference is base and learner.lora is None:
+        # The state is donated to updates, so such a reference is a copy of it.
+        reference = as_params(mesh, reference)
     kept = {
         "parameters": [base, state.params, reference],
         "optimizer": state.opt_state,
@@ -134,7 +138,7 @@ class _Maker:
             lora = Lora(params, whole(self.mesh, scale))
         else:
             trained = params
-        if config.reference.image_cache:
+        if config.reference.image_cache and uses_reference(config):
             micro_prompts = config.policy_update.micro_prompts
             cache = FeatureCache(self.policy, config.reference.image_cache, micro_prompts)
         spec = prepare.make_update_spec(config, self.policy)

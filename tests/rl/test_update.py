@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.rl.update import TrainState, accumulate, apply_gradients, make_optimizer
+from emor3_jax.rl.update import (
+    TrainState,
+    accumulate,
+    apply_gradients,
+    combine,
+    make_optimizer,
+    partition,
+)
 
 
 @pytest.fixture
@@ -86,6 +93,28 @@ def test_frozen_parameters_stay(params):
         state, _ = apply_gradients(state, ones(params), optimizer)
     np.testing.assert_array_equal(state.params["visual"]["w"], params["visual"]["w"])
     assert np.all(state.params["model"]["w"] < params["model"]["w"])
+
+
+def test_frozen_parameters_need_no_gradient_and_have_no_moments(params):
+    def frozen(path: tuple) -> bool:
+        return path[0].key == "visual"
+
+    trained, held = partition(params, frozen)
+    assert trained["visual"]["w"] is None and held["model"]["w"] is None
+    jax.tree.map(np.testing.assert_array_equal, combine(trained, held), params)
+    assert combine(*partition(params, None)) == params
+    optimizer = make_optimizer(0.1, max_grad_norm=1.0, frozen=frozen)
+    state = TrainState.create(params, optimizer)
+    assert {x.shape for x in jax.tree.leaves(state.opt_state)} == {(2, 1), ()}
+    grads = {"visual": {"w": None}, "model": {"w": jnp.float32([[3.0], [4.0]])}}
+    after, metrics = apply_gradients(state, grads, optimizer)
+    assert metrics["grad_norm"] == pytest.approx(5.0)
+    np.testing.assert_array_equal(after.params["visual"]["w"], params["visual"]["w"])
+    # The same as with any gradient of the frozen ones, but for the norm.
+    full = grads | {"visual": {"w": jnp.float32([12.0, 0.0])}}
+    other, metrics = apply_gradients(state, full, optimizer)
+    assert metrics["grad_norm"] == pytest.approx(13.0)
+    jax.tree.map(np.testing.assert_array_equal, after, other)
 
 
 def test_rates_of_groups_by_hand(params):
