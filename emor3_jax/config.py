@@ -205,6 +205,8 @@ def default() -> ConfigDict:
     config.policy_update.rates.decoder = 1.0
     config.policy_update.weight_decay = 1e-2
     config.policy_update.max_grad_norm = 1.0
+    # In which AdamW's first moment is kept: "bfloat16" takes 2 bytes a parameter less.
+    config.policy_update.mu_dtype = "float32"
     # "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline" or "remax", which answers
     # each prompt once more, greedily (rl/advantages.py).
     config.policy_update.advantage = "grpo"

@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
-from emor3_jax.config import uses_reference
 from emor3_jax.data.labels import label_set
 from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.reference import FeatureCache, Reference
@@ -138,11 +137,12 @@ class _Maker:
             lora = Lora(params, whole(self.mesh, scale))
         else:
             trained = params
-        if config.reference.image_cache and uses_reference(config):
+        settings = prepare.reference_settings(config)
+        if config.reference.image_cache and settings["kind"] != "none":
             micro_prompts = config.policy_update.micro_prompts
             cache = FeatureCache(self.policy, config.reference.image_cache, micro_prompts)
         spec = prepare.make_update_spec(config, self.policy)
-        reference = Reference({}, cache=cache, **prepare.reference_settings(config))
+        reference = Reference({}, cache=cache, **settings)
         learner = Learner(
             spec,
             prepare.make_step_spec(config),

@@ -59,11 +59,11 @@ def make_learner(
 
 def make_reference(config: ConfigDict, loaded: LoadedPolicy) -> Reference:
     """Returns the reference of a run that starts from a policy; without a KL it keeps nothing."""
-    cache = None
-    if config.reference.image_cache and uses_reference(config):
+    cache, settings = None, reference_settings(config)
+    if config.reference.image_cache and settings["kind"] != "none":
         micro_prompts = config.policy_update.micro_prompts
         cache = FeatureCache(loaded.policy, config.reference.image_cache, micro_prompts)
-    return Reference(loaded.params, cache=cache, **reference_settings(config))
+    return Reference(loaded.params, cache=cache, **settings)
 
 
 def reference_settings(config: ConfigDict) -> dict[str, Any]:
@@ -175,6 +175,7 @@ def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
         rate,
         weight_decay=c.weight_decay,
         max_grad_norm=c.max_grad_norm,
+        mu_dtype=c.mu_dtype,
         frozen=frozen_params(config),
         rate_of=None if set(factors.values()) == {1.0} else rate_of,
     )

@@ -36,6 +36,7 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     b1: float = 0.9,
     b2: float = 0.999,
+    mu_dtype: str | None = None,
     frozen: Frozen | None = None,
     rate_of: Callable[[tuple[Any, ...]], float] | None = None,
 ) -> optax.GradientTransformation:
@@ -46,13 +47,15 @@ def make_optimizer(
       weight_decay: decoupled decay, on every trained parameter as in the release.
       max_grad_norm: the gradient is scaled down to at most this norm.
       b1, b2: Adam's decay rates.
+      mu_dtype: in which the first moment is kept; None is that of the parameters. The second one
+        always is: with a `b2` of 0.999, a step changes it by less than bfloat16 can tell.
       frozen: true for the parameters to leave unchanged, of which no moments are kept; None trains
         all.
       rate_of: learning-rate factor of parameters, by their key path; None is 1 for all.
     """
     adamw = optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay),
+        optax.adamw(learning_rate, b1=b1, b2=b2, mu_dtype=mu_dtype, weight_decay=weight_decay),
         *([] if rate_of is None else [_scale_by_path(rate_of)]),
     )
     if frozen is None:

@@ -57,3 +57,11 @@ def test_a_frozen_tower_keeps_no_moments() -> None:
     frozen = bytes_of(programs_of(config)["update"], "optimizer")
     tower = sum(x.size for x in jax.tree.leaves(tiny_step.POLICY.param_shapes()["visual"]))
     assert free - frozen == 2 * 4 * tower
+
+
+def test_a_first_moment_in_bfloat16_is_counted() -> None:
+    config = tiny_step.make_config()
+    whole = bytes_of(programs_of(config)["update"], "optimizer")
+    config.policy_update.mu_dtype = "bfloat16"
+    half = bytes_of(programs_of(config)["update"], "optimizer")
+    assert whole - half == 2 * sum(x.size for x in jax.tree.leaves(tiny_step.POLICY.param_shapes()))

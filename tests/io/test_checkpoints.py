@@ -12,9 +12,10 @@ from emor3_jax.parallel.mesh import make_mesh, param_shardings
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
 
 
-@pytest.fixture(scope="module")
-def optimizer() -> optax.GradientTransformation:
-    return make_optimizer(optax.linear_schedule(1e-2, 0.0, 10))
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def optimizer(request) -> optax.GradientTransformation:
+    """With the first moment in either type."""
+    return make_optimizer(optax.linear_schedule(1e-2, 0.0, 10), mu_dtype=request.param)
 
 
 def make_state(optimizer: optax.GradientTransformation) -> TrainState:
