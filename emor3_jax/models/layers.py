@@ -185,7 +185,7 @@ class TokenEmbedding(nn.Module):
 
     Vectors are rounded once they are looked up, not the table before: so the gradient, where all
     tokens of a batch that are alike add up, is summed in float32. In bfloat16 a sum stops growing
-    once it is 256 times what is added.
+    once it is 256 to 512 times what is added.
 
     Attributes:
       tokens: V, size of the vocabulary.
