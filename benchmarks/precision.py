@@ -1,12 +1,16 @@
-"""What bfloat16 changes in log-probabilities. python -m benchmarks.precision [--config.key=value …]
+"""What bfloat16 changes. python -m benchmarks.precision [--config.key=value …]
 
 Samples responses to EmoScenes with the layers' arithmetic in float32 and in bfloat16, scores each
-of them in both, and compares the log-probability of every token with the sampler's own. The weights
-are the same float32 ones. Needs the embedded base policy; trains it first if it is not there.
+of them in both, and compares the log-probability of every token with the sampler's own. Then
+compares gradients of all parameters in bfloat16 with those in float32, of two losses on the same
+responses. The weights are the same float32 ones. Needs the embedded base policy; trains it first if
+it is not there.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from datetime import date
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +21,16 @@ from ml_collections import ConfigDict, config_flags
 from configs import cpu_demo
 from emor3_jax import prepare
 from emor3_jax.io.console import Console
-from emor3_jax.learner.logprobs import response_logprobs
+from emor3_jax.learner.learner import UpdateSpec
+from emor3_jax.learner.logprobs import response_logprobs, score_responses
 from emor3_jax.models import LoadedPolicy
+from emor3_jax.models.params import leaves
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.runtime.job import start_jax
+from emor3_jax.types import Batch, Samples, split
 
 DTYPES = ("float32", "bfloat16")
+MICRO_BATCHES = 4
 _CONFIG = config_flags.DEFINE_config_dict("config", cpu_demo.get_config())
 
 
@@ -31,8 +39,90 @@ def in_dtype(loaded: LoadedPolicy, name: str) -> LoadedPolicy:
     return dataclasses.replace(loaded, policy=loaded.policy.with_compute(dtype=jnp.dtype(name)))
 
 
+def group_of(path: str) -> str:
+    """Returns the row of a parameter."""
+    if "embed_tokens" in path or path.startswith("lm_head"):
+        return "embedding and head (tied)" if "embed_tokens" in path else "head"
+    part = "tower" if path.startswith("visual") else "decoder"
+    return f"{part}, {'matrices' if path.endswith('kernel') else 'norms and biases'}"
+
+
+def gradient(
+    spec: UpdateSpec,
+    params: dict,
+    data: Sequence[tuple[Batch, Samples, np.ndarray]],
+    suppressed: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Returns path → gradient of the weighted sum of log-probabilities, in micro-batches.
+
+    Args:
+      spec: with the policy and its compute type.
+      params: of the policy.
+      data: batches of prompts, their responses, and the weight of each token.
+      suppressed: bool[V], ids that the sampler could not draw.
+    """
+
+    @jax.jit
+    @jax.grad
+    def one(params: dict, batch: Batch, samples: Samples, weights: jax.Array) -> jax.Array:
+        found = score_responses(spec.policy, params, batch, samples, spec.logprobs, suppressed)
+        return -jnp.sum(weights * found.logprobs)
+
+    parts = [part for given in data for part in split(given, MICRO_BATCHES)]
+    total = [jax.device_get(one(params, *part)) for part in parts]
+    return dict(leaves(jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *total)))
+
+
+def gradient_errors(found: dict, wanted: dict) -> Iterator[str]:
+    """Yields the rows of the table of gradients."""
+    for group in dict.fromkeys(map(group_of, wanted)):
+        paths = [path for path in wanted if group_of(path) == group]
+        exact = np.concatenate([wanted[path].ravel() for path in paths])
+        difference = np.concatenate([found[path].ravel() for path in paths]) - exact
+        size = np.sum(exact**2)
+        error = np.sqrt(np.sum(difference**2) / size)
+        bias = np.sum(difference * exact) / size
+        yield f"{group} | {exact.size:,} | {100 * error:.2f} % | {100 * bias:+.2f} %"
+
+
+def print_gradients(
+    config: ConfigDict, loaded: LoadedPolicy, data: Sequence[tuple[Batch, Samples]], suppressed: Any
+) -> None:
+    """Prints the table of gradients.
+
+    Args:
+      config: of the run.
+      loaded: the policy.
+      data: batches of prompts and their responses.
+      suppressed: bool[V], ids that the sampler could not draw.
+    """
+    print(
+        "\n| loss | parameters | number | relative error | bias |\n|---|---|---|---|---|",
+        flush=True,
+    )
+    total = sum(int(np.sum(samples.lengths)) for _, samples in data)
+    rng = np.random.default_rng(0)
+    signs = [rng.normal(size=(*samples.lengths.shape, 1)) for _, samples in data]
+    for name, advantages in (("imitation", [np.ones_like(x) for x in signs]), ("policy", signs)):
+        weighted = [
+            (batch, samples, np.float32(each * np.asarray(samples.mask) / total))
+            for (batch, samples), each in zip(data, advantages, strict=True)
+        ]
+        exact, rough = (
+            gradient(
+                prepare.make_update_spec(config, in_dtype(loaded, dtype).policy),
+                loaded.params,
+                weighted,
+                suppressed,
+            )
+            for dtype in DTYPES
+        )
+        for row in gradient_errors(rough, exact):
+            print(f"| {name} | {row} |", flush=True)
+
+
 def main(_: list[str]) -> None:
-    """Prints the table."""
+    """Prints the tables."""
     config: ConfigDict = _CONFIG.value
     say = Console("precision")
     start_jax(config.log.compile_cache)
@@ -77,8 +167,11 @@ def main(_: list[str]) -> None:
             print(
                 f"| {sampled} | {scored} | {len(size):,} | {size.mean():.1e} |"
                 f" {np.quantile(size, 0.999):.1e} | {size.max():.1e} | {ratio.mean():.5f} |"
-                f" {100 * clipped:.3f} % |"
+                f" {100 * clipped:.3f} % |",
+                flush=True,
             )
+    given = list(zip(batches, samples, strict=True))
+    print_gradients(config, loaded, given, rollout.suppressed)
 
 
 if __name__ == "__main__":

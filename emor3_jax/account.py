@@ -80,6 +80,7 @@ def step_costs(
         kept=config.reference.image_cache > 0,
         old=config.policy_update.old_logprobs == "recompute",
         remat=config.policy_update.remat == "layers",
+        frozen_tower=config.policy.freeze_vision_tower,
     )
     return policy.shapes, step, costs
 

@@ -200,6 +200,7 @@ def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[
         reference=uses_reference(config),
         old=update.old_logprobs == "recompute",
         remat=update.remat == "layers",
+        frozen_tower=config.policy.freeze_vision_tower,
     )
 
 

@@ -97,6 +97,7 @@ def default() -> ConfigDict:
     config.policy.dtype = "bfloat16"
     # "xla", "splash" (TPU), "cudnn" (NVIDIA GPU), or "auto": the one of the platform.
     config.policy.attention = "auto"
+    # Then the tower has no backward pass, no moments and no part in the gradient's norm.
     config.policy.freeze_vision_tower = False
     # Train adapters of this rank alone (models/lora.py), in these modules: those of the decoder by
     # name, those of the vision tower as "visual/qkv". 0 trains the weights themselves.
@@ -207,6 +208,8 @@ def default() -> ConfigDict:
     config.policy_update.rates.decoder = 1.0
     config.policy_update.weight_decay = 1e-2
     config.policy_update.max_grad_norm = 1.0
+    # In which AdamW's first moment is kept: "bfloat16" takes 2 bytes a parameter less.
+    config.policy_update.mu_dtype = "float32"
     # "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline" or "remax", which answers
     # each prompt once more, greedily (rl/advantages.py).
     config.policy_update.advantage = "grpo"

@@ -150,6 +150,7 @@ WRONG = [
     ("policy_update.mean", "batch", "'seq'"),
     ("policy_update.advantage", "gae", "'rloo'"),
     ("policy_update.ratio", "batch", "'sequence'"),
+    ("policy_update.mu_dtype", "float16", "'bfloat16'"),
     ("policy_update.kl", "k4", "'off'"),
     ("policy_update.kl_place", "advantage", "'reward'"),
     ("policy_update.kl_target", -0.1, "0 or more"),

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
 from emor3_jax.errors import UserError
 from emor3_jax.export import export
+from emor3_jax.io import checkpoints
 from emor3_jax.models import load
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.prepare.shapes import read_policy_shapes
 from emor3_jax.rewards import QUESTIONS, Group
-from emor3_jax.runtime import job
+from emor3_jax.runtime import job, run
 from emor3_jax.train import train
 
 
@@ -230,7 +232,21 @@ def test_nothing_compiles_after_the_first_pass_over_the_shapes(whole):
     assert counts[1] == counts[2] > 0
 
 
-def test_a_stopped_run_goes_on_exactly(folder, whole):
+def live_bytes() -> int:
+    return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
+
+
+def test_a_stopped_run_goes_on_exactly(folder, whole, monkeypatch):
+    freed = []
+
+    def release(tree: Any) -> Any:
+        size, before = sum(x.nbytes for x in jax.tree.leaves(tree)), live_bytes()
+        shapes = checkpoints.release(tree)
+        freed.append((before - live_bytes(), size))
+        return shapes
+
+    # Before a checkpoint is read, the state that was initialised is gone.
+    monkeypatch.setattr(run, "release", release)
     config = make_config(folder)
     workdir = folder / "stopped"
     config.steps = 2
@@ -240,6 +256,8 @@ def test_a_stopped_run_goes_on_exactly(folder, whole):
         file.write('{"step": 3, "reward/overall": 9}\n{"step": 4, "rew')
     config.steps = 3
     train(config, workdir)
+    ((bytes_freed, size),) = freed
+    assert bytes_freed == size > 0
     rows, wanted = read_metrics(workdir), read_metrics(whole)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for name in ("reward/overall", "policy/loss", "policy/grad_norm", "response/length_mean"):

@@ -85,6 +85,9 @@ def step_programs(
     loaded = {"parameters": [base, state.params]}
     # Made once a run; it replaces the float32 parameters that were loaded.
     reference = yield from along(learner.reference.cast_programs(base), loaded)
+    if reference is base and learner.lora is None:
+        # The state is donated to updates, so such a reference is a copy of it.
+        reference = as_params(mesh, reference)
     kept = {
         "parameters": [base, state.params, reference],
         "optimizer": state.opt_state,
@@ -137,11 +140,12 @@ class _Maker:
             lora = Lora(params, whole(self.mesh, scale))
         else:
             trained = params
-        if config.reference.image_cache:
+        settings = prepare.reference_settings(config)
+        if config.reference.image_cache and settings["kind"] != "none":
             micro_prompts = config.policy_update.micro_prompts
             cache = FeatureCache(self.policy, config.reference.image_cache, micro_prompts)
         spec = prepare.make_update_spec(config, self.policy)
-        reference = Reference({}, cache=cache, **prepare.reference_settings(config))
+        reference = Reference({}, cache=cache, **settings)
         learner = Learner(
             spec,
             prepare.make_step_spec(config),

@@ -5,8 +5,7 @@ Assumptions, numbered:
     softmax, sampling, rewards (a table lookup per token), the optimizer and collectives are left
     out.
  2. A backward pass costs two forward passes, also in the patch embedding, where no gradient by the
-    pixels is computed, and also with a frozen vision tower, whose gradient is computed
-    nevertheless.
+    pixels is computed. A frozen vision tower has none.
  3. Only real tokens and patches count, and only visible query-key pairs: padding and the masked
     half of a causal product are no work, whatever a back end computes.
  4. Each patch of a windowed layer attends to a full window: exact where windows tile the image.
@@ -128,6 +127,7 @@ def phase_costs(
     kept: bool = False,
     old: bool = False,
     remat: bool = True,
+    frozen_tower: bool = False,
 ) -> dict[str, Cost]:
     """Returns the cost of each of `PHASES`, and of each question, in one step of this program.
 
@@ -139,6 +139,7 @@ def phase_costs(
         (`reference.image_cache`).
       old: old log-probabilities are recomputed instead of taken from the sampler.
       remat: layers are recomputed in the backward pass (`policy_update.remat="layers"`).
+      frozen_tower: the vision tower is not trained (`policy.freeze_vision_tower`).
 
     Raises:
       ShapeError: for shapes that no step can have.
@@ -162,11 +163,18 @@ def phase_costs(
             each = question_cost(policy, q, head=0, before=q.head)
             questions[name] = decoder_flops(policy, q.head) + each.times(rows)
     tower = policy.vision
-    recomputed = rows * logits_flops(policy, t) + b * vision_attention_flops(tower, s.patches)
+    recomputed = rows * logits_flops(policy, t)
     if remat:
-        recomputed += b * vision_linear_flops(tower, s.patches, last_product=False)
         recomputed += decoder_linear_flops(policy, b * p + rows * t, last_product=False)
-        recomputed += score.attention
+        recomputed += (prefill + decode).attention
+    if frozen_tower:
+        update = vision + training_cost(prefill + decode, recomputed)
+    else:
+        recomputed += b * vision_attention_flops(tower, s.patches)
+        if remat:
+            recomputed += b * vision_linear_flops(tower, s.patches, last_product=False)
+            recomputed += vision.attention
+        update = training_cost(score, recomputed)
     return {
         "vision": vision,
         "prefill": prefill,
@@ -174,7 +182,7 @@ def phase_costs(
         **questions,
         "old": score if old else Cost(),
         "reference": Cost() if not reference else prefill + decode if kept else score,
-        "update": training_cost(score, recomputed),
+        "update": update,
     }
 
 
@@ -190,9 +198,13 @@ def step_flops(
     reference: bool = True,
     kept: bool = False,
     old: bool = False,
+    frozen_tower: bool = False,
 ) -> Number:
     """Returns the FLOPs that the model needs for one step; arguments as of `phase_costs`."""
-    return total(phase_costs(policy, step, reference=reference, kept=kept, old=old)).flops
+    costs = phase_costs(
+        policy, step, reference=reference, kept=kept, old=old, frozen_tower=frozen_tower
+    )
+    return total(costs).flops
 
 
 def check_shapes(policy: Shapes, step: StepShapes) -> None:

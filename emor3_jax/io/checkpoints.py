@@ -18,6 +18,21 @@ class CheckpointError(UserError):
     """A checkpoint that this program would read wrongly."""
 
 
+def release(tree: Any) -> Any:
+    """Frees the memory of arrays whose values are not needed; returns their shapes and layouts.
+
+    Args:
+      tree: arrays on devices, each in use nowhere else: whoever still holds one cannot read it.
+    """
+
+    def free(x: jax.Array) -> jax.ShapeDtypeStruct:
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        x.delete()
+        return shape
+
+    return jax.tree.map(free, tree)
+
+
 class Checkpoints:
     """Keeps the newest checkpoints of a run under `workdir/checkpoints/<step>`.
 
@@ -69,7 +84,8 @@ class Checkpoints:
 
         Args:
           step: a step that `latest` returned.
-          state: pytree of the same structure and shapes, its values unused.
+          state: pytree of the same structure and shapes, its values unused: what `release` returns,
+            else there are two states in memory.
           mesh: the arrays come back cut by this mesh's rules.
 
         Raises:

@@ -42,7 +42,14 @@ from emor3_jax.rl import advantages
 from emor3_jax.rl.advantages import RewardTerms
 from emor3_jax.rl.kl import penalty
 from emor3_jax.rl.losses import ImitationLoss, PolicyLoss, Tokens
-from emor3_jax.rl.update import TrainState, accumulate, apply_gradients
+from emor3_jax.rl.update import (
+    Frozen,
+    TrainState,
+    accumulate,
+    apply_gradients,
+    combine,
+    partition,
+)
 from emor3_jax.types import (
     Clock,
     Experience,
@@ -67,6 +74,8 @@ class UpdateSpec(NamedTuple):
       logprobs: settings of scoring.
       micro_batches: their number, must divide the prompts of an update.
       kl_coef: weight of the KL, at the start where it adapts.
+      frozen: true for the key paths of parameters that the optimizer leaves unchanged, which then
+        cost no backward pass and are no part of `grad_norm`; None if there are none.
     """
 
     policy: Policy
@@ -75,6 +84,7 @@ class UpdateSpec(NamedTuple):
     logprobs: LogprobSpec
     micro_batches: int
     kl_coef: float = 0.0
+    frozen: Frozen | None = None
 
 
 @dataclass(frozen=True)
@@ -458,9 +468,11 @@ def update(
     """
     loss = spec.loss
     weights = loss.weights(part.samples.mask, part.samples.ended)
+    trained, held = partition(state.params, spec.frozen)
 
-    def loss_fn(params: dict, micro: tuple) -> tuple[jax.Array, Metrics]:
+    def loss_fn(trained: dict, micro: tuple) -> tuple[jax.Array, Metrics]:
         part, weight = micro
+        params = combine(trained, held)
         params = params if lora is None else lora.overlay(params)
         score = score_responses(
             spec.policy,
@@ -487,7 +499,7 @@ def update(
         return value, metrics
 
     micro = stack_parts((part, weights), spec.micro_batches)
-    grads, metrics = accumulate(loss_fn, state.params, micro)
+    grads, metrics = accumulate(loss_fn, trained, micro)
     metrics = loss.summarise(metrics, weights.sum())
     state, applied = apply_gradients(state, grads, spec.optimizer)
     return state, metrics | applied

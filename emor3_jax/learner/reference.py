@@ -5,7 +5,7 @@
 | frozen | the policy that training started from |
 | refresh | the policy itself as it was every `reference.every` steps |
 | average | `decay * reference + (1 - decay) * policy` after every step |
-| none | there is none, nor any KL |
+| none | there is none, nor any KL: no parameters are kept, cast or loaded |
 
 Deviations, numbered:
  1. The release has the frozen one alone.
@@ -98,7 +98,9 @@ class Reference:
 
     def cast_programs(self, params: Any) -> Programs:
         """Yields the program that makes the reference; returns its abstract parameters."""
-        if self._kind == "none" or self._dtype == jnp.float32:
+        if self._kind == "none":
+            return {}
+        if self._dtype == jnp.float32:
             return params
         args = params, self._dtype
         return (yield Program("cast_matrices", cast_matrices, args, {}, {"parameters": params}))

@@ -58,6 +58,33 @@ def _matmul_backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def matmul_transposed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Multiplies float[N, D] by the transpose of float[F, D]; else as `matmul`.
+
+    Returns:
+      float32[N, F].
+    """
+    table = table.astype(x.dtype)
+    equation = "nd,fd->nf"
+    return jnp.einsum(equation, two_rows(x), table, preferred_element_type=jnp.float32)[: len(x)]
+
+
+def _transposed_forward(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple]:
+    return matmul_transposed(x, table), (x, table)
+
+
+def _transposed_backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, table = saved
+    cotangent = cotangent.astype(x.dtype)
+    by_x = jnp.matmul(cotangent, table.astype(x.dtype))
+    by_table = jnp.matmul(cotangent.T, x, preferred_element_type=table.dtype)
+    return by_x, by_table
+
+
+matmul_transposed.defvjp(_transposed_forward, _transposed_backward)
+
+
 Remat = Literal["none", "layers", "activations"]
 
 
@@ -151,6 +178,31 @@ class Dense(nn.Module):
             out += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         out = checkpoint_name(out.astype(self.dtype), _PRODUCT)
         return out.reshape(*x.shape[:-1], self.features)
+
+
+class TokenEmbedding(nn.Module):
+    """A table of vectors, one for each token.
+
+    Vectors are rounded once they are looked up, not the table before: so the gradient, where all
+    tokens of a batch that are alike add up, is summed in float32. In bfloat16 a sum stops growing
+    once it is 256 to 512 times what is added.
+
+    Attributes:
+      tokens: V, size of the vocabulary.
+      features: D, width of a vector.
+      dtype: of the result.
+    """
+
+    tokens: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps int32[...] to float[..., features]."""
+        shape = (self.tokens, self.features)
+        table = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
+        return jnp.take(table, tokens, axis=0).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from emor3_jax.models.cache import KV, Cache, Routing
 from emor3_jax.models.family import Family, Shapes
-from emor3_jax.models.layers import DEFAULT, Compute, Dtype, GroupRow, two_rows
+from emor3_jax.models.layers import DEFAULT, Compute, Dtype, GroupRow, matmul, matmul_transposed
 from emor3_jax.models.params import Params
 from emor3_jax.models.processor import ImageLayout
 from emor3_jax.parallel.mesh import by_rows
@@ -351,10 +351,9 @@ class Policy:
 
 def _logits(tied: bool, head: jax.Array, hidden: jax.Array) -> jax.Array:
     rows = hidden.reshape(-1, hidden.shape[-1])
-    equation = "nd,vd->nv" if tied else "nd,dv->nv"
-    head = head.astype(hidden.dtype)
-    scores = jnp.einsum(equation, two_rows(rows), head, preferred_element_type=jnp.float32)
-    return scores[: len(rows)].reshape(*hidden.shape[:-1], -1)
+    # Gradients by the head are float32, so that those of many chunks are added up unrounded.
+    scores = matmul_transposed(rows, head) if tied else matmul(rows, head)
+    return scores.reshape(*hidden.shape[:-1], -1)
 
 
 def _chunked_logprobs(
@@ -373,6 +372,10 @@ def _chunked_logprobs(
     rows = math.prod(lead)
     size = min(s, size)
     chunks = -(-s // size)
+
+    if axis is not None:
+        # Each part of the vocabulary gives a part of its gradient: added up once, behind the loop.
+        hidden = jax.lax.pcast(hidden, axis, to="varying")
 
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(rows, s, *x.shape[len(lead) + 1 :])

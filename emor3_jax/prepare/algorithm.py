@@ -24,7 +24,7 @@ from emor3_jax.prepare.policy import make_lora, trained_params
 from emor3_jax.prepare.rollout import make_reward
 from emor3_jax.rl.kl import adapt
 from emor3_jax.rl.losses import SURROGATES, ImitationLoss, PolicyLoss
-from emor3_jax.rl.update import TrainState, make_optimizer
+from emor3_jax.rl.update import Frozen, TrainState, make_optimizer
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.tokens import suppressed_tokens
 from emor3_jax.types import Observed, ReplyProbs
@@ -61,17 +61,19 @@ def make_learner(
 
 
 def make_reference(config: ConfigDict, loaded: LoadedPolicy) -> Reference:
-    """Returns the reference of a run that starts from a policy."""
-    cache = None
-    if config.reference.image_cache:
+    """Returns the reference of a run that starts from a policy; without a KL it keeps nothing."""
+    cache, settings = None, reference_settings(config)
+    if config.reference.image_cache and settings["kind"] != "none":
         micro_prompts = config.policy_update.micro_prompts
         cache = FeatureCache(loaded.policy, config.reference.image_cache, micro_prompts)
-    return Reference(loaded.params, cache=cache, **reference_settings(config))
+    return Reference(loaded.params, cache=cache, **settings)
 
 
 def reference_settings(config: ConfigDict) -> dict[str, Any]:
     """Returns the arguments of `Reference` that the config names."""
     c = config.reference
+    if not uses_reference(config):
+        return {"kind": "none"}
     # Rounded as each use of it would be; but an average would not move any more, and adapters
     # share their base.
     whole = c.kind == "average" or config.policy.lora_rank
@@ -90,7 +92,17 @@ def make_update_spec(config: ConfigDict, policy: Policy, *, imitate: bool = Fals
         LogprobSpec(temperature, c.logprob_chunk),
         c.prompts // c.micro_prompts,
         c.kl_coef,
+        frozen_params(config),
     )
+
+
+def frozen_params(config: ConfigDict) -> Frozen | None:
+    """Returns which of the trained parameters stay as they are; None if none does."""
+    return _in_vision_tower if config.policy.freeze_vision_tower else None
+
+
+def _in_vision_tower(path: tuple) -> bool:
+    return getattr(path[0], "key", None) == "visual"
 
 
 def make_loss(config: ConfigDict, *, imitate: bool = False) -> PolicyLoss | ImitationLoss:
@@ -157,9 +169,6 @@ def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
         )
         rate = optax.join_schedules([rise, rate], [c.warmup_steps])
 
-    def in_vision_tower(path: tuple) -> bool:
-        return getattr(path[0], "key", None) == "visual"
-
     factors = c.rates.to_dict()
 
     def rate_of(path: tuple) -> float:
@@ -169,7 +178,8 @@ def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
         rate,
         weight_decay=c.weight_decay,
         max_grad_norm=c.max_grad_norm,
-        frozen=in_vision_tower if config.policy.freeze_vision_tower else None,
+        mu_dtype=c.mu_dtype,
+        frozen=frozen_params(config),
         rate_of=None if set(factors.values()) == {1.0} else rate_of,
     )
 
@@ -219,6 +229,7 @@ def make_meter(config: ConfigDict, rollout: Rollout) -> Callable[[Observed], flo
             # As in all epochs but the first.
             kept=config.reference.image_cache > 0,
             old=recompute,
+            frozen_tower=config.policy.freeze_vision_tower,
         )
 
     return flops

@@ -39,6 +39,8 @@ def validate(config: ConfigDict) -> None:
     need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
     dtypes = ("float32", "bfloat16")
     need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
+    kept = config.policy_update.mu_dtype
+    need(kept in dtypes, "policy_update.mu_dtype", f"must be one of {dtypes}")
     backends = ("auto", *BACKENDS)
     need(config.policy.attention in backends, "policy.attention", f"must be one of {backends}")
     need(

@@ -27,7 +27,7 @@ from emor3_jax.data.batch import Prompts
 from emor3_jax.evaluation.evaluation import evaluate
 from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json
 from emor3_jax.io import report
-from emor3_jax.io.checkpoints import Checkpoints
+from emor3_jax.io.checkpoints import Checkpoints, release
 from emor3_jax.io.console import Console, duration
 from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.learner.learner import Learner
@@ -150,7 +150,8 @@ class Run:
         self.policy = LoadedPolicy(self.policy.policy, {}, self.policy.processor)
         if self._step or self._progress:
             self.say(f"going on from the checkpoint of step {self._step}")
-            arrays = learner.checkpoint(state)
+            # What was initialised gives up its place first.
+            arrays = release(learner.checkpoint(state))
             arrays, _ = self._checkpoints.restore(self._step, arrays, self.mesh)
             state = learner.restore(arrays, self._progress)
             del arrays

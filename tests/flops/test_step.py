@@ -1,16 +1,14 @@
 """The cost of a step: by hand, and against all products of the real programs."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.interpreters import partial_eval
-from support.tiny_flops import STEP, TINY, policy_of, prompt_shapes
+from support.tiny_flops import STEP, TINY, policy_of, products, prompt_shapes
 
 from emor3_jax.flops import (
     PHASES,
@@ -27,6 +25,7 @@ from emor3_jax.flops.cost import decoder_flops
 from emor3_jax.learner.logprobs import LogprobSpec, score_responses
 from emor3_jax.models.params import Params
 from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
+from emor3_jax.rl.update import combine, partition
 from emor3_jax.rollout.generate import Opening, generate
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.types import Batch, Images, Prompt, Samples
@@ -53,6 +52,11 @@ def test_the_grouped_step_by_hand() -> None:
     assert costs["update"] == Cost(156, 2, 6, 3 * 149632, 3 * 84480, 245120)
     without = phase_costs(TINY, STEP, remat=False)["update"]
     assert without == dataclasses.replace(costs["update"], recomputed=9600 + 49152)
+    # A frozen tower is passed once, forward: 99,456 and 35,328 are the decoder's.
+    frozen = phase_costs(TINY, STEP, frozen_tower=True)["update"]
+    linear, attention = 50176 + 3 * 99456, 49152 + 3 * 35328
+    assert frozen == Cost(156, 2, 2, linear, attention, 9600 + 52 * 1408 + 35328)
+    assert step_flops(TINY, STEP) - step_flops(TINY, STEP, frozen_tower=True) == 2 * 99328
 
 
 def test_candidate_replies_by_hand() -> None:
@@ -75,28 +79,6 @@ def test_phases_that_are_switched_off_cost_nothing() -> None:
 
 
 # The products of the real programs, from their jaxprs: exact, in all layers, forward and backward.
-
-
-def _products(jaxpr: jax.extend.core.Jaxpr) -> int:
-    """FLOPs of all products, those in a loop as often as it turns; of branches the costliest."""
-    flops = 0
-    for each in jaxpr.eqns:
-        if each.primitive.name == "dot_general":
-            (contracted, _), _ = each.params["dimension_numbers"]
-            left, out = each.invars[0].aval.shape, each.outvars[0].aval.shape
-            flops += 2 * math.prod(out) * math.prod(left[i] for i in contracted)
-        elif each.primitive.name == "cond":
-            flops += max(_products(branch.jaxpr) for branch in each.params["branches"])
-        else:
-            turns = each.params["length"] if each.primitive.name == "scan" else 1
-            for inner in jax.tree.leaves(list(each.params.values()), is_leaf=_is_jaxpr):
-                if _is_jaxpr(inner):
-                    flops += turns * _products(getattr(inner, "jaxpr", inner))
-    return flops
-
-
-def _is_jaxpr(x: object) -> bool:
-    return isinstance(x, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
 
 
 def _score(shapes: Qwen25VLShapes, s: StepShapes, remat: bool) -> Callable[[Params], jax.Array]:
@@ -129,22 +111,30 @@ SCORED = STEP._replace(patches=16, shared_tokens=5, response_tokens=7)
 
 
 def test_the_scoring_pass_has_the_products_that_are_counted() -> None:
-    found = _products(
+    found = products(
         jax.make_jaxpr(_score(TINY, SCORED, False))(policy_of(TINY).param_shapes()).jaxpr
     )
     assert found == phase_costs(TINY, SCORED)["reference"].flops + _masked(TINY, SCORED)
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_the_update_has_the_products_that_are_counted(remat: bool) -> None:
-    traced = jax.make_jaxpr(jax.value_and_grad(_score(TINY, SCORED, remat)))(
-        policy_of(TINY).param_shapes()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_update_has_the_products_that_are_counted(remat: bool, frozen: bool) -> None:
+    score = _score(TINY, SCORED, remat)
+    trained, held = partition(
+        policy_of(TINY).param_shapes(), lambda path: frozen and path[0].key == "visual"
     )
+
+    def loss(trained: Params, held: Params) -> jax.Array:
+        return score(combine(trained, held))
+
+    traced = jax.make_jaxpr(jax.value_and_grad(loss))(trained, held)
     needed, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     # The gradient by the pixels, a product like the patch embedding's, is not computed.
     pixels = 2 * SCORED.prompts * SCORED.patches * TINY.vision.patch_dim * TINY.vision.hidden_size
-    expected = phase_costs(TINY, SCORED, remat=remat)["update"].executed - pixels
-    assert _products(needed) == expected + (3 + remat) * _masked(TINY, SCORED)
+    costs = phase_costs(TINY, SCORED, remat=remat, frozen_tower=frozen)
+    expected = costs["update"].executed - pixels * (not frozen)
+    assert products(needed) == expected + (3 + remat) * _masked(TINY, SCORED)
 
 
 def test_prefill_and_a_decoded_token_have_the_products_that_are_counted() -> None:
@@ -165,7 +155,7 @@ def test_prefill_and_a_decoded_token_have_the_products_that_are_counted() -> Non
     # The prompts; a token behind them; and a loop, counted once, whose token sees all of the cache.
     once = costs["prefill"] + decoder_flops(TINY, 2, logits=2).times(b * g)
     pairs = b * p * p + b * g * ((p + 1) + (p + t + 1))
-    assert _products(jaxpr) == once.linear + 64 * pairs
+    assert products(jaxpr) == once.linear + 64 * pairs
     assert costs["decode"].linear == decoder_flops(TINY, 1, logits=1).linear * b * g * t
 
 

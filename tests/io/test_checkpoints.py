@@ -7,14 +7,15 @@ import optax
 import pytest
 
 from emor3_jax.io import checkpoints as module
-from emor3_jax.io.checkpoints import CheckpointError, Checkpoints
+from emor3_jax.io.checkpoints import CheckpointError, Checkpoints, release
 from emor3_jax.parallel.mesh import make_mesh, param_shardings
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
 
 
-@pytest.fixture(scope="module")
-def optimizer() -> optax.GradientTransformation:
-    return make_optimizer(optax.linear_schedule(1e-2, 0.0, 10))
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def optimizer(request) -> optax.GradientTransformation:
+    """With the first moment in either type."""
+    return make_optimizer(optax.linear_schedule(1e-2, 0.0, 10), mu_dtype=request.param)
 
 
 def make_state(optimizer: optax.GradientTransformation) -> TrainState:
@@ -22,6 +23,10 @@ def make_state(optimizer: optax.GradientTransformation) -> TrainState:
     kernel = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
     params = {"model": {"embed_tokens": {"embedding": kernel}, "norm": {"scale": jnp.ones(6)}}}
     return TrainState.create(params, optimizer)
+
+
+def live_bytes() -> int:
+    return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
 
 
 def step(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
@@ -50,6 +55,24 @@ def test_a_restored_state_goes_on_exactly(tmp_path, optimizer):
     assert jax.tree.map(lambda x: x.sharding, restored) == wanted
     ours, theirs = step(restored, optimizer), step(state, optimizer)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_restored_state_takes_the_place_of_the_fresh_one(tmp_path):
+    optimizer = make_optimizer(1e-2)
+    params = {"model": {"norm": {"scale": jnp.ones(100_000)}}}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, TrainState.create(params, optimizer), {})
+    # Parameters of its own, as what was just loaded.
+    fresh = TrainState.create(jax.tree.map(jnp.zeros_like, params), optimizer)
+    whole = live_bytes()
+    shapes = release(fresh)
+    # Parameters and two moments in float32.
+    assert whole - live_bytes() == pytest.approx(3 * 400_000, abs=100)
+    restored, _ = checkpoints.restore(1, shapes, make_mesh())
+    checkpoints.close()
+    assert live_bytes() == whole
+    assert jax.tree.map(lambda x: x.shape, restored) == jax.tree.map(lambda x: x.shape, shapes)
+    np.testing.assert_array_equal(restored.params["model"]["norm"]["scale"], np.ones(100_000))
 
 
 def test_a_checkpoint_of_another_layout_is_not_read(tmp_path, optimizer, monkeypatch):

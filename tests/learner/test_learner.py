@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.interpreters import partial_eval
 from support import compiler_flags
 from support.setting import build_setting
+from support.tiny_flops import products
 
 from emor3_jax.learner import learner, packing
 from emor3_jax.learner.learner import UpdateSpec
@@ -19,7 +21,7 @@ from emor3_jax.models.lora import Lora, init_adapters
 from emor3_jax.models.params import cast_matrices
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.rl.losses import Clip, GroupRatio, ImitationLoss, PolicyLoss, SequenceRatio
-from emor3_jax.rl.update import TrainState
+from emor3_jax.rl.update import TrainState, make_optimizer
 from emor3_jax.types import Batch, Experience, Images, Prompt, Samples, split, stack_parts, take
 
 B, G, T = 4, 3, 6
@@ -73,6 +75,7 @@ def update(setting, params, experience, loss=LOSS, count=1, **changes):
         SPEC._replace(**changes.pop("spec", {})),
         count,
         kl_coef=0.01,
+        frozen=changes.pop("frozen", None),
     )
     state = changes.pop("state", None)
     if state is None:
@@ -347,3 +350,61 @@ def test_only_adapters_learn(setting, batch, samples):
     assert min(jax.tree.leaves(moved)) > 0
     for name in ("loss", "kl", "entropy"):
         assert found[0][1][name] == pytest.approx(float(found[1][1][name]), rel=1e-4)
+
+
+def in_tower(path: tuple) -> bool:
+    return path[0].key == "visual"
+
+
+def test_a_frozen_tower_costs_no_backward_pass(setting, batch, samples):
+    """The update has fewer products by exactly those that the tower's backward pass has."""
+    advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
+    experience = seen_with(batch, samples, advantages)
+    count = 2
+
+    def needed(function, *args) -> int:
+        traced = jax.make_jaxpr(function)(*args)
+        kept, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+        return products(kept)
+
+    def trace(frozen):
+        optimizer = make_optimizer(0.1, frozen=frozen)
+        how = {"remat": "layers", "frozen": frozen, "optimizer": optimizer}
+        return needed(
+            lambda params: update(setting, params, experience, count=count, **how), setting.params
+        )
+
+    policy = setting.policy.with_compute(remat="layers")
+    (images, _) = jax.tree.map(lambda x: x[0], stack_parts((batch.images, batch.answers), count))
+
+    def tower(visual):
+        return jnp.sum(policy.encode_images({"visual": visual}, images))
+
+    visual = setting.params["visual"]
+    forward, both = needed(tower, visual), needed(jax.value_and_grad(tower), visual)
+    assert both > 2.5 * forward
+    assert trace(None) - trace(in_tower) == count * (both - forward)
+
+
+def test_a_frozen_tower_changes_neither_the_other_gradients_nor_their_norm(setting, batch, samples):
+    advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
+    experience, found = seen_with(batch, samples, advantages), {}
+    for frozen in (None, in_tower):
+        # Steps of plain descent are the gradient.
+        optimizer = optax.multi_transform(
+            {"trained": optax.sgd(1.0), "frozen": optax.set_to_zero()},
+            lambda params, frozen=frozen: jax.tree_util.tree_map_with_path(
+                lambda path, _: "frozen" if frozen and frozen(path) else "trained", params
+            ),
+        )
+        how = {"optimizer": optimizer, "frozen": frozen}
+        state, metrics = update(setting, setting.params, experience, count=2, **how)
+        moved = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, setting.params)
+        found[frozen] = moved, metrics["grad_norm"]
+    (free, whole), (held, norm) = found.values()
+    assert not any(x.any() for x in jax.tree.leaves(held["visual"]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), held["model"], free["model"]
+    )
+    assert norm == pytest.approx(float(optax.tree.norm(free["model"])), rel=1e-4)
+    assert whole == pytest.approx(float(optax.tree.norm(free)), rel=1e-4) and whole > norm

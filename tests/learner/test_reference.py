@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import tiny
 
 from emor3_jax.config import default
+from emor3_jax.learner import reference as module
 from emor3_jax.learner.reference import Reference
+from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.params import cast_matrices
 from emor3_jax.prepare import reference_settings
+from emor3_jax.prepare.algorithm import make_reference
 
 
 def make(**fields) -> Reference:
@@ -74,6 +78,21 @@ def test_no_reference_keeps_nothing():
     reference = make(kind="none")
     reference.follow(1, params(2.0))
     assert reference.params == {} and not reference.follows
+
+
+@pytest.mark.parametrize("fields", [{"kl": "off"}, {"kl_coef": 0.0}])
+@pytest.mark.parametrize("kind", ["frozen", "refresh", "average"])
+def test_without_a_kl_no_reference_is_kept_cast_or_loaded(fields, kind, monkeypatch):
+    config, given = default(), params(1.0)
+    config.policy.dtype = "bfloat16"
+    config.reference.kind, config.reference.image_cache = kind, 2**20
+    config.policy_update.update(fields)
+    monkeypatch.setattr(module, "cast_matrices", None)
+    found = make_reference(config, LoadedPolicy(tiny.make_policy(), given))
+    found.follow(1, given)
+    assert found.params == {} and not found.follows and found.counters() == {}
+    for programs in (found.cast_programs(given), found.follow_programs({}, given)):
+        assert list(programs) == []
 
 
 def test_matrices_alone_are_kept_in_bfloat16_and_share_no_memory():

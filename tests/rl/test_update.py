@@ -2,10 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
-from emor3_jax.rl.update import TrainState, accumulate, apply_gradients, make_optimizer
+from emor3_jax.rl.update import (
+    TrainState,
+    accumulate,
+    apply_gradients,
+    combine,
+    make_optimizer,
+    partition,
+)
 
 
 @pytest.fixture
@@ -86,6 +95,54 @@ def test_frozen_parameters_stay(params):
         state, _ = apply_gradients(state, ones(params), optimizer)
     np.testing.assert_array_equal(state.params["visual"]["w"], params["visual"]["w"])
     assert np.all(state.params["model"]["w"] < params["model"]["w"])
+
+
+def test_frozen_parameters_need_no_gradient_and_have_no_moments(params):
+    def frozen(path: tuple) -> bool:
+        return path[0].key == "visual"
+
+    trained, held = partition(params, frozen)
+    assert trained["visual"]["w"] is None and held["model"]["w"] is None
+    jax.tree.map(np.testing.assert_array_equal, combine(trained, held), params)
+    assert combine(*partition(params, None)) == params
+    optimizer = make_optimizer(0.1, max_grad_norm=1.0, frozen=frozen)
+    state = TrainState.create(params, optimizer)
+    assert {x.shape for x in jax.tree.leaves(state.opt_state)} == {(2, 1), ()}
+    grads = {"visual": {"w": None}, "model": {"w": jnp.float32([[3.0], [4.0]])}}
+    after, metrics = apply_gradients(state, grads, optimizer)
+    assert metrics["grad_norm"] == pytest.approx(5.0)
+    np.testing.assert_array_equal(after.params["visual"]["w"], params["visual"]["w"])
+    # The same as with any gradient of the frozen ones, but for the norm.
+    full = grads | {"visual": {"w": jnp.float32([12.0, 0.0])}}
+    other, metrics = apply_gradients(state, full, optimizer)
+    assert metrics["grad_norm"] == pytest.approx(13.0)
+    jax.tree.map(np.testing.assert_array_equal, after, other)
+
+
+def test_a_first_moment_in_bfloat16_by_hand():
+    optimizer = make_optimizer(0.1, weight_decay=0.0, mu_dtype="bfloat16")
+    state = TrainState.create({"w": jnp.float32([1.0])}, optimizer)
+    # Rounded once kept, and 9/10 of it once more.
+    first = np.float32(0.03).astype(ml_dtypes.bfloat16)
+    second = (0.1 * 0.2 + np.float32(first * ml_dtypes.bfloat16(0.9))) / (1 - 0.9**2)
+    size = np.sqrt((0.001 * 0.2**2 + 0.999 * 0.001 * 0.3**2) / (1 - 0.999**2))
+    for gradient, wanted in ((0.3, 0.9), (0.2, 0.9 - 0.1 * second / size)):
+        state, _ = apply_gradients(state, {"w": jnp.float32([gradient])}, optimizer)
+        assert state.params["w"][0] == pytest.approx(wanted, rel=1e-5)
+    kinds = {x.dtype for x in jax.tree.leaves(state.opt_state) if x.shape}
+    assert kinds == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    # It moves the parameter by a percent of its step at most.
+    assert second == pytest.approx((0.1 * 0.2 + 0.9 * 0.03) / (1 - 0.9**2), rel=0.01)
+
+
+def test_a_second_moment_in_bfloat16_would_not_decay():
+    """So it stays in float32: a tenth of a percent is less than half the last bit."""
+    adam, gradient = optax.scale_by_adam(b2=0.999), jnp.zeros(1)
+    for dtype, left in ((jnp.float32, 0.999**100), (jnp.bfloat16, 1.0)):
+        state = adam.init(gradient)._replace(nu=jnp.ones(1, dtype))
+        for _ in range(100):
+            _, state = adam.update(gradient, state)
+        assert state.nu.dtype == dtype and state.nu[0] == pytest.approx(left, rel=1e-4)
 
 
 def test_rates_of_groups_by_hand(params):

@@ -1,11 +1,17 @@
 """One token: its distribution, the top-p cut, greedy choice."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from benchmarks.top_p import sorted_nucleus
 from emor3_jax.rollout import sampling
 
 LOGITS = jnp.asarray([0.3, 2.0, -1.0, 1.2, 0.9, 3.0])
@@ -55,6 +61,65 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
 def test_ids_as_probable_as_the_last_one_stay(probs, top_p, kept):
     cut = sampling.top_p_filter(jnp.log(jnp.float32(probs)), top_p)
     np.testing.assert_allclose(cut, np.multiply(probs, kept), rtol=1e-6)
+
+
+by_sort = jax.jit(sorted_nucleus)
+"""The oracle."""
+search = jax.jit(sampling.nucleus)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    logits=st.one_of(
+        arrays(np.float32, (2, 40), elements=st.floats(-30, 30, width=32)),
+        # Few values, so many ties; the last one is a suppressed id's.
+        arrays(np.float32, (2, 40), elements=st.sampled_from([0.0, 0.25, 2.0, 2.5, -1e30])),
+    ).filter(lambda x: (x > -1e30).any(axis=-1).all()),
+    top_p=st.floats(0.001953125, 0.9990234375, width=32),
+    uniform=st.floats(0, 0.9990234375, width=32),
+)
+def test_the_search_keeps_what_sorting_keeps_and_draws_the_same(logits, top_p, uniform):
+    probs = jax.nn.softmax(logits)
+    found, wanted = search(probs, top_p), by_sort(probs, top_p)
+    np.testing.assert_array_equal(found, wanted)
+    share = jnp.full(2, uniform)
+    drawn = sampling.invert(found, share)
+    np.testing.assert_array_equal(drawn, sampling.invert(wanted, share))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    counts=arrays(np.int32, 64, elements=st.integers(0, 2**14)).filter(lambda x: x.any()),
+    mass=st.integers(1, 64),
+)
+def test_a_mass_that_is_reached_exactly_is_enough(counts, mass):
+    """Every sum of these is exact, and so is the comparison with the mass."""
+    probs = jnp.float32(counts) / 2**20
+    for top_p in (mass / 64, float(probs.max()), float(jnp.sum(probs))):
+        np.testing.assert_array_equal(search(probs, top_p), by_sort(probs, top_p))
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.95, 0.999])
+def test_the_search_over_a_whole_vocabulary(top_p):
+    rng = np.random.default_rng(1)
+    # Peaked, flat, and all alike; some ids suppressed.
+    logits = np.float32([2.0, 0.1, 0.0])[:, None] * rng.normal(size=(3, 20_000)).astype(np.float32)
+    logits[:, rng.random(20_000) < 0.1] = sampling.NEG_INF
+    probs = jax.nn.softmax(logits)
+    np.testing.assert_array_equal(search(probs, top_p), by_sort(probs, top_p))
+
+
+def test_nothing_is_sorted_or_gathered():
+    """In a sampled token as the TPU would compute it: passes over the vocabulary alone."""
+    rule = sampling.Sampling(1, 1.0, 0.9, ())
+    text = (
+        jax.jit(partial(sampling.sample, sampling=rule, suppressed=SUPPRESSED))
+        .lower(LOGITS[None], jnp.float32([0.5]))
+        .as_text()
+    )
+    assert "stablehlo.while" in text and "stablehlo.sort" not in text
+    # The chosen id's log-probability is the only thing that is looked up.
+    assert text.count('"stablehlo.gather"') == 1
 
 
 def test_greedy_takes_the_first_of_equals():

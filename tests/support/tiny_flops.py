@@ -1,6 +1,9 @@
 """A policy and a step small enough to count their FLOPs by hand, and arguments without values."""
 
+import math
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from emor3_jax.flops import QuestionTokens, StepShapes
@@ -71,3 +74,25 @@ def prompt_shapes(b: int, p: int) -> Prompt:
 
 def policy_of(shapes: Qwen25VLShapes) -> Policy:
     return Policy(QWEN2_5_VL, shapes)
+
+
+def products(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """FLOPs of all products, those in a loop as often as it turns; of branches the costliest."""
+    flops = 0
+    for each in jaxpr.eqns:
+        if each.primitive.name == "dot_general":
+            (contracted, _), _ = each.params["dimension_numbers"]
+            left, out = each.invars[0].aval.shape, each.outvars[0].aval.shape
+            flops += 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+        elif each.primitive.name == "cond":
+            flops += max(products(branch.jaxpr) for branch in each.params["branches"])
+        else:
+            turns = each.params["length"] if each.primitive.name == "scan" else 1
+            for inner in jax.tree.leaves(list(each.params.values()), is_leaf=_is_jaxpr):
+                if _is_jaxpr(inner):
+                    flops += turns * products(getattr(inner, "jaxpr", inner))
+    return flops
+
+
+def _is_jaxpr(x: object) -> bool:
+    return isinstance(x, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)

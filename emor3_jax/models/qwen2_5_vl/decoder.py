@@ -21,7 +21,16 @@ import jax.numpy as jnp
 
 from emor3_jax.models.attention import Own, Shared, attend, slots_last
 from emor3_jax.models.cache import KV, Cache, Routing
-from emor3_jax.models.layers import DEFAULT, Compute, Dense, GroupRow, Mlp, RMSNorm, rematerialised
+from emor3_jax.models.layers import (
+    DEFAULT,
+    Compute,
+    Dense,
+    GroupRow,
+    Mlp,
+    RMSNorm,
+    TokenEmbedding,
+    rematerialised,
+)
 from emor3_jax.models.qwen2_5_vl import rope
 from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
 from emor3_jax.parallel.mesh import keep_rows
@@ -199,8 +208,8 @@ class Decoder(nn.Module):
           keys and values, as `Cache` holds them, if they are kept.
         """
         c = self.shapes
-        embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.compute.dtype, name="embed_tokens")
-        x = embed(tokens)
+        size = c.vocab_size, c.hidden_size
+        x = TokenEmbedding(*size, dtype=self.compute.dtype, name="embed_tokens")(tokens)
         if image_features is not None:
             features = image_features.astype(self.compute.dtype)
             # Each prompt takes from its own images, so its device needs no others.
