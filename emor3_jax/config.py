@@ -113,7 +113,8 @@ def default() -> ConfigDict:
     config.data.folder = "runs/data"
     # Side of the drawn scenes in pixels, 112 to 224.
     config.data.scene_size = 112
-    # Padded prompt lengths and numbers of attention windows; a batch takes the smallest that fits.
+    # Padded prompt lengths and numbers of attention windows; a batch, and in scoring and update each
+    # micro-batch, takes the smallest that fits.
     config.data.prompt_lengths = (512, 1024, 2048)
     config.data.image_windows = (64, 128, 256, 350)
     # Images are scaled to have between so many pixels; 0 keeps what the policy's folder says.
@@ -238,7 +239,7 @@ def default() -> ConfigDict:
     config.policy_update.entropy = False
     # Tokens whose logits exist at once.
     config.policy_update.logprob_chunk = 1024
-    # Padded response lengths of scoring and update; a batch takes the smallest that fits.
+    # Padded response lengths of scoring and update; each micro-batch takes the smallest that fits.
     config.policy_update.response_lengths = (256, 512, 1024, 2048)
 
     # The policy that the KL is measured from.

@@ -1,11 +1,16 @@
 """The learner: experience in, updates out.
 
-    experience, info = learner.score(params, prompts, experience)     # reference, KL, advantages
-    for part in learner.split(experience):
+    experience, plan, info = learner.plan(experience)                 # micro-batches by length
+    experience, info = learner.score(params, prompts, experience, plan)
+    for part in learner.split(experience, plan):
         state, metrics = learner.update(state, part)                  # metrics go to `updates`
     learner.after_step(state, step, info, updates)
 
-Supervised fine-tuning takes the same updates with another loss.
+`score` adds reference, KL and advantages. Supervised fine-tuning takes the same updates with
+another loss, without it.
+
+An update is one program for each shape of its micro-batches, which adds to a gradient that is given
+from call to call, and one that applies it.
 """
 
 from collections.abc import Callable
@@ -20,19 +25,39 @@ import optax
 from jax.sharding import Mesh
 
 from emor3_jax.data.batch import Prompts
-from emor3_jax.learner import packing
-from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs, score_responses
+from emor3_jax.learner.logprobs import (
+    LogprobSpec,
+    Scored,
+    cut_batch,
+    no_logprobs,
+    planned_logprobs,
+    response_logprobs,
+    score_responses,
+)
+from emor3_jax.learner.micro_batches import (
+    Buckets,
+    MicroBatch,
+    RowSizes,
+    Shape,
+    StepPlan,
+    plan_step,
+)
 from emor3_jax.learner.reference import Reference
 from emor3_jax.models.lora import Lora, add_adapter
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import shard_whole
+from emor3_jax.parallel.mesh import (
+    keep_layout,
+    num_parts,
+    shard_rows,
+    shard_whole,
+    take_own_rows,
+)
 from emor3_jax.parallel.program import (
     Program,
     Programs,
     as_params,
     by_prompts,
-    first_rows,
     mesh_of,
     whole,
 )
@@ -40,16 +65,15 @@ from emor3_jax.rl import advantages
 from emor3_jax.rl.advantages import RewardTerms
 from emor3_jax.rl.kl import penalty
 from emor3_jax.rl.losses import ImitationLoss, PolicyLoss, Tokens
-from emor3_jax.rl.update import TrainState, accumulate, apply_gradients
+from emor3_jax.rl.update import TrainState, add_gradients, apply_gradients
 from emor3_jax.types import (
+    Batch,
     Clock,
     Experience,
     NoClock,
+    Packing,
     Samples,
-    bucket,
-    split,
     stack_parts,
-    take_part,
 )
 
 Metrics = dict[str, jax.Array]
@@ -63,7 +87,6 @@ class UpdateSpec(NamedTuple):
       optimizer: optax transformation.
       loss: the loss to minimise.
       logprobs: settings of scoring.
-      micro_batches: their number, must divide the prompts of an update.
       kl_coef: weight of the KL, at the start where it adapts.
     """
 
@@ -71,7 +94,6 @@ class UpdateSpec(NamedTuple):
     optimizer: optax.GradientTransformation
     loss: PolicyLoss | ImitationLoss
     logprobs: LogprobSpec
-    micro_batches: int
     kl_coef: float = 0.0
 
 
@@ -81,7 +103,8 @@ class StepSpec:
 
     Attributes:
       num_updates: number of updates, must divide the prompts of a step.
-      response_lengths: rising padded lengths of scoring and update.
+      micro_prompts: prompts of a micro-batch, must divide those of an update.
+      buckets: padded sizes of scoring and update.
       pack: short responses of a group share a row, where the attention can.
       advantage: name of the estimator.
       std: standard deviation that it divides by, "population" or "sample".
@@ -93,7 +116,8 @@ class StepSpec:
     """
 
     num_updates: int
-    response_lengths: tuple[int, ...]
+    micro_prompts: int
+    buckets: Buckets
     pack: bool
     advantage: str = "grpo"
     std: str = "population"
@@ -102,6 +126,42 @@ class StepSpec:
     recompute: bool = False
     kl_penalty: str = ""
     adapt_kl: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+class Cut(NamedTuple):
+    """One micro-batch as an update's program takes it; leaves [B, …] are of the whole step.
+
+    Attributes:
+      experience: all that the loss needs.
+      weights: float32[B, G, T], of the tokens in the loss.
+      rows: int32[b], the prompts, counted within each device's part, see `MicroBatch`.
+      packing: positions of their responses in fewer rows, or None.
+    """
+
+    experience: Experience
+    weights: jax.Array
+    rows: jax.Array | np.ndarray
+    packing: Packing | None
+
+
+class UpdatePart(NamedTuple):
+    """One update of a step.
+
+    Attributes:
+      experience: of the whole step, with all that the loss needs.
+      weights: float32[B, G, T], of the tokens in the loss of the update that they belong to.
+      total_weight: float32[], of the update's tokens.
+      micro_batches: the prompts of this update.
+    """
+
+    experience: Experience
+    weights: jax.Array
+    total_weight: jax.Array
+    micro_batches: tuple[MicroBatch, ...]
+
+    def cut(self, micro: MicroBatch) -> Cut:
+        """Returns one of the micro-batches."""
+        return Cut(self.experience, self.weights, micro.rows, micro.packing)
 
 
 class Learner:
@@ -148,11 +208,41 @@ class Learner:
         """Returns the parameters of the policy as it is now."""
         return self.lora.merge(state.params) if self.lora else state.params
 
+    def plan(self, experience: Experience) -> tuple[Experience, StepPlan, Metrics]:
+        """Plans the micro-batches of a step; waits for its responses.
+
+        Args:
+          experience: of the rollout, or given responses.
+
+        Returns:
+          The experience with padding cut off all responses, the plan, and `padding/*`, real over
+          padded tokens of the plan (`StepPlan.padding`).
+        """
+        step, batch, samples = self.step, experience.batch, experience.samples
+        images = batch.images.mask.shape
+        largest = Shape(batch.prompt.tokens.shape[1], images[2], samples.tokens.shape[-1])
+        # Of several images, one's padding lies in front of the next.
+        buckets = step.buckets if images[1] == 1 else step.buckets._replace(windows=())
+        sizes = hosts.fetch(measure(batch, samples))
+        plan = plan_step(
+            sizes,
+            largest,
+            buckets,
+            num_updates=step.num_updates,
+            micro_prompts=step.micro_prompts,
+            parts=num_parts(self._mesh),
+            # Kernels know nothing of responses within a row.
+            pack=step.pack and self.spec.policy.compute.attention == "xla",
+        )
+        info = plan.padding(sizes, images[1] * images[3])
+        return experience._replace(samples=trim(samples, size=plan.length)), plan, info
+
     def score(
         self,
         params: dict,
         prompts: Prompts,
         experience: Experience,
+        plan: StepPlan,
         clock: Clock | None = None,
     ) -> tuple[Experience, Metrics]:
         """Adds log-probabilities, the KL in the reward, and advantages to the experience of a step.
@@ -160,26 +250,24 @@ class Learner:
         Args:
           params: of the policy that sampled.
           prompts: of the experience, for their ids.
-          experience: of the rollout.
+          experience: as `plan` returned it.
+          plan: its micro-batches.
           clock: told of the phases "reference" and "old".
 
         Returns:
-          The experience with trimmed responses, and metrics: `policy/kl` where it is in the reward,
-          `policy/kl_coef` where it adapts, `policy/sampler_gap` where the log-probabilities are
-          recomputed.
+          The experience, and metrics: `policy/kl` where it is in the reward, `policy/kl_coef` where
+          it adapts, `policy/sampler_gap` where the log-probabilities are recomputed.
         """
         clock, step, info = clock or NoClock(), self.step, {}
-        experience = self.pack(experience)
         batch, samples = experience.batch, experience.samples
         logprobs = partial(
-            response_logprobs,
+            planned_logprobs,
             batch=batch,
             samples=samples,
-            packing=experience.packing,
+            plan=plan,
             suppressed=self.suppressed,
             policy=self.spec.policy,
             spec=self.spec.logprobs,
-            count=step.num_updates * self.spec.micro_batches,
         )
         ref_logprobs = old_logprobs = None
         if step.use_reference:
@@ -210,22 +298,22 @@ class Learner:
             advantages=estimate_jitted(terms, name=step.advantage, std=step.std),
         ), info
 
-    def pack(self, experience: Experience) -> Experience:
-        """Trims the padding of responses, and plans which of them share a row."""
-        lengths = jax.device_get(hosts.everywhere(experience.samples.lengths))
-        sizes = (*self.step.response_lengths, experience.samples.tokens.shape[-1])
-        samples = trim(experience.samples, size=min(bucket(int(lengths.max()), sizes), sizes[-1]))
-        plan = None
-        # Kernels know nothing of responses within a row.
-        if self.step.pack and self.spec.policy.compute.attention == "xla":
-            plan = packing.plan(lengths, samples.tokens.shape[-1], self.step.response_lengths)
-        return experience._replace(samples=samples, packing=shard_whole(plan, self._mesh))
+    def split(self, experience: Experience, plan: StepPlan) -> list[UpdatePart]:
+        """Returns the updates of a step, each with the weights of its tokens.
 
-    def split(self, experience: Experience) -> list[Experience]:
-        """Returns the prompts of each update, with all that the loss needs."""
-        return split(_read(experience), self.step.num_updates)
+        Args:
+          experience: with all that the loss needs.
+          plan: its micro-batches.
+        """
+        count = self.step.num_updates
+        weights, totals = weigh(experience.samples, loss=self.spec.loss, count=count)
+        read = _read(experience)
+        return [
+            UpdatePart(read, weights, total, micro_batches)
+            for total, micro_batches in zip(totals, plan.updates, strict=True)
+        ]
 
-    def update(self, state: TrainState, part: Experience) -> tuple[TrainState, Metrics]:
+    def update(self, state: TrainState, part: UpdatePart) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step.
 
         Args:
@@ -237,7 +325,20 @@ class Learner:
           asked for. All but the loss are means over the tokens that count.
         """
         kl_coef = self.kl_coef if self.step.adapt_kl else None
-        return update(state, part, self.suppressed, kl_coef, self.lora, spec=self.spec)
+        grads, metrics = no_gradients(state.params), None
+        for micro in part.micro_batches:
+            grads, found = add_micro_batch(
+                grads,
+                state.params,
+                part.cut(micro),
+                self.suppressed,
+                kl_coef,
+                self.lora,
+                spec=self.spec,
+                shape=micro.shape,
+            )
+            metrics = found if metrics is None else add_metrics(metrics, found)
+        return apply_update(state, grads, metrics, part.total_weight, spec=self.spec)
 
     def programs(
         self, state: TrainState, experience: Experience, reference: Any, rewards: RewardTerms
@@ -254,27 +355,31 @@ class Learner:
           The abstract state after the updates.
         """
         step, spec, mesh = self.step, self.spec, mesh_of(experience.samples)
+        batch, images = experience.batch, experience.batch.images.mask.shape
+        yield Program("measure", measure, (batch, experience.samples), layout=by_prompts)
         how = {"size": experience.samples.tokens.shape[-1]}
         samples = yield Program("trim", trim, (experience.samples,), how, layout=by_prompts)
         experience = experience._replace(samples=samples)
         params = yield from self._merge_programs(state)
-        how = {
-            "policy": spec.policy,
-            "spec": spec.logprobs,
-            "count": step.num_updates * spec.micro_batches,
-        }
-        scored = experience.batch, samples, None, self.suppressed
+        # The largest: all as long as they can be, and so no two of them in one row.
+        shape = Shape(batch.prompt.tokens.shape[1], images[2], samples.tokens.shape[-1])
+        rows = np.zeros(step.micro_prompts, np.int32)
+        passes = len(samples.lengths) // step.micro_prompts
+        how = {"policy": spec.policy, "spec": spec.logprobs, "shape": shape}
         ref_logprobs = old_logprobs = None
+
+        def score(name: str, params: Any, features: Any = None) -> Programs:
+            empty = yield Program(f"no {name}", no_logprobs, (samples,), layout=by_prompts)
+            scored = Scored(batch, samples, features, rows, None)
+            args = empty, params, scored, self.suppressed
+            layout = {"layout": by_prompts, "calls": passes}
+            return (yield Program(name, response_logprobs, args, how, **layout))
+
         if step.use_reference:
-            features = yield from self.reference.programs(reference, experience.batch)
-            args = (reference, *scored, features)
-            ref_logprobs = yield Program(
-                "reference", response_logprobs, args, how, layout=by_prompts
-            )
+            features = yield from self.reference.programs(reference, batch)
+            ref_logprobs = yield from score("reference", reference, features)
         if step.recompute:
-            old_logprobs = yield Program(
-                "old", response_logprobs, (params, *scored), how, layout=by_prompts
-            )
+            old_logprobs = yield from score("old", params)
             yield Program("mean_gap", mean_gap, (old_logprobs, samples))
         kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
         kl_coef = whole(mesh, kl_coef) if step.adapt_kl else spec.kl_coef
@@ -287,30 +392,30 @@ class Learner:
             rewards, ref_logprobs = rewards._replace(rewards=penalised), None
         how = {"name": step.advantage, "std": step.std}
         advantage = yield Program("advantage", estimate_jitted, (rewards,), how, layout=by_prompts)
-        part = _read(
+        read = _read(
             experience._replace(
                 old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantage
             )
         )
-        held: Any = part
-        if step.num_updates > 1:
-            args, how = (part, np.int32(0)), {"count": step.num_updates}
-            rows = len(part.samples.lengths) // step.num_updates
-            # The last one is cut while the others are there.
-            others = [first_rows(part, rows) for _ in range(step.num_updates - 1)]
-            part = yield Program(
-                "split", take_part, args, how, {"data": others}, by_prompts, step.num_updates
-            )
-            held = [part, *others]
-        args = state, part, self.suppressed, kl_coef if step.adapt_kl else None, self.lora
+        how = {"loss": spec.loss, "count": step.num_updates}
+        layout = {"alive": {"data": read}, "layout": _weights_layout}
+        weights, totals = yield Program("weigh", weigh, (samples,), how, **layout)
+        held = {"data": [read, weights]}
+        calls = {"calls": step.num_updates}
+        grads = yield Program(
+            "no_gradients", no_gradients, (state.params,), {}, held, as_params, **calls
+        )
+        args = grads, state.params, Cut(read, weights, rows, None), self.suppressed
+        args = *args, kl_coef if step.adapt_kl else None, self.lora
+        how, held = {"spec": spec, "shape": shape}, held | {"optimizer": grads}
+        grads, metrics = yield Program(
+            "update", add_micro_batch, args, how, held, _updated_layout, passes
+        )
+        held |= {"optimizer": grads}
+        yield Program("add_metrics", add_metrics, (metrics, metrics), {}, held, whole, passes)
+        args = state, grads, metrics, totals[0]
         state, metrics = yield Program(
-            "update",
-            update,
-            args,
-            {"spec": spec},
-            {"data": held},
-            _updated_layout,
-            step.num_updates,
+            "apply", apply_update, args, {"spec": spec}, held, _updated_layout, **calls
         )
         if step.adapt_kl:
             yield Program("adapt_kl", step.adapt_kl, (kl_coef, metrics["loss"]))
@@ -368,8 +473,12 @@ def _read(experience: Experience) -> Experience:
     return experience._replace(replies=None, scores=None, rewards=None, greedy=None)
 
 
-def _updated_layout(mesh: Mesh, result: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+def _updated_layout(mesh: Mesh, result: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
     return as_params(mesh, result[0]), whole(mesh, result[1])
+
+
+def _weights_layout(mesh: Mesh, result: tuple[Any, Any]) -> tuple[Any, Any]:
+    return by_prompts(mesh, result[0]), whole(mesh, result[1])
 
 
 def _merged_layout(path: str, mesh: Mesh, kernel: Any) -> Any:
@@ -395,9 +504,49 @@ def trim(samples: Samples, *, size: int) -> Samples:
       samples: of length T.
       size: new length, at least that of the longest response and at most T.
     """
-    return samples._replace(
-        tokens=samples.tokens[..., :size], logprobs=samples.logprobs[..., :size]
-    )
+    return samples.cut(size)
+
+
+@jax.jit
+def measure(batch: Batch, samples: Samples) -> RowSizes:
+    """Returns the sizes of prompts and of their responses."""
+    real = jnp.any(batch.images.mask, axis=(1, 3))
+    last = jnp.max(jnp.where(real, jnp.arange(real.shape[-1]) + 1, 0), axis=-1)
+    patches = jnp.sum(batch.images.mask, axis=(1, 2, 3), dtype=jnp.int32)
+    prompt = jnp.sum(batch.prompt.mask, axis=-1, dtype=jnp.int32)
+    return RowSizes(jnp.asarray(samples.lengths), prompt, last.astype(jnp.int32), patches)
+
+
+@partial(jax.jit, static_argnames=("loss", "count"))
+def weigh(
+    samples: Samples, *, loss: PolicyLoss | ImitationLoss, count: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns the weight of each token of a step in the loss of its update, and the totals.
+
+    Args:
+      samples: responses to the B prompts of a step.
+      loss: that weighs the tokens of an update.
+      count: of updates; update u has the prompts u, count + u, …
+
+    Returns:
+      float32[B, G, T], and a float32[] for each update.
+    """
+    mask, ended = stack_parts((samples.mask, jnp.asarray(samples.ended)), count)
+    each = jax.vmap(loss.weights)(mask, ended)
+    weights = shard_rows(0, jnp.swapaxes(each, 0, 1).reshape(samples.tokens.shape))
+    return weights, tuple(jnp.sum(each, axis=(1, 2, 3)))
+
+
+@jax.jit
+def no_gradients(params: dict) -> dict:
+    """Returns zeros in the layout of parameters, to which micro-batches add their gradients."""
+    return keep_layout(jax.tree.map(jnp.zeros_like, params))
+
+
+@jax.jit
+def add_metrics(first: Metrics, second: Metrics) -> Metrics:
+    """Returns the sums of the metrics of micro-batches."""
+    return jax.tree.map(jnp.add, first, second)
 
 
 @partial(jax.jit, static_argnames="name")
@@ -428,28 +577,43 @@ def estimate_jitted(terms: RewardTerms, *, name: str, std: str) -> jax.Array:
     return advantages.estimate(name, terms, std=std)
 
 
-@partial(jax.jit, static_argnames="spec", donate_argnames="state")
-def update(
-    state: TrainState,
-    part: Experience,
+@partial(jax.jit, static_argnames=("spec", "shape"), donate_argnames="total")
+def add_micro_batch(
+    total: dict,
+    params: dict,
+    cut: Cut,
     suppressed: jax.Array,
     kl_coef: jax.Array | None,
     lora: Lora | None,
     *,
     spec: UpdateSpec,
-) -> tuple[TrainState, Metrics]:
-    """Takes one optimizer step on a loss that is summed over micro-batches.
+    shape: Shape,
+) -> tuple[dict, Metrics]:
+    """Adds the gradient of one micro-batch to that of those before it.
 
     Args:
-      state: parameters and optimizer state; donated.
-      part: batch, samples, packing, and what `spec.loss` needs.
+      total: gradient so far, float32 as `params`; donated.
+      params: that are trained.
+      cut: the micro-batch.
       suppressed: bool[V], ids that the sampler could not draw.
       kl_coef: float32[], weight of the KL where it adapts; None takes `spec.kl_coef`.
-      lora: base of the adapters, where the state's parameters are these.
+      lora: base of the adapters, where the trained parameters are these.
       spec: settings.
+      shape: padded sizes of the micro-batch.
+
+    Returns:
+      The gradient with the micro-batch's added, and its share of the update's metrics.
     """
-    loss = spec.loss
-    weights = loss.weights(part.samples.mask, part.samples.ended)
+    loss, whole_step = spec.loss, cut.experience
+    cut_off = whole_step._replace(
+        batch=cut_batch(whole_step.batch, shape), samples=whole_step.samples.cut(shape.length)
+    )
+    old, ref, weights = (
+        None if x is None else x[..., : shape.length]
+        for x in (whole_step.old_logprobs, whole_step.ref_logprobs, cut.weights)
+    )
+    cut_off = cut_off._replace(old_logprobs=old, ref_logprobs=ref)
+    micro = take_own_rows((cut_off, weights), cut.rows)
 
     def loss_fn(params: dict, micro: tuple) -> tuple[jax.Array, Metrics]:
         part, weight = micro
@@ -461,7 +625,7 @@ def update(
             part.samples,
             spec.logprobs,
             suppressed,
-            part.packing,
+            cut.packing,
             entropy=loss.entropy,
         )
         sampler = part.samples.logprobs
@@ -478,8 +642,28 @@ def update(
             metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
         return value, metrics
 
-    micro = stack_parts((part, weights), spec.micro_batches)
-    grads, metrics = accumulate(loss_fn, state.params, micro)
-    metrics = loss.summarise(metrics, weights.sum())
+    total, metrics = add_gradients(loss_fn, total, params, micro)
+    return keep_layout(total), metrics
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames="state")
+def apply_update(
+    state: TrainState,
+    grads: dict,
+    metrics: Metrics,
+    total_weight: jax.Array,
+    *,
+    spec: UpdateSpec,
+) -> tuple[TrainState, Metrics]:
+    """Takes one optimizer step by the summed gradient of its micro-batches.
+
+    Args:
+      state: parameters and optimizer state; donated.
+      grads: as `state.params`.
+      metrics: of the loss, summed over micro-batches.
+      total_weight: float32[], of all tokens of the update.
+      spec: settings.
+    """
+    metrics = spec.loss.summarise(metrics, total_weight)
     state, applied = apply_gradients(state, grads, spec.optimizer)
     return state, metrics | applied

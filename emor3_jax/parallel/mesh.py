@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -325,6 +326,46 @@ def shard_rows(axis: int, x: jax.Array) -> jax.Array:
     spec = [P.UNCONSTRAINED] * x.ndim
     spec[axis] = BATCH[0]
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def num_parts(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Returns the number of parts that a batch is cut into, data * fsdp; 1 without a mesh."""
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def take_own_rows(tree: Any, rows: jax.Array) -> Any:
+    """Returns rows of arrays of a jitted program, each device taking from its own: none move.
+
+    Args:
+      tree: pytree of arrays, [B, …] each, cut as a batch; None leaves stay.
+      rows: int32[b], b / parts for each part of the batch, counted within the part.
+    """
+
+    def own(tree: Any, rows: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x.at[rows].get(mode="promise_in_bounds"), tree)
+
+    tree = jax.tree.map(jnp.asarray, tree)
+    if num_parts(jax.sharding.get_abstract_mesh()) == 1:
+        return own(tree, rows)
+    return jax.shard_map(own, in_specs=(BATCH, BATCH), out_specs=BATCH)(tree, rows)
+
+
+def put_own_rows(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    """Writes what `take_own_rows` would take; the last axis of the values may be shorter.
+
+    Args:
+      x: [B, …], cut as a batch.
+      rows: int32[b], see `take_own_rows`.
+      values: [b, …].
+    """
+
+    def own(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+        at = x.at[rows, ..., : values.shape[-1]]
+        return at.set(values, mode="promise_in_bounds", unique_indices=True)
+
+    if num_parts(jax.sharding.get_abstract_mesh()) == 1:
+        return own(x, rows, values)
+    return jax.shard_map(own, in_specs=(BATCH, BATCH, BATCH), out_specs=BATCH)(x, rows, values)
 
 
 def check_policy(mesh: Mesh, shapes: Any) -> None:

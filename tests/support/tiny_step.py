@@ -69,7 +69,7 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
 
     Returns:
       "gathered": where weights are gathered; "stacked": where those of all layers at once are;
-      "repeated": where a weight outside the layers is, more often than there are micro-batches;
+      "repeated": where a weight outside the layers is, more than once;
       "activations": bytes of the all-reduces of more than vectors; "heads": where attention gathers
       what is no weight; "passes": how often each layer of the decoder is gathered, told by one of
       its weights.
@@ -89,7 +89,7 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
         "gathered": [c.source for c in weights],
         "stacked": [c.source for c in hlo.weight_gathers(found, scanned, stacked=True)],
         "repeated": [
-            c.source for c in hlo.weight_gathers(found, others, stacked=True) if c.times > 2
+            c.source for c in hlo.weight_gathers(found, others, stacked=True) if c.times > 1
         ],
         "activations": sum(
             hlo.bytes_of(*shape) for c in sums for shape in c.shapes if len(shape[1]) > 1
