@@ -318,9 +318,10 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """Takes an optimizer step, all micro-batches in one program."""
     batch, samples = experience.batch, experience.samples
-    weights, (total,) = weigh(samples, loss=spec.loss, count=1)
+    plan = plan_of(batch, samples, parts)
+    weights, (total,) = weigh(samples, plan.rows(1), loss=spec.loss)
     grads, metrics = no_gradients(state.params), None
-    for micro in plan_of(batch, samples, parts).updates[0]:
+    for micro in plan.updates[0]:
         cut = Cut(experience, weights, micro.rows, None)
         grads, found = add_micro_batch(
             grads, state.params, cut, suppressed, None, None, spec=spec, shape=micro.shape

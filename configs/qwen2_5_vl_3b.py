@@ -132,6 +132,8 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     config.rollout.slots = min(layout.slots * parts, config.rollout.prompts)
     config.rollout.refill = min(layout.refill * parts, config.rollout.slots)
     config.policy_update.micro_prompts = min(layout.micro * parts, config.policy_update.prompts)
+    # Many parts wait for the one with the most tokens.
+    config.policy_update.balance = True
     # All of an evaluation's batch is prefilled and judged at once.
     config.evaluate.prompts = config.rollout.refill
     return config

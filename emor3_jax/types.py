@@ -172,12 +172,12 @@ class Scores(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Positions of response tokens, [B, G, T], in R rows of C columns for each group.
+    """Positions of the response tokens of a micro-batch, [B, G, T], in R rows of C columns.
 
-    Of the B prompts of a micro-batch.
+    Each group has such rows, or with N < B every B / N consecutive groups have some together.
 
     Attributes:
-      source: int32[B, R, C], index of the token in its group, counted over [G * T]; -1 for none.
+      source: int32[N, R, C], index of the token, counted over [B / N * G * T]; -1 for none.
       place: int32[B, G], index of the first token of each response, counted over [R * C].
     """
 

@@ -37,6 +37,8 @@ from emor3_jax.learner.logprobs import (
 from emor3_jax.learner.micro_batches import (
     Buckets,
     MicroBatch,
+    Packed,
+    PlanSpec,
     RowSizes,
     Shape,
     StepPlan,
@@ -49,6 +51,7 @@ from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import (
     keep_layout,
     num_parts,
+    put_own_rows,
     shard_rows,
     shard_whole,
     take_own_rows,
@@ -73,7 +76,6 @@ from emor3_jax.types import (
     NoClock,
     Packing,
     Samples,
-    stack_parts,
 )
 
 Metrics = dict[str, jax.Array]
@@ -105,7 +107,8 @@ class StepSpec:
       num_updates: number of updates, must divide the prompts of a step.
       micro_prompts: prompts of a micro-batch, must divide those of an update.
       buckets: padded sizes of scoring and update.
-      pack: short responses of a group share a row, where the attention can.
+      pack: short responses of a group share a row; with splash attention, those of several groups.
+      balance: choose the prompts of each update so that all have like many tokens.
       advantage: name of the estimator.
       std: standard deviation that it divides by, "population" or "sample".
       weights: name of a score → its weight in the reward.
@@ -119,6 +122,7 @@ class StepSpec:
     micro_prompts: int
     buckets: Buckets
     pack: bool
+    balance: bool = False
     advantage: str = "grpo"
     std: str = "population"
     weights: tuple[tuple[str, float], ...] = ()
@@ -224,18 +228,27 @@ class Learner:
         # Of several images, one's padding lies in front of the next.
         buckets = step.buckets if images[1] == 1 else step.buckets._replace(windows=())
         sizes = hosts.fetch(measure(batch, samples))
-        plan = plan_step(
-            sizes,
-            largest,
-            buckets,
-            num_updates=step.num_updates,
-            micro_prompts=step.micro_prompts,
-            parts=num_parts(self._mesh),
-            # Kernels know nothing of responses within a row.
-            pack=step.pack and self.spec.policy.compute.attention == "xla",
-        )
+        plan = plan_step(sizes, largest, buckets, self._plan_spec())
         info = plan.padding(sizes, images[1] * images[3])
         return experience._replace(samples=trim(samples, size=plan.length)), plan, info
+
+    def _plan_spec(self) -> PlanSpec:
+        step, policy = self.step, self.spec.policy
+        shapes, packed = policy.shapes, Packed.APART
+        if step.pack:
+            splash = policy.compute.attention.startswith("splash")
+            packed = Packed.TOGETHER if splash else Packed.GROUPS
+        tower = shapes.vision
+        # Both keep the input of each layer, at the least.
+        window = tower.window_patches * tower.depth * tower.hidden_size
+        return PlanSpec(
+            step.num_updates,
+            step.micro_prompts,
+            num_parts(self._mesh),
+            packed,
+            step.balance,
+            window / (shapes.num_layers * shapes.hidden_size),
+        )
 
     def score(
         self,
@@ -305,8 +318,8 @@ class Learner:
           experience: with all that the loss needs.
           plan: its micro-batches.
         """
-        count = self.step.num_updates
-        weights, totals = weigh(experience.samples, loss=self.spec.loss, count=count)
+        rows = plan.rows(num_parts(self._mesh))
+        weights, totals = weigh(experience.samples, rows, loss=self.spec.loss)
         read = _read(experience)
         return [
             UpdatePart(read, weights, total, micro_batches)
@@ -397,9 +410,10 @@ class Learner:
                 old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantage
             )
         )
-        how = {"loss": spec.loss, "count": step.num_updates}
-        layout = {"alive": {"data": read}, "layout": _weights_layout}
-        weights, totals = yield Program("weigh", weigh, (samples,), how, **layout)
+        b = len(samples.lengths)
+        args = samples, np.zeros((step.num_updates, b // step.num_updates), np.int32)
+        how, layout = {"loss": spec.loss}, {"alive": {"data": read}, "layout": _weights_layout}
+        weights, totals = yield Program("weigh", weigh, args, how, **layout)
         held = {"data": [read, weights]}
         calls = {"calls": step.num_updates}
         grads = yield Program(
@@ -517,24 +531,28 @@ def measure(batch: Batch, samples: Samples) -> RowSizes:
     return RowSizes(jnp.asarray(samples.lengths), prompt, last.astype(jnp.int32), patches)
 
 
-@partial(jax.jit, static_argnames=("loss", "count"))
+@partial(jax.jit, static_argnames="loss")
 def weigh(
-    samples: Samples, *, loss: PolicyLoss | ImitationLoss, count: int
+    samples: Samples, rows: jax.Array, *, loss: PolicyLoss | ImitationLoss
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns the weight of each token of a step in the loss of its update, and the totals.
 
     Args:
       samples: responses to the B prompts of a step.
+      rows: int32[U, B / U], the prompts of each update, see `StepPlan.rows`.
       loss: that weighs the tokens of an update.
-      count: of updates; update u has the prompts u, count + u, …
 
     Returns:
       float32[B, G, T], and a float32[] for each update.
     """
-    mask, ended = stack_parts((samples.mask, jnp.asarray(samples.ended)), count)
-    each = jax.vmap(loss.weights)(mask, ended)
-    weights = shard_rows(0, jnp.swapaxes(each, 0, 1).reshape(samples.tokens.shape))
-    return weights, tuple(jnp.sum(each, axis=(1, 2, 3)))
+    weights = shard_rows(0, jnp.zeros(samples.tokens.shape, jnp.float32))
+    totals = []
+    for own in rows:
+        mask, ended = take_own_rows((samples.mask, samples.ended), own)
+        found = loss.weights(mask, ended)
+        weights = put_own_rows(weights, own, found)
+        totals.append(jnp.sum(found))
+    return weights, tuple(totals)
 
 
 @jax.jit

@@ -57,7 +57,8 @@ def score_responses(
       samples: their responses.
       spec: settings.
       suppressed: bool[V], ids that the sampler could not draw.
-      packing: positions of responses that share rows; None gives each a row.
+      packing: positions of responses that share rows, also those of several prompts; None gives
+        each a row.
       features: float[B, N, D], precomputed vision features; None computes them.
       entropy: also return the entropy.
     """
@@ -68,6 +69,7 @@ def score_responses(
     tokens = jnp.concatenate([opening, samples.tokens[..., :-1]], axis=-1)
     position = jnp.broadcast_to(jnp.arange(t), (b, g, t))
     mask, targets, segments = position < samples.lengths[..., None], samples.tokens, None
+    position = batch.next_position[:, None, None] + position
     if packing is not None:
         mask = jnp.asarray(packing.source) >= 0
         segments = jnp.where(mask, packing.source // t, -1)
@@ -77,9 +79,10 @@ def score_responses(
         batch.prompt,
         features,
         tokens,
-        batch.next_position[:, None, None] + position,
+        position,
         mask,
         segments=segments,
+        responses=g,
     )
     logprobs, entropies = policy.logprobs(
         params,
@@ -101,7 +104,7 @@ class Scored(NamedTuple):
       batch, samples: the prompts and their responses.
       features: float[B, N, D], precomputed vision features; None computes them.
       rows: int32[b], the prompts, counted within each device's part, see `MicroBatch`.
-      packing: positions of their responses that share rows, [b, …], or None.
+      packing: positions of their responses that share rows, or None.
     """
 
     batch: Batch

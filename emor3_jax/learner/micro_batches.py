@@ -6,12 +6,18 @@ is padded is little more than what the lists and the spread within a micro-batch
 
 Prompts stay on their devices. A batch is cut into as many parts as `data * fsdp`; each part sorts
 its own prompts, and a micro-batch takes the next few of every part, so its sizes are the largest
-over the parts. Which prompts belong to which update is fixed before, as `types.split` does it.
+over the parts. Which prompts belong to which update is fixed before (update u of U has u, U + u,
+…), unless the plan is to balance them.
+
+Where responses to several prompts may share rows (`Packed.TOGETHER`), a micro-batch takes as many
+prompts as the memory of the largest shape allows, each part those that bring its rows close to the
+same number of tokens: then nearly all that is padded is what parts differ by.
 
 The plan is made on the host from lengths alone, the same on every host, and is data: the losses
 weigh each token by the whole update (`losses.token_weights`), so no plan changes a gradient.
 """
 
+import enum
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +25,21 @@ import numpy as np
 
 from emor3_jax.learner import packing
 from emor3_jax.types import Packing, bucket
+
+
+class Packed(enum.Enum):
+    """Responses that may share rows: none, those of a group, or those of several groups."""
+
+    APART = "apart"
+    GROUPS = "groups"
+    TOGETHER = "together"
+
+
+MAX_TOGETHER, MAX_COLUMNS = 4, 2**15
+"""Prompts that share a row, and columns of it, at most (`attention_kernels.PackedMask`)."""
+
+_COLUMNS = 512
+"""Rows of several prompts have a multiple of so many columns; of fewer than twice that, of 128."""
 
 
 class RowSizes(NamedTuple):
@@ -71,7 +92,7 @@ class MicroBatch(NamedTuple):
     Attributes:
       rows: int32[b], the prompts: b / parts of each part, counted within the part.
       shape: padded sizes.
-      packing: positions of the responses in fewer rows, [b, …]; None gives each a row.
+      packing: positions of the responses in fewer rows; None gives each a row.
     """
 
     rows: np.ndarray
@@ -79,10 +100,10 @@ class MicroBatch(NamedTuple):
     packing: Packing | None
 
     def response_tokens(self, responses: int) -> int:
-        """Returns the padded response tokens of a prompt that has so many responses."""
+        """Returns the padded response tokens, with so many responses to each prompt."""
         if self.packing is None:
-            return responses * self.shape.length
-        return int(np.prod(self.packing.source.shape[1:]))
+            return len(self.rows) * responses * self.shape.length
+        return int(np.prod(self.packing.source.shape))
 
 
 class StepPlan(NamedTuple):
@@ -95,6 +116,14 @@ class StepPlan(NamedTuple):
 
     length: int
     updates: tuple[tuple[MicroBatch, ...], ...]
+
+    def rows(self, parts: int) -> np.ndarray:
+        """Returns the prompts of each update, int32[U, B / U], laid out as `MicroBatch.rows`."""
+        found = [
+            np.concatenate([micro.rows.reshape(parts, -1) for micro in update], axis=1).ravel()
+            for update in self.updates
+        ]
+        return np.stack(found)
 
     def padding(self, sizes: RowSizes, patches: int) -> dict[str, float]:
         """Returns real over padded tokens, in (0, 1], and the number of shapes; on the host alone.
@@ -113,7 +142,7 @@ class StepPlan(NamedTuple):
         for micro in (each for update in self.updates for each in update):
             b, shape = len(micro.rows), micro.shape
             padded["prompt"] += b * shape.prompt
-            padded["response"] += b * micro.response_tokens(g)
+            padded["response"] += micro.response_tokens(g)
             padded["vision"] += b * shape.windows * patches
             packed = () if micro.packing is None else micro.packing.source.shape
             shapes.add((shape, packed))
@@ -124,93 +153,185 @@ class StepPlan(NamedTuple):
         return found | {"padding/efficiency": whole, "padding/shapes": float(len(shapes))}
 
 
-def plan_step(
-    sizes: RowSizes,
-    largest: Shape,
-    buckets: Buckets,
-    *,
-    num_updates: int,
-    micro_prompts: int,
-    parts: int = 1,
-    pack: bool = False,
-) -> StepPlan:
+class PlanSpec(NamedTuple):
+    """Settings by which a step is cut into micro-batches.
+
+    Attributes:
+      num_updates: U, of the step.
+      micro_prompts: prompts of a micro-batch of the largest shape, a multiple of `parts`.
+      parts: that the mesh cuts a batch into; each sorts its own prompts.
+      packed: responses that may share rows.
+      balance: choose the prompts of each update so that all have like many tokens.
+      window_tokens: tokens of the decoder whose activations take as much memory as a window's.
+    """
+
+    num_updates: int
+    micro_prompts: int
+    parts: int = 1
+    packed: Packed = Packed.APART
+    balance: bool = False
+    window_tokens: float = 0.0
+
+
+def plan_step(sizes: RowSizes, largest: Shape, buckets: Buckets, spec: PlanSpec) -> StepPlan:
     """Plans the micro-batches of a step.
 
     Args:
       sizes: of its B prompts.
       largest: sizes of the batch as it is.
       buckets: sizes to choose from.
-      num_updates: U, of the step; update u has the prompts u, U + u, …
-      micro_prompts: prompts of a micro-batch, a multiple of `parts`.
-      parts: that the mesh cuts a batch into; each sorts its own prompts.
-      pack: responses of a group may share rows.
+      spec: settings.
 
     Raises:
       ValueError: if B is no multiple of U * micro_prompts, or that no multiple of `parts`.
     """
     b = len(sizes.lengths)
-    if b % (num_updates * micro_prompts) or micro_prompts % parts:
+    if b % (spec.num_updates * spec.micro_prompts) or spec.micro_prompts % spec.parts:
         raise ValueError(
-            f"{b} prompts, num_updates={num_updates}, micro_prompts={micro_prompts}, parts={parts}:"
-            " parts must divide micro_prompts, and the updates and micro_prompts the prompts"
+            f"{b} prompts, num_updates={spec.num_updates}, micro_prompts={spec.micro_prompts}, "
+            f"parts={spec.parts}: parts must divide micro_prompts, and the updates and "
+            "micro_prompts the prompts"
         )
-    own = np.arange(b).reshape(parts, -1)
-    updates = tuple(
-        _plan_update(own[:, u::num_updates], sizes, largest, buckets, micro_prompts, pack)
-        for u in range(num_updates)
-    )
-    # Rows are counted within their part.
-    size = b // parts
-    updates = tuple(
-        tuple(micro._replace(rows=(micro.rows % size).astype(np.int32)) for micro in update)
-        for update in updates
-    )
-    return StepPlan(_fit(sizes.lengths.max(), buckets.length, largest.length), updates)
+    length = _fit(sizes.lengths.max(), buckets.length, largest.length)
+    planner = _Planner(sizes, largest, buckets, spec, largest._replace(length=length))
+    own = np.arange(b).reshape(spec.parts, -1)
+    make = planner.together if spec.packed is Packed.TOGETHER else planner.by_length
+    if spec.balance:
+        found = make(own, spec.num_updates)
+        turns = [found[i : i + spec.num_updates] for i in range(0, len(found), spec.num_updates)]
+        # There and back, so that no update always has the longer of its turn.
+        turns = [turn[:: -1 if i % 2 else 1] for i, turn in enumerate(turns)]
+        updates = list(zip(*turns, strict=True))
+    else:
+        updates = [make(own[:, u :: spec.num_updates], 1) for u in range(spec.num_updates)]
+
+    def within(micro: MicroBatch) -> MicroBatch:
+        """Counts rows within their part."""
+        return micro._replace(rows=(micro.rows % (b // spec.parts)).astype(np.int32))
+
+    return StepPlan(length, tuple(tuple(map(within, update)) for update in updates))
 
 
-def _plan_update(
-    own: np.ndarray,
-    sizes: RowSizes,
-    largest: Shape,
-    buckets: Buckets,
-    micro_prompts: int,
-    pack: bool,
-) -> tuple[MicroBatch, ...]:
-    """Returns the micro-batches of an update; rows are counted over the whole batch.
+class _Planner(NamedTuple):
+    """Cuts prompts into micro-batches; rows are counted over the whole batch.
 
-    Args:
-      own: int[parts, n], the update's prompts of each part.
-      sizes, largest, buckets, micro_prompts, pack: see `plan_step`.
+    Attributes:
+      sizes, largest, buckets, spec: see `plan_step`.
+      step: `largest`, with the T of the step.
     """
-    g = sizes.lengths.shape[1]
-    # Packed groups take as many places as they have tokens, others as their longest response.
-    keys = [sizes.lengths.max(axis=1)] + ([sizes.lengths.sum(axis=1)] if pack else [])
-    best, fewest = (), np.inf
-    for key in keys:
-        order = np.argsort(key[own], axis=1, kind="stable")
-        ranked = np.take_along_axis(own, order, axis=1)
-        each = micro_prompts // len(own)
-        found = tuple(
-            _micro_batch(ranked[:, i : i + each].ravel(), sizes, largest, buckets, pack)
-            for i in range(0, own.shape[1], each)
+
+    sizes: RowSizes
+    largest: Shape
+    buckets: Buckets
+    spec: PlanSpec
+    step: Shape
+
+    def by_length(self, own: np.ndarray, times: int) -> list[MicroBatch]:
+        """Returns micro-batches of prompts of like length.
+
+        Args:
+          own: int[parts, n], prompts of each part.
+          times: of which the number of micro-batches is a multiple.
+        """
+        del times  # Their number is a multiple of all updates anyway.
+        lengths, pack = self.sizes.lengths, self.spec.packed is Packed.GROUPS
+        # Packed groups take as many places as they have tokens, others as their longest response.
+        keys = [lengths.max(axis=1)] + ([lengths.sum(axis=1)] if pack else [])
+        each = self.spec.micro_prompts // self.spec.parts
+        best: list[MicroBatch] = []
+        fewest = np.inf
+        for key in keys:
+            order = np.argsort(key[own], axis=1, kind="stable")
+            ranked = np.take_along_axis(own, order, axis=1)
+            found = [
+                self._sorted(ranked[:, i : i + each].ravel(), pack)
+                for i in range(0, own.shape[1], each)
+            ]
+            places = sum(micro.response_tokens(lengths.shape[1]) for micro in found)
+            if places < fewest:
+                best, fewest = found, places
+        return best
+
+    def together(self, own: np.ndarray, times: int) -> list[MicroBatch]:
+        """Returns micro-batches whose rows have the responses to several prompts.
+
+        Args:
+          own: int[parts, n], prompts of each part.
+          times: of which the number of micro-batches is a multiple.
+        """
+        size, best = 1, self.by_length(own, times)
+        g = self.sizes.lengths.shape[1]
+        fewest = sum(micro.response_tokens(g) for micro in best)
+        while size <= MAX_TOGETHER and own.shape[1] % (size * times) == 0:
+            found = self._in_rows_of(own, size)
+            if found is not None and len(found) % times == 0:
+                places = sum(micro.response_tokens(g) for micro in found)
+                if places < fewest:
+                    best, fewest = found, places
+            size *= 2
+        return best
+
+    def _in_rows_of(self, own: np.ndarray, size: int) -> list[MicroBatch] | None:
+        """Returns micro-batches with rows of so many prompts; None if they need too much memory."""
+        tokens = self.sizes.lengths.sum(axis=1)
+        rows = np.stack([_balanced(part, tokens[part], size) for part in own])
+        each = max(1, self.spec.micro_prompts // self.spec.parts // size)
+        found = []
+        for i in range(0, rows.shape[1], each):
+            micro = rows[:, i : i + each]
+            width = _columns(tokens[micro].sum(axis=2).max())
+            shape = self._shape(micro.ravel())._replace(length=self.step.length)
+            if width > MAX_COLUMNS or self._memory(shape, size, width) * each > self._budget():
+                return None
+            lengths = self.sizes.lengths[micro.ravel()]
+            count = micro.shape[0] * micro.shape[1]
+            packing_ = packing.join(lengths, count, shape.length, width)
+            found.append(MicroBatch(micro.ravel(), shape, packing_))
+        return found
+
+    def _memory(self, shape: Shape, prompts: int, columns: int) -> float:
+        """Returns the tokens whose activations a row of several prompts holds."""
+        return prompts * (shape.prompt + self.spec.window_tokens * shape.windows) + columns
+
+    def _budget(self) -> float:
+        """Returns the same of a micro-batch of the largest shape, for each part."""
+        columns = self.sizes.lengths.shape[1] * self.largest.length
+        each = self.spec.micro_prompts // self.spec.parts
+        return each * self._memory(self.largest, 1, columns)
+
+    def _sorted(self, rows: np.ndarray, pack: bool) -> MicroBatch:
+        shape, lengths = self._shape(rows), self.sizes.lengths[rows]
+        plan = packing.plan(lengths, shape.length, self.buckets.length) if pack else None
+        return MicroBatch(rows, shape, plan)
+
+    def _shape(self, rows: np.ndarray) -> Shape:
+        """Returns the smallest shape that holds some prompts."""
+        sizes, buckets, largest = self.sizes, self.buckets, self.largest
+        return Shape(
+            _fit(sizes.prompt[rows].max(), buckets.prompt, largest.prompt),
+            _fit(sizes.windows[rows].max(), buckets.windows, largest.windows),
+            _fit(sizes.lengths[rows].max(), buckets.length, largest.length),
         )
-        places = sum(micro.response_tokens(g) for micro in found)
-        if places < fewest:
-            best, fewest = found, places
-    return best
 
 
-def _micro_batch(
-    rows: np.ndarray, sizes: RowSizes, largest: Shape, buckets: Buckets, pack: bool
-) -> MicroBatch:
-    shape = Shape(
-        _fit(sizes.prompt[rows].max(), buckets.prompt, largest.prompt),
-        _fit(sizes.windows[rows].max(), buckets.windows, largest.windows),
-        _fit(sizes.lengths[rows].max(), buckets.length, largest.length),
-    )
-    lengths = sizes.lengths[rows]
-    plan = packing.plan(lengths, shape.length, buckets.length) if pack else None
-    return MicroBatch(rows, shape, plan)
+def _balanced(rows: np.ndarray, tokens: np.ndarray, size: int) -> np.ndarray:
+    """Returns bins of so many prompts with like many tokens, by rising tokens: int[n / size, size].
+
+    The prompts with the most tokens go first, each into the bin with the fewest that has room.
+    """
+    count = len(rows) // size
+    load, bins = np.zeros(count, np.int64), [[] for _ in range(count)]
+    for i in np.argsort(-tokens, kind="stable"):
+        free = [k for k in range(count) if len(bins[k]) < size]
+        k = min(free, key=load.__getitem__)
+        load[k] += tokens[i]
+        bins[k].append(rows[i])
+    return np.asarray(bins)[np.argsort(load, kind="stable")]
+
+
+def _columns(needed: int) -> int:
+    unit = 128 if needed < 2 * _COLUMNS else _COLUMNS
+    return max(-(-int(needed) // unit), 1) * unit
 
 
 def _fit(needed: int, sizes: Sequence[int], most: int) -> int:

@@ -177,6 +177,7 @@ class Policy:
         mask: jax.Array,
         *,
         segments: jax.Array | None = None,
+        responses: int = 0,
     ) -> jax.Array:
         """Runs prompts together with their `G` continuations: `read_prompt` and `extend` in one.
 
@@ -189,12 +190,17 @@ class Policy:
           image_features: from `encode_images`.
           tokens, positions, mask: int32, int32 and bool[B, G, S], see `extend`.
           segments: int32[B, G, S], tokens of one see nothing of the others but the prompt; None for
-            one segment.
+            one segment. Those of a segment lie side by side; negative ones are padding.
+          responses: with it, tokens of several prompts share a row: the continuations have fewer
+            rows than there are prompts, as many prompts to each, and segment i belongs to prompt
+            i // responses among those of its row.
 
         Returns:
           float[B, G, S, D] after the final norm, of the continuations.
         """
-        group = GroupRow(prompt.tokens.shape[1], tokens.shape[1])
+        joined = len(prompt.tokens) // len(tokens)
+        prompt, image_features = _side_by_side(prompt, image_features, joined)
+        group = GroupRow(prompt.tokens.shape[1], tokens.shape[1], joined, responses)
         rope_positions = jnp.broadcast_to(positions[..., None], (*positions.shape, 3))
         hidden, _ = self._decoder(group=group).apply(
             {"params": params["model"]},
@@ -343,6 +349,20 @@ class Policy:
             )
 
         return by_rows(own, *self._head(params), hidden, targets)
+
+
+def _side_by_side(prompt: Prompt, features: jax.Array, count: int) -> tuple[Prompt, jax.Array]:
+    """Joins `count` prompts to a row, and their images' features."""
+    if count == 1:
+        return prompt, features
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.asarray(x).reshape(len(x) // count, -1, *x.shape[2:])
+
+    first = features.shape[1] * (jnp.arange(len(prompt.tokens)) % count)
+    slots = jnp.asarray(prompt.image_slots)
+    slots = jnp.where(slots >= 0, slots + first[:, None], -1)
+    return jax.tree.map(join, prompt._replace(image_slots=slots)), join(features)
 
 
 def _logits(tied: bool, head: jax.Array, hidden: jax.Array) -> jax.Array:

@@ -119,6 +119,7 @@ def make_step_spec(config: ConfigDict, *, imitate: bool = False) -> StepSpec:
         c.micro_prompts,
         Buckets(tuple(prompt), tuple(windows), tuple(c.response_lengths)),
         c.pack,
+        c.balance,
     )
     if imitate:
         return StepSpec(*common)

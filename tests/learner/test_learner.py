@@ -10,10 +10,18 @@ import pytest
 from support import compiler_flags
 from support.setting import build_setting
 
-from emor3_jax.learner import learner
+from emor3_jax.learner import learner, packing
 from emor3_jax.learner.learner import Learner, UpdateSpec
 from emor3_jax.learner.logprobs import LogprobSpec, planned_logprobs
-from emor3_jax.learner.micro_batches import Buckets, Shape, StepPlan, plan_step
+from emor3_jax.learner.micro_batches import (
+    Buckets,
+    MicroBatch,
+    Packed,
+    PlanSpec,
+    Shape,
+    StepPlan,
+    plan_step,
+)
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora, init_adapters
 from emor3_jax.models.params import cast_matrices
@@ -61,8 +69,8 @@ def plan_of(batch, samples, count=1, buckets=NO_BUCKETS, pack=False, updates=1) 
     largest = Shape(batch.prompt.tokens.shape[1], windows, samples.tokens.shape[-1])
     micro_prompts = len(samples.lengths) // (count * updates)
     sizes = jax.device_get(learner.measure(batch, samples))
-    how = {"num_updates": updates, "micro_prompts": micro_prompts, "pack": pack}
-    return plan_step(sizes, largest, buckets, **how)
+    packed = Packed.GROUPS if pack else Packed.APART
+    return plan_step(sizes, largest, buckets, PlanSpec(updates, micro_prompts, packed=packed))
 
 
 def scored(setting, params, batch, samples, features=None, **changes):
@@ -355,6 +363,39 @@ def test_every_micro_batch_of_its_own_size_gives_the_update_of_one(setting, batc
     assert less["padding/response"] == pytest.approx(28 / 42)
     assert padded["padding/vision"] == pytest.approx(6 / 8) and less["padding/vision"] == 1.0
     assert (padded["padding/shapes"], less["padding/shapes"]) == (1, 4)
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+def test_responses_to_two_prompts_may_share_a_row(setting, batch, samples, backend):
+    """Log-probabilities and the update are those of prompts apart; each prompt has its image."""
+    lengths = np.asarray(samples.lengths)
+    shape = Shape(batch.prompt.tokens.shape[1], 1, T)
+    rows = (np.asarray([2, 0, 3, 1], np.int32),)
+    plan = StepPlan(
+        T,
+        (
+            tuple(
+                MicroBatch(own, shape, packing.join(lengths[own], len(own) // 2, T, 128))
+                for own in rows
+            ),
+        ),
+    )
+    wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
+    policy = setting.policy.with_compute(attention=backend)
+    setting = setting._replace(policy=policy)
+    found = scored(setting, setting.params, batch, samples, plan=plan, as_users_do=True)
+    assert np.abs(np.where(samples.mask, found - wanted, 0.0)).max() < 1e-5
+    advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
+    experience = seen_with(batch, samples, advantages)
+    both = []
+    for each in (plan, plan_of(batch, samples)):
+        state, metrics = update(setting, setting.params, experience, LOSS, each)
+        both.append((jax.tree.leaves(state.params), jax.tree.map(float, metrics)))
+    (ours, found), (theirs, wanted) = both
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    for a, b, start in zip(ours, theirs, jax.tree.leaves(setting.params), strict=True):
+        step = np.abs(b - start).max()
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-3, step) + 1e-6)
 
 
 def test_the_gap_to_the_sampler_is_the_mean_over_tokens(samples):
