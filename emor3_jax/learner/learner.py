@@ -42,6 +42,7 @@ from emor3_jax.learner.micro_batches import (
     RowSizes,
     Shape,
     StepPlan,
+    largest_together,
     plan_step,
 )
 from emor3_jax.learner.reference import Reference
@@ -130,6 +131,25 @@ class StepSpec:
     recompute: bool = False
     kl_penalty: str = ""
     adapt_kl: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+def plan_spec(policy: Policy, step: StepSpec, parts: int) -> PlanSpec:
+    """Returns the settings by which the micro-batches of a step are planned.
+
+    Args:
+      policy: with the attention of the platform.
+      step: settings of the step.
+      parts: that the mesh cuts a batch into.
+    """
+    shapes, packed = policy.shapes, Packed.APART
+    if step.pack:
+        splash = policy.compute.attention.startswith("splash")
+        packed = Packed.TOGETHER if splash else Packed.GROUPS
+    tower = shapes.vision
+    # Both keep the input of each layer, at the least.
+    window = tower.window_patches * tower.depth * tower.hidden_size
+    tokens = window / (shapes.num_layers * shapes.hidden_size)
+    return PlanSpec(step.num_updates, step.micro_prompts, parts, packed, step.balance, tokens)
 
 
 class Cut(NamedTuple):
@@ -228,27 +248,11 @@ class Learner:
         # Of several images, one's padding lies in front of the next.
         buckets = step.buckets if images[1] == 1 else step.buckets._replace(windows=())
         sizes = hosts.fetch(measure(batch, samples))
-        plan = plan_step(sizes, largest, buckets, self._plan_spec())
+        plan = plan_step(
+            sizes, largest, buckets, plan_spec(self.spec.policy, step, num_parts(self._mesh))
+        )
         info = plan.padding(sizes, images[1] * images[3])
         return experience._replace(samples=trim(samples, size=plan.length)), plan, info
-
-    def _plan_spec(self) -> PlanSpec:
-        step, policy = self.step, self.spec.policy
-        shapes, packed = policy.shapes, Packed.APART
-        if step.pack:
-            splash = policy.compute.attention.startswith("splash")
-            packed = Packed.TOGETHER if splash else Packed.GROUPS
-        tower = shapes.vision
-        # Both keep the input of each layer, at the least.
-        window = tower.window_patches * tower.depth * tower.hidden_size
-        return PlanSpec(
-            step.num_updates,
-            step.micro_prompts,
-            num_parts(self._mesh),
-            packed,
-            step.balance,
-            window / (shapes.num_layers * shapes.hidden_size),
-        )
 
     def score(
         self,
@@ -425,6 +429,17 @@ class Learner:
         grads, metrics = yield Program(
             "update", add_micro_batch, args, how, held, _updated_layout, passes
         )
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        settings = plan_spec(spec.policy, step, parts)
+        together = largest_together(shape, settings, b // step.num_updates, samples.tokens.shape[1])
+        if together is not None:
+            # Instead of some of these: fewer response tokens, but more images and prompts at once.
+            count, packing = together
+            cut = Cut(read, weights, np.zeros(count, np.int32), packing)
+            args = grads, *args[1:2], cut, *args[3:]
+            grads, _ = yield Program(
+                "update_packed", add_micro_batch, args, how, held, _updated_layout, passes
+            )
         held |= {"optimizer": grads}
         yield Program("add_metrics", add_metrics, (metrics, metrics), {}, held, whole, passes)
         args = state, grads, metrics, totals[0]

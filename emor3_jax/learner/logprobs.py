@@ -19,7 +19,7 @@ class LogprobSpec(NamedTuple):
 
     Attributes:
       temperature: the sampler's; 0 reads as 1.
-      chunk: tokens whose logits exist at once.
+      chunk: tokens of a device whose logits exist at once.
     """
 
     temperature: float

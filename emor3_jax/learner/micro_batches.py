@@ -125,6 +125,18 @@ class StepPlan(NamedTuple):
         ]
         return np.stack(found)
 
+    def shapes(self) -> set[tuple]:
+        """Returns the shapes of the micro-batches, for each of which a program is compiled."""
+        return {
+            (
+                len(micro.rows),
+                micro.shape,
+                None if micro.packing is None else micro.packing.source.shape,
+            )
+            for update in self.updates
+            for micro in update
+        }
+
     def padding(self, sizes: RowSizes, patches: int) -> dict[str, float]:
         """Returns real over padded tokens, in (0, 1], and the number of shapes; on the host alone.
 
@@ -138,19 +150,16 @@ class StepPlan(NamedTuple):
         """
         g = sizes.lengths.shape[1]
         padded = {"prompt": 0, "response": 0, "vision": 0}
-        shapes = set()
         for micro in (each for update in self.updates for each in update):
             b, shape = len(micro.rows), micro.shape
             padded["prompt"] += b * shape.prompt
             padded["response"] += micro.response_tokens(g)
             padded["vision"] += b * shape.windows * patches
-            packed = () if micro.packing is None else micro.packing.source.shape
-            shapes.add((shape, packed))
         real = {"prompt": sizes.prompt, "response": sizes.lengths, "vision": sizes.patches}
         real = {name: int(np.sum(value, dtype=np.int64)) for name, value in real.items()}
         found = {f"padding/{name}": real[name] / max(padded[name], 1) for name in padded}
         whole = sum(real.values()) / max(sum(padded.values()), 1)
-        return found | {"padding/efficiency": whole, "padding/shapes": float(len(shapes))}
+        return found | {"padding/efficiency": whole, "padding/shapes": float(len(self.shapes()))}
 
 
 class PlanSpec(NamedTuple):
@@ -273,31 +282,21 @@ class _Planner(NamedTuple):
 
     def _in_rows_of(self, own: np.ndarray, size: int) -> list[MicroBatch] | None:
         """Returns micro-batches with rows of so many prompts; None if they need too much memory."""
-        tokens = self.sizes.lengths.sum(axis=1)
+        tokens, g = self.sizes.lengths.sum(axis=1), self.sizes.lengths.shape[1]
         rows = np.stack([_balanced(part, tokens[part], size) for part in own])
-        each = max(1, self.spec.micro_prompts // self.spec.parts // size)
+        each = _rows_of(size, self.spec)
         found = []
         for i in range(0, rows.shape[1], each):
             micro = rows[:, i : i + each]
             width = _columns(tokens[micro].sum(axis=2).max())
             shape = self._shape(micro.ravel())._replace(length=self.step.length)
-            if width > MAX_COLUMNS or self._memory(shape, size, width) * each > self._budget():
+            if width > _columns_left(self.largest, shape, self.spec, g, size):
                 return None
             lengths = self.sizes.lengths[micro.ravel()]
             count = micro.shape[0] * micro.shape[1]
             packing_ = packing.join(lengths, count, shape.length, width)
             found.append(MicroBatch(micro.ravel(), shape, packing_))
         return found
-
-    def _memory(self, shape: Shape, prompts: int, columns: int) -> float:
-        """Returns the tokens whose activations a row of several prompts holds."""
-        return prompts * (shape.prompt + self.spec.window_tokens * shape.windows) + columns
-
-    def _budget(self) -> float:
-        """Returns the same of a micro-batch of the largest shape, for each part."""
-        columns = self.sizes.lengths.shape[1] * self.largest.length
-        each = self.spec.micro_prompts // self.spec.parts
-        return each * self._memory(self.largest, 1, columns)
 
     def _sorted(self, rows: np.ndarray, pack: bool) -> MicroBatch:
         shape, lengths = self._shape(rows), self.sizes.lengths[rows]
@@ -312,6 +311,60 @@ class _Planner(NamedTuple):
             _fit(sizes.windows[rows].max(), buckets.windows, largest.windows),
             _fit(sizes.lengths[rows].max(), buckets.length, largest.length),
         )
+
+
+def _rows_of(prompts: int, spec: PlanSpec) -> int:
+    """Returns how many rows of so many prompts each part has in a micro-batch."""
+    return max(1, spec.micro_prompts // spec.parts // prompts)
+
+
+def _columns_left(
+    largest: Shape, shape: Shape, spec: PlanSpec, responses: int, prompts: int
+) -> int:
+    """Returns the columns of a row of several prompts that memory allows, in whole units.
+
+    A micro-batch of the largest shape, each prompt apart, is what memory is known to hold.
+    """
+
+    def beside(shape: Shape) -> float:
+        return shape.prompt + spec.window_tokens * shape.windows
+
+    each, rows = spec.micro_prompts // spec.parts, _rows_of(prompts, spec)
+    whole = each * (beside(largest) + responses * largest.length)
+    left = min(whole / rows - prompts * beside(shape), MAX_COLUMNS)
+    unit = 128 if left < 2 * _COLUMNS else _COLUMNS
+    return int(left) // unit * unit
+
+
+def largest_together(
+    largest: Shape, spec: PlanSpec, b: int, responses: int
+) -> tuple[int, Packing] | None:
+    """Returns prompts and packing of the micro-batch with the most prompts to a row that may occur.
+
+    Of all that share rows, it has the most images and the longest prompts in memory.
+
+    Args:
+      largest: sizes of a batch.
+      spec: settings.
+      b: prompts of an update.
+      responses: to each.
+
+    Returns:
+      The number of prompts, and a packing whose values mean nothing; None if no two prompts ever
+      share a row.
+    """
+    if spec.packed is not Packed.TOGETHER:
+        return None
+    for prompts in (4, 2):
+        width = _columns_left(largest, largest, spec, responses, prompts)
+        if (b // spec.parts) % prompts == 0 and width > 0:
+            rows = _rows_of(prompts, spec) * spec.parts
+            source = np.full(
+                (rows, 1, min(width, _columns(prompts * responses * largest.length))), -1, np.int32
+            )
+            count = rows * prompts
+            return count, Packing(source, np.zeros((count, responses), np.int32))
+    return None
 
 
 def _balanced(rows: np.ndarray, tokens: np.ndarray, size: int) -> np.ndarray:

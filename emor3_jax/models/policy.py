@@ -325,8 +325,8 @@ class Policy:
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the log-probability of each target without ever holding the logits of all tokens.
 
-        The last axis is cut, so that the batch may stay cut over devices: about `chunk` tokens (at
-        least one column of all rows) have logits at once, recomputed in the backward pass.
+        Each device cuts its own tokens: `chunk` of them have logits at once, recomputed in the
+        backward pass, however many devices there are.
 
         Args:
           params: of the policy.
@@ -334,18 +334,17 @@ class Policy:
           targets: int32[..., S].
           suppressed: bool[V], ids of probability zero; the log-probability of one is about -1e30.
           temperature: divides the logits.
-          chunk: tokens whose logits exist at once.
+          chunk: tokens of a device whose logits exist at once.
           entropy: also return the entropy of each distribution.
 
         Returns:
           float32[..., S], and the entropy in the same shape, or None.
         """
         tied = self.shapes.tie_word_embeddings
-        size = max(1, chunk // math.prod(hidden.shape[:-2]))
 
         def own(head: jax.Array, hidden: jax.Array, targets: jax.Array, axis: str | None) -> Any:
             return _chunked_logprobs(
-                tied, head, hidden, targets, suppressed, temperature, size, entropy, axis
+                tied, head, hidden, targets, suppressed, temperature, chunk, entropy, axis
             )
 
         return by_rows(own, *self._head(params), hidden, targets)
@@ -384,16 +383,17 @@ def _chunked_logprobs(
     entropy: bool,
     axis: str | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`Policy.logprobs` of some rows, `size` columns at a time; `axis` cuts the vocabulary."""
-    *lead, s, _ = hidden.shape
-    rows = math.prod(lead)
-    size = min(s, size)
-    chunks = -(-s // size)
+    """`Policy.logprobs` of some tokens, `size` at a time; `axis` cuts the vocabulary."""
+    lead = targets.shape
+    count = math.prod(lead)
+    chunks = max(1, -(-count // size))
+    # As equal as can be, so that little is padded.
+    size = -(-count // chunks)
 
     def cut(x: jax.Array) -> jax.Array:
-        x = x.reshape(rows, s, *x.shape[len(lead) + 1 :])
-        x = jnp.pad(x, ((0, 0), (0, chunks * size - s), *[(0, 0)] * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+        x = x.reshape(count, *x.shape[len(lead) :])
+        x = jnp.pad(x, ((0, chunks * size - count), *[(0, 0)] * (x.ndim - 1)))
+        return x.reshape(chunks, size, *x.shape[1:])
 
     def over_vocabulary(x: jax.Array) -> jax.Array:
         return x.sum(axis=-1) if axis is None else jax.lax.psum(x.sum(axis=-1), axis)
@@ -401,16 +401,16 @@ def _chunked_logprobs(
     def score(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
         states, wanted = piece
         scores = _logits(tied, head, states) / temperature
-        count = scores.shape[-1]
-        first = 0 if axis is None else count * jax.lax.axis_index(axis)
+        columns = scores.shape[-1]
+        first = 0 if axis is None else columns * jax.lax.axis_index(axis)
         if suppressed is not None:
-            own = jax.lax.dynamic_slice(suppressed, (first,), (count,))
+            own = jax.lax.dynamic_slice(suppressed, (first,), (columns,))
             scores = jnp.where(own, _SUPPRESSED, scores)
         most = jax.lax.stop_gradient(scores.max(axis=-1))
         most = most if axis is None else jax.lax.pmax(most, axis)
         total = most + jnp.log(over_vocabulary(jnp.exp(scores - most[..., None])))
         # A comparison instead of a gather: fuses.
-        chosen = first + jnp.arange(count) == wanted[..., None]
+        chosen = first + jnp.arange(columns) == wanted[..., None]
         logprob = over_vocabulary(jnp.where(chosen, scores, 0.0)) - total
         if not entropy:
             return logprob, None
@@ -418,7 +418,7 @@ def _chunked_logprobs(
         return logprob, -over_vocabulary(jnp.exp(scores) * scores)
 
     def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :s].reshape(*lead, s)
+        return x.reshape(chunks * size)[:count].reshape(lead)
 
     pieces = (cut(hidden), cut(targets))
     return jax.tree.map(join, jax.lax.map(jax.checkpoint(score), pieces))

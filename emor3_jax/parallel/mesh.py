@@ -225,10 +225,11 @@ def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: j
     cut = [place for place, axis in enumerate(spec) if axis == "fsdp"]
 
     def own(weight: jax.Array, *rows: jax.Array) -> Any:
+        # Before the gather, so that its gradient is first scattered over `fsdp`: then only what a
+        # device keeps of it is summed over `data`.
+        weight = jax.lax.pcast(weight, "data" if cut else BATCH[0], to="varying")
         for place in cut:
             weight = jax.lax.all_gather(weight, "fsdp", axis=place, tiled=True)
-        missing = "data" if cut else BATCH[0]
-        weight = jax.lax.pcast(weight, missing, to="varying")
         return function(weight, *rows, axis="tensor" if "tensor" in spec else None)
 
     return jax.shard_map(own, in_specs=(spec, *[BATCH] * len(rows)), out_specs=BATCH)(weight, *rows)

@@ -118,3 +118,18 @@ def test_programs_for_tpu_move_no_more_either(for_tpu: tuple[dict[str, Report], 
     moved = reports["update"].moved
     assert moved["reduce-scatter"] > moved["all-reduce"]
     assert all(report.made is not None for report in reports.values())
+
+
+@needs_compiler
+@pytest.mark.loads_tpu_compiler
+def test_the_update_of_prompts_that_share_rows_compiles_for_tpu() -> None:
+    """With splash attention, whose mask is data; weights are gathered layer by layer, and once."""
+    mesh = meshes.make_mesh(2, 2, 1, topology.parse("v4-8").devices())
+    reports = tiny_step.compile_tiny(
+        mesh, "update", "update_packed", attention="splash", length=256
+    )
+    found = {name: tiny_step.findings(report, mesh) for name, report in reports.items()}
+    for name in ("update", "update_packed"):
+        assert reports[name].made is not None
+        assert found[name]["stacked"] == found[name]["repeated"] == []
+        assert found[name]["gathered"]

@@ -43,24 +43,27 @@ QUESTIONS = {"coherence": (6, 9), "consistency": (4, 7)}
 LAYERS = ("weight_sync", "decode", "reference", "update")
 
 
-def make_config() -> ConfigDict:
+def make_config(length: int = 32) -> ConfigDict:
     """A step of 16 prompts, which come in two waves and are learned from in two parts."""
     config = default()
     config.data.prompt_lengths, config.data.image_windows = (40,), (2,)
-    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 16, 4, 32
+    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 16, 4, length
     config.rollout.slots, config.rollout.refill, config.rollout.block = 16, 8, 16
     config.reflect.text_lengths = (16,)
     config.policy_update.prompts, config.policy_update.micro_prompts = 8, 8
-    # Logits of two of the 32 columns at once.
+    # Logits of half the tokens of a device at once.
     config.policy_update.logprob_chunk = 64
     return config
 
 
-def compile_tiny(mesh: Mesh, *only: str) -> dict[str, Report]:
+def compile_tiny(
+    mesh: Mesh, *only: str, attention: str = "xla", length: int = 32
+) -> dict[str, Report]:
     """Compiles the programs of a step, all unless some are named."""
     record = Recorder(mesh, lambda name: not only or name in only)
     with jax.set_mesh(mesh):
-        record.run(step_programs(mesh, make_config(), POLICY, QUESTIONS))
+        policy = POLICY.with_compute(attention=attention)
+        record.run(step_programs(mesh, make_config(length), policy, QUESTIONS))
     return {report.name: report for report in record.reports}
 
 
