@@ -320,7 +320,7 @@ def update(
     batch, samples = experience.batch, experience.samples
     plan = plan_of(batch, samples, parts)
     weights, (total,) = weigh(samples, plan.rows(1), loss=spec.loss)
-    grads, metrics = no_gradients(state.params), None
+    grads, metrics = no_gradients(state.params, policy=spec.policy), None
     for micro in plan.updates[0]:
         cut = Cut(experience, weights, micro.rows, None)
         grads, found = add_micro_batch(

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from emor3_jax.data.batch import Prompts
 from emor3_jax.learner.logprobs import (
@@ -47,10 +48,13 @@ from emor3_jax.learner.micro_batches import (
 )
 from emor3_jax.learner.reference import Reference
 from emor3_jax.models.lora import Lora, add_adapter
-from emor3_jax.models.policy import Policy
+from emor3_jax.models.policy import HEAD_COPIES, Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import (
+    data_copies,
+    keep_copies,
     keep_layout,
+    num_data,
     num_parts,
     put_own_rows,
     shard_rows,
@@ -342,7 +346,8 @@ class Learner:
           asked for. All but the loss are means over the tokens that count.
         """
         kl_coef = self.kl_coef if self.step.adapt_kl else None
-        grads, metrics = no_gradients(state.params), None
+        policy = None if self.lora else self.spec.policy
+        grads, metrics = no_gradients(state.params, policy=policy), None
         for micro in part.micro_batches:
             grads, found = add_micro_batch(
                 grads,
@@ -420,14 +425,15 @@ class Learner:
         weights, totals = yield Program("weigh", weigh, args, how, **layout)
         held = {"data": [read, weights]}
         calls = {"calls": step.num_updates}
+        how = {"policy": None if self.lora else spec.policy}
         grads = yield Program(
-            "no_gradients", no_gradients, (state.params,), {}, held, as_params, **calls
+            "no_gradients", no_gradients, (state.params,), how, held, _gradients_layout, **calls
         )
         args = grads, state.params, Cut(read, weights, rows, None), self.suppressed
         args = *args, kl_coef if step.adapt_kl else None, self.lora
         how, held = {"spec": spec, "shape": shape}, held | {"optimizer": grads}
         grads, metrics = yield Program(
-            "update", add_micro_batch, args, how, held, _updated_layout, passes
+            "update", add_micro_batch, args, how, held, _added_layout, passes
         )
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         settings = plan_spec(spec.policy, step, parts)
@@ -438,7 +444,7 @@ class Learner:
             cut = Cut(read, weights, np.zeros(count, np.int32), packing)
             args = grads, *args[1:2], cut, *args[3:]
             grads, _ = yield Program(
-                "update_packed", add_micro_batch, args, how, held, _updated_layout, passes
+                "update_packed", add_micro_batch, args, how, held, _added_layout, passes
             )
         held |= {"optimizer": grads}
         yield Program("add_metrics", add_metrics, (metrics, metrics), {}, held, whole, passes)
@@ -506,6 +512,22 @@ def _updated_layout(mesh: Mesh, result: tuple[Any, Metrics]) -> tuple[Any, Metri
     return as_params(mesh, result[0]), whole(mesh, result[1])
 
 
+def _gradients_layout(mesh: Mesh, grads: dict) -> dict:
+    rest, copies = _without_copies(grads)
+    found = as_params(mesh, rest)
+    if copies is not None:
+        # The rules speak of the last dimensions.
+        paths = {"lm_head/kernel": copies} if "lm_head" in rest else {"embed_tokens": copies}
+        (laid,) = as_params(mesh, paths).values()
+        sharding = NamedSharding(mesh, P("data", *laid.sharding.spec[1:]))
+        found[HEAD_COPIES] = jax.ShapeDtypeStruct(copies.shape, copies.dtype, sharding=sharding)
+    return found
+
+
+def _added_layout(mesh: Mesh, result: tuple[dict, Metrics]) -> tuple[dict, Metrics]:
+    return _gradients_layout(mesh, result[0]), whole(mesh, result[1])
+
+
 def _weights_layout(mesh: Mesh, result: tuple[Any, Any]) -> tuple[Any, Any]:
     return by_prompts(mesh, result[0]), whole(mesh, result[1])
 
@@ -570,10 +592,56 @@ def weigh(
     return weights, tuple(totals)
 
 
-@jax.jit
-def no_gradients(params: dict) -> dict:
-    """Returns zeros in the layout of parameters, to which micro-batches add their gradients."""
-    return keep_layout(jax.tree.map(jnp.zeros_like, params))
+@partial(jax.jit, static_argnames="policy")
+def no_gradients(params: dict, *, policy: Policy | None) -> dict:
+    """Returns zeros to which micro-batches add their gradients.
+
+    Args:
+      params: that are trained.
+      policy: theirs; None if they are adapters, without an output matrix.
+
+    Returns:
+      Zeros in the layout of the parameters, and where `data` has several parts `HEAD_COPIES`: the
+      gradient by the output matrix is then summed over `data` once an update.
+    """
+    return _keep_gradients(jax.tree.map(jnp.zeros_like, _with_copies(params, policy)), policy)
+
+
+def _with_copies(params: dict, policy: Policy | None) -> dict:
+    """Returns parameters, and where `data` has several parts copies of the output matrix."""
+    if policy is None or num_data() == 1:
+        return params
+    return {**params, HEAD_COPIES: data_copies(*policy.head(params))}
+
+
+def _without_copies(tree: dict) -> tuple[dict, Any]:
+    """Returns a tree without `HEAD_COPIES`, and these, None if there are none."""
+    rest = {name: x for name, x in tree.items() if name != HEAD_COPIES}
+    return rest, tree.get(HEAD_COPIES)
+
+
+def _keep_gradients(grads: dict, policy: Policy | None) -> dict:
+    """Returns gradients laid out as parameters, and as copies of the output matrix."""
+    rest, copies = _without_copies(grads)
+    rest = keep_layout(rest)
+    if copies is None:
+        return rest
+    return {**rest, HEAD_COPIES: keep_copies(copies, policy.head(rest)[1])}
+
+
+def _joined_gradients(grads: dict, policy: Policy) -> dict:
+    """Returns gradients by parameters alone, those by copies of the output matrix summed."""
+    rest, copies = _without_copies(grads)
+    if copies is None:
+        return rest
+    own, path = policy.head(rest)
+    total = own + jnp.sum(copies, axis=0)
+    at, leaf = path.rsplit("/", 1)
+    inner = rest = jax.tree.map(lambda x: x, rest)
+    for key in at.split("/"):
+        inner = inner[key]
+    inner[leaf] = total
+    return keep_layout(rest)
 
 
 @jax.jit
@@ -625,7 +693,7 @@ def add_micro_batch(
     """Adds the gradient of one micro-batch to that of those before it.
 
     Args:
-      total: gradient so far, float32 as `params`; donated.
+      total: gradient so far, float32 as `no_gradients` returned it; donated.
       params: that are trained.
       cut: the micro-batch.
       suppressed: bool[V], ids that the sampler could not draw.
@@ -675,8 +743,9 @@ def add_micro_batch(
             metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
         return value, metrics
 
-    total, metrics = add_gradients(loss_fn, total, params, micro)
-    return keep_layout(total), metrics
+    policy = spec.policy if lora is None else None
+    total, metrics = add_gradients(loss_fn, total, _with_copies(params, policy), micro)
+    return _keep_gradients(total, policy), metrics
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")
@@ -692,11 +761,12 @@ def apply_update(
 
     Args:
       state: parameters and optimizer state; donated.
-      grads: as `state.params`.
+      grads: as `add_micro_batch` returned them.
       metrics: of the loss, summed over micro-batches.
       total_weight: float32[], of all tokens of the update.
       spec: settings.
     """
     metrics = spec.loss.summarise(metrics, total_weight)
+    grads = _joined_gradients(grads, spec.policy)
     state, applied = apply_gradients(state, grads, spec.optimizer)
     return state, metrics | applied

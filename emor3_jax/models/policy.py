@@ -25,6 +25,10 @@ _SUPPRESSED = -1e30
 """Logit of a suppressed token: finite, so that 0 * log(0) in the entropy is 0."""
 
 
+HEAD_COPIES = "head_copies"
+"""Key among parameters of `mesh.data_copies` of the output matrix, by which to differentiate."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """A policy of one family and size, without its parameters; hashable, a static argument.
@@ -304,9 +308,9 @@ class Policy:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Returns float32[..., V] of final hidden states float[..., D]."""
-        return _logits(self.shapes.tie_word_embeddings, self._head(params)[0], hidden)
+        return _logits(self.shapes.tie_word_embeddings, self.head(params)[0], hidden)
 
-    def _head(self, params: Params) -> tuple[jax.Array, str]:
+    def head(self, params: Params) -> tuple[jax.Array, str]:
         """Returns the output matrix, and its path."""
         if self.shapes.tie_word_embeddings:
             return params["model"]["embed_tokens"]["embedding"], "model/embed_tokens/embedding"
@@ -329,7 +333,7 @@ class Policy:
         backward pass, however many devices there are.
 
         Args:
-          params: of the policy.
+          params: of the policy; with `HEAD_COPIES`, these are the output matrix.
           hidden: float[..., S, D] final hidden states.
           targets: int32[..., S].
           suppressed: bool[V], ids of probability zero; the log-probability of one is about -1e30.
@@ -347,7 +351,11 @@ class Policy:
                 tied, head, hidden, targets, suppressed, temperature, chunk, entropy, axis
             )
 
-        return by_rows(own, *self._head(params), hidden, targets)
+        head, path = self.head(params)
+        copies = params.get(HEAD_COPIES)
+        if copies is not None:
+            return by_rows(own, copies, path, hidden, targets, copies=True)
+        return by_rows(own, head, path, hidden, targets)
 
 
 def _side_by_side(prompt: Prompt, features: jax.Array, count: int) -> tuple[Prompt, jax.Array]:

@@ -88,6 +88,14 @@ def test_activations_stay_with_their_prompts(found: dict[str, Any]) -> None:
     assert found["features_cut"]["reference"]["activations"] > 0
 
 
+def test_the_gradient_of_the_head_is_summed_over_data_once_an_update(found: dict[str, Any]) -> None:
+    sums = {
+        case: [found[case][program]["head_over_data"] for program in ("update", "apply")]
+        for case in ("4x2x1", "head_summed_each_time")
+    }
+    assert sums == {"4x2x1": [0, 1], "head_summed_each_time": [1, 0]}
+
+
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
