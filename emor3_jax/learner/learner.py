@@ -391,7 +391,7 @@ class Learner:
         ref_logprobs = old_logprobs = None
 
         def score(name: str, params: Any, features: Any = None) -> Programs:
-            empty = yield Program(f"no {name}", no_logprobs, (samples,), layout=by_prompts)
+            empty = yield Program(f"no_{name}", no_logprobs, (samples,), layout=by_prompts)
             scored = Scored(batch, samples, features, rows, None)
             args = empty, params, scored, self.suppressed
             layout = {"layout": by_prompts, "calls": passes}
