@@ -41,8 +41,18 @@ import numpy as np
 from emor3_jax import models
 from emor3_jax.flops import Cost, StepShapes, peak_flops, phase_costs
 from emor3_jax.flops.cost import decoder_flops
-from emor3_jax.learner.learner import UpdateSpec, update
-from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs
+from emor3_jax.learner.learner import (
+    Cut,
+    Metrics,
+    UpdateSpec,
+    add_metrics,
+    add_micro_batch,
+    apply_update,
+    no_gradients,
+    weigh,
+)
+from emor3_jax.learner.logprobs import LogprobSpec, planned_logprobs
+from emor3_jax.learner.micro_batches import MicroBatch, Shape, StepPlan
 from emor3_jax.models import Policy
 from emor3_jax.models.cache import KV
 from emor3_jax.models.params import unroll, weight_sync
@@ -284,10 +294,56 @@ def decode(policy: Policy, sizes: Sizes, unrolled: bool) -> Job:
     )
 
 
-def make_spec(policy: Policy, micro_batches: int, remat: str) -> UpdateSpec:
+def make_spec(policy: Policy, remat: str) -> UpdateSpec:
     """Returns the settings of the update."""
     policy = policy.with_compute(remat=remat)
-    return UpdateSpec(policy, make_optimizer(2e-6), LOSS, LOGPROBS, micro_batches, KL_COEF)
+    return UpdateSpec(policy, make_optimizer(2e-6), LOSS, LOGPROBS, KL_COEF)
+
+
+def plan_of(batch: Batch, samples: Samples, parts: int) -> StepPlan:
+    """Returns micro-batches of the largest shape, as many as there are parts."""
+    b, _, t = samples.tokens.shape
+    shape = Shape(batch.prompt.tokens.shape[1], batch.images.mask.shape[2], t)
+    rows = np.split(np.arange(b, dtype=np.int32), parts)
+    return StepPlan(t, (tuple(MicroBatch(each, shape, None) for each in rows),))
+
+
+@partial(jax.jit, static_argnames=("policy", "parts"))
+def reference(
+    params: dict,
+    batch: Batch,
+    samples: Samples,
+    suppressed: jax.Array,
+    *,
+    policy: Policy,
+    parts: int,
+) -> jax.Array:
+    """Returns the log-probabilities of responses, all micro-batches in one program."""
+    plan = plan_of(batch, samples, parts)
+    return planned_logprobs(params, batch, samples, plan, suppressed, policy=policy, spec=LOGPROBS)
+
+
+@partial(jax.jit, static_argnames=("spec", "parts"), donate_argnums=0)
+def update(
+    state: TrainState,
+    experience: Experience,
+    suppressed: jax.Array,
+    *,
+    spec: UpdateSpec,
+    parts: int,
+) -> tuple[TrainState, Metrics]:
+    """Takes an optimizer step, all micro-batches in one program."""
+    batch, samples = experience.batch, experience.samples
+    plan = plan_of(batch, samples, parts)
+    weights, (total,) = weigh(samples, plan.rows(1), loss=spec.loss)
+    grads, metrics = no_gradients(state.params, policy=spec.policy), None
+    for micro in plan.updates[0]:
+        cut = Cut(experience, weights, micro.rows, None)
+        grads, found = add_micro_batch(
+            grads, state.params, cut, suppressed, None, None, spec=spec, shape=micro.shape
+        )
+        metrics = found if metrics is None else add_metrics(metrics, found)
+    return apply_update(state, grads, metrics, total, spec=spec)
 
 
 def make_job(name: str, policy: Policy, sizes: Sizes, unrolled: bool, remat: str) -> Job:
@@ -306,12 +362,11 @@ def make_job(name: str, policy: Policy, sizes: Sizes, unrolled: bool, remat: str
     if name == "prefill":
         cost = costs["vision"] + costs["prefill"]
         return Job(prefill, (cast, batch), {"policy": policy}, cost)
-    spec = make_spec(policy, sizes.parts, remat)
+    spec = make_spec(policy, remat)
     suppressed = np.zeros(policy.shapes.vocab_size, bool)
     if name == "reference":
-        static = {"policy": spec.policy, "spec": spec.logprobs, "count": spec.micro_batches}
-        args = cast, batch, samples, None, suppressed
-        return Job(response_logprobs, args, static, costs[name])
+        static = {"policy": spec.policy, "parts": sizes.parts}
+        return Job(reference, (cast, batch, samples, suppressed), static, costs[name])
     state = jax.eval_shape(lambda x: TrainState.create(x, spec.optimizer), full)
     advantages = np.random.default_rng(2).normal(size=(b, g)).astype(np.float32)
     part = Experience(
@@ -319,8 +374,8 @@ def make_job(name: str, policy: Policy, sizes: Sizes, unrolled: bool, remat: str
     )
     return Job(
         update,
-        (state, part, suppressed, None, None),
-        {"spec": spec},
+        (state, part, suppressed),
+        {"spec": spec, "parts": sizes.parts},
         costs[name],
         lambda result, args: (result[0], *args[1:]),
     )

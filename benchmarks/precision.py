@@ -22,12 +22,12 @@ from configs import cpu_demo
 from emor3_jax import prepare
 from emor3_jax.io.console import Console
 from emor3_jax.learner.learner import UpdateSpec
-from emor3_jax.learner.logprobs import response_logprobs, score_responses
+from emor3_jax.learner.logprobs import planned_logprobs, score_responses
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.params import leaves
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.runtime.job import start_jax
-from emor3_jax.types import Batch, Samples, split
+from emor3_jax.types import Batch, Experience, Samples, split
 
 DTYPES = ("float32", "bfloat16")
 MICRO_BATCHES = 4
@@ -143,25 +143,23 @@ def main(_: list[str]) -> None:
             for i, batch in enumerate(batches)
         ]
         for scored in DTYPES:
-            spec = prepare.make_update_spec(config, in_dtype(loaded, scored).policy)
-            differences = np.concatenate(
-                [
-                    np.asarray(
-                        response_logprobs(
-                            policy.params,
-                            batch,
-                            each,
-                            None,
-                            rollout.suppressed,
-                            policy=spec.policy,
-                            spec=spec.logprobs,
-                            count=4,
-                        )
-                        - each.logprobs
-                    )[np.asarray(each.mask)]
-                    for batch, each in zip(batches, samples, strict=True)
-                ]
-            )
+            learner, _ = prepare.make_learner(config, in_dtype(loaded, scored), mesh, imitate=True)
+            differences = []
+            for batch, each in zip(batches, samples, strict=True):
+                given = Experience(batch, each, None, None, None)
+                given, plan, _ = learner.plan(given)
+                found = planned_logprobs(
+                    policy.params,
+                    batch,
+                    given.samples,
+                    plan,
+                    rollout.suppressed,
+                    policy=learner.spec.policy,
+                    spec=learner.spec.logprobs._replace(temperature=rollout.sampling.temperature),
+                )
+                difference = found - given.samples.logprobs
+                differences.append(np.asarray(difference)[np.asarray(given.samples.mask)])
+            differences = np.concatenate(differences)
             size, ratio = np.abs(differences), np.exp(differences)
             clipped = np.mean((ratio < 0.8) | (ratio > 1.3))
             print(

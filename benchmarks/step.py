@@ -48,11 +48,10 @@ from emor3_jax.data.encode import encode_row
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates, fill
 from emor3_jax.io.console import Console
-from emor3_jax.learner.learner import update
-from emor3_jax.learner.logprobs import response_logprobs
+from emor3_jax.learner.logprobs import planned_logprobs
+from emor3_jax.learner.micro_batches import StepPlan
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.rl import advantages
-from emor3_jax.rl.update import TrainState
 from emor3_jax.types import Batch, Experience, Samples
 
 RUNS, WARM_UP = 7, 2
@@ -126,9 +125,8 @@ class Ours:
         self.rollout = dataclasses.replace(
             rollout, suppressed=suppressed, sampling=rollout.sampling._replace(stop=())
         )
-        self.spec = prepare.make_update_spec(config, self.policy.policy)
-        params = jax.tree.map(jnp.copy, self.policy.params)
-        self.state = TrainState.create(params, self.spec.optimizer)
+        self.learner, self.state = prepare.make_learner(config, self.policy, self.mesh)
+        self.learner.suppressed = suppressed
         self.steps = 0
 
     def step(self) -> tuple[float, dict[str, float], dict[str, Any]]:
@@ -139,49 +137,41 @@ class Ours:
         batch = shard_batch(next(self.data.train).batch, self.mesh)
         clock.mark("data", None)
         experience = self.rollout(self.state.params, batch, key, clock)
-        samples, suppressed = experience.samples, self.rollout.suppressed
         # As TRL: sample standard deviation.
         advantage = advantages.grpo(experience.rewards, std="sample")
         clock.mark("reward", advantage)
-        ref_logprobs = self.reference(batch, samples, suppressed)
+        experience, plan, _ = self.learner.plan(experience)
+        ref_logprobs = self.reference(experience, plan)
         clock.mark("reference", ref_logprobs)
-        metrics = jax.device_get(self.update(batch, samples, advantage, ref_logprobs, suppressed))
+        experience = experience._replace(ref_logprobs=ref_logprobs, advantages=advantage)
+        metrics = jax.device_get(self.update(experience, plan))
         clock.mark("update", metrics)
         seconds = time.perf_counter() - started
         found = {
-            "lengths": sorted(set(np.asarray(samples.lengths).flat)),
+            "lengths": sorted(set(np.asarray(experience.samples.lengths).flat)),
             "loss": float(metrics["loss"]),
             "grad_norm": float(metrics["grad_norm"]),
             "pattern": float(experience.scores.terms["pattern"].mean()),
         }
         return seconds, clock.spent, found
 
-    def reference(self, batch: Batch, samples: Samples, suppressed: np.ndarray) -> jax.Array:
+    def reference(self, experience: Experience, plan: StepPlan) -> jax.Array:
         """Scores responses under the frozen policy."""
-        return response_logprobs(
+        spec = self.learner.spec
+        return planned_logprobs(
             self.policy.params,
-            batch,
-            samples,
-            None,
-            suppressed,
-            policy=self.spec.policy,
-            spec=self.spec.logprobs,
-            count=self.spec.micro_batches,
+            experience.batch,
+            experience.samples,
+            plan,
+            self.learner.suppressed,
+            policy=spec.policy,
+            spec=spec.logprobs,
         )
 
-    def update(
-        self,
-        batch: Batch,
-        samples: Samples,
-        advantage: jax.Array,
-        ref_logprobs: jax.Array,
-        suppressed: np.ndarray,
-    ) -> dict[str, jax.Array]:
+    def update(self, experience: Experience, plan: StepPlan) -> dict[str, jax.Array]:
         """Takes one optimizer step."""
-        part = Experience(
-            batch, samples, None, None, None, ref_logprobs=ref_logprobs, advantages=advantage
-        )
-        self.state, metrics = update(self.state, part, suppressed, None, None, spec=self.spec)
+        (part,) = self.learner.split(experience, plan)
+        self.state, metrics = self.learner.update(self.state, part)
         return metrics
 
 
@@ -247,11 +237,16 @@ def compare(ours: Ours, record: Path) -> Agreement:
     scores = ours.rollout.scorer.score(batch, samples, None)
     theirs = given["scores"].reshape(b, g, 3) @ np.array(reward_weights(config), np.float32)
     advantage = advantages.grpo(scores.overall, std="sample")
-    ref_logprobs = ours.reference(batch, samples, nothing)
-    given_advantage = jnp.asarray(given["advantages"].reshape(b, g))
+    ours.learner.suppressed = nothing
+    experience, plan, _ = ours.learner.plan(Experience(batch, samples, None, None, None))
+    ref_logprobs = ours.reference(experience, plan)
     # The first update's policy is the reference and the sampler.
-    samples = samples._replace(logprobs=ref_logprobs)
-    metrics = jax.device_get(ours.update(batch, samples, given_advantage, ref_logprobs, nothing))
+    experience = experience._replace(
+        samples=samples._replace(logprobs=ref_logprobs),
+        ref_logprobs=ref_logprobs,
+        advantages=jnp.asarray(given["advantages"].reshape(b, g)),
+    )
+    metrics = jax.device_get(ours.update(experience, plan))
     return Agreement(
         float(np.abs(theirs - scores.overall).max()),
         float(np.abs(given["advantages"].reshape(b, g) - advantage).max()),

@@ -170,6 +170,8 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     config.rollout.refill = min(layout.refill * parts, config.rollout.slots)
     config.rollout.lanes = layout.lanes * parts
     config.policy_update.micro_prompts = min(layout.micro * parts, config.policy_update.prompts)
+    # Many parts wait for the one with the most tokens.
+    config.policy_update.balance = True
     # One response to a row, so as many lanes as slots.
     config.evaluate.refill = config.rollout.refill
     config.evaluate.prompts = max(256, config.rollout.refill)

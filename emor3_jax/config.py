@@ -114,7 +114,8 @@ def default() -> ConfigDict:
     config.data.folder = "runs/data"
     # Side of the drawn scenes in pixels, 112 to 224.
     config.data.scene_size = 112
-    # Padded prompt lengths and numbers of attention windows; a batch takes the smallest that fits.
+    # Padded prompt lengths and numbers of attention windows; a batch takes the smallest that fits,
+    # and each micro-batch of scoring and update likewise.
     config.data.prompt_lengths = (512, 1024, 2048)
     config.data.image_windows = (64, 128, 256, 350)
     # Images are scaled to have between so many pixels; 0 keeps what the policy's folder says.
@@ -238,13 +239,16 @@ def default() -> ConfigDict:
     config.policy_update.old_logprobs = "sampler"
     # What the backward pass recomputes: "none", "activations" or "layers", from fast to small.
     config.policy_update.remat = "layers"
-    # Short responses of a group share a row, where attention is "xla".
+    # Short responses of a group share a row; where attention is "splash", those of several groups.
     config.policy_update.pack = True
+    # Choose the prompts of a step's updates so that each has like many tokens on each part of the
+    # mesh; else update u of U has the prompts u, U + u, …
+    config.policy_update.balance = False
     # Report `policy/entropy`, for one more pass over the logits.
     config.policy_update.entropy = False
-    # Tokens whose logits exist at once.
+    # Tokens of a device whose logits exist at once: 0.6 GB for 1,024 of a 3B.
     config.policy_update.logprob_chunk = 1024
-    # Padded response lengths of scoring and update; a batch takes the smallest that fits.
+    # Padded response lengths of scoring and update; each micro-batch takes the smallest that fits.
     config.policy_update.response_lengths = (256, 512, 1024, 2048)
 
     # The policy that the KL is measured from.

@@ -59,16 +59,17 @@ def train(config: ConfigDict, workdir: Path) -> Results:
         state = run.start(learner, state, counters=examples.counters)
 
         for step, prompts in run.steps():
-            experience = learner.pack(examples.experience(prompts.ids, run.put(prompts.batch)))
+            experience = examples.experience(prompts.ids, run.put(prompts.batch))
             experience = experience._replace(samples=shard_whole(experience.samples, run.mesh))
+            experience, plan, padding = learner.plan(experience)
             observed = observe(prompts.ids, prompts.batch, experience)
-            parts = learner.split(experience)
+            parts = learner.split(experience, plan)
             del experience
             updates = []
             while parts:
                 state, metrics = learner.update(state, parts.pop(0))
                 updates.append(metrics)
-            run.record(step, observed, updates, {})
+            run.record(step, observed, updates, padding)
             run.evaluate(step, partial(learner.params, state))
             run.save(step, learner, state)
         return run.finish(partial(learner.params, state))

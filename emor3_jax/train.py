@@ -52,11 +52,13 @@ def train(config: ConfigDict, workdir: Path) -> Results:
                 prompts, experience, info = resample(
                     prompts, experience, again, run.data.train, key, tries, run.put
                 )
+            # Prompts of like length go through the policy together.
+            experience, plan, padding = learner.plan(experience)
             # Score them under the reference; compare each response with its group.
-            experience, scored = learner.score(params, prompts, experience, run.clock)
+            experience, scored = learner.score(params, prompts, experience, plan, run.clock)
             observed = observe(prompts.ids, prompts.batch, experience)
             # Free merged weights and the whole batch before the update: both would be there twice.
-            parts = learner.split(experience)
+            parts = learner.split(experience, plan)
             del params, experience
             updates = []
             while parts:
@@ -64,7 +66,8 @@ def train(config: ConfigDict, workdir: Path) -> Results:
                 updates.append(metrics)
             # Adapt the KL coefficient; let a reference follow the policy.
             learner.after_step(state, step, scored, updates)
-            run.record(step, observed, updates, info | scored)  # written while the device works on
+            info |= scored | padding
+            run.record(step, observed, updates, info)  # written while the device works on
             run.evaluate(step, partial(learner.params, state))
             run.save(step, learner, state)
         return run.finish(partial(learner.params, state))

@@ -105,6 +105,10 @@ class Samples(NamedTuple):
         """bool[B, G, T], True for the tokens that were generated."""
         return jnp.arange(self.tokens.shape[-1]) < self.lengths[..., None]
 
+    def cut(self, size: int) -> "Samples":
+        """Returns the samples with T cut to `size`, at least the length of the longest."""
+        return self._replace(tokens=self.tokens[..., :size], logprobs=self.logprobs[..., :size])
+
 
 class Replies(NamedTuple):
     """Sampled reflections: the policy's replies to the questions about its own responses.
@@ -168,10 +172,12 @@ class Scores(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Positions of response tokens, [B, G, T], in R rows of C columns for each group.
+    """Positions of the response tokens of a micro-batch, [B, G, T], in R rows of C columns.
+
+    Each group has such rows, or with N < B every B / N consecutive groups have some together.
 
     Attributes:
-      source: int32[B, R, C], index of the token in its group, counted over [G * T]; -1 for none.
+      source: int32[N, R, C], index of the token, counted over [B / N * G * T]; -1 for none.
       place: int32[B, G], index of the first token of each response, counted over [R * C].
     """
 
@@ -192,7 +198,6 @@ class Experience(NamedTuple):
       old_logprobs: float32[B, G, T], recomputed under the policy that sampled.
       ref_logprobs: float32[B, G, T], under the reference.
       advantages: float32[B, G].
-      packing: positions of the responses in fewer rows.
     """
 
     batch: Batch | None
@@ -204,7 +209,6 @@ class Experience(NamedTuple):
     old_logprobs: Array | None = None
     ref_logprobs: Array | None = None
     advantages: Array | None = None
-    packing: Packing | None = None
 
 
 class Observed(NamedTuple):

@@ -97,7 +97,7 @@ def test_every_leaf_of_an_experience_starts_with_its_prompts():
     first, second = split(experience, 2)
     assert {len(leaf) for leaf in jax.tree.leaves(first)} == {2}
     np.testing.assert_array_equal(second.samples.tokens, samples.tokens[1::2])
-    assert second.batch is None and second.packing is None and second.advantages is None
+    assert second.batch is None and second.advantages is None
     assert set(scores.named()) == {"overall", "format", "accuracy", "coherence", "brief"}
     assert samples.mask.tolist() == [[[True, True, False]] * g] * b
 

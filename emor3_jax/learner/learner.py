@@ -1,11 +1,16 @@
 """The learner: experience in, updates out.
 
-    experience, info = learner.score(params, prompts, experience)     # reference, KL, advantages
-    for part in learner.split(experience):
+    experience, plan, info = learner.plan(experience)                 # micro-batches by length
+    experience, info = learner.score(params, prompts, experience, plan)
+    for part in learner.split(experience, plan):
         state, metrics = learner.update(state, part)                  # metrics go to `updates`
     learner.after_step(state, step, info, updates)
 
-Supervised fine-tuning takes the same updates with another loss.
+`score` adds reference, KL and advantages. Supervised fine-tuning takes the same updates with
+another loss, without it.
+
+An update is one program for each shape of its micro-batches, which adds to a gradient that is given
+from call to call, and one that applies it.
 """
 
 from collections.abc import Callable
@@ -17,23 +22,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from emor3_jax.data.batch import Prompts
-from emor3_jax.learner import packing
-from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs, score_responses
+from emor3_jax.learner.logprobs import (
+    LogprobSpec,
+    Scored,
+    cut_batch,
+    no_logprobs,
+    planned_logprobs,
+    response_logprobs,
+    score_responses,
+)
+from emor3_jax.learner.micro_batches import (
+    Buckets,
+    MicroBatch,
+    Packed,
+    PlanSpec,
+    RowSizes,
+    Shape,
+    StepPlan,
+    largest_together,
+    plan_step,
+)
 from emor3_jax.learner.reference import Reference
 from emor3_jax.models.lora import Lora, add_adapter, merged_layout
-from emor3_jax.models.policy import Policy
+from emor3_jax.models.policy import HEAD_COPIES, Policy
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import shard_whole
+from emor3_jax.parallel.mesh import (
+    data_copies,
+    keep_copies,
+    keep_layout,
+    num_data,
+    num_parts,
+    put_own_rows,
+    shard_rows,
+    shard_whole,
+    take_own_rows,
+)
 from emor3_jax.parallel.program import (
     Program,
     Programs,
     as_params,
     by_prompts,
     by_prompts_and_whole,
-    first_rows,
     laid_out,
     mesh_of,
     whole,
@@ -45,20 +78,18 @@ from emor3_jax.rl.losses import ImitationLoss, PolicyLoss, Tokens
 from emor3_jax.rl.update import (
     Frozen,
     TrainState,
-    accumulate,
+    add_gradients,
     apply_gradients,
     combine,
     partition,
 )
 from emor3_jax.types import (
+    Batch,
     Clock,
     Experience,
     NoClock,
+    Packing,
     Samples,
-    bucket,
-    split,
-    stack_parts,
-    take_part,
 )
 
 Metrics = dict[str, jax.Array]
@@ -72,7 +103,6 @@ class UpdateSpec(NamedTuple):
       optimizer: optax transformation.
       loss: the loss to minimise.
       logprobs: settings of scoring.
-      micro_batches: their number, must divide the prompts of an update.
       kl_coef: weight of the KL, at the start where it adapts.
       frozen: true for the key paths of parameters that the optimizer leaves unchanged, which then
         cost no backward pass and are no part of `grad_norm`; None if there are none.
@@ -82,7 +112,6 @@ class UpdateSpec(NamedTuple):
     optimizer: optax.GradientTransformation
     loss: PolicyLoss | ImitationLoss
     logprobs: LogprobSpec
-    micro_batches: int
     kl_coef: float = 0.0
     frozen: Frozen | None = None
 
@@ -93,8 +122,10 @@ class StepSpec:
 
     Attributes:
       num_updates: number of updates, must divide the prompts of a step.
-      response_lengths: rising padded lengths of scoring and update.
-      pack: short responses of a group share a row, where the attention can.
+      micro_prompts: prompts of a micro-batch, must divide those of an update.
+      buckets: padded sizes of scoring and update.
+      pack: short responses of a group share a row; with splash attention, those of several groups.
+      balance: choose the prompts of each update so that all have like many tokens.
       advantage: name of the estimator.
       std: standard deviation that it divides by, "population" or "sample".
       weights: name of a score → its weight in the reward.
@@ -105,8 +136,10 @@ class StepSpec:
     """
 
     num_updates: int
-    response_lengths: tuple[int, ...]
+    micro_prompts: int
+    buckets: Buckets
     pack: bool
+    balance: bool = False
     advantage: str = "grpo"
     std: str = "population"
     weights: tuple[tuple[str, float], ...] = ()
@@ -114,6 +147,61 @@ class StepSpec:
     recompute: bool = False
     kl_penalty: str = ""
     adapt_kl: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+def plan_spec(policy: Policy, step: StepSpec, parts: int) -> PlanSpec:
+    """Returns the settings by which the micro-batches of a step are planned.
+
+    Args:
+      policy: with the attention of the platform.
+      step: settings of the step.
+      parts: that the mesh cuts a batch into.
+    """
+    shapes, packed = policy.shapes, Packed.APART
+    if step.pack:
+        splash = policy.compute.attention.startswith("splash")
+        packed = Packed.TOGETHER if splash else Packed.GROUPS
+    tower = shapes.vision
+    # Both keep the input of each layer, at the least.
+    window = tower.window_patches * tower.depth * tower.hidden_size
+    tokens = window / (shapes.num_layers * shapes.hidden_size)
+    return PlanSpec(step.num_updates, step.micro_prompts, parts, packed, step.balance, tokens)
+
+
+class Cut(NamedTuple):
+    """One micro-batch as an update's program takes it; leaves [B, …] are of the whole step.
+
+    Attributes:
+      experience: all that the loss needs.
+      weights: float32[B, G, T], of the tokens in the loss.
+      rows: int32[b], the prompts, counted within each device's part, see `MicroBatch`.
+      packing: positions of their responses in fewer rows, or None.
+    """
+
+    experience: Experience
+    weights: jax.Array
+    rows: jax.Array | np.ndarray
+    packing: Packing | None
+
+
+class UpdatePart(NamedTuple):
+    """One update of a step.
+
+    Attributes:
+      experience: of the whole step, with all that the loss needs.
+      weights: float32[B, G, T], of the tokens in the loss of the update that they belong to.
+      total_weight: float32[], of the update's tokens.
+      micro_batches: the prompts of this update.
+    """
+
+    experience: Experience
+    weights: jax.Array
+    total_weight: jax.Array
+    micro_batches: tuple[MicroBatch, ...]
+
+    def cut(self, micro: MicroBatch) -> Cut:
+        """Returns one of the micro-batches."""
+        return Cut(self.experience, self.weights, micro.rows, micro.packing)
 
 
 class Learner:
@@ -160,11 +248,34 @@ class Learner:
         """Returns the parameters of the policy as it is now."""
         return self.lora.merge(state.params) if self.lora else state.params
 
+    def plan(self, experience: Experience) -> tuple[Experience, StepPlan, Metrics]:
+        """Plans the micro-batches of a step; waits for its responses.
+
+        Args:
+          experience: of the rollout, or given responses.
+
+        Returns:
+          The experience with padding cut off all responses, the plan, and `padding/*`, real over
+          padded tokens of the plan (`StepPlan.padding`).
+        """
+        step, batch, samples = self.step, experience.batch, experience.samples
+        images = batch.images.mask.shape
+        largest = Shape(batch.prompt.tokens.shape[1], images[2], samples.tokens.shape[-1])
+        # Of several images, one's padding lies in front of the next.
+        buckets = step.buckets if images[1] == 1 else step.buckets._replace(windows=())
+        sizes = hosts.fetch(measure(batch, samples))
+        plan = plan_step(
+            sizes, largest, buckets, plan_spec(self.spec.policy, step, num_parts(self._mesh))
+        )
+        info = plan.padding(sizes, images[1] * images[3])
+        return experience._replace(samples=trim(samples, size=plan.length)), plan, info
+
     def score(
         self,
         params: dict,
         prompts: Prompts,
         experience: Experience,
+        plan: StepPlan,
         clock: Clock | None = None,
     ) -> tuple[Experience, Metrics]:
         """Adds log-probabilities, the KL in the reward, and advantages to the experience of a step.
@@ -172,26 +283,24 @@ class Learner:
         Args:
           params: of the policy that sampled.
           prompts: of the experience, for their ids.
-          experience: of the rollout.
+          experience: as `plan` returned it.
+          plan: its micro-batches.
           clock: told of the phases "reference" and "old".
 
         Returns:
-          The experience with trimmed responses, and metrics: `policy/kl` where it is in the reward,
-          `policy/kl_coef` where it adapts, `policy/sampler_gap` where the log-probabilities are
-          recomputed.
+          The experience, and metrics: `policy/kl` where it is in the reward, `policy/kl_coef` where
+          it adapts, `policy/sampler_gap` where the log-probabilities are recomputed.
         """
         clock, step, info = clock or NoClock(), self.step, {}
-        experience = self.pack(experience)
         batch, samples = experience.batch, experience.samples
         logprobs = partial(
-            response_logprobs,
+            planned_logprobs,
             batch=batch,
             samples=samples,
-            packing=experience.packing,
+            plan=plan,
             suppressed=self.suppressed,
             policy=self.spec.policy,
             spec=self.spec.logprobs,
-            count=step.num_updates * self.spec.micro_batches,
         )
         ref_logprobs = old_logprobs = None
         if step.use_reference:
@@ -222,22 +331,22 @@ class Learner:
             advantages=estimate_jitted(terms, name=step.advantage, std=step.std),
         ), info
 
-    def pack(self, experience: Experience) -> Experience:
-        """Trims the padding of responses, and plans which of them share a row."""
-        lengths = jax.device_get(hosts.everywhere(experience.samples.lengths))
-        sizes = (*self.step.response_lengths, experience.samples.tokens.shape[-1])
-        samples = trim(experience.samples, size=min(bucket(int(lengths.max()), sizes), sizes[-1]))
-        plan = None
-        # Kernels know nothing of responses within a row.
-        if self.step.pack and self.spec.policy.compute.attention == "xla":
-            plan = packing.plan(lengths, samples.tokens.shape[-1], self.step.response_lengths)
-        return experience._replace(samples=samples, packing=shard_whole(plan, self._mesh))
+    def split(self, experience: Experience, plan: StepPlan) -> list[UpdatePart]:
+        """Returns the updates of a step, each with the weights of its tokens.
 
-    def split(self, experience: Experience) -> list[Experience]:
-        """Returns the prompts of each update, with all that the loss needs."""
-        return split(_read(experience), self.step.num_updates)
+        Args:
+          experience: with all that the loss needs.
+          plan: its micro-batches.
+        """
+        rows = plan.rows(num_parts(self._mesh))
+        weights, totals = weigh(experience.samples, rows, loss=self.spec.loss)
+        read = _read(experience)
+        return [
+            UpdatePart(read, weights, total, micro_batches)
+            for total, micro_batches in zip(totals, plan.updates, strict=True)
+        ]
 
-    def update(self, state: TrainState, part: Experience) -> tuple[TrainState, Metrics]:
+    def update(self, state: TrainState, part: UpdatePart) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step.
 
         Args:
@@ -249,7 +358,22 @@ class Learner:
           asked for. All but the loss are means over the tokens that count.
         """
         kl_coef = self.kl_coef if self.step.adapt_kl else None
-        return update(state, part, self.suppressed, kl_coef, self.lora, spec=self.spec)
+        policy = None if self.lora else self.spec.policy
+        trained, _ = partition(state.params, self.spec.frozen)
+        grads, metrics = no_gradients(trained, policy=policy), None
+        for micro in part.micro_batches:
+            grads, found = add_micro_batch(
+                grads,
+                state.params,
+                part.cut(micro),
+                self.suppressed,
+                kl_coef,
+                self.lora,
+                spec=self.spec,
+                shape=micro.shape,
+            )
+            metrics = found if metrics is None else add_metrics(metrics, found)
+        return apply_update(state, grads, metrics, part.total_weight, spec=self.spec)
 
     def programs(
         self,
@@ -272,24 +396,30 @@ class Learner:
           The abstract state after the updates.
         """
         step, spec, mesh = self.step, self.spec, mesh_of(experience.samples)
+        batch, images = experience.batch, experience.batch.images.mask.shape
+        yield Program("measure", measure, (batch, experience.samples))
         how = {"size": experience.samples.tokens.shape[-1]}
         samples = yield Program("trim", trim, (experience.samples,), how)
         experience = experience._replace(samples=samples)
         sampled = {"parameters": params}
-        how = {
-            "policy": spec.policy,
-            "spec": spec.logprobs,
-            "count": step.num_updates * spec.micro_batches,
-        }
-        scored = experience.batch, samples, None, self.suppressed
+        # The largest: all as long as they can be, and so no two of them in one row.
+        shape = Shape(batch.prompt.tokens.shape[1], images[2], samples.tokens.shape[-1])
+        rows = np.zeros(step.micro_prompts, np.int32)
+        passes = len(samples.lengths) // step.micro_prompts
+        how = {"policy": spec.policy, "spec": spec.logprobs, "shape": shape}
         ref_logprobs = old_logprobs = None
+
+        def score(name: str, params: Any, features: Any = None) -> Programs:
+            empty = yield Program(f"no_{name}", no_logprobs, (samples,), {}, sampled)
+            scored = Scored(batch, samples, features, rows, None)
+            args = empty, params, scored, self.suppressed
+            return (yield Program(name, response_logprobs, args, how, sampled, calls=passes))
+
         if step.use_reference:
-            features = yield from self.reference.programs(reference, experience.batch)
-            args = (reference, *scored, features)
-            ref_logprobs = yield Program("reference", response_logprobs, args, how, sampled)
+            features = yield from self.reference.programs(reference, batch)
+            ref_logprobs = yield from score("reference", reference, features)
         if step.recompute:
-            args = params, *scored
-            old_logprobs = yield Program("old", response_logprobs, args, how, sampled)
+            old_logprobs = yield from score("old", params)
             yield Program("mean_gap", mean_gap, (old_logprobs, samples))
         kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
         kl_coef = whole(mesh, kl_coef) if step.adapt_kl else spec.kl_coef
@@ -300,35 +430,39 @@ class Learner:
             rewards, ref_logprobs = rewards._replace(rewards=penalised), None
         how = {"name": step.advantage, "std": step.std}
         advantage = yield Program("advantage", estimate_jitted, (rewards,), how)
-        part = _read(
+        read = _read(
             experience._replace(
                 old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantage
             )
         )
-        held: Any = part
-        if step.num_updates > 1:
-            args, how = (part, np.int32(0)), {"count": step.num_updates}
-            rows = len(part.samples.lengths) // step.num_updates
-            # The last one is cut while the others are there.
-            others = [first_rows(part, rows) for _ in range(step.num_updates - 1)]
-            part = yield Program(
-                "split",
-                take_part,
-                args,
-                how,
-                {"data": others, **sampled},
-                calls=step.num_updates,
+        b = len(samples.lengths)
+        args = samples, np.zeros((step.num_updates, b // step.num_updates), np.int32)
+        alive = {"data": read, **sampled}
+        weights, totals = yield Program("weigh", weigh, args, {"loss": spec.loss}, alive)
+        held = {"data": [read, weights]}
+        calls = {"calls": step.num_updates}
+        how = {"policy": None if self.lora else spec.policy}
+        trained, _ = partition(state.params, spec.frozen)
+        grads = yield Program("no_gradients", no_gradients, (trained,), how, held, **calls)
+        args = grads, state.params, Cut(read, weights, rows, None), self.suppressed
+        args = *args, kl_coef if step.adapt_kl else None, self.lora
+        how, held = {"spec": spec, "shape": shape}, held | {"optimizer": grads}
+        grads, metrics = yield Program("update", add_micro_batch, args, how, held, calls=passes)
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        settings = plan_spec(spec.policy, step, parts)
+        together = largest_together(shape, settings, b // step.num_updates, samples.tokens.shape[1])
+        if together is not None:
+            # Instead of some of these: fewer response tokens, but more images and prompts at once.
+            count, packing = together
+            cut = Cut(read, weights, np.zeros(count, np.int32), packing)
+            args = grads, *args[1:2], cut, *args[3:]
+            grads, _ = yield Program(
+                "update_packed", add_micro_batch, args, how, held, calls=passes
             )
-            held = [part, *others]
-        args = state, part, self.suppressed, kl_coef if step.adapt_kl else None, self.lora
-        state, metrics = yield Program(
-            "update",
-            update,
-            args,
-            {"spec": spec},
-            {"data": held},
-            calls=step.num_updates,
-        )
+        held |= {"optimizer": grads}
+        yield Program("add_metrics", add_metrics, (metrics, metrics), {}, held, calls=passes)
+        args = state, grads, metrics, totals[0]
+        state, metrics = yield Program("apply", apply_update, args, {"spec": spec}, held, **calls)
         if step.adapt_kl:
             yield Program("adapt_kl", step.adapt_kl, (kl_coef, metrics["loss"]))
         yield from self.reference.follow_programs(reference, state.params)
@@ -390,11 +524,28 @@ def _read(experience: Experience) -> Experience:
     return experience._replace(replies=None, scores=None, rewards=None, greedy=None)
 
 
-def _updated_layout(mesh: Mesh, result: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+def _updated_layout(mesh: Mesh, result: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
     return as_params(mesh, result[0]), whole(mesh, result[1])
 
 
+def _gradients_layout(mesh: Mesh, grads: dict) -> dict:
+    rest, copies = _without_copies(grads)
+    found = as_params(mesh, rest)
+    if copies is not None:
+        # The rules speak of the last dimensions.
+        paths = {"lm_head/kernel": copies} if "lm_head" in rest else {"embed_tokens": copies}
+        (laid,) = as_params(mesh, paths).values()
+        sharding = NamedSharding(mesh, P("data", *laid.sharding.spec[1:]))
+        found[HEAD_COPIES] = jax.ShapeDtypeStruct(copies.shape, copies.dtype, sharding=sharding)
+    return found
+
+
+def _added_layout(mesh: Mesh, result: tuple[dict, Metrics]) -> tuple[dict, Metrics]:
+    return _gradients_layout(mesh, result[0]), whole(mesh, result[1])
+
+
 @jax.jit
+@laid_out(whole)
 def mean_gap(logprobs: jax.Array, samples: Samples) -> jax.Array:
     """Returns the mean distance of log-probabilities, float32[B, G, T], from the sampler's."""
     gap = jnp.where(samples.mask, jnp.abs(logprobs - samples.logprobs), 0.0)
@@ -410,9 +561,103 @@ def trim(samples: Samples, *, size: int) -> Samples:
       samples: of length T.
       size: new length, at least that of the longest response and at most T.
     """
-    return samples._replace(
-        tokens=samples.tokens[..., :size], logprobs=samples.logprobs[..., :size]
-    )
+    return samples.cut(size)
+
+
+@jax.jit
+@laid_out(by_prompts)
+def measure(batch: Batch, samples: Samples) -> RowSizes:
+    """Returns the sizes of prompts and of their responses."""
+    real = jnp.any(batch.images.mask, axis=(1, 3))
+    last = jnp.max(jnp.where(real, jnp.arange(real.shape[-1]) + 1, 0), axis=-1)
+    patches = jnp.sum(batch.images.mask, axis=(1, 2, 3), dtype=jnp.int32)
+    prompt = jnp.sum(batch.prompt.mask, axis=-1, dtype=jnp.int32)
+    return RowSizes(jnp.asarray(samples.lengths), prompt, last.astype(jnp.int32), patches)
+
+
+@partial(jax.jit, static_argnames="loss")
+@laid_out(by_prompts_and_whole)
+def weigh(
+    samples: Samples, rows: jax.Array, *, loss: PolicyLoss | ImitationLoss
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns the weight of each token of a step in the loss of its update, and the totals.
+
+    Args:
+      samples: responses to the B prompts of a step.
+      rows: int32[U, B / U], the prompts of each update, see `StepPlan.rows`.
+      loss: that weighs the tokens of an update.
+
+    Returns:
+      float32[B, G, T], and a float32[] for each update.
+    """
+    weights = shard_rows(0, jnp.zeros(samples.tokens.shape, jnp.float32))
+    totals = []
+    for own in rows:
+        mask, ended = take_own_rows((samples.mask, samples.ended), own)
+        found = loss.weights(mask, ended)
+        weights = put_own_rows(weights, own, found)
+        totals.append(jnp.sum(found))
+    return weights, tuple(totals)
+
+
+@partial(jax.jit, static_argnames="policy")
+@laid_out(_gradients_layout)
+def no_gradients(params: dict, *, policy: Policy | None) -> dict:
+    """Returns zeros to which micro-batches add their gradients.
+
+    Args:
+      params: that are trained, see `rl.update.partition`.
+      policy: theirs; None if they are adapters, without an output matrix.
+
+    Returns:
+      Zeros in the layout of the parameters, and where `data` has several parts `HEAD_COPIES`: the
+      gradient by the output matrix is then summed over `data` once an update.
+    """
+    return _keep_gradients(jax.tree.map(jnp.zeros_like, _with_copies(params, policy)), policy)
+
+
+def _with_copies(params: dict, policy: Policy | None) -> dict:
+    """Returns parameters, and where `data` has several parts copies of the output matrix."""
+    if policy is None or num_data() == 1 or policy.head(params)[0] is None:
+        return params
+    return {**params, HEAD_COPIES: data_copies(*policy.head(params))}
+
+
+def _without_copies(tree: dict) -> tuple[dict, Any]:
+    """Returns a tree without `HEAD_COPIES`, and these, None if there are none."""
+    rest = {name: x for name, x in tree.items() if name != HEAD_COPIES}
+    return rest, tree.get(HEAD_COPIES)
+
+
+def _keep_gradients(grads: dict, policy: Policy | None) -> dict:
+    """Returns gradients laid out as parameters, and as copies of the output matrix."""
+    rest, copies = _without_copies(grads)
+    rest = keep_layout(rest)
+    if copies is None:
+        return rest
+    return {**rest, HEAD_COPIES: keep_copies(copies, policy.head(rest)[1])}
+
+
+def _joined_gradients(grads: dict, policy: Policy) -> dict:
+    """Returns gradients by parameters alone, those by copies of the output matrix summed."""
+    rest, copies = _without_copies(grads)
+    if copies is None:
+        return rest
+    own, path = policy.head(rest)
+    total = own + jnp.sum(copies, axis=0)
+    at, leaf = path.rsplit("/", 1)
+    inner = rest = jax.tree.map(lambda x: x, rest)
+    for key in at.split("/"):
+        inner = inner[key]
+    inner[leaf] = total
+    return keep_layout(rest)
+
+
+@jax.jit
+@laid_out(whole)
+def add_metrics(first: Metrics, second: Metrics) -> Metrics:
+    """Returns the sums of the metrics of micro-batches."""
+    return jax.tree.map(jnp.add, first, second)
 
 
 @partial(jax.jit, static_argnames="name")
@@ -445,34 +690,51 @@ def estimate_jitted(terms: RewardTerms, *, name: str, std: str) -> jax.Array:
     return advantages.estimate(name, terms, std=std)
 
 
-@partial(jax.jit, static_argnames="spec", donate_argnames="state")
-@laid_out(_updated_layout)
-def update(
-    state: TrainState,
-    part: Experience,
+@partial(jax.jit, static_argnames=("spec", "shape"), donate_argnames="total")
+@laid_out(_added_layout)
+def add_micro_batch(
+    total: dict,
+    params: dict,
+    cut: Cut,
     suppressed: jax.Array,
     kl_coef: jax.Array | None,
     lora: Lora | None,
     *,
     spec: UpdateSpec,
-) -> tuple[TrainState, Metrics]:
-    """Takes one optimizer step on a loss that is summed over micro-batches.
+    shape: Shape,
+) -> tuple[dict, Metrics]:
+    """Adds the gradient of one micro-batch to that of those before it.
 
     Args:
-      state: parameters and optimizer state; donated.
-      part: batch, samples, packing, and what `spec.loss` needs.
+      total: gradient so far, float32 as `no_gradients` returned it; donated.
+      params: that are trained.
+      cut: the micro-batch.
       suppressed: bool[V], ids that the sampler could not draw.
       kl_coef: float32[], weight of the KL where it adapts; None takes `spec.kl_coef`.
-      lora: base of the adapters, where the state's parameters are these.
+      lora: base of the adapters, where the trained parameters are these.
       spec: settings.
+      shape: padded sizes of the micro-batch.
+
+    Returns:
+      The gradient with the micro-batch's added, and its share of the update's metrics.
     """
-    loss = spec.loss
-    weights = loss.weights(part.samples.mask, part.samples.ended)
-    trained, held = partition(state.params, spec.frozen)
+    loss, whole_step = spec.loss, cut.experience
+    cut_off = whole_step._replace(
+        batch=cut_batch(whole_step.batch, shape), samples=whole_step.samples.cut(shape.length)
+    )
+    old, ref, weights = (
+        None if x is None else x[..., : shape.length]
+        for x in (whole_step.old_logprobs, whole_step.ref_logprobs, cut.weights)
+    )
+    cut_off = cut_off._replace(old_logprobs=old, ref_logprobs=ref)
+    micro = take_own_rows((cut_off, weights), cut.rows)
+    trained, held = partition(params, spec.frozen)
 
     def loss_fn(trained: dict, micro: tuple) -> tuple[jax.Array, Metrics]:
         part, weight = micro
+        trained, copies = _without_copies(trained)
         params = combine(trained, held)
+        params = params if copies is None else {**params, HEAD_COPIES: copies}
         params = params if lora is None else lora.overlay(params)
         score = score_responses(
             spec.policy,
@@ -481,7 +743,7 @@ def update(
             part.samples,
             spec.logprobs,
             suppressed,
-            part.packing,
+            cut.packing,
             entropy=loss.entropy,
         )
         sampler = part.samples.logprobs
@@ -498,8 +760,31 @@ def update(
             metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
         return value, metrics
 
-    micro = stack_parts((part, weights), spec.micro_batches)
-    grads, metrics = accumulate(loss_fn, trained, micro)
-    metrics = loss.summarise(metrics, weights.sum())
+    policy = spec.policy if lora is None else None
+    total, metrics = add_gradients(loss_fn, total, _with_copies(trained, policy), micro)
+    return _keep_gradients(total, policy), metrics
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@laid_out(_updated_layout)
+def apply_update(
+    state: TrainState,
+    grads: dict,
+    metrics: Metrics,
+    total_weight: jax.Array,
+    *,
+    spec: UpdateSpec,
+) -> tuple[TrainState, Metrics]:
+    """Takes one optimizer step by the summed gradient of its micro-batches.
+
+    Args:
+      state: parameters and optimizer state; donated.
+      grads: as `add_micro_batch` returned them.
+      metrics: of the loss, summed over micro-batches.
+      total_weight: float32[], of all tokens of the update.
+      spec: settings.
+    """
+    metrics = spec.loss.summarise(metrics, total_weight)
+    grads = _joined_gradients(grads, spec.policy)
     state, applied = apply_gradients(state, grads, spec.optimizer)
     return state, metrics | applied

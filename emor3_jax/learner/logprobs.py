@@ -5,11 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from emor3_jax.learner.micro_batches import Shape, StepPlan
 from emor3_jax.learner.packing import pack, unpack
 from emor3_jax.models.policy import Policy
+from emor3_jax.parallel.mesh import put_own_rows, shard_rows, take_own_rows
 from emor3_jax.parallel.program import by_prompts, laid_out
-from emor3_jax.types import Batch, Packing, Samples, stack_parts
+from emor3_jax.types import Batch, Packing, Samples
 
 
 class LogprobSpec(NamedTuple):
@@ -17,7 +20,7 @@ class LogprobSpec(NamedTuple):
 
     Attributes:
       temperature: the sampler's; 0 reads as 1.
-      chunk: tokens whose logits exist at once.
+      chunk: tokens of a device whose logits exist at once.
     """
 
     temperature: float
@@ -55,7 +58,8 @@ def score_responses(
       samples: their responses.
       spec: settings.
       suppressed: bool[V], ids that the sampler could not draw.
-      packing: positions of responses that share rows; None gives each a row.
+      packing: positions of responses that share rows, also those of several prompts; None gives
+        each a row.
       features: float[B, N, D], precomputed vision features; None computes them.
       entropy: also return the entropy.
     """
@@ -66,6 +70,7 @@ def score_responses(
     tokens = jnp.concatenate([opening, samples.tokens[..., :-1]], axis=-1)
     position = jnp.broadcast_to(jnp.arange(t), (b, g, t))
     mask, targets, segments = position < samples.lengths[..., None], samples.tokens, None
+    position = batch.next_position[:, None, None] + position
     if packing is not None:
         mask = jnp.asarray(packing.source) >= 0
         segments = jnp.where(mask, packing.source // t, -1)
@@ -75,9 +80,10 @@ def score_responses(
         batch.prompt,
         features,
         tokens,
-        batch.next_position[:, None, None] + position,
+        position,
         mask,
         segments=segments,
+        responses=g,
     )
     logprobs, entropies = policy.logprobs(
         params,
@@ -92,38 +98,105 @@ def score_responses(
     return score if packing is None else jax.tree.map(lambda x: unpack(packing, x, t), score)
 
 
-@partial(jax.jit, static_argnames=("policy", "spec", "count"))
-@laid_out(by_prompts)
-def response_logprobs(
+class Scored(NamedTuple):
+    """Some prompts of a step to score; leaves [B, …] are of the whole step.
+
+    Attributes:
+      batch, samples: the prompts and their responses.
+      features: float[B, N, D], precomputed vision features; None computes them.
+      rows: int32[b], the prompts, counted within each device's part, see `MicroBatch`.
+      packing: positions of their responses that share rows, or None.
+    """
+
+    batch: Batch
+    samples: Samples
+    features: jax.Array | None
+    rows: jax.Array | np.ndarray
+    packing: Packing | None
+
+
+def cut_batch(batch: Batch, shape: Shape) -> Batch:
+    """Cuts padding off the end of prompts and images, inside a jitted program.
+
+    Args:
+      batch: of at least these sizes.
+      shape: the sizes to cut to.
+    """
+    prompt, images = (
+        jax.tree.map(lambda x: x[:, : shape.prompt], batch.prompt),
+        jax.tree.map(lambda x: x[:, :, : shape.windows], batch.images),
+    )
+    return batch._replace(prompt=prompt, images=images)
+
+
+def planned_logprobs(
     params: dict,
     batch: Batch,
     samples: Samples,
-    packing: Packing | None,
+    plan: StepPlan,
     suppressed: jax.Array,
     features: jax.Array | None = None,
     *,
     policy: Policy,
     spec: LogprobSpec,
-    count: int,
 ) -> jax.Array:
     """Returns the responses' log-probabilities under a policy, float32[B, G, T].
 
     Args:
       params: of the reference, or of the policy itself, to recompute what the sampler recorded.
-      batch, samples: the prompts and their responses.
-      packing: positions of responses that share rows, or None.
+      batch, samples: the prompts of a step and their responses.
+      plan: their micro-batches.
       suppressed: bool[V], ids that the sampler could not draw.
       features: float[B, N, D], precomputed vision features; None computes them.
       policy: the policy.
       spec: settings.
-      count: micro-batches, must divide B.
     """
+    found = no_logprobs(samples)
+    for micro in (each for update in plan.updates for each in update):
+        scored = Scored(batch, samples, features, micro.rows, micro.packing)
+        how = {"policy": policy, "spec": spec, "shape": micro.shape}
+        found = response_logprobs(found, params, scored, suppressed, **how)
+    return found
 
-    def score(micro: tuple) -> jax.Array:
-        batch, samples, packing, features = micro
-        return score_responses(
-            policy, params, batch, samples, spec, suppressed, packing, features
-        ).logprobs
 
-    logprobs = jax.lax.map(score, stack_parts((batch, samples, packing, features), count))
-    return jnp.swapaxes(logprobs, 0, 1).reshape(samples.tokens.shape)
+@partial(jax.jit, static_argnames=("policy", "spec", "shape"), donate_argnames="out")
+@laid_out(by_prompts)
+def response_logprobs(
+    out: jax.Array,
+    params: dict,
+    scored: Scored,
+    suppressed: jax.Array,
+    *,
+    policy: Policy,
+    spec: LogprobSpec,
+    shape: Shape,
+) -> jax.Array:
+    """Writes the log-probabilities of one micro-batch's responses under a policy.
+
+    Args:
+      out: float32[B, G, T], donated; returned with the rows of the micro-batch filled.
+      params: of the reference, or of the policy itself, to recompute what the sampler recorded.
+      scored: the micro-batch.
+      suppressed: bool[V], ids that the sampler could not draw.
+      policy: the policy.
+      spec: settings.
+      shape: padded sizes of the micro-batch.
+    """
+    batch, features = cut_batch(scored.batch, shape), scored.features
+    if features is not None:
+        # Of one image a prompt: what lies behind its windows is padding.
+        size = features.shape[1] * shape.windows // scored.batch.images.mask.shape[2]
+        features = features[:, :size]
+    samples = scored.samples.cut(shape.length)
+    batch, samples, features = take_own_rows((batch, samples, features), scored.rows)
+    found = score_responses(
+        policy, params, batch, samples, spec, suppressed, scored.packing, features
+    ).logprobs
+    return put_own_rows(out, scored.rows, found)
+
+
+@jax.jit
+@laid_out(by_prompts)
+def no_logprobs(samples: Samples) -> jax.Array:
+    """Returns float32[B, G, T] for `response_logprobs` to fill."""
+    return shard_rows(0, jnp.zeros(samples.tokens.shape, jnp.float32))

@@ -3,6 +3,9 @@
     [ r1 r1 r1 r4 r4 .  ]       instead of a row of T places for each; every token still sees the
     [ r2 r2 r3 r3 r3 r3 ]       prompt and its own response alone, at its own positions
 
+Where the attention kernel takes it (splash), several prompts also share a row: all their responses
+lie side by side (`join`), and only the end of the row is padding.
+
 Deviations, numbered:
  1. Rows are filled first fit, the longest responses first, in as many rows for every group: what a
     group needs less of is padding. The optimum would save little more.
@@ -64,21 +67,45 @@ def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:
     return place, fill
 
 
+def join(lengths: np.ndarray, rows: int, size: int, width: int) -> Packing:
+    """Returns how all responses to a few prompts lie side by side in one row.
+
+    Args:
+      lengths: int[B, G].
+      rows: their number; each has the responses to B / rows prompts, one after the other.
+      size: T, at least the longest.
+      width: C, at least the tokens of the fullest row.
+
+    Returns:
+      A packing of one row for each B / rows prompts: `source` is int32[rows, 1, C], and counted
+      over [B / rows * G * T].
+    """
+    each = lengths.reshape(rows, -1)
+    place = np.cumsum(each, axis=1) - each
+    source = np.full((rows, width), -1, np.int32)
+    for row, (counts, starts) in enumerate(zip(each, place, strict=True)):
+        first = np.repeat(np.arange(len(counts)) * size - starts, counts)
+        source[row, : len(first)] = first + np.arange(len(first))
+    return Packing(source[:, None], place.reshape(lengths.shape).astype(np.int32))
+
+
 def pack(packing: Packing, x: jax.Array) -> jax.Array:
-    """Returns [B, R, C] of [B, G, T]; positions without a token are undefined."""
+    """Returns [rows, R, C] of [B, G, T]; positions without a token are undefined."""
     source = jnp.maximum(packing.source, 0)
-    flat = jnp.take_along_axis(x.reshape(len(x), -1), source.reshape(len(x), -1), axis=1)
+    rows = len(source)
+    flat = jnp.take_along_axis(x.reshape(rows, -1), source.reshape(rows, -1), axis=1)
     return flat.reshape(source.shape)
 
 
 def unpack(packing: Packing, x: jax.Array, size: int) -> jax.Array:
-    """Returns [B, G, T] of [B, R, C]; positions after the end of a response are undefined.
+    """Returns [B, G, T] of [rows, R, C]; positions after the end of a response are undefined.
 
     Args:
       packing: where the tokens are.
       x: the packed values.
       size: T.
     """
-    b, g = packing.place.shape
-    place = (jnp.asarray(packing.place)[..., None] + jnp.arange(size)).reshape(b, -1)
-    return jnp.take_along_axis(x.reshape(b, -1), place, axis=1, mode="clip").reshape(b, g, size)
+    rows = len(x)
+    place = (jnp.asarray(packing.place)[..., None] + jnp.arange(size)).reshape(rows, -1)
+    flat = jnp.take_along_axis(x.reshape(rows, -1), place, axis=1, mode="clip")
+    return flat.reshape(*packing.place.shape, size)

@@ -36,12 +36,14 @@ class Shared(NamedTuple):
       k: float[B, kv_heads, head_dim, P].
       v: float[B, kv_heads, P, head_dim].
       mask: bool[B, P].
+      prompts: of equal size side by side in P; a query sees the one of its `Own.owners`.
       routing: where the queries, [N, 1, …], meet the B prompts; None if these are theirs in order.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+    prompts: int = 1
     routing: Routing | None = None
 
 
@@ -54,6 +56,8 @@ class Own(NamedTuple):
       mask: bool[B, G, C], which keys may be seen at all.
       causal: whether query i sees only the keys up to i; then C = S.
       segments: int32[B, G, S], if given: a query sees only the keys of its own segment; C = S.
+        Tokens of a segment lie side by side.
+      owners: int32[B, G, S], index of the prompt that each query sees; None if there is one.
     """
 
     k: jax.Array
@@ -61,6 +65,7 @@ class Own(NamedTuple):
     mask: jax.Array
     causal: bool = False
     segments: jax.Array | None = None
+    owners: jax.Array | None = None
 
 
 def slots_last(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +86,7 @@ def attend(q: jax.Array, sources: list[Shared | Own], backend: str = "xla") -> j
     """
     *earlier, own = sources
     cached = any(isinstance(source, Own) for source in earlier)
-    if backend == "xla" or q.shape[2] < _FEW or cached or own.segments is not None:
+    if backend == "xla" or q.shape[2] < _FEW or cached:
         return _attend_xla(q, sources)
     from emor3_jax.models import attention_kernels as kernels
 
@@ -144,7 +149,13 @@ def _attend_block(q: jax.Array, sources: list[Shared | Own], start: jax.Array) -
     def visible(source: Shared | Own) -> jax.Array:
         """Mask of the keys that each query sees, to broadcast over the scores of the source."""
         if isinstance(source, Shared):
-            return source.mask[:, None, None, None, None]
+            mask = source.mask[:, None, None, None, None]
+            if source.prompts == 1:
+                return mask
+            p = source.mask.shape[-1]
+            prompt = jnp.arange(p) // (p // source.prompts)
+            seen = jnp.take(sources[-1].owners, start + jnp.arange(s), axis=-1, mode="clip")
+            return mask & (seen[..., None] == prompt)[:, None, :, :, None]
         mask = source.mask[:, :, None, None, None]
         if not source.causal:
             return mask

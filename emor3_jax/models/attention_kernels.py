@@ -5,14 +5,20 @@ Neither holds scores in memory. Both take a prompt's keys (or none) and each con
 Splash attention computes a group as one sequence: the queries of all G continuations against
 `[prompt | keys of r1 … rG]`, under a mask known at compile time by which a continuation sees the
 prompt and itself. Blocks that the mask leaves empty are skipped, so the prompt's keys are neither
-copied nor is anything computed between continuations.
+copied nor is anything computed between continuations. Where continuations share rows, the mask is
+data: each query brings its place, where its segment begins and which prompt it sees, packed into
+the one integer that splash attention hands to a mask function (`PackedMask`); blocks between
+segments are skipped by tables made on the device.
 
 Deviations, numbered:
- 1. cuDNN has no such masks: it computes each continuation apart, with a copy of the prompt's keys.
+ 1. cuDNN has no such masks: it computes each row apart, with a copy of the prompt's keys. Its own
+    segments (offsets of packed sequences, not part of JAX's public interface) would need that copy
+    for each continuation, and Hopper; here segments are part of the mask that it gets anyway.
  2. Padding among the keys is masked by segment ids (splash) or, where it may lie anywhere, moved
     behind the real keys (cuDNN knows lengths only); attention does not depend on their order.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -71,6 +77,79 @@ class GroupMask(splash_attention_mask.Mask):
         return hash(self._key())
 
 
+_PLACE_BITS = 15
+MAX_QUERIES, MAX_PROMPTS = 1 << _PLACE_BITS, 1 << (32 - 2 * _PLACE_BITS)
+"""Queries of packed continuations in one sequence, and prompts that they may belong to, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMask:
+    """Mask function of continuations that share rows: each query sees its prompt and its segment.
+
+    Attributes:
+      prefix: columns of the prompts.
+      prompt: columns of each of them.
+    """
+
+    prefix: int
+    prompt: int
+
+    def codes(self, segments: jax.Array, owners: jax.Array | None) -> jax.Array:
+        """Returns place, begin of the segment and prompt of each query in one integer, int32[Q].
+
+        Args:
+          segments: int32[Q]; those of one segment lie side by side.
+          owners: int32[Q], index of the prompt that each query sees; None if there is one.
+        """
+        place, begin = _spans(segments)
+        code = place | begin << _PLACE_BITS
+        return code if owners is None else code | owners << 2 * _PLACE_BITS
+
+    def blocks(self, codes: jax.Array, block: int) -> jax.Array:
+        """Returns which blocks of scores hold any that counts.
+
+        Args:
+          codes: of the queries.
+          block: side of a block.
+
+        Returns:
+          bool[Q / block, (prefix + Q) / block].
+        """
+        place, begin, owner = (x.reshape(-1, block) for x in self._decoded(codes))
+        first = jnp.arange((self.prefix + codes.size) // block) * block
+        last = first + block - 1
+
+        def meet(low: jax.Array, high: jax.Array) -> jax.Array:
+            return (low.min(axis=1)[:, None] <= last) & (high.max(axis=1)[:, None] >= first)
+
+        found = meet(begin + self.prefix, place + self.prefix)
+        if self.prefix:
+            found |= meet(owner * self.prompt, (owner + 1) * self.prompt - 1)
+        return found
+
+    def __call__(self, codes: jax.Array, columns: jax.Array) -> jax.Array:
+        """Returns which columns are seen by queries of these codes; the two are of one shape."""
+        place, begin, owner = self._decoded(codes)
+        own = columns - self.prefix
+        seen = (own >= begin) & (own <= place)
+        if self.prefix:
+            before = owner * self.prompt
+            seen |= (columns >= before) & (columns < before + self.prompt)
+        return seen
+
+    def _decoded(self, codes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        low = MAX_QUERIES - 1
+        owner = jax.lax.shift_right_logical(codes, jnp.int32(2 * _PLACE_BITS))
+        return codes & low, (codes >> _PLACE_BITS) & low, owner
+
+
+def _spans(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the place of each query and the one where its segment begins, both int32[Q]."""
+    place = jnp.arange(segments.size, dtype=jnp.int32)
+    new = jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
+    return place, jax.lax.cummax(jnp.where(new, place, 0))
+
+
 def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = False) -> jax.Array:
     """Attention by the TPU's kernel.
 
@@ -84,6 +163,9 @@ def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = F
 
     Returns:
       float[B, G, S, heads, head_dim].
+
+    Raises:
+      ValueError: if continuations that share rows are too many for `PackedMask`.
     """
     b, g, s, heads, head_dim = q.shape
     kv_heads = own.v.shape[2]
@@ -106,24 +188,35 @@ def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = F
             for x, y in parts
         )
         seen = jnp.concatenate([_fill(prefix.mask, 1, before), seen], axis=1)
+    codes = packed = None
+    if own.segments is not None:
+        packed = PackedMask(before, prefix.mask.shape[-1] // prefix.prompts if before else 0)
+        codes = _codes(packed, own, length)
+        # Padding sees its own padding, so that it sees anything; nothing else does.
+        seen = seen.at[:, before:].set(True)
 
     def compute(
-        queries: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        seen: jax.Array,
+        codes: jax.Array | None,
     ) -> jax.Array:
-        kernel = _splash_kernel(
-            queries.shape[1], GroupMask(before, g, length, own.causal), interpret
+        # All queries belong to segment 1, as do the keys that may be seen.
+        ids = splash_attention_kernel.SegmentIds(
+            jnp.ones(queries.shape[:1] + queries.shape[2:3], jnp.int32), seen.astype(jnp.int32)
         )
-
-        def one(
-            queries: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
-        ) -> jax.Array:
-            # All queries belong to segment 1, as do the keys that may be seen.
-            ids = splash_attention_kernel.SegmentIds(
-                jnp.ones(queries.shape[1], jnp.int32), seen.astype(jnp.int32)
+        if packed is not None:
+            # The tables of blocks are data, which each row has its own of.
+            return jax.lax.map(
+                lambda x: _packed_kernel(packed, x[4], block, interpret)(*x[:3], segment_ids=x[3]),
+                (queries, keys, values, ids, codes),
             )
-            return kernel(queries, keys, values, segment_ids=ids)
+        mask = GroupMask(before, g, length, own.causal)
+        kernel = _splash_kernel(queries.shape[1], mask, interpret)
+        return jax.vmap(lambda *x: kernel(*x[:3], segment_ids=x[3]))(queries, keys, values, ids)
 
-        return jax.vmap(one)(queries, keys, values, seen)
+    block = math.gcd(math.gcd(length, before), _BLOCK)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
@@ -131,11 +224,34 @@ def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = F
         keys, values = (jnp.repeat(x, copies, axis=1) for x in (keys, values))
         spec = P(rows, cut)
         compute = jax.shard_map(
-            compute, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, check_vma=False
+            compute,
+            in_specs=(spec, spec, spec, P(rows), P(rows)),
+            out_specs=spec,
+            check_vma=False,
         )
-    out = compute(queries, keys, values, seen)
+    out = compute(queries, keys, values, seen, codes)
     out = jnp.moveaxis(out.reshape(b, heads, g, length, width), 1, 3)
     return out[:, :, :s, :, :head_dim]
+
+
+def _codes(packed: PackedMask, own: Own, length: int) -> jax.Array:
+    """Returns `PackedMask.codes` of the queries of each row of a batch, int32[B, G * length]."""
+    b, g, _ = own.segments.shape
+    owners = own.owners
+    if own.segments.size // b > MAX_QUERIES or not own.causal:
+        raise ValueError(
+            f"segments of shape {own.segments.shape}, causal={own.causal}: packed continuations "
+            f"must be causal, and at most {MAX_QUERIES} tokens in one sequence"
+        )
+
+    def flat(x: jax.Array, value: int) -> jax.Array:
+        padding = [(0, 0), (0, 0), (0, length - x.shape[2])]
+        return jnp.pad(x, padding, constant_values=value).reshape(b, g * length)
+
+    segments = flat(own.segments, -1)
+    if owners is None:
+        return jax.vmap(lambda x: packed.codes(x, None))(segments)
+    return jax.vmap(packed.codes)(segments, jnp.clip(flat(owners, 0), 0, MAX_PROMPTS - 1))
 
 
 def cudnn(
@@ -158,7 +274,11 @@ def cudnn(
         even = s + s % 2
         q = _fill(q, 2, even)
         own = Own(
-            _fill(own.k, 4, even), _fill(own.v, 3, even), _fill(own.mask, 2, even), own.causal
+            _fill(own.k, 4, even),
+            _fill(own.v, 3, even),
+            _fill(own.mask, 2, even),
+            own.causal,
+            None if own.segments is None else _fill(own.segments, 2, even),
         )
         size = prefix.mask.shape[-1] + prefix.mask.shape[-1] % 2
         prefix = Shared(
@@ -198,6 +318,8 @@ def cudnn(
         mine = jnp.broadcast_to(own.mask[:, :, None], (b, g, length, length))
         if own.causal:
             mine &= jnp.tri(length, dtype=bool)
+        if own.segments is not None:
+            mine &= own.segments[:, :, :, None] == own.segments[:, :, None]
         seen = jnp.concatenate([before, mine], axis=-1)
         out = attention(k, v, mask=seen.reshape(b * g, 1, length, size + length))
     return out.reshape(b, g, length, heads, head_dim)[:, :, :s]
@@ -209,14 +331,6 @@ def _splash_kernel(
 ) -> splash_attention_kernel.SplashAttentionKernel:
     """Returns the kernel for one prompt, its tables of blocks as constants."""
     block = math.gcd(math.gcd(mask.length, mask.prefix), _BLOCK)
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
     # As `make_splash_mha` does, but with tables that stay NumPy: making arrays of a device fails
     # where the program is compiled for devices that are not there.
     heads_mask = splash_attention_mask.MultiHeadMask([mask] * heads)
@@ -228,6 +342,42 @@ def _splash_kernel(
             splash_attention_mask_info.process_mask_dkv,
         )
     ]
+    return _kernel(tables, block, interpret)
+
+
+def _packed_kernel(
+    mask: PackedMask, codes: jax.Array, block: int, interpret: bool
+) -> splash_attention_kernel.SplashAttentionKernel:
+    """Returns the kernel for one row of packed continuations, its tables of blocks as data."""
+    blocks = mask.blocks(codes, block)[None]
+    tables = [
+        # Of a mask with one entry for each block: which blocks are not empty, and which is next.
+        process(blocks, (1, 1))[0]._replace(
+            mask_next=None, partial_mask_blocks=None, q_sequence=codes, is_dynamic_mask=None
+        )
+        for process in (
+            splash_attention_mask_info.process_dynamic_mask,
+            splash_attention_mask_info.process_dynamic_mask,
+            splash_attention_mask_info.process_dynamic_mask_dkv,
+        )
+    ]
+    return _kernel(tables, block, interpret, mask)
+
+
+def _kernel(
+    tables: list[splash_attention_mask_info.MaskInfo],
+    block: int,
+    interpret: bool,
+    mask_function: PackedMask | None = None,
+) -> splash_attention_kernel.SplashAttentionKernel:
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     return splash_attention_kernel.SplashAttentionKernel(
         *tables,
         block_sizes=sizes,
@@ -236,7 +386,7 @@ def _splash_kernel(
         mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
-        mask_function=None,
+        mask_function=mask_function,
         interpret=interpret,
     )
 

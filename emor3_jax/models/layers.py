@@ -109,13 +109,20 @@ DEFAULT = Compute()
 class GroupRow(NamedTuple):
     """Layout of a prompt and its continuations in one row: P tokens, then G times S.
 
+    Several prompts may share a row, of P / prompts tokens each; segment i of the continuations then
+    belongs to prompt i // responses.
+
     Attributes:
       prompt: P.
       count: G.
+      prompts: number of prompts.
+      responses: to each of them, if there are several.
     """
 
     prompt: int
     count: int
+    prompts: int = 1
+    responses: int = 0
 
     def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns [B, 1, P, …] and [B, G, S, …] of [B, 1, P + G * S, …]."""

@@ -25,6 +25,10 @@ _SUPPRESSED = -1e30
 """Logit of a suppressed token: finite, so that 0 * log(0) in the entropy is 0."""
 
 
+HEAD_COPIES = "head_copies"
+"""Key among parameters of `mesh.data_copies` of the output matrix, by which to differentiate."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """A policy of one family and size, without its parameters; hashable, a static argument.
@@ -177,6 +181,7 @@ class Policy:
         mask: jax.Array,
         *,
         segments: jax.Array | None = None,
+        responses: int = 0,
     ) -> jax.Array:
         """Runs prompts together with their `G` continuations: `read_prompt` and `extend` in one.
 
@@ -189,12 +194,17 @@ class Policy:
           image_features: from `encode_images`.
           tokens, positions, mask: int32, int32 and bool[B, G, S], see `extend`.
           segments: int32[B, G, S], tokens of one see nothing of the others but the prompt; None for
-            one segment.
+            one segment. Those of a segment lie side by side; negative ones are padding.
+          responses: with it, tokens of several prompts share a row: the continuations have fewer
+            rows than there are prompts, as many prompts to each, and segment i belongs to prompt
+            i // responses among those of its row.
 
         Returns:
           float[B, G, S, D] after the final norm, of the continuations.
         """
-        group = GroupRow(prompt.tokens.shape[1], tokens.shape[1])
+        joined = len(prompt.tokens) // len(tokens)
+        prompt, image_features = _side_by_side(prompt, image_features, joined)
+        group = GroupRow(prompt.tokens.shape[1], tokens.shape[1], joined, responses)
         rope_positions = jnp.broadcast_to(positions[..., None], (*positions.shape, 3))
         hidden, _ = self._decoder(group=group).apply(
             {"params": params["model"]},
@@ -302,9 +312,9 @@ class Policy:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Returns float32[..., V] of final hidden states float[..., D]."""
-        return _logits(self.shapes.tie_word_embeddings, self._head(params)[0], hidden)
+        return _logits(self.shapes.tie_word_embeddings, self.head(params)[0], hidden)
 
-    def _head(self, params: Params) -> tuple[jax.Array, str]:
+    def head(self, params: Params) -> tuple[jax.Array, str]:
         """Returns the output matrix, and its path."""
         if self.shapes.tie_word_embeddings:
             return params["model"]["embed_tokens"]["embedding"], "model/embed_tokens/embedding"
@@ -323,30 +333,47 @@ class Policy:
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the log-probability of each target without ever holding the logits of all tokens.
 
-        The last axis is cut, so that the batch may stay cut over devices: about `chunk` tokens (at
-        least one column of all rows) have logits at once, recomputed in the backward pass.
+        Each device cuts its own tokens: `chunk` of them have logits at once, recomputed in the
+        backward pass, however many devices there are.
 
         Args:
-          params: of the policy.
+          params: of the policy; with `HEAD_COPIES`, these are the output matrix.
           hidden: float[..., S, D] final hidden states.
           targets: int32[..., S].
           suppressed: bool[V], ids of probability zero; the log-probability of one is about -1e30.
           temperature: divides the logits.
-          chunk: tokens whose logits exist at once.
+          chunk: tokens of a device whose logits exist at once.
           entropy: also return the entropy of each distribution.
 
         Returns:
           float32[..., S], and the entropy in the same shape, or None.
         """
         tied = self.shapes.tie_word_embeddings
-        size = max(1, chunk // math.prod(hidden.shape[:-2]))
 
         def own(head: jax.Array, hidden: jax.Array, targets: jax.Array, axis: str | None) -> Any:
             return _chunked_logprobs(
-                tied, head, hidden, targets, suppressed, temperature, size, entropy, axis
+                tied, head, hidden, targets, suppressed, temperature, chunk, entropy, axis
             )
 
-        return by_rows(own, *self._head(params), hidden, targets)
+        head, path = self.head(params)
+        copies = params.get(HEAD_COPIES)
+        if copies is not None:
+            return by_rows(own, copies, path, hidden, targets, copies=True)
+        return by_rows(own, head, path, hidden, targets)
+
+
+def _side_by_side(prompt: Prompt, features: jax.Array, count: int) -> tuple[Prompt, jax.Array]:
+    """Joins `count` prompts to a row, and their images' features."""
+    if count == 1:
+        return prompt, features
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.asarray(x).reshape(len(x) // count, -1, *x.shape[2:])
+
+    first = features.shape[1] * (jnp.arange(len(prompt.tokens)) % count)
+    slots = jnp.asarray(prompt.image_slots)
+    slots = jnp.where(slots >= 0, slots + first[:, None], -1)
+    return jax.tree.map(join, prompt._replace(image_slots=slots)), join(features)
 
 
 def _logits(tied: bool, head: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -367,20 +394,21 @@ def _chunked_logprobs(
     entropy: bool,
     axis: str | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`Policy.logprobs` of some rows, `size` columns at a time; `axis` cuts the vocabulary."""
-    *lead, s, _ = hidden.shape
-    rows = math.prod(lead)
-    size = min(s, size)
-    chunks = -(-s // size)
+    """`Policy.logprobs` of some tokens, `size` at a time; `axis` cuts the vocabulary."""
+    lead = targets.shape
+    count = math.prod(lead)
+    chunks = max(1, -(-count // size))
+    # As equal as can be, so that little is padded.
+    size = -(-count // chunks)
 
     if axis is not None:
         # Each part of the vocabulary gives a part of its gradient: added up once, behind the loop.
         hidden = jax.lax.pcast(hidden, axis, to="varying")
 
     def cut(x: jax.Array) -> jax.Array:
-        x = x.reshape(rows, s, *x.shape[len(lead) + 1 :])
-        x = jnp.pad(x, ((0, 0), (0, chunks * size - s), *[(0, 0)] * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+        x = x.reshape(count, *x.shape[len(lead) :])
+        x = jnp.pad(x, ((0, chunks * size - count), *[(0, 0)] * (x.ndim - 1)))
+        return x.reshape(chunks, size, *x.shape[1:])
 
     def over_vocabulary(x: jax.Array) -> jax.Array:
         return x.sum(axis=-1) if axis is None else jax.lax.psum(x.sum(axis=-1), axis)
@@ -388,16 +416,16 @@ def _chunked_logprobs(
     def score(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
         states, wanted = piece
         scores = _logits(tied, head, states) / temperature
-        count = scores.shape[-1]
-        first = 0 if axis is None else count * jax.lax.axis_index(axis)
+        columns = scores.shape[-1]
+        first = 0 if axis is None else columns * jax.lax.axis_index(axis)
         if suppressed is not None:
-            own = jax.lax.dynamic_slice(suppressed, (first,), (count,))
+            own = jax.lax.dynamic_slice(suppressed, (first,), (columns,))
             scores = jnp.where(own, _SUPPRESSED, scores)
         most = jax.lax.stop_gradient(scores.max(axis=-1))
         most = most if axis is None else jax.lax.pmax(most, axis)
         total = most + jnp.log(over_vocabulary(jnp.exp(scores - most[..., None])))
         # A comparison instead of a gather: fuses.
-        chosen = first + jnp.arange(count) == wanted[..., None]
+        chosen = first + jnp.arange(columns) == wanted[..., None]
         logprob = over_vocabulary(jnp.where(chosen, scores, 0.0)) - total
         if not entropy:
             return logprob, None
@@ -405,7 +433,7 @@ def _chunked_logprobs(
         return logprob, -over_vocabulary(jnp.exp(scores) * scores)
 
     def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :s].reshape(*lead, s)
+        return x.reshape(chunks * size)[:count].reshape(lead)
 
     pieces = (cut(hidden), cut(targets))
     return jax.tree.map(join, jax.lax.map(jax.checkpoint(score), pieces))

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -207,7 +208,13 @@ def keep_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: jax.Array) -> Any:
+def by_rows(
+    function: Callable[..., Any],
+    weight: jax.Array,
+    path: str,
+    *rows: jax.Array,
+    copies: bool = False,
+) -> Any:
     """Returns what a function of a weight and of rows gives, each device working on its own rows.
 
     The weight is gathered over `fsdp` once and its gradient scattered once, whatever loops the
@@ -220,22 +227,59 @@ def by_rows(function: Callable[..., Any], weight: jax.Array, path: str, *rows: j
       weight: a parameter.
       path: of the parameter, see `path_of`.
       *rows: [B, …] each.
+      copies: the weight is `data_copies` of a parameter.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or len(rows[0]) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        weight = weight[0] if copies else weight
         return function(gather(weight, path), *rows, axis=None)
-    axes = spec_of(path, weight.shape, mesh)
+    axes = spec_of(path, weight.shape[1:] if copies else weight.shape, mesh)
     spec = P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in axes))
     cut = [dimension for dimension, axis in enumerate(spec) if axis == "fsdp"]
+    varies = {"data"} if copies else set()
+    varies |= {"fsdp"} if cut else set()
 
     def own(weight: jax.Array, *rows: jax.Array) -> Any:
+        weight = weight[0] if copies else weight
+        # Before the gather, so that its gradient is first scattered over `fsdp`: then only what a
+        # device keeps of it is summed over `data`.
+        if missing := tuple(axis for axis in BATCH[0] if axis not in varies):
+            weight = jax.lax.pcast(weight, missing, to="varying")
         for dimension in cut:
             weight = jax.lax.all_gather(weight, "fsdp", axis=dimension, tiled=True)
-        missing = "data" if cut else BATCH[0]
-        weight = jax.lax.pcast(weight, missing, to="varying")
         return function(weight, *rows, axis="tensor" if "tensor" in spec else None)
 
-    return jax.shard_map(own, in_specs=(spec, *[BATCH] * len(rows)), out_specs=BATCH)(weight, *rows)
+    given = P("data", *spec) if copies else spec
+    return jax.shard_map(own, in_specs=(given, *[BATCH] * len(rows)), out_specs=BATCH)(
+        weight, *rows
+    )
+
+
+def data_copies(x: jax.Array, path: str) -> jax.Array:
+    """Returns one parameter of a jitted program for each part of `data` apart, [data, …].
+
+    Each device holds what it held before. The gradient by these copies is that of each part's own
+    rows, so it can be added up over several programs before it is summed over devices.
+
+    Args:
+      x: the parameter.
+      path: of the parameter, see `path_of`.
+    """
+    return keep_copies(jax.numpy.broadcast_to(x, (num_data(), *x.shape)), path)
+
+
+def keep_copies(x: jax.Array, path: str) -> jax.Array:
+    """Returns `data_copies`, or their gradient, laid out as these."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P("data", *spec_of(path, x.shape[1:], mesh)))
+
+
+def num_data() -> int:
+    """Returns the number of parts of `data` of the mesh that is set; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"]
 
 
 ALIKE = -1
@@ -358,6 +402,46 @@ def shard_rows(axis: int, x: jax.Array) -> jax.Array:
     spec = [P.UNCONSTRAINED] * x.ndim
     spec[axis] = BATCH[0]
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def num_parts(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Returns the number of parts that a batch is cut into, data * fsdp; 1 without a mesh."""
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def take_own_rows(tree: Any, rows: jax.Array) -> Any:
+    """Returns rows of arrays of a jitted program, each device taking from its own: none move.
+
+    Args:
+      tree: pytree of arrays, [B, …] each, cut as a batch; None leaves stay.
+      rows: int32[b], b / parts for each part of the batch, counted within the part.
+    """
+
+    def own(tree: Any, rows: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x.at[rows].get(mode="promise_in_bounds"), tree)
+
+    tree = jax.tree.map(jnp.asarray, tree)
+    if num_parts(jax.sharding.get_abstract_mesh()) == 1:
+        return own(tree, rows)
+    return jax.shard_map(own, in_specs=(BATCH, BATCH), out_specs=BATCH)(tree, rows)
+
+
+def put_own_rows(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    """Writes what `take_own_rows` would take; the last axis of the values may be shorter.
+
+    Args:
+      x: [B, …], cut as a batch.
+      rows: int32[b], see `take_own_rows`.
+      values: [b, …].
+    """
+
+    def own(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+        at = x.at[rows, ..., : values.shape[-1]]
+        return at.set(values, mode="promise_in_bounds", unique_indices=True)
+
+    if num_parts(jax.sharding.get_abstract_mesh()) == 1:
+        return own(x, rows, values)
+    return jax.shard_map(own, in_specs=(BATCH, BATCH, BATCH), out_specs=BATCH)(x, rows, values)
 
 
 def check_policy(mesh: Mesh, shapes: Any) -> None:

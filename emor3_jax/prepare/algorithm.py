@@ -15,6 +15,7 @@ from emor3_jax.config import uses_reference
 from emor3_jax.flops import QuestionTokens, mean_shapes, step_flops
 from emor3_jax.learner.learner import Learner, StepSpec, UpdateSpec
 from emor3_jax.learner.logprobs import LogprobSpec
+from emor3_jax.learner.micro_batches import Buckets
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.policy import Policy
@@ -90,7 +91,6 @@ def make_update_spec(config: ConfigDict, policy: Policy, *, imitate: bool = Fals
         make_optimizer_of(config),
         make_loss(config, imitate=imitate),
         LogprobSpec(temperature, c.logprob_chunk),
-        c.prompts // c.micro_prompts,
         c.kl_coef,
         frozen_params(config),
     )
@@ -128,13 +128,18 @@ def make_step_spec(config: ConfigDict, *, imitate: bool = False) -> StepSpec:
     """Returns the settings of a step around its updates."""
     c = config.policy_update
     num_updates = config.rollout.prompts // c.prompts
-    lengths = tuple(c.response_lengths)
-    if imitate:
-        return StepSpec(num_updates, lengths, c.pack)
-    return StepSpec(
+    prompt, windows = config.data.prompt_lengths, config.data.image_windows
+    common = (
         num_updates,
-        lengths,
+        c.micro_prompts,
+        Buckets(tuple(prompt), tuple(windows), tuple(c.response_lengths)),
         c.pack,
+        c.balance,
+    )
+    if imitate:
+        return StepSpec(*common)
+    return StepSpec(
+        *common,
         advantage=c.advantage,
         std="sample" if config.profile == "release" else "population",
         weights=tuple(make_reward(config).weights(config.reflect.enabled).items()),

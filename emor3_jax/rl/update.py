@@ -129,31 +129,22 @@ def apply_gradients(
     return state, {"grad_norm": grad_norm, "skipped": 1.0 - finite.astype(jnp.float32)}
 
 
-def accumulate(
+def add_gradients(
     loss_fn: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    total: Params,
     params: Params,
-    micro_batches: Any,
+    micro_batch: Any,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Returns gradients and metrics summed over micro-batches, one at a time in memory.
+    """Returns the gradients of a micro-batch, added to those of the ones before, and its metrics.
 
     `loss_fn` must return sums that are already weighted over the whole update batch
-    (`losses.token_weights`), so that the result does not depend on the micro-batch size.
+    (`losses.token_weights`), so that the total does not depend on the micro-batch size.
 
     Args:
       loss_fn: (params, micro_batch) -> (loss, metrics).
+      total: of the micro-batches before, as `params`; 0 at first.
       params: the parameters to differentiate with respect to.
-      micro_batches: pytree whose leaves start with the micro-batch axis.
+      micro_batch: what the loss reads.
     """
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
-        return grad_fn(params, jax.tree.map(lambda x: x[0], micro_batches))
-
-    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(params, micro_batch)), None
-
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad_fn, params, first)
-    )
-    total, _ = jax.lax.scan(add, zeros, micro_batches)
-    return total
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, micro_batch)
+    return jax.tree.map(jnp.add, total, grads), metrics

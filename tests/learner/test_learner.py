@@ -1,7 +1,6 @@
 """The update of whole groups in micro-batches: any cut, the same gradient; padding cut off."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,17 @@ from support.setting import build_setting
 from support.tiny_flops import products
 
 from emor3_jax.learner import learner, packing
-from emor3_jax.learner.learner import UpdateSpec
-from emor3_jax.learner.logprobs import LogprobSpec, response_logprobs
+from emor3_jax.learner.learner import Learner, UpdateSpec
+from emor3_jax.learner.logprobs import LogprobSpec, planned_logprobs
+from emor3_jax.learner.micro_batches import (
+    Buckets,
+    MicroBatch,
+    Packed,
+    PlanSpec,
+    Shape,
+    StepPlan,
+    plan_step,
+)
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora, init_adapters
 from emor3_jax.models.params import cast_matrices
@@ -52,20 +60,43 @@ LOSS = PolicyLoss(Clip(0.2, 0.3, 3.0), kl="k3", mean="token", entropy=True)
 # One object, so that equal programs are compiled once.
 SGD = optax.sgd(1.0)
 SPEC = LogprobSpec(temperature=0.9, chunk=8)
+NO_BUCKETS = Buckets()
+# Packed rows may be twice as long as a response.
+WIDE = Buckets(length=(2 * T,))
 
 
-def scored(setting, params, batch, samples, packing=None, features=None, **changes):
-    """Log-probabilities in `count` micro-batches, of a policy with another compute type."""
+def plan_of(batch, samples, count=1, buckets=NO_BUCKETS, pack=False, updates=1) -> StepPlan:
+    """Micro-batches of as many prompts each, `count` to an update."""
+    windows = batch.images.mask.shape[2]
+    largest = Shape(batch.prompt.tokens.shape[1], windows, samples.tokens.shape[-1])
+    micro_prompts = len(samples.lengths) // (count * updates)
+    sizes = jax.device_get(learner.measure(batch, samples))
+    packed = Packed.GROUPS if pack else Packed.APART
+    return plan_step(sizes, largest, buckets, PlanSpec(updates, micro_prompts, packed=packed))
+
+
+def scored(setting, params, batch, samples, features=None, **changes):
+    """Log-probabilities in micro-batches, of a policy with another compute type."""
     policy = setting.policy.with_compute(dtype=changes.pop("dtype", jnp.float32))
-    spec, count = SPEC._replace(**changes.pop("spec", {})), changes.pop("count", 1)
-    score = partial(response_logprobs, policy=policy, spec=spec, count=count)
+    spec = SPEC._replace(**changes.pop("spec", {}))
+    plan = changes.pop("plan", None) or plan_of(batch, samples)
+    options = {"policy": policy, "spec": spec}
+    score = planned_logprobs
     if changes.pop("as_users_do", False):
         # The tests' flags round further from the operations one by one.
-        score = jax.jit(score, compiler_options=compiler_flags.DEFAULT)
-    return score(params, batch, samples, packing, setting.suppressed, features)
+        score = jax.jit(
+            lambda params, batch, samples, suppressed, features, **options: planned_logprobs(
+                params, batch, samples, plan, suppressed, features, **options
+            ),
+            static_argnames=("policy", "spec"),
+            compiler_options=compiler_flags.DEFAULT,
+        )
+        return score(params, batch, samples, setting.suppressed, features, **options)
+    assert not changes
+    return score(params, batch, samples, plan, setting.suppressed, features, **options)
 
 
-def update(setting, params, experience, loss=LOSS, count=1, **changes):
+def update(setting, params, experience, loss=LOSS, plan=None, **changes):
     """One step of gradient descent; returns the state and the metrics."""
     optimizer = changes.pop("optimizer", SGD)
     spec = UpdateSpec(
@@ -73,19 +104,30 @@ def update(setting, params, experience, loss=LOSS, count=1, **changes):
         optimizer,
         loss,
         SPEC._replace(**changes.pop("spec", {})),
-        count,
         kl_coef=0.01,
         frozen=changes.pop("frozen", None),
     )
     state = changes.pop("state", None)
     if state is None:
         state = TrainState.create(jax.tree.map(jnp.array, params), optimizer)
-    kl_coef, lora = changes.pop("kl_coef", None), changes.pop("lora", None)
+    taught = learner_of(setting, spec, lora=changes.pop("lora", None))
+    if "kl_coef" in changes:
+        taught.kl_coef = changes.pop("kl_coef")
+        taught.step = dataclasses.replace(taught.step, adapt_kl=lambda coef, kl: coef)
     assert not changes
-    return learner.update(state, experience, setting.suppressed, kl_coef, lora, spec=spec)
+    plan = plan or plan_of(experience.batch, experience.samples)
+    (part,) = taught.split(experience, plan)
+    return taught.update(state, part)
 
 
-def seen_with(batch, samples, advantages, packing=None) -> Experience:
+def learner_of(setting, spec, buckets=NO_BUCKETS, updates=1, micro_prompts=B, lora=None) -> Learner:
+    step = learner.StepSpec(updates, micro_prompts, buckets, pack=False)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    reference = Reference({}, "none")
+    return Learner(spec, step, mesh, setting.suppressed, reference=reference, lora=lora)
+
+
+def seen_with(batch, samples, advantages) -> Experience:
     """The part of an experience that an update reads."""
     return Experience(
         batch,
@@ -95,7 +137,6 @@ def seen_with(batch, samples, advantages, packing=None) -> Experience:
         None,
         ref_logprobs=samples.logprobs - 0.3,
         advantages=advantages,
-        packing=packing,
     )
 
 
@@ -154,18 +195,18 @@ def test_a_part_scores_as_its_rows_do_in_the_whole(setting, batch, samples):
     for part, each in enumerate(split(batch, 2)):
         rows = slice(part, None, 2)
         own = jax.tree.map(lambda x, rows=rows: x[rows], samples)
-        found = scored(setting, setting.params, each, own, count=2, as_users_do=True)
+        plan = plan_of(each, own, 2)
+        found = scored(setting, setting.params, each, own, plan=plan, as_users_do=True)
         assert np.abs(np.where(own.mask, found - wanted[rows], 0.0)).max() < 1e-5
 
 
 def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
     wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
-    rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,))
-    assert rows is not None
-    for count, packed in ((1, None), (2, None), (4, None), (1, rows), (2, rows)):
-        found = scored(
-            setting, setting.params, batch, samples, packed, count=count, as_users_do=True
-        )
+    packed = [plan_of(batch, samples, count, WIDE, pack=True) for count in (1, 2)]
+    assert all(micro.packing for plan in packed for micro in plan.updates[0])
+    cut = [plan_of(batch, samples, count) for count in (1, 2, 4)]
+    for plan in cut + packed:
+        found = scored(setting, setting.params, batch, samples, plan=plan, as_users_do=True)
         difference = np.where(samples.mask, found - wanted, 0.0)
         assert np.abs(difference).max() < 1e-5
 
@@ -197,14 +238,16 @@ def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
 def test_update_depends_on_neither_cut_nor_rows_nor_memory(
     setting, batch, samples, loss, cut, remat, pack
 ):
-    rows = packing.plan(np.asarray(samples.lengths), T, (2 * T,)) if pack else None
     advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
     found = {}
-    for case, count in (("plain", 1), ("other", cut)):
-        other = case == "other"
-        experience = seen_with(batch, samples, advantages, rows if other else None)
-        how = {"remat": remat if other else "none"}
-        state, metrics = update(setting, setting.params, experience, loss, count, **how)
+    plans = {
+        "plain": plan_of(batch, samples),
+        "other": plan_of(batch, samples, cut, WIDE if pack else NO_BUCKETS, pack),
+    }
+    for case, plan in plans.items():
+        experience = seen_with(batch, samples, advantages)
+        how = {"remat": remat if case == "other" else "none"}
+        state, metrics = update(setting, setting.params, experience, loss, plan, **how)
         step = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, setting.params)
         found[case] = step, jax.tree.map(float, metrics)
     moved, metrics = found["plain"]
@@ -249,25 +292,113 @@ def test_metrics_are_means_whatever_the_loss_divides_by(setting, batch, samples)
 
 
 def test_trim_keeps_every_token(setting, batch, samples):
-    def packed(longest: int, sizes: tuple[int, ...]) -> Samples:
+    def trimmed(longest: int, sizes: tuple[int, ...]) -> Samples:
         lengths = jnp.minimum(samples.lengths, longest)
-        step = learner.StepSpec(1, sizes, pack=False)
-        spec = UpdateSpec(setting.policy, SGD, LOSS, SPEC, 1)
-        mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-        taught = learner.Learner(
-            spec, step, mesh, setting.suppressed, reference=Reference({}, "none")
+        taught = learner_of(
+            setting, UpdateSpec(setting.policy, SGD, LOSS, SPEC), Buckets((), (), sizes)
         )
         given = Experience(batch, samples._replace(lengths=lengths), None, None, None)
-        return taught.pack(given).samples
+        return taught.plan(given)[0].samples
 
-    assert packed(3, (2, 4)).tokens.shape == (B, G, 4)
-    assert packed(4, (2, 4)).logprobs.shape == (B, G, 4)
+    assert trimmed(3, (2, 4)).tokens.shape == (B, G, 4)
+    assert trimmed(4, (2, 4)).logprobs.shape == (B, G, 4)
     # No size is enough, or one is larger than there are tokens: all stay.
     for sizes in ((2, 4), (2, 99), ()):
-        whole = packed(5, sizes)
+        whole = trimmed(5, sizes)
         np.testing.assert_array_equal(whole.tokens, samples.tokens)
         np.testing.assert_array_equal(whole.lengths, jnp.minimum(samples.lengths, 5))
-    np.testing.assert_array_equal(packed(1, (2, 4)).tokens, samples.tokens[..., :2])
+    np.testing.assert_array_equal(trimmed(1, (2, 4)).tokens, samples.tokens[..., :2])
+
+
+def widened(batch: Batch, real: int) -> Batch:
+    """The batch with a second window of each image, real for the first few prompts."""
+    rng = np.random.default_rng(6)
+    images = batch.images
+    patches = np.concatenate([images.patches, rng.normal(size=images.patches.shape)], axis=2)
+    coords = np.concatenate([images.coords, np.asarray(images.coords) + np.asarray([0, 4])], axis=2)
+    second = np.broadcast_to(np.arange(B)[:, None, None, None] < real, images.mask.shape)
+    mask = np.concatenate([images.mask, second], axis=2)
+    return batch._replace(images=Images(np.float32(patches), np.int32(coords), mask))
+
+
+OWN_SIZES = Buckets(prompt=(7, 8, 9), windows=(1, 2), length=(2, 4, T))
+
+
+def test_every_micro_batch_of_its_own_size_gives_the_update_of_one(setting, batch, samples):
+    """Two updates of a step: loss, metrics and gradients are those of prompts padded alike."""
+    batch = widened(batch, real=2)
+    lengths = jnp.asarray([[1, 2, 1], [6, 3, 2], [3, 4, 1], [2, 2, 1]], jnp.int32)
+    mask = jnp.arange(T) < lengths[..., None]
+    samples = samples._replace(
+        tokens=jnp.where(mask, 9 + jnp.arange(T), 0),
+        logprobs=jnp.where(mask, -4.0, 0.0),
+        lengths=lengths,
+    )
+    advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
+    experience = seen_with(batch, samples, advantages)
+    spec = UpdateSpec(
+        setting.policy, SGD, dataclasses.replace(LOSS, mean="token"), SPEC, kl_coef=0.01
+    )
+    found = []
+    for buckets, micro_prompts in ((NO_BUCKETS, 2), (OWN_SIZES, 1)):
+        taught = learner_of(setting, spec, buckets, 2, micro_prompts)
+        state = TrainState.create(jax.tree.map(jnp.array, setting.params), SGD)
+        trimmed, plan, padding = taught.plan(experience)
+        metrics = []
+        for part in taught.split(trimmed, plan):
+            state, each = taught.update(state, part)
+            metrics.append(jax.tree.map(float, each))
+        found.append((state.params, metrics, plan, padding))
+    (plain, wanted, _, padded), (own, seen, plan, less) = found
+    shapes = [[micro.shape for micro in update] for update in plan.updates]
+    # Prompts 0 and 2 in the first update, 1 and 3 in the second, by rising length.
+    assert [[shape.length for shape in update] for update in shapes] == [[2, 4], [2, 6]]
+    assert [[shape.windows for shape in update] for update in shapes] == [[2, 1], [1, 2]]
+    assert len({shape.prompt for update in shapes for shape in update}) > 1
+    for a, b in zip(seen, wanted, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    for a, b, start in zip(*map(jax.tree.leaves, (own, plain, setting.params)), strict=True):
+        step = np.abs(b - start).max()
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-3, step) + 1e-6)
+    assert less["padding/efficiency"] > padded["padding/efficiency"]
+    # 28 tokens in 12 rows of 6; of 2, 4, 2 and 6 for three each.
+    assert padded["padding/response"] == pytest.approx(28 / 72)
+    assert less["padding/response"] == pytest.approx(28 / 42)
+    assert padded["padding/vision"] == pytest.approx(6 / 8) and less["padding/vision"] == 1.0
+    assert (padded["padding/shapes"], less["padding/shapes"]) == (1, 4)
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+def test_responses_to_two_prompts_may_share_a_row(setting, batch, samples, backend):
+    """Log-probabilities and the update are those of prompts apart; each prompt has its image."""
+    lengths = np.asarray(samples.lengths)
+    shape = Shape(batch.prompt.tokens.shape[1], 1, T)
+    rows = (np.asarray([2, 0, 3, 1], np.int32),)
+    plan = StepPlan(
+        T,
+        (
+            tuple(
+                MicroBatch(own, shape, packing.join(lengths[own], len(own) // 2, T, 128))
+                for own in rows
+            ),
+        ),
+    )
+    wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
+    policy = setting.policy.with_compute(attention=backend)
+    setting = setting._replace(policy=policy)
+    found = scored(setting, setting.params, batch, samples, plan=plan, as_users_do=True)
+    assert np.abs(np.where(samples.mask, found - wanted, 0.0)).max() < 1e-5
+    advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
+    experience = seen_with(batch, samples, advantages)
+    both = []
+    for each in (plan, plan_of(batch, samples)):
+        state, metrics = update(setting, setting.params, experience, LOSS, each)
+        both.append((jax.tree.leaves(state.params), jax.tree.map(float, metrics)))
+    (ours, found), (theirs, wanted) = both
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    for a, b, start in zip(ours, theirs, jax.tree.leaves(setting.params), strict=True):
+        step = np.abs(b - start).max()
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-3, step) + 1e-6)
 
 
 def test_the_gap_to_the_sampler_is_the_mean_over_tokens(samples):
@@ -283,19 +414,19 @@ def test_imitation_is_the_mean_of_what_scoring_finds(setting, batch, samples, me
     lengths = np.asarray(samples.lengths).copy()
     lengths[1, 2] = 0
     given = samples._replace(lengths=jnp.asarray(lengths))
-    rows = packing.plan(lengths, T, (2 * T,)) if pack else None
+    plan = plan_of(batch, given, count, WIDE, pack)
     hot = {"temperature": 1.0}
     logprobs = scored(setting, setting.params, batch, given, spec=hot)
     mask = np.arange(T) < lengths[..., None]
     each = [logprobs[i, g][mask[i, g]] for i, g in np.ndindex(B, G) if lengths[i, g]]
     wanted = np.mean(np.concatenate(each)) if mean == "token" else np.mean([x.mean() for x in each])
-    experience = Experience(batch, given, None, None, None, packing=rows)
+    experience = Experience(batch, given, None, None, None)
     loss = ImitationLoss(mean=mean)
     how = {"optimizer": optax.sgd(0.1), "spec": hot}
-    state, metrics = update(setting, setting.params, experience, loss, count, **how)
+    state, metrics = update(setting, setting.params, experience, loss, plan, **how)
     assert metrics["loss"] == pytest.approx(-float(wanted), rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(np.exp(-float(wanted)), rel=1e-5)
-    _, after = update(setting, None, experience, loss, count, state=state, **how)
+    _, after = update(setting, None, experience, loss, plan, state=state, **how)
     assert after["loss"] < metrics["loss"]
 
 
@@ -304,14 +435,15 @@ def test_cached_features_change_no_bit(setting, batch, samples, limit):
     """Over two epochs in other orders; within the bound, and with next to nothing kept."""
     cache = FeatureCache(setting.policy, limit, 2)
     ids = [f"row {i}" for i in range(B)]
-    how = {"spec": {"temperature": 1.0}, "count": 2}
+    how = {"spec": {"temperature": 1.0}}
     for order in ([0, 1, 2, 3], [2, 0, 3, 1], [1, 1, 0, 3]):
         rows = take(batch, np.asarray(order))
         given = jax.tree.map(lambda x, order=order: x[np.asarray(order)], samples)
         features = cache.of(setting.params, rows, [ids[i] for i in order])
+        how["plan"] = plan_of(rows, given, 2)
         np.testing.assert_array_equal(
-            scored(setting, setting.params, rows, given, None, jnp.asarray(features), **dict(how)),
-            scored(setting, setting.params, rows, given, **dict(how)),
+            scored(setting, setting.params, rows, given, jnp.asarray(features), **how),
+            scored(setting, setting.params, rows, given, **how),
         )
     assert cache.hits + cache.misses == 3 * B
     each = 4 * setting.policy.shapes.hidden_size * 4
@@ -361,6 +493,7 @@ def test_a_frozen_tower_costs_no_backward_pass(setting, batch, samples):
     advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
     experience = seen_with(batch, samples, advantages)
     count = 2
+    plan = plan_of(batch, samples, count)
 
     def needed(function, *args) -> int:
         traced = jax.make_jaxpr(function)(*args)
@@ -371,7 +504,7 @@ def test_a_frozen_tower_costs_no_backward_pass(setting, batch, samples):
         optimizer = make_optimizer(0.1, frozen=frozen)
         how = {"remat": "layers", "frozen": frozen, "optimizer": optimizer}
         return needed(
-            lambda params: update(setting, params, experience, count=count, **how), setting.params
+            lambda params: update(setting, params, experience, plan=plan, **how), setting.params
         )
 
     policy = setting.policy.with_compute(remat="layers")
@@ -389,6 +522,7 @@ def test_a_frozen_tower_costs_no_backward_pass(setting, batch, samples):
 def test_a_frozen_tower_changes_neither_the_other_gradients_nor_their_norm(setting, batch, samples):
     advantages = jnp.asarray(np.random.default_rng(4).normal(size=(B, G)), jnp.float32)
     experience, found = seen_with(batch, samples, advantages), {}
+    plan = plan_of(batch, samples, 2)
     for frozen in (None, in_tower):
         # Steps of plain descent are the gradient.
         optimizer = optax.multi_transform(
@@ -398,7 +532,7 @@ def test_a_frozen_tower_changes_neither_the_other_gradients_nor_their_norm(setti
             ),
         )
         how = {"optimizer": optimizer, "frozen": frozen}
-        state, metrics = update(setting, setting.params, experience, count=2, **how)
+        state, metrics = update(setting, setting.params, experience, plan=plan, **how)
         moved = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, setting.params)
         found[frozen] = moved, metrics["grad_norm"]
     (free, whole), (held, norm) = found.values()

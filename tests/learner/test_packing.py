@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from emor3_jax.learner.packing import pack, plan, unpack
+from emor3_jax.learner.packing import join, pack, plan, unpack
 
 
 def test_a_plan_by_hand():
@@ -56,3 +56,19 @@ def test_tokens_come_back_from_their_positions(lengths, sizes):
     assert (used >= 0).sum() == lengths.sum()
     # No response crosses from one row to the next.
     assert (found.place // width == (found.place + lengths - 1) // width).all()
+
+
+def test_responses_to_two_prompts_side_by_side_by_hand():
+    lengths = np.asarray([[2, 1], [3, 0], [1, 1], [1, 2]])
+    found = join(lengths, 2, 3, 8)
+    assert found.source.tolist() == [
+        [[0, 1, 3, 6, 7, 8, -1, -1]],
+        [[0, 3, 6, 9, 10, -1, -1, -1]],
+    ]
+    assert found.place.tolist() == [[0, 2], [3, 6], [0, 1], [2, 3]]
+    x = jnp.arange(24).reshape(4, 2, 3)
+    packed = pack(found, x)
+    assert packed[0, 0, :6].tolist() == [0, 1, 3, 6, 7, 8]
+    assert packed[1, 0, :5].tolist() == [12, 15, 18, 21, 22]
+    mask = np.arange(3) < lengths[..., None]
+    np.testing.assert_array_equal(np.asarray(unpack(found, packed, 3))[mask], np.asarray(x)[mask])

@@ -135,6 +135,123 @@ def test_a_row_that_sees_nothing_is_finite():
         assert np.isfinite(value) and all(np.isfinite(x).all() for x in grads)
 
 
+class PackedCase(Case):
+    """Continuations that share two rows, each of one of several prompts."""
+
+    def __init__(self, s: int, prompts: int, p: int, seed: int = 0):
+        super().__init__(s, prompts * p, True, seed)
+        rng = np.random.default_rng(seed + 7)
+        self.prompts, self.responses = prompts, 3
+        self.segments = np.full((B, G, s), -1)
+        for b in range(B):
+            for g, names in enumerate(np.split(np.arange(prompts * self.responses), [prompts])):
+                cuts = np.sort(rng.choice(np.arange(1, s), len(names), replace=False))
+                for name, start, end in zip(names, [0, *cuts[:-1]], cuts, strict=True):
+                    self.segments[b, g, start:end] = name
+        self.own_mask = self.segments >= 0
+        if prompts > 1:
+            each = np.arange(p) < rng.integers(p // 2, p + 1, (B, prompts))[..., None]
+            self.prefix_mask = each.reshape(B, -1)
+
+    def sources(self, *keys):
+        prefix, own = super().sources(*keys)
+        segments = jnp.asarray(self.segments)
+        own = own._replace(segments=segments)
+        if self.prompts > 1:
+            own = own._replace(owners=jnp.maximum(segments, 0) // self.responses)
+        return prefix._replace(prompts=self.prompts), own
+
+    def expected(self) -> np.ndarray:
+        out = np.zeros(self.q.shape)
+        size = self.p // self.prompts
+        for b, g in np.ndindex(B, G):
+            name = self.segments[b, g]
+            own = (name[:, None] == name) & np.tri(len(name), dtype=bool)
+            owner = np.maximum(name, 0) // self.responses if self.prompts > 1 else 0 * name
+            before = self.prefix_mask[b] & (owner[:, None] == np.arange(self.p) // size)
+            seen = np.concatenate([before, own], axis=1)
+            k = np.concatenate([self.prefix_k[b], self.own_k[b, g]])
+            v = np.concatenate([self.prefix_v[b], self.own_v[b, g]])
+            out[b, g] = oracle(self.q[b, g], k, v, seen)
+        return out
+
+
+PACKED = [
+    (backend, sizes)
+    for backend in BACKENDS
+    # cuDNN has the rows of each prompt apart.
+    for sizes in ((300, 1, 40), (200, 2, 70))
+    if backend != "cudnn" or sizes[1] == 1
+]
+
+
+@pytest.mark.parametrize(("backend", "sizes"), PACKED)
+def test_continuations_that_share_rows_see_their_prompt_and_themselves(backend, sizes, monkeypatch):
+    case = PackedCase(*sizes)
+    real = case.own_mask
+    cotangent = np.random.default_rng(2).normal(size=case.q.shape) * real[..., None, None]
+
+    def run(attend):
+        def loss(q, *rest):
+            out = attend(q, *case.sources(*rest))
+            return jnp.sum(out * cotangent), out
+
+        grad = jax.grad(loss, argnums=tuple(range(5)), has_aux=True)
+        return jax.jit(grad)(*case.arrays())
+
+    grads, out = run(BACKENDS[backend])
+    np.testing.assert_allclose(np.asarray(out)[real], case.expected()[real], atol=2e-6)
+    assert np.isfinite(out).all()
+    monkeypatch.setattr(attention, "_QUERIES", 10**6)
+    for ours, theirs in zip(grads, run(by_blocks)[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_the_mask_of_packed_continuations_by_hand():
+    mask = attention_kernels.PackedMask(prefix=4, prompt=2)
+    segments = jnp.asarray([0, 0, 1, 1, 1, 3, -1, -1])
+    codes = mask.codes(segments, jnp.asarray([0, 0, 0, 0, 0, 1, 0, 0]))
+    seen = np.asarray(mask(*np.broadcast_arrays(np.asarray(codes)[:, None], np.arange(12))))
+    image = "\n".join("".join(".x"[int(x)] for x in row) for row in seen)
+    assert image == "\n".join(
+        [
+            "xx..x.......",
+            "xx..xx......",
+            "xx....x.....",
+            "xx....xx....",
+            "xx....xxx...",
+            "..xx.....x..",
+            "xx........x.",
+            "xx........xx",
+        ]
+    )
+    blocks = np.asarray(mask.blocks(codes, 2))
+    # A block is computed where any of its scores counts, or lies between two that do.
+    assert blocks.tolist() == [
+        [True, False, True, False, False, False],
+        [True, False, False, True, False, False],
+        [True, True, False, True, True, False],
+        [True, False, False, False, False, True],
+    ]
+    # The largest place and prompt survive.
+    most = attention_kernels.MAX_QUERIES - 1
+    segments = jnp.arange(attention_kernels.MAX_QUERIES)
+    owners = jnp.full_like(segments, attention_kernels.MAX_PROMPTS - 1)
+    codes = attention_kernels.PackedMask(4 * 128, 128).codes(segments, owners)
+    columns = jnp.asarray([3 * 128 - 1, 3 * 128, 4 * 128 - 1, 512 + most - 1, 512 + most])
+    seen = attention_kernels.PackedMask(4 * 128, 128)(jnp.broadcast_to(codes[-1], 5), columns)
+    assert seen.tolist() == [False, True, True, False, True]
+
+
+def test_packed_continuations_that_are_too_many_are_refused():
+    q = jnp.zeros((1, 1, attention_kernels.MAX_QUERIES + 1, 1, 8))
+    k, v = attention.slots_last(q, q)
+    mask = jnp.ones(q.shape[:3], bool)
+    own = Own(k, v, mask, True, jnp.zeros(q.shape[:3], jnp.int32))
+    with pytest.raises(ValueError, match="at most 32768 tokens in one sequence"):
+        jax.eval_shape(lambda q: attention_kernels.splash(q, None, own, interpret=True), q)
+
+
 def test_the_mask_of_a_group_by_hand():
     mask = attention_kernels.GroupMask(prefix=2, groups=2, length=3, causal=True)
     assert mask.shape == (6, 8)

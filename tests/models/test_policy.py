@@ -1,13 +1,16 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from support import tiny
 
 from emor3_jax.models import attention, attention_kernels
+from emor3_jax.parallel.mesh import AXES
 from emor3_jax.types import Prompt
 
 B, G, S = 2, 2, 4
@@ -208,7 +211,7 @@ def test_token_logprobs_equal_dense_log_softmax(tied):
             targets,
             suppressed=suppressed,
             temperature=0.7,
-            chunk=13,  # 6 rows: two columns at a time, and one column left over
+            chunk=13,  # some tokens are left over
             entropy=True,
         )
 
@@ -232,6 +235,35 @@ def test_token_logprobs_equal_dense_log_softmax(tied):
         jax.tree.leaves(gradients(chunked)), jax.tree.leaves(gradients(dense_finite)), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(("parts", "tokens"), [(1, 4 * 6 * 8), (4, 6 * 8)])
+def test_a_chunk_of_logits_is_of_one_device_whatever_the_mesh(policy, params, parts, tokens):
+    """Logits of 24 tokens exist at once on each, of 192 over one device or 48 over each of four."""
+    hidden = jnp.zeros((4, 6, 8, policy.shapes.hidden_size))
+    targets = jnp.zeros((4, 6, 8), jnp.int32)
+    mesh = jax.sharding.AbstractMesh((1, parts, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def score(params, hidden):
+        return policy.logprobs(params, hidden, targets, chunk=24)[0]
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(score)(params, hidden).jaxpr
+    loops = [x.params["length"] for x in equations(program) if x.primitive.name == "scan"]
+    assert loops == [tokens // 24]
+    shapes = {v.aval.shape for x in equations(program) for v in x.outvars}
+    logits = [shape for shape in shapes if shape[-1:] == (policy.shapes.vocab_size,)]
+    assert max(map(math.prod, logits)) == 24 * policy.shapes.vocab_size
+
+
+def equations(jaxpr):
+    """Every operation of a program, those inside others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def test_token_logprobs_without_entropy_or_ban(policy, params):

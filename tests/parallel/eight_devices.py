@@ -18,17 +18,26 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from support import tiny
 from support.setting import build_setting, in_order
 
 from emor3_jax import models
+from emor3_jax.learner.learner import Learner, StepSpec, UpdateSpec
 from emor3_jax.learner.logprobs import LogprobSpec, score_responses
+from emor3_jax.learner.micro_batches import Buckets, MicroBatch, StepPlan
+from emor3_jax.learner.packing import join
+from emor3_jax.learner.reference import Reference
 from emor3_jax.models import weights
 from emor3_jax.models.attention import Own, Shared, attend
 from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
+from emor3_jax.rl.losses import Clip, PolicyLoss
 from emor3_jax.rollout.engine import Plan
 from emor3_jax.rollout.sampling import Sampling
-from emor3_jax.types import Samples
+from emor3_jax.types import Experience, Samples
+
+# One object, so that equal programs are compiled once.
+SGD = optax.sgd(1.0)
 
 
 def record(name: str, sizes: tuple[int, int, int], difference: float) -> None:
@@ -65,6 +74,85 @@ def score() -> None:
             lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() + 1e-6)), wanted, found
         )
         record("score", sizes, np.max(jax.tree.leaves(errors)))
+
+
+def together(plan: StepPlan, lengths: np.ndarray) -> StepPlan:
+    """Puts the responses to the two prompts that each of four parts has in a micro-batch in a row.
+
+    They are so few that the planner would leave them apart.
+    """
+
+    def joined(micro: MicroBatch) -> MicroBatch:
+        rows = micro.rows + np.repeat(np.arange(4) * len(lengths) // 4, 2)
+        return micro._replace(packing=join(lengths[rows], 4, micro.shape.length, 128))
+
+    return plan._replace(updates=tuple(tuple(map(joined, each)) for each in plan.updates))
+
+
+def update() -> None:
+    """Two updates of a step, each micro-batch of its own size, against prompts padded alike on one.
+
+    Every device learns from its own prompts: none move.
+    """
+    b, g, t = 16, 2, 6
+    setting = build_setting(b)
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, t + 1, (b, g)).astype(np.int32)
+    tokens = rng.integers(8, 60, (b, g, t)).astype(np.int32)
+    samples = Samples(tokens, np.full((b, g, t), -4.0, np.float32), lengths, lengths < t)
+    given = Experience(
+        setting.batch,
+        samples,
+        None,
+        None,
+        None,
+        ref_logprobs=samples.logprobs,
+        advantages=rng.normal(size=(b, g)).astype(np.float32),
+    )
+    loss = PolicyLoss(Clip(), kl="k3", entropy=True)
+
+    def learn(sizes, devices, buckets, attention="xla", **how):
+        mesh = make_mesh(*sizes, devices)
+        with jax.set_mesh(mesh):
+            spec = UpdateSpec(
+                setting.policy.with_compute(attention=attention),
+                SGD,
+                loss,
+                LogprobSpec(1.0, 8),
+                kl_coef=0.1,
+            )
+            step = StepSpec(2, 8, buckets, pack=False, **how)
+            learner = Learner(spec, step, mesh, setting.suppressed, reference=Reference({}, "none"))
+            shardings = param_shardings(setting.params, mesh)
+            # Updates give their state away.
+            state = learner.init(jax.device_put(jax.tree.map(np.copy, setting.params), shardings))
+            experience, plan, _ = learner.plan(shard_batch(given, mesh))
+            if attention != "xla":
+                plan = together(plan, lengths)
+            found = []
+            for part in learner.split(experience, plan):
+                state, metrics = learner.update(state, part)
+                found.append(metrics)
+            return jax.device_get((state.params, found)), plan
+
+    wanted, _ = learn((1, 1, 1), jax.devices()[:1], Buckets())
+    own = Buckets((7, 8), (1,), (2, 4))
+    for sizes, attention in (
+        ((8, 1, 1), "xla"),
+        ((1, 8, 1), "xla"),
+        ((2, 2, 2), "xla"),
+        ((2, 2, 2), "splash_interpret"),
+    ):
+        found, plan = learn(sizes, None, own, attention)
+        errors = jax.tree.map(
+            lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() + 1e-6)), wanted, found
+        )
+        name = "update" if attention == "xla" else "packed update"
+        record(name, sizes, np.max(jax.tree.leaves(errors)))
+    # With other prompts in each update, it is another step, and as finite.
+    found, plan = learn((2, 2, 2), None, own, balance=True)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    assert sorted(plan.rows(4).reshape(2, 4, 2).swapaxes(0, 1).reshape(4, 4)[0]) == [0, 1, 2, 3]
 
 
 def rollout() -> None:
@@ -142,5 +230,5 @@ def checkpoint() -> None:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    for part in (score, rollout, attention, checkpoint):
+    for part in (score, update, rollout, attention, checkpoint):
         part()

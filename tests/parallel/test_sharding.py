@@ -85,6 +85,9 @@ def eight() -> subprocess.CompletedProcess:
     [
         # Loss and gradients.
         ("score", 4, 1e-4),
+        # Metrics and parameters after two updates, micro-batches planned on each part of the mesh.
+        ("update", 3, 1e-4),
+        ("packed update", 1, 1e-4),
         # Tokens of a greedy rollout with prompts in turns.
         ("rollout", 4, 0.0),
         # Splash attention and its gradients: devices share prompts and heads.

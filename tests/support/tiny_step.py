@@ -20,6 +20,7 @@ from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.config import default
+from emor3_jax.learner import learner
 from emor3_jax.models import params, policy
 from emor3_jax.models.policy import Policy
 from emor3_jax.models.qwen2_5_vl import decoder, tower
@@ -40,27 +41,31 @@ POLICY = tiny.make_policy(
 )
 SHAPES = POLICY.shapes
 QUESTIONS = {"coherence": (6, 9), "consistency": (4, 7)}
+_HEAD = {(SHAPES.hidden_size // n, SHAPES.vocab_size) for n in (1, 2)}
 LAYERS = ("weight_sync", "decode", "reference", "update")
 
 
-def make_config() -> ConfigDict:
+def make_config(length: int = 32) -> ConfigDict:
     """A step of 16 prompts, which come in two waves and are learned from in two parts."""
     config = default()
     config.data.prompt_lengths, config.data.image_windows = (40,), (2,)
-    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 16, 4, 32
+    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 16, 4, length
     config.rollout.slots, config.rollout.refill, config.rollout.block = 16, 8, 16
     config.reflect.text_lengths = (16,)
     config.policy_update.prompts, config.policy_update.micro_prompts = 8, 8
-    # Logits of two of the 32 columns at once.
+    # Logits of half the tokens of a device at once.
     config.policy_update.logprob_chunk = 64
     return config
 
 
-def compile_tiny(mesh: Mesh, *only: str) -> dict[str, Report]:
+def compile_tiny(
+    mesh: Mesh, *only: str, attention: str = "xla", length: int = 32
+) -> dict[str, Report]:
     """Compiles the programs of a step, all unless some are named."""
     record = Recorder(mesh, lambda name: not only or name in only)
     with jax.set_mesh(mesh):
-        record.run(step_programs(mesh, make_config(), POLICY, QUESTIONS))
+        policy = POLICY.with_compute(attention=attention)
+        record.run(step_programs(mesh, make_config(length), policy, QUESTIONS))
     return {report.name: report for report in record.reports}
 
 
@@ -69,10 +74,11 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
 
     Returns:
       "gathered": where weights are gathered; "stacked": where those of all layers at once are;
-      "repeated": where a weight outside the layers is, more often than there are micro-batches;
+      "repeated": where a weight outside the layers is, more than once;
       "activations": bytes of the all-reduces of more than vectors; "heads": where attention gathers
-      what is no weight; "passes": how often each layer of the decoder is gathered, told by one of
-      its weights.
+      what is no weight; "head_over_data": how often the head's gradient is summed over `data`,
+      of another size than `fsdp`; "passes": how often each layer of the decoder is gathered, told
+      by one of its weights.
     """
     shapes = POLICY.param_shapes()
     leaves = jax.tree.leaves(shapes)
@@ -89,7 +95,7 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
         "gathered": [c.source for c in weights],
         "stacked": [c.source for c in hlo.weight_gathers(found, scanned, stacked=True)],
         "repeated": [
-            c.source for c in hlo.weight_gathers(found, others, stacked=True) if c.times > 2
+            c.source for c in hlo.weight_gathers(found, others, stacked=True) if c.times > 1
         ],
         "activations": sum(
             hlo.bytes_of(*shape) for c in sums for shape in c.shapes if len(shape[1]) > 1
@@ -99,6 +105,13 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
             for c in found
             if c.kind == "all-gather" and "attn" in c.source and c not in weights
         ],
+        "head_over_data": sum(
+            c.times
+            for c in sums
+            if c.group == mesh.shape["data"] != mesh.shape["fsdp"]
+            for shape in c.shapes
+            if shape[1] in _HEAD
+        ),
         "passes": sum(c.times for c in weights if "/layers/mlp/up_proj" in c.source)
         / SHAPES.num_layers,
     }
@@ -170,12 +183,20 @@ def prompts_first() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def head_summed_each_time() -> Iterator[None]:
+    """Each micro-batch sums the gradient by the head over `data`."""
+    with mock.patch.object(learner, "num_data", lambda: 1):
+        yield
+
+
 FAULTS = {
     weights_as_trained: ((1, 8, 1), "weight_sync", "decode"),
     whole_stacks: ((1, 8, 1), "reference"),
     features_cut: ((1, 8, 1), "reference"),
     parts_first: ((2, 2, 2), "reference"),
     prompts_first: ((1, 8, 1), "reference"),
+    head_summed_each_time: ((4, 2, 1), "update", "apply"),
 }
 """What is done wrong → the mesh and the programs that show it."""
 
@@ -194,6 +215,7 @@ def main() -> None:
     found = {
         "1x8x1": find((1, 8, 1), *LAYERS),
         "2x2x2": find((2, 2, 2), *LAYERS),
+        "4x2x1": find((4, 2, 1), "update", "apply"),
     }
     for fault, case in FAULTS.items():
         with fault():

@@ -100,9 +100,14 @@ def _attend_group(
 ) -> jax.Array:
     """`attend` of prompts to themselves, and of their continuations to them and to themselves."""
     (q, qs), (k, ks), (v, vs), (mask, masks) = (group.split(x) for x in (q, k, v, mask))
-    prompt = Own(*slots_last(k, v), mask, True)
-    prefix = Shared(prompt.k[:, 0], prompt.v[:, 0], mask[:, 0])
-    own = Own(*slots_last(ks, vs), masks, True, segments)
+    of_prompt = owners = None
+    if group.prompts > 1:
+        size = group.prompt // group.prompts
+        of_prompt = jnp.broadcast_to(jnp.arange(group.prompt) // size, mask.shape)
+        owners = jnp.maximum(segments, 0) // group.responses
+    prompt = Own(*slots_last(k, v), mask, True, of_prompt)
+    prefix = Shared(prompt.k[:, 0], prompt.v[:, 0], mask[:, 0], group.prompts)
+    own = Own(*slots_last(ks, vs), masks, True, segments, owners)
     return group.join(attend(q, [prompt], backend), attend(qs, [prefix, own], backend))
 
 
@@ -145,7 +150,7 @@ class DecoderLayer(nn.Module):
         x = keep_rows(x)
         earlier: list[Shared | Own] = []
         if prefix is not None:
-            earlier.append(Shared(*prefix, shared["prefix"], shared.get("routing")))
+            earlier.append(Shared(*prefix, shared["prefix"], routing=shared.get("routing")))
         if cache is not None:
             earlier.append(Own(*cache, shared["cache"]))
         normed = RMSNorm(eps, self.compute.dtype, name="input_layernorm")(x)
