@@ -205,6 +205,7 @@ class Run:
         self._position, started = self.data.train.get_state(), time.perf_counter()
         self._upcoming = next(self.data.train) if step < self.config.steps else None
         waited = time.perf_counter() - started
+        updates, info = hosts.start_fetch((updates, info))
         self._pending = StepRecord(step, observed, updates, info, waited, self.clock.lap())
         # Agreed upon once a step, so that what ends the loop also saves, on all hosts.
         self._last = hosts.agree(self._stop.requested) or step == self.config.steps
@@ -278,7 +279,7 @@ class Run:
         """Logs the step that is still to be logged; waits for its arrays."""
         if self._pending is None:
             return
-        config, done, self._pending = self.config, self._pending, None
+        config, done, self._pending = self.config, self._pending.fetched(), None
         values = done.metrics() | memory() | self.data.counters() | self._counters()
         values |= evaluations or {}
         if self._meter is not None:
