@@ -29,8 +29,9 @@ class Images(NamedTuple):
     a window holds `L = (window_size / patch_size) ** 2` patches. Padding slots have `mask` False.
 
     Attributes:
-      patches: float32[B, I, W, L, 3 * temporal_patch_size * patch_size**2], as the image processor
-        of transformers flattens a patch (channel, time, row, column).
+      patches: float[B, I, W, L, C], as the image processor of transformers flattens a patch
+        (channel, time, row, column); of still images one frame alone, C = 3 * patch_size**2, in
+        the type of the policy's arithmetic.
       coords: int32[B, I, W, L, 2], row and column of the patch in its image.
       mask: bool[B, I, W, L], True where a patch is real.
     """

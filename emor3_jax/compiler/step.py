@@ -36,6 +36,7 @@ from emor3_jax.parallel.program import (
     as_params,
     by_prompts,
     single,
+    switched,
     whole,
 )
 from emor3_jax.rewards.automaton import Automaton
@@ -90,12 +91,13 @@ def step_programs(
         "optimizer": state.opt_state,
         "data": [batch, rollout.scorer.tables],
     }
-    yield from along(maker.put_programs(batch), kept)
     experience = yield from along(rollout.programs(base, batch, key), kept)
     if config.rollout.resample:
         args = (experience.rewards,)
         yield from along(single(Program("compare_groups", compare_groups, args)), kept)
     found = {"data": [experience.samples, experience.replies]}
+    # Put on the devices while they update, and there from then on.
+    following = maker.batch(config.rollout.prompts)
     terms = RewardTerms(
         experience.rewards,
         experience.scores.named(),
@@ -103,10 +105,12 @@ def step_programs(
         experience.greedy,
     )
     updates = learner.programs(state, experience, reference, terms)
+    kept["data"] = [rollout.scorer.tables]
+    # The step's own batch is let go once it is split; with a single update, that reads it whole.
+    updates = switched(updates, "update", {"data": batch}, {"data": following})
     yield from along(along(updates, found), kept)
     evaluated = maker.batch(config.evaluate.prompts)
-    kept["data"] = [evaluated, rollout.scorer.tables]
-    yield from along(maker.put_programs(evaluated), kept, "evaluate ")
+    kept["data"] = [evaluated, following, rollout.scorer.tables]
     evaluation = maker.rollout(training=False).programs(base, evaluated, key)
     yield from along(evaluation, kept, "evaluate ")
 
@@ -189,14 +193,6 @@ class _Maker:
         # Two spellings each.
         return PromptedQuestion(QUESTIONS[name], head, tail, _candidates(2 * meanings, meanings))
 
-    def put_programs(self, batch: Batch) -> Programs:
-        """Yields the program that rounds images once they are on the devices."""
-        patches = batch.images.patches
-        if self.policy.dtype != jnp.float32:
-            given = by_prompts(self.mesh, jax.ShapeDtypeStruct(patches.shape, jnp.float32))
-            args = given, self.policy.dtype
-            yield Program("cast_patches", prepare.cast_patches, args, layout=by_prompts)
-
     def batch(self, prompts: int) -> Batch:
         """Returns prompts in the largest buckets of the config."""
         p, w = self.config.data.prompt_lengths[-1], self.config.data.image_windows[-1]
@@ -204,13 +200,11 @@ class _Maker:
         def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((prompts, *shape), dtype)
 
-        images = self.policy.layout.abstract_images(prompts, w)
-        patches = jax.ShapeDtypeStruct(images.patches.shape, self.policy.dtype)
         batch = Batch(
             prompt=Prompt(array(p), array(p, 3), array(p, dtype=bool), array(p)),
             last_token=array(),
             next_position=array(),
-            images=images._replace(patches=patches),
+            images=self.policy.layout.abstract_images(prompts, w, self.policy.dtype),
             shared_length=array(),
             shared_position=array(),
             answers=array(),

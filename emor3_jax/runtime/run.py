@@ -33,7 +33,7 @@ from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.learner.learner import Learner
 from emor3_jax.models import LoadedPolicy, save
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import check_batch, make_mesh
+from emor3_jax.parallel.mesh import check_batch, make_mesh, shard_batch
 from emor3_jax.prepare.checks import validate
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
@@ -127,7 +127,7 @@ class Run:
 
     def put(self, batch: Batch) -> Batch:
         """Puts a batch of host arrays on the devices."""
-        return prepare.put_batch(batch, self.mesh, self.config)
+        return shard_batch(batch, self.mesh)
 
     def start(
         self,

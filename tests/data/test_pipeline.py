@@ -389,6 +389,28 @@ def test_worker_processes_give_the_same_batches(train, dirty):
         there.close()
 
 
+def test_patches_in_bfloat16_come_out_of_worker_processes(processor, dirty, make):
+    """One frame of each patch: a quarter of the bytes of what transformers' processor returns."""
+    small = processor.with_dtype(jnp.bfloat16)
+    spec = BatchSpec(2, **BUCKETS)
+    batches = [
+        train_batches(dirty, reader, TEMPLATE, make["labels"], each, seed=0)
+        for reader, each in ((processor, spec), (small, spec._replace(workers=1)))
+    ]
+    try:
+        (full, ids), (half, other_ids) = map(next, batches)
+    finally:
+        batches[1].close()
+    assert ids == other_ids
+    assert half.images.patches.dtype == jnp.bfloat16
+    assert (
+        half.images.patches.shape
+        == full.images.patches.shape
+        == (2, 1, *half.images.patches.shape[2:4], 48)
+    )
+    np.testing.assert_array_equal(half.images.patches, full.images.patches.astype(jnp.bfloat16))
+
+
 def test_a_processor_of_another_policy_is_refused(clean, policy, tokenizer, make):
     other = Processor(tokenizer, ImageSettings(patch_size=14), policy.layout)
     with pytest.raises(DataError, match=r"patch_size: the processor has 14.*config\.json 4"):
