@@ -11,6 +11,7 @@ the devices are computing, as a collective would.
 With one process each function does the obvious thing and nothing else.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -123,25 +124,27 @@ def is_first() -> bool:
     return distributed.global_state.process_id == 0
 
 
-_turns = itertools.count()
+_turns: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
-def exchange(value: Any) -> list[Any]:
+def exchange(value: Any, channel: str = "main") -> list[Any]:
     """Returns what each process gives, in their order; all must call this, as often as each other.
 
     Args:
       value: plain data that fits JSON. It takes about a millisecond; devices are not waited for.
+      channel: calls are counted by it; a thread of its own needs one of its own.
     """
     state = distributed.global_state
     if state.num_processes == 1:
         return [value]
-    client, turn, index = state.client, next(_turns), state.process_id
+    client, turn, index = state.client, next(_turns[channel]), state.process_id
+    name = f"emor3_jax/{channel}"
     if turn > 1:
         # All have passed the barrier after that turn, so all have read it.
-        client.key_value_delete(f"emor3_jax/{turn - 2}/{index}")
-    client.key_value_set(f"emor3_jax/{turn}/{index}", json.dumps(value))
-    client.wait_at_barrier("emor3_jax", _PATIENCE_MS)
-    found = client.key_value_dir_get(f"emor3_jax/{turn}/")
+        client.key_value_delete(f"{name}/{turn - 2}/{index}")
+    client.key_value_set(f"{name}/{turn}/{index}", json.dumps(value))
+    client.wait_at_barrier(name, _PATIENCE_MS)
+    found = client.key_value_dir_get(f"{name}/{turn}/")
     said = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in found}
     return [said[i] for i in range(state.num_processes)]
 

@@ -109,6 +109,7 @@ class Run:
         self._counters: Callable[[], dict[str, float]] = dict
         self._last = self._step >= config.steps
         self._upcoming: Prompts | None = None
+        self._placed: Batch | None = None
         self._position: Any = None
         traced = self._step + 3
         self._traced = range(traced, traced + config.log.profile_steps)
@@ -126,8 +127,12 @@ class Run:
             self._writer.close()
 
     def put(self, batch: Batch) -> Batch:
-        """Puts a batch of host arrays on the devices."""
-        return shard_batch(batch, self.mesh)
+        """Puts a batch of host arrays on the devices; that of the next step is there already."""
+        if self._placed is not None and self._upcoming and batch is self._upcoming.batch:
+            placed, self._placed = self._placed, None
+            return placed
+        with jax.profiler.TraceAnnotation("put"):
+            return shard_batch(batch, self.mesh)
 
     def start(
         self,
@@ -181,7 +186,8 @@ class Run:
         while not self._last:
             if self._step + 1 in self._traced[:1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
-            yield self._step + 1, self._upcoming
+            with jax.profiler.StepTraceAnnotation("step", step_num=self._step + 1):
+                yield self._step + 1, self._upcoming
 
     def record(
         self,
@@ -190,7 +196,7 @@ class Run:
         updates: list[dict[str, jax.Array]],
         info: dict[str, jax.Array | float],
     ) -> None:
-        """Records a step whose updates are on their way; logs the one before, and reads ahead.
+        """Records a step whose updates are on their way; puts the next one, logs the one before.
 
         Args:
           step: its number.
@@ -200,11 +206,12 @@ class Run:
         """
         self.clock.mark("update", updates)
         self._step = step
-        # The device is busy now: meanwhile the host logs the step before and reads on.
-        self._flush()
+        # The device is busy now: meanwhile the host sends the next batch and logs the step before.
         self._position, started = self.data.train.get_state(), time.perf_counter()
         self._upcoming = next(self.data.train) if step < self.config.steps else None
         waited = time.perf_counter() - started
+        self._placed = None if self._upcoming is None else self.put(self._upcoming.batch)
+        self._flush()
         updates, info = hosts.start_fetch((updates, info))
         self._pending = StepRecord(step, observed, updates, info, waited, self.clock.lap())
         # Agreed upon once a step, so that what ends the loop also saves, on all hosts.
@@ -253,6 +260,7 @@ class Run:
         self.clock.close()
         self._stop.restore()
         self._checkpoints.close()
+        self.data.train.close()
         if self._step != self.config.steps:
             self._writer.close()
             step = self._step
@@ -279,9 +287,14 @@ class Run:
         """Logs the step that is still to be logged; waits for its arrays."""
         if self._pending is None:
             return
-        config, done, self._pending = self.config, self._pending.fetched(), None
+        with jax.profiler.TraceAnnotation("log"):
+            self._log(self._pending.fetched(), evaluations or {})
+        self._pending = None
+
+    def _log(self, done: StepRecord, evaluations: dict[str, float]) -> None:
+        config = self.config
         values = done.metrics() | memory() | self.data.counters() | self._counters()
-        values |= evaluations or {}
+        values |= evaluations
         if self._meter is not None:
             device = self.mesh.devices.flat[0].device_kind
             needed = self._meter(done.observed)
