@@ -38,6 +38,8 @@ def get_config() -> ConfigDict:
     # All images of the next step: 2.4 MB each at 401,408 pixels, 25 MB at the largest size.
     config.data.read_ahead = 512
     config.evaluate.sets.validation = dataset(kind="parquet", labels="mikels8")
+    # A step takes minutes, and spot machines are gone half a minute after the notice.
+    config.checkpoint.minutes = 5.0
     return config
 
 

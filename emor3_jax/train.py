@@ -36,6 +36,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
       {"before": {data set: Evaluation}, "after": {…}}; empty if a signal stopped the run.
 
     Raises:
+      Stopped: if a signal ended it within a step or an evaluation; its last step is saved.
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
     with Run("train", config, workdir) as run:
@@ -65,7 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
             # Adapt the KL coefficient; let a reference follow the policy.
             learner.after_step(state, step, scored, updates)
             run.record(step, observed, updates, info | scored)  # written while the device works on
-            run.evaluate(step, partial(learner.params, state))
+            run.evaluate(step, learner, state)
             run.save(step, learner, state)
         return run.finish(partial(learner.params, state))
 

@@ -26,7 +26,9 @@ Deviations, numbered:
 import hashlib
 import itertools
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -299,7 +301,8 @@ class _Rows:
             if not flags.FLAGS.is_parsed():
                 # grain reads its own absl flags before it starts processes.
                 flags.FLAGS.mark_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
+            options = grain.MultiprocessingOptions(num_workers=self.workers)
+            stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
         return iter(stream.batch(len(self.host_rows), batch_fn=list))
 
     def assemble(
@@ -357,6 +360,29 @@ class _Rows:
         return made.prompts
 
 
+def _next(iterator: Any) -> Any:
+    """Returns what grain's iterator yields next, None at its end.
+
+    Processes that are started here leave the signals to this one: it ends them, after a stop signal
+    to the whole group too.
+    """
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        return next(iterator, None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
+
+def _end_with_parent(*_: int) -> None:
+    """Ends this worker process when the one that started it has ended, in whatever way."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class TrainBatches:
     """Endless batches in a shuffled order that repeats exactly after `set_state`.
 
@@ -392,7 +418,7 @@ class TrainBatches:
         def read() -> None:
             try:
                 with jax.profiler.TraceAnnotation("make batch"):
-                    made.set_result(self._rows.assemble(next(iterator)))
+                    made.set_result(self._rows.assemble(_next(iterator)))
             except BaseException as error:
                 made.set_exception(error)
 
@@ -467,7 +493,7 @@ class EvalBatches:
             return kept[0]
 
         try:
-            for reads in iterator:
+            while (reads := _next(iterator)) is not None:
                 yield rows.take(rows.assemble(reads, filler))
         finally:
             iterator.close()

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,6 +42,10 @@ _CLUSTERS = ("slurm", "gketpu", "gcetpu")
 
 _FAKE, _CPU_THREADS = "xla_force_host_platform_device_count", 32
 """The flag that makes several devices of a CPU, and the threads that its client then gets."""
+
+_SERVICE = "JAX_ENABLE_PREEMPTION_SERVICE"
+"""Set to 1, JAX takes SIGTERM and finds the step after which all hosts stop (`reached_sync_point`);
+else a run does so itself, and hears the signal between steps too."""
 
 _PATIENCE_MS = 6 * 3600 * 1000
 """How long a process waits for the others: the first one may be drawing data or training the base
@@ -73,8 +78,9 @@ def start() -> None:
         join = here | {"cluster_detection_method": "deactivate"} if count > 1 else None
     if join is None:
         return
-    # It would take SIGTERM for itself, also in programs that do not ask it.
-    jax.config.update("jax_enable_preemption_service", False)
+    # It takes SIGTERM for itself, also in programs that do not ask it.
+    wanted = os.environ.get(_SERVICE, "").lower() in ("1", "true", "on", "yes")
+    jax.config.update("jax_enable_preemption_service", wanted)
     try:
         jax.distributed.initialize(**join)
     except jax.errors.JaxRuntimeError as error:
@@ -152,6 +158,20 @@ def exchange(value: Any, channel: str = "main") -> list[Any]:
 def agree(wish: bool) -> bool:
     """Returns on all processes whether any of them wishes it."""
     return any(exchange(wish))
+
+
+def jax_takes_sigterm() -> bool:
+    """Returns whether JAX's preemption service runs."""
+    return distributed.global_state.preemption_sync_manager is not None
+
+
+def reached_sync_point(step: int) -> bool:
+    """Returns whether JAX's preemption service wants all hosts to stop after this step.
+
+    Args:
+      step: that is done; all hosts must ask after each.
+    """
+    return jax_takes_sigterm() and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
