@@ -16,6 +16,7 @@ batches of an evaluation; either way the last step that was finished is saved.
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -164,6 +165,8 @@ class Run:
         self._maintenance = MaintenanceWatch(self._stop.request)
         self._pace = Pace(self._step, config.steps)
         self._pending: StepRecord | None = None
+        # A thread that ends the process logs too, and may find the main one at it.
+        self._logging = threading.RLock()
         self._meter: Callable[[Observed], float] | None = None
         self._rollout: Rollout | None = None
         self._counters: Callable[[], dict[str, float]] = dict
@@ -401,11 +404,10 @@ class Run:
 
     def _flush(self, evaluations: dict[str, float] | None = None) -> None:
         """Logs the step that is still to be logged; waits for its arrays."""
-        if self._pending is None:
-            return
-        with jax.profiler.TraceAnnotation("log"):
-            self._log(self._pending.fetched(), evaluations or {})
-        self._pending = None
+        with self._logging, jax.profiler.TraceAnnotation("log"):
+            if self._pending is not None:
+                self._log(self._pending.fetched(), evaluations or {})
+            self._pending = None
 
     def _log(self, done: StepRecord, evaluations: dict[str, float]) -> None:
         config = self.config
