@@ -37,9 +37,11 @@ def get_config() -> ConfigDict:
     config.data.train = dataset(kind="parquet", labels="mikels8")
     config.data.workers = 8
     config.rollout.slots, config.rollout.refill, config.rollout.lanes = 64, 16, 128
-    # All images of the next step: 10 MB each at 401,408 pixels, 100 MB at the largest size.
+    # All images of the next step: 2.4 MB each at 401,408 pixels, 25 MB at the largest size.
     config.data.read_ahead = 512
     config.evaluate.sets.validation = dataset(kind="parquet", labels="mikels8")
+    # A step takes minutes, and spot machines are gone half a minute after the notice.
+    config.checkpoint.minutes = 5.0
     return config
 
 

@@ -18,7 +18,7 @@ from emor3_jax.evaluation.records import Evaluation, prediction_file
 from emor3_jax.io import report
 from emor3_jax.io.console import Console
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.runtime import cli, job
 from emor3_jax.runtime.restore import load_evaluated
@@ -43,7 +43,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
                 policy.params,
                 batches,
                 config.seed,
-                put=lambda batch: prepare.put_batch(batch, mesh, config),
+                put=lambda batch: shard_batch(batch, mesh),
                 keep=report.SAMPLES,
                 graded=config.evaluate.sets[name].graded,
                 record=record,

@@ -50,6 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
       {"before": {data set: Evaluation}, "after": {…}}; empty if a signal stopped the run.
 
     Raises:
+      Stopped: as `emor3_jax.train`.
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
     with Run("sft", config, workdir) as run:
@@ -70,7 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
                 state, metrics = learner.update(state, parts.pop(0))
                 updates.append(metrics)
             run.record(step, observed, updates, padding)
-            run.evaluate(step, partial(learner.params, state))
+            run.evaluate(step, learner, state)
             run.save(step, learner, state)
         return run.finish(partial(learner.params, state))
 

@@ -36,6 +36,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
       {"before": {data set: Evaluation}, "after": {…}}; empty if a signal stopped the run.
 
     Raises:
+      Stopped: if a signal ended it within a step or an evaluation; its last step is saved.
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
     with Run("train", config, workdir) as run:
@@ -57,7 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
             # Score them under the reference; compare each response with its group.
             experience, scored = learner.score(params, prompts, experience, plan, run.clock)
             observed = observe(prompts.ids, prompts.batch, experience)
-            # Free merged weights and the whole batch before the update: both would be there twice.
+            # Free merged weights before the update.
             parts = learner.split(experience, plan)
             del params, experience
             updates = []
@@ -68,7 +69,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
             learner.after_step(state, step, scored, updates)
             info |= scored | padding
             run.record(step, observed, updates, info)  # written while the device works on
-            run.evaluate(step, partial(learner.params, state))
+            run.evaluate(step, learner, state)
             run.save(step, learner, state)
         return run.finish(partial(learner.params, state))
 

@@ -29,8 +29,9 @@ class Images(NamedTuple):
     a window holds `L = (window_size / patch_size) ** 2` patches. Padding slots have `mask` False.
 
     Attributes:
-      patches: float32[B, I, W, L, 3 * temporal_patch_size * patch_size**2], as the image processor
-        of transformers flattens a patch (channel, time, row, column).
+      patches: float[B, I, W, L, C], as the image processor of transformers flattens a patch
+        (channel, time, row, column); of still images one frame alone, C = 3 * patch_size**2, in
+        the type of the policy's arithmetic.
       coords: int32[B, I, W, L, 2], row and column of the patch in its image.
       mask: bool[B, I, W, L], True where a patch is real.
     """
@@ -217,7 +218,7 @@ class Observed(NamedTuple):
     Attributes:
       ids: of the prompts of all hosts.
       batch: this host's prompts, as host arrays.
-      experience: samples, replies and scores of all hosts.
+      experience: samples, replies and scores of all hosts, without log-probabilities.
       answers: int32[B], index of the label, of all hosts.
       rewards: float32[B, G], of all hosts; None without scores.
     """

@@ -171,6 +171,8 @@ WRONG = [
     ("sft.responses", 0, "at least 1"),
     ("data.train.kind", "csv", "huggingface"),
     ("checkpoint.keep", 0, "at least 1"),
+    ("checkpoint.minutes", -1.0, "0 (none) or more"),
+    ("checkpoint.stop_seconds", -1.0, "0 or more"),
     ("log.every", 0, "at least 1"),
     ("log.sinks", ("jsonl", "wandb"), "'tensorboard'"),
     ("log.sinks", ("tensorboard",), "must hold 'jsonl'"),

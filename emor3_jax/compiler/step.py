@@ -36,6 +36,7 @@ from emor3_jax.parallel.program import (
     as_params,
     by_prompts,
     single,
+    switched,
     whole,
 )
 from emor3_jax.rewards.automaton import Automaton
@@ -93,7 +94,6 @@ def step_programs(
         "optimizer": state.opt_state,
         "data": [batch, rollout.scorer.tables],
     }
-    yield from along(maker.put_programs(batch), kept)
     params = yield from along(learner.merge_programs(state), kept)
     # Merged kernels lie beside base and adapters while responses are sampled and scored.
     sampling = {**kept, "parameters": [*kept["parameters"], params]}
@@ -102,6 +102,8 @@ def step_programs(
         args = (experience.rewards,)
         yield from along(single(Program("compare_groups", compare_groups, args)), sampling)
     found = {"data": [experience.samples, experience.replies]}
+    # Put on the devices while they update, and there from then on.
+    following = maker.batch(config.rollout.prompts)
     terms = RewardTerms(
         experience.rewards,
         experience.scores.named(),
@@ -109,10 +111,12 @@ def step_programs(
         experience.greedy,
     )
     updates = learner.programs(state, experience, reference, terms, params)
+    kept["data"] = [rollout.scorer.tables]
+    # The step's own batch is read until the last update.
+    updates = switched(updates, "no_gradients", {"data": batch}, {"data": following})
     yield from along(along(updates, found), kept)
     evaluated = maker.batch(config.evaluate.prompts)
-    kept = {**sampling, "data": [evaluated, rollout.scorer.tables]}
-    yield from along(maker.put_programs(evaluated), kept, "evaluate")
+    kept = {**sampling, "data": [evaluated, following, rollout.scorer.tables]}
     evaluation = maker.rollout(training=False).programs(params, evaluated, key)
     yield from along(evaluation, kept, "evaluate")
 
@@ -197,14 +201,6 @@ class _Maker:
         # Two spellings each.
         return PromptedQuestion(QUESTIONS[name], head, tail, _candidates(2 * meanings, meanings))
 
-    def put_programs(self, batch: Batch) -> Programs:
-        """Yields the program that rounds images once they are on the devices."""
-        patches = batch.images.patches
-        if self.policy.dtype != jnp.float32:
-            given = by_prompts(self.mesh, jax.ShapeDtypeStruct(patches.shape, jnp.float32))
-            args = given, self.policy.dtype
-            yield Program("cast_patches", prepare.cast_patches, args)
-
     def batch(self, prompts: int) -> Batch:
         """Returns prompts in the largest buckets of the config."""
         p, w = self.config.data.prompt_lengths[-1], self.config.data.image_windows[-1]
@@ -212,13 +208,11 @@ class _Maker:
         def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((prompts, *shape), dtype)
 
-        images = self.policy.layout.abstract_images(prompts, w)
-        patches = jax.ShapeDtypeStruct(images.patches.shape, self.policy.dtype)
         batch = Batch(
             prompt=Prompt(array(p), array(p, 3), array(p, dtype=bool), array(p)),
             last_token=array(),
             next_position=array(),
-            images=images._replace(patches=patches),
+            images=self.policy.layout.abstract_images(prompts, w, self.policy.dtype),
             shared_length=array(),
             shared_position=array(),
             answers=array(),

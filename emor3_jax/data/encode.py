@@ -101,7 +101,7 @@ class Encoder:
             return Skip(reason, texts.id)
         layout, tokenizer = self.processor.layout, self.processor.tokenizer
         try:
-            patches, grid = self.processor.patches(row.images[0])
+            patches, grid = self.processor.still_patches(row.images[0])
         except ImageError:
             return Skip("unreadable_image", texts.id)
         if layout.bucket(grid) > self._max_windows:

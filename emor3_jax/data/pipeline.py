@@ -8,6 +8,8 @@ show is found before the run starts; a damaged image when its row is first read,
 of its group, drawn by the seed and the position, stands in for it. So neither the shape of a batch
 nor the other rows depend on it, nor on timing.
 
+A thread makes the next training batch while the one before it is used.
+
 A position in the data is one number, the index in the endless order (`data/order.py`) where the
 next batch begins: it depends neither on the number of worker processes nor on that of hosts.
 
@@ -24,12 +26,18 @@ Deviations, numbered:
 import hashlib
 import itertools
 import logging
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -52,7 +60,7 @@ Exchange = Callable[[Any], list[Any]]
 """Gives plain data to all hosts and returns what each has given."""
 
 READ_AHEAD = 64
-"""Rows that are read ahead, at most, by all processes: a large image is 100 MB of patches."""
+"""Rows that are read ahead, at most, by all processes: a large image is 25 MB in bfloat16."""
 
 
 class BatchSpec(NamedTuple):
@@ -64,7 +72,8 @@ class BatchSpec(NamedTuple):
       image_windows: rising choices of `W`.
       workers: processes that read and decode; 0 does it in threads of this one.
       host_rows: rows of each batch that this host reads (`mesh.host_rows`); None is all.
-      exchange: tells other hosts of this one's rows (`hosts.exchange`).
+      exchange: tells other hosts of this one's rows; None is `hosts.exchange`, for training batches
+        on a channel of their own.
       graded: accuracy by soft labels (`Batch.grades`); rows without usable shares are left out.
       cut_questions: the end of a question that makes a prompt too long is cut; else its row is left
         out.
@@ -76,7 +85,7 @@ class BatchSpec(NamedTuple):
     image_windows: Sequence[int]
     workers: int = 0
     host_rows: Sequence[int] | None = None
-    exchange: Exchange = hosts.exchange
+    exchange: Exchange | None = None
     graded: bool = False
     cut_questions: bool = False
     read_ahead: int = READ_AHEAD
@@ -87,6 +96,18 @@ class _Read(NamedTuple):
 
     example: Example | None
     skips: tuple[Skip, ...] = ()
+
+
+class _Assembled(NamedTuple):
+    """This host's part of a batch, and what all hosts have to say of theirs.
+
+    Attributes:
+      prompts: None if a place has no row, nor anything to stand there.
+      notes: of each host: the rows that it left out or cut.
+    """
+
+    prompts: Prompts | None
+    notes: Sequence[dict[str, Any]]
 
 
 class _Reader:
@@ -167,7 +188,7 @@ class _Rows:
         self.source, self.batch_size, self.workers = source, spec.batch_size, spec.workers
         rows = range(spec.batch_size) if spec.host_rows is None else spec.host_rows
         self.host_rows = list(map(int, rows))
-        self._exchange, self._read_ahead = spec.exchange, spec.read_ahead
+        self._exchange, self._read_ahead = spec.exchange or hosts.exchange, spec.read_ahead
         self.stats = RowStats()
         self._encoder = Encoder(
             processor,
@@ -280,12 +301,13 @@ class _Rows:
             if not flags.FLAGS.is_parsed():
                 # grain reads its own absl flags before it starts processes.
                 flags.FLAGS.mark_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
+            options = grain.MultiprocessingOptions(num_workers=self.workers)
+            stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
         return iter(stream.batch(len(self.host_rows), batch_fn=list))
 
     def assemble(
         self, reads: Sequence[_Read], filler: Callable[[], Example | None] = lambda: None
-    ) -> tuple[Prompts, int]:
+    ) -> _Assembled:
         """Makes this host's part of a batch, in the shape that all hosts agree upon.
 
         Args:
@@ -309,9 +331,8 @@ class _Rows:
             "empty": None in found and spare is None,
         }
         notes = self._exchange(note)
-        self._count(notes)
         if any(each["empty"] for each in notes):
-            raise DataError(f"{self.source.name}: no usable row is left: {self.stats.describe()}")
+            return _Assembled(None, notes)
         ids = dict(row for each in notes for row in each["rows"])
         needed = (max(each["size"][i] for each in notes) for i in range(2))
         names = "prompt_lengths", "image_windows"
@@ -324,22 +345,55 @@ class _Rows:
             **{name: (size,) for name, size in zip(names, agreed, strict=True)},
         )
         named = tuple(ids.get(i, "") for i in range(self.batch_size))
-        return Prompts(batch, named), len(ids)
+        return _Assembled(Prompts(batch, named), notes)
 
-    def _count(self, notes: Sequence[dict[str, Any]]) -> None:
-        """Counts the rows that any host has left out or cut."""
+    def take(self, made: _Assembled) -> Prompts:
+        """Returns the prompts of a batch that is used now; counts what any host left out or cut.
+
+        Raises:
+          DataError: if a place has no row, nor anything to stand there.
+        """
         name, stats = self.source.name, self.stats
-        for note in notes:
+        for note in made.notes:
             for reason, row_id in note["skips"]:
                 if stats.add(reason, row_id):
                     logger.warning("%s: left out %s: %s", name, row_id, REASONS[reason])
             for row_id in note["cut"]:
                 if stats.add_cut(row_id):
                     logger.warning("%s: cut the question of %s", name, row_id)
+        if made.prompts is None:
+            raise DataError(f"{name}: no usable row is left: {stats.describe()}")
+        return made.prompts
+
+
+def _next(iterator: Any) -> Any:
+    """Returns what grain's iterator yields next, None at its end.
+
+    Processes that are started here leave the signals to this one: it ends them, after a stop signal
+    to the whole group too.
+    """
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        return next(iterator, None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
+
+def _end_with_parent(*_: int) -> None:
+    """Ends this worker process when the one that started it has ended, in whatever way."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class TrainBatches:
     """Endless batches in a shuffled order that repeats exactly after `set_state`.
+
+    From the first one on, a thread makes the batch that follows. What it comes across counts, for
+    `stats` and for `get_state`, when the batch is asked for.
 
     Attributes:
       stats: the rows left out so far.
@@ -352,14 +406,31 @@ class TrainBatches:
         self._fixed = {"rows": rows.total, "seed": seed, "order": rows.digest}
         self._position = 0
         self._iterator = rows.endless(seed, 0)
+        self._ahead: Future[_Assembled] | None = None
 
     def __iter__(self) -> "TrainBatches":
         return self
 
     def __next__(self) -> Prompts:
-        prompts, _ = self._rows.assemble(next(self._iterator))
+        prompts = self._rows.take((self._ahead or self._start()).result())
         self._position += self._rows.batch_size
+        self._ahead = self._start()
         return prompts
+
+    def _start(self) -> "Future[_Assembled]":
+        """Begins to make the batch that is next in the order."""
+        iterator, made = self._iterator, Future()
+
+        def read() -> None:
+            try:
+                with jax.profiler.TraceAnnotation("make batch"):
+                    made.set_result(self._rows.assemble(_next(iterator)))
+            except BaseException as error:
+                made.set_exception(error)
+
+        # It may wait for other hosts, so nothing waits for it where a program ends early.
+        threading.Thread(target=read, name="make batch", daemon=True).start()
+        return made
 
     def preview(self, count: int) -> list[list[int]]:
         """Returns the rows of the first `count` batches, as if no image were damaged."""
@@ -388,7 +459,13 @@ class TrainBatches:
         self._iterator = self._rows.endless(self._seed, self._position)
 
     def close(self) -> None:
-        """Ends the threads and processes that read ahead."""
+        """Ends the threads and processes that read ahead; waits for the batch that is being made.
+
+        Other hosts may be making their part of it.
+        """
+        if self._ahead is not None:
+            self._ahead.exception()
+            self._ahead = None
         self._iterator.close()
 
 
@@ -422,9 +499,8 @@ class EvalBatches:
             return kept[0]
 
         try:
-            for reads in iterator:
-                prompts, _ = rows.assemble(reads, filler)
-                yield prompts
+            while (reads := _next(iterator)) is not None:
+                yield rows.take(rows.assemble(reads, filler))
         finally:
             iterator.close()
 
@@ -469,6 +545,8 @@ def train_batches(
     Raises:
       DataError: if no row can be used, or the processor does not fit the policy.
     """
+    exchange = spec.exchange or partial(hosts.exchange, channel="training batches")
+    spec = spec._replace(exchange=exchange)
     rows = _Rows(source, processor, template, labels, spec, parts, sort_by_size)
     return TrainBatches(rows, seed)
 

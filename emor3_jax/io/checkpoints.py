@@ -1,5 +1,6 @@
 """Checkpoints with orbax: train state, data position and progress, in one step folder."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Checkpoints:
     """Keeps the newest checkpoints of a run under `workdir/checkpoints/<step>`.
 
     A checkpoint is written whole or not at all (orbax renames a finished folder into place), so a
-    run that is killed at any moment goes on from the last complete one.
+    run that is killed at any moment goes on from the last complete one. Threads write it while the
+    run goes on; the methods that read wait for them.
     """
 
     def __init__(self, workdir: Path, keep: int | None = 2) -> None:
@@ -47,6 +49,8 @@ class Checkpoints:
           workdir: folder of the run.
           keep: how many checkpoints stay; None keeps all, as who only reads does.
         """
+        # A thread that ends the process waits for what the main one is writing.
+        self._one_at_a_time = threading.RLock()
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
@@ -54,30 +58,43 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Returns the newest step that is complete, or None."""
+        self.wait()
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
         """Returns the steps that are complete, rising."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Writes a checkpoint and waits until it is complete.
+        """Begins to write a checkpoint; waits for the one before, and for the arrays.
+
+        They are copied to the host before this returns, so they may be donated then.
 
         Args:
           step: steps done so far.
           state: pytree of arrays.
           progress: JSON, the data position and the evaluations so far.
         """
-        if step in self._manager.all_steps():
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave({**progress, "layout": LAYOUT}),
-            ),
-        )
-        self._manager.wait_until_finished()
+        with self._one_at_a_time:
+            if step in self._manager.all_steps():
+                return
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    progress=ocp.args.JsonSave({**progress, "layout": LAYOUT}),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Waits until what is being written is complete.
+
+        Raises:
+          Exception: whatever went wrong in writing it.
+        """
+        with self._one_at_a_time:
+            self._manager.wait_until_finished()
 
     def restore(self, step: int, state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, Any]]:
         """Returns the state and the progress of a checkpoint.
@@ -107,6 +124,7 @@ class Checkpoints:
         Raises:
           CheckpointError: if it was written with another layout.
         """
+        self.wait()
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
         progress = self._manager.restore(step, args=args)["progress"]
         layout = progress.pop("layout", 1)
@@ -148,4 +166,5 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.close()
+        with self._one_at_a_time:
+            self._manager.close()

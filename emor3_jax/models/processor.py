@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
@@ -146,16 +147,16 @@ class ImageSettings:
             down, across = (math.ceil(side * grow / factor) * factor for side in (height, width))
         return down, across
 
-    def cut(self, pixels: Array) -> Array:
+    def cut(self, pixels: Array, frames: int | None = None) -> Array:
         """Returns the patches of images, frames repeated, in the order of the policy.
 
         Args:
           pixels: [..., H, W, 3], both sides multiples of `patch_size * merge_size`; of NumPy or
             JAX.
+          frames: so many of them in a patch; None is `temporal_patch_size`.
 
         Returns:
-          [..., N, 3 * temporal_patch_size * patch_size**2], the merge_size**2 patches of a token
-          side by side.
+          [..., N, 3 * frames * patch_size**2], the merge_size**2 patches of a token side by side.
         """
         patch, merge = self.patch_size, self.merge_size
         *batch, down, across, _ = pixels.shape
@@ -165,8 +166,8 @@ class ImageSettings:
         # [..., rows, columns, m, m, 3, patch, patch]
         cut = cut.transpose(*range(n), *(n + axis for axis in (0, 3, 1, 4, 6, 2, 5)))
         cut = cut.reshape(*batch, -1, 3, 1, patch, patch)
-        frames = cut.repeat(self.temporal_patch_size, axis=n + 2)
-        return frames.reshape(*batch, rows * columns * merge**2, -1)
+        cut = cut.repeat(frames or self.temporal_patch_size, axis=n + 2)
+        return cut.reshape(*batch, rows * columns * merge**2, -1)
 
 
 class Encoded(NamedTuple):
@@ -204,7 +205,7 @@ class ImageLayout(Protocol):
         """Lays out the patches of one image.
 
         Args:
-          patches: float32[N, C] as `Processor.patches` returns them.
+          patches: float[N, C], as `Processor.patches` or `Processor.still_patches` returns them.
           grid: (1, rows, columns) in patches.
 
         Raises:
@@ -219,8 +220,8 @@ class ImageLayout(Protocol):
     ) -> tuple[np.ndarray, int]:
         """Returns rope positions of an unpadded prompt, int32[n, 3], and the next position."""
 
-    def abstract_images(self, prompts: int, bucket: int) -> Images:
-        """Returns the shapes of `collate` as `jax.ShapeDtypeStruct`s."""
+    def abstract_images(self, prompts: int, bucket: int, dtype: DTypeLike = np.float32) -> Images:
+        """Returns the shapes of `collate` as `jax.ShapeDtypeStruct`s, for still patches."""
 
 
 class Processor:
@@ -230,13 +231,19 @@ class Processor:
       tokenizer: a byte-level BPE tokenizer with a chat template.
       images: settings of the image processor.
       layout: of images and positions.
+      dtype: of still patches.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, images: ImageSettings, layout: ImageLayout
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        images: ImageSettings,
+        layout: ImageLayout,
+        dtype: DTypeLike = np.float32,
     ) -> None:
-        """Joins a tokenizer, image settings and a layout."""
+        """Joins a tokenizer, image settings, a layout and the type of still patches."""
         self.tokenizer, self.images, self.layout = tokenizer, images, layout
+        self.dtype = np.dtype(dtype)
         values = (np.arange(256, dtype=np.float64) * self.images.scale).astype(np.float32)
         mean, std = (np.asarray(x, np.float32) for x in (self.images.mean, self.images.std))
         # float32[channel, byte]
@@ -245,11 +252,15 @@ class Processor:
     def with_pixels(self, least: int, most: int) -> "Processor":
         """Returns a processor that scales images to have between so many pixels."""
         images = dataclasses.replace(self.images, min_pixels=least, max_pixels=most)
-        return Processor(self.tokenizer, images, self.layout)
+        return Processor(self.tokenizer, images, self.layout, self.dtype)
+
+    def with_dtype(self, dtype: DTypeLike) -> "Processor":
+        """Returns a processor of still patches of a type, that of the policy's arithmetic."""
+        return Processor(self.tokenizer, self.images, self.layout, dtype)
 
     def encode(self, image: bytes | Image.Image) -> Encoded:
         """Returns an image as the policy reads it; raises ImageError."""
-        return self.layout.arrange(*self.patches(image))
+        return self.layout.arrange(*self.still_patches(image))
 
     def read_sizes(self, height: int, width: int) -> tuple[tuple[int, int], int, int]:
         """Returns the scaled (height, width), the image tokens and the bucket of an image.
@@ -315,11 +326,30 @@ class Processor:
           ImageError: if the image cannot be decoded, is too large for PIL, too thin, or grey of
             32 bits.
         """
-        pixels = self.pixels(image)
+        return self._cut(self.pixels(image), self._table, self.images.temporal_patch_size)
+
+    def still_patches(self, image: bytes | Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Returns one frame of the patches of an image, in `dtype`, and their grid.
+
+        The other frames are equal, so the policy repeats this one on the device. A quarter of the
+        bytes of `patches` is read, kept and sent where `dtype` is bfloat16; the values are those
+        that the first product of a policy in that type would round them to.
+
+        Args:
+          image: as of `patches`, which says what is raised.
+
+        Returns:
+          `dtype`[N, 3 * patch_size**2]; (1, rows, columns) in patches, N = rows * columns.
+        """
+        return self._cut(self.pixels(image), self._table.astype(self.dtype), 1)
+
+    def _cut(
+        self, pixels: np.ndarray, table: np.ndarray, frames: int
+    ) -> tuple[np.ndarray, tuple[int, int, int]]:
         down, across, _ = pixels.shape
-        values = np.stack([self._table[c][pixels[..., c]] for c in range(3)], axis=-1)
+        values = np.stack([table[c][pixels[..., c]] for c in range(3)], axis=-1)
         patch = self.images.patch_size
-        return self.images.cut(values), (1, down // patch, across // patch)
+        return self.images.cut(values, frames), (1, down // patch, across // patch)
 
     def pixels(self, image: bytes | Image.Image) -> np.ndarray:
         """Returns an image uint8[H, W, 3], scaled to the size that the policy sees.

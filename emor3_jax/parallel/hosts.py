@@ -11,6 +11,7 @@ the devices are computing, as a collective would.
 With one process each function does the obvious thing and nothing else.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,6 +42,10 @@ _CLUSTERS = ("slurm", "gketpu", "gcetpu")
 
 _FAKE, _CPU_THREADS = "xla_force_host_platform_device_count", 32
 """The flag that makes several devices of a CPU, and the threads that its client then gets."""
+
+_SERVICE = "JAX_ENABLE_PREEMPTION_SERVICE"
+"""Set to 1, JAX takes SIGTERM and finds the step after which all hosts stop (`reached_sync_point`);
+else a run does so itself, and hears the signal between steps too."""
 
 _PATIENCE_MS = 6 * 3600 * 1000
 """How long a process waits for the others: the first one may be drawing data or training the base
@@ -72,8 +78,9 @@ def start() -> None:
         join = here | {"cluster_detection_method": "deactivate"} if count > 1 else None
     if join is None:
         return
-    # It would take SIGTERM for itself, also in programs that do not ask it.
-    jax.config.update("jax_enable_preemption_service", False)
+    # It takes SIGTERM for itself, also in programs that do not ask it.
+    wanted = os.environ.get(_SERVICE, "").lower() in ("1", "true", "on", "yes")
+    jax.config.update("jax_enable_preemption_service", wanted)
     try:
         jax.distributed.initialize(**join)
     except jax.errors.JaxRuntimeError as error:
@@ -123,25 +130,27 @@ def is_first() -> bool:
     return distributed.global_state.process_id == 0
 
 
-_turns = itertools.count()
+_turns: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
-def exchange(value: Any) -> list[Any]:
+def exchange(value: Any, channel: str = "main") -> list[Any]:
     """Returns what each process gives, in their order; all must call this, as often as each other.
 
     Args:
       value: plain data that fits JSON. It takes about a millisecond; devices are not waited for.
+      channel: calls are counted by it; a thread of its own needs one of its own.
     """
     state = distributed.global_state
     if state.num_processes == 1:
         return [value]
-    client, turn, index = state.client, next(_turns), state.process_id
+    client, turn, index = state.client, next(_turns[channel]), state.process_id
+    name = f"emor3_jax/{channel}"
     if turn > 1:
         # All have passed the barrier after that turn, so all have read it.
-        client.key_value_delete(f"emor3_jax/{turn - 2}/{index}")
-    client.key_value_set(f"emor3_jax/{turn}/{index}", json.dumps(value))
-    client.wait_at_barrier("emor3_jax", _PATIENCE_MS)
-    found = client.key_value_dir_get(f"emor3_jax/{turn}/")
+        client.key_value_delete(f"{name}/{turn - 2}/{index}")
+    client.key_value_set(f"{name}/{turn}/{index}", json.dumps(value))
+    client.wait_at_barrier(name, _PATIENCE_MS)
+    found = client.key_value_dir_get(f"{name}/{turn}/")
     said = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in found}
     return [said[i] for i in range(state.num_processes)]
 
@@ -149,6 +158,20 @@ def exchange(value: Any) -> list[Any]:
 def agree(wish: bool) -> bool:
     """Returns on all processes whether any of them wishes it."""
     return any(exchange(wish))
+
+
+def jax_takes_sigterm() -> bool:
+    """Returns whether JAX's preemption service runs."""
+    return distributed.global_state.preemption_sync_manager is not None
+
+
+def reached_sync_point(step: int) -> bool:
+    """Returns whether JAX's preemption service wants all hosts to stop after this step.
+
+    Args:
+      step: that is done; all hosts must ask after each.
+    """
+    return jax_takes_sigterm() and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
@@ -191,6 +214,20 @@ def everywhere(tree: Any) -> Any:
 def fetch(tree: Any) -> Any:
     """Returns arrays whole on the host, on every process; all must call this at the same point."""
     return jax.device_get(everywhere(tree))
+
+
+def start_fetch(tree: Any) -> Any:
+    """Lets arrays travel to the host once they are computed; returns them, and waits for nothing.
+
+    `jax.device_get` then finds them there.
+
+    Args:
+      tree: of arrays that `everywhere` returned; leaves of other types are left alone.
+    """
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return tree
 
 
 def _readable(x: Any) -> bool:

@@ -107,6 +107,20 @@ def along(programs: Programs, alive: Mapping[str, Any], family: str = "") -> Pro
         sent = yield program._replace(name=name, alive=both)
 
 
+def switched(
+    programs: Programs, name: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Programs:
+    """Yields programs with further arrays in memory, others from the program of a name on."""
+    sent, alive = None, before
+    while True:
+        try:
+            program = programs.send(sent)
+        except StopIteration as end:
+            return end.value
+        alive = after if program.name == name else alive
+        sent = yield from along(single(program), alive)
+
+
 def single(program: Program) -> Programs:
     """Yields one program; returns its results."""
     return (yield program)

@@ -10,12 +10,10 @@ from emor3_jax.prepare.algorithm import (
 from emor3_jax.prepare.data import (
     PARQUET_LABELS,
     Data,
-    cast_patches,
     data_sets,
     load_templates,
     open_data,
     open_source,
-    put_batch,
 )
 from emor3_jax.prepare.policy import (
     attention_backend,
@@ -40,7 +38,6 @@ __all__ = [
     "PARQUET_LABELS",
     "Data",
     "attention_backend",
-    "cast_patches",
     "data_sets",
     "ensure_policy",
     "evaluation_plan",
@@ -58,7 +55,6 @@ __all__ = [
     "make_update_spec",
     "open_data",
     "open_source",
-    "put_batch",
     "read_policy",
     "reference_settings",
     "rollout_plan",

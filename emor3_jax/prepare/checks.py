@@ -138,6 +138,8 @@ def validate(config: ConfigDict) -> None:
         section, key = name.split(".")
         need(config[section][key] >= 1, name, "must be at least 1")
     need(config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
+    need(config.checkpoint.minutes >= 0, "checkpoint.minutes", "must be 0 (none) or more")
+    need(config.checkpoint.stop_seconds >= 0, "checkpoint.stop_seconds", "must be 0 or more")
     need(config.evaluate.prompts >= 1, "evaluate.prompts", "must be at least 1")
     need(config.evaluate.votes >= 1, "evaluate.votes", "must be at least 1")
     need(

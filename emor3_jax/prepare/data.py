@@ -1,11 +1,8 @@
 """From a config to data sets and batches."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -25,13 +22,8 @@ from emor3_jax.data.sources import Source
 from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, read_ids
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import (
-    host_rows,
-    shard_batch,
-)
-from emor3_jax.parallel.program import by_prompts, laid_out
+from emor3_jax.parallel.mesh import host_rows
 from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
-from emor3_jax.types import Batch
 
 
 class Data(NamedTuple):
@@ -191,27 +183,3 @@ def _mix(config: ConfigDict, sources: dict[str, Source]) -> Parts:
     starts = np.cumsum([0, *map(len, parts.values())])
     weights = [dataset.weight for dataset in described.values()]
     return Parts(starts, weights, [dataset.balance == "class" for dataset in described.values()])
-
-
-def put_batch(batch: Batch, mesh: Mesh, config: ConfigDict) -> Batch:
-    """Puts a batch on the devices, its images in the compute type.
-
-    The first product of the vision tower rounds them so; before it, they take half the memory.
-
-    Args:
-      batch: host arrays.
-      mesh: the mesh.
-      config: of the run.
-    """
-    placed, dtype = shard_batch(batch, mesh), jnp.dtype(config.policy.dtype)
-    if placed.images.patches.dtype == dtype:
-        return placed
-    patches = cast_patches(placed.images.patches, dtype)
-    return placed._replace(images=placed.images._replace(patches=patches))
-
-
-@partial(jax.jit, static_argnames="dtype")
-@laid_out(by_prompts)
-def cast_patches(patches: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns the patches of a batch in the compute type."""
-    return patches.astype(dtype)

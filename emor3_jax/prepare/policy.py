@@ -47,14 +47,14 @@ def read_policy(config: ConfigDict, say: Callable[[str], None]) -> LoadedPolicy:
 
 
 def _sized(config: ConfigDict, processor: Processor) -> Processor:
-    """Returns a processor with the config's image sizes."""
+    """Returns a processor with the config's image sizes, its patches in the compute type."""
     folder = processor.images
     least = config.data.min_pixels or folder.min_pixels
     most = config.data.max_pixels or folder.max_pixels
     if least > most:
         rule = f"is over data.max_pixels={most} (0 takes what the policy's folder says)"
         raise ConfigError("data.min_pixels", least, rule)
-    return processor.with_pixels(least, most)
+    return processor.with_pixels(least, most).with_dtype(jnp.dtype(config.policy.dtype))
 
 
 def with_attention(policy: Policy, config: ConfigDict, platform: str) -> Policy:

@@ -8,9 +8,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from emor3_jax.errors import UserError
-
-STOPPED = 75
-"""Exit status of a run that a signal ended before its last step: the same command goes on."""
+from emor3_jax.runtime.stopping import STOPPED, Stopped
 
 
 def run(
@@ -24,12 +22,19 @@ def run(
     Args:
       program: takes the config and the folder of the run.
       workdir: that folder where the command line names none; None requires that it does.
-      may_stop: the program returns nothing where a signal stopped it; the exit status is `STOPPED`.
+      may_stop: the program returns nothing where a signal stopped it after a step, and raises
+        `Stopped` elsewhere; the exit status is `STOPPED`.
     """
     folder = flags.DEFINE_string("workdir", workdir, "Folder of the run.", required=workdir is None)
-    run_without_workdir(
-        lambda config: end(program(config, local_folder(folder.value)), may_stop=may_stop)
-    )
+
+    def to_its_end(config: ConfigDict) -> None:
+        try:
+            result = program(config, local_folder(folder.value))
+        except Stopped:
+            result = None
+        end(result, may_stop=may_stop)
+
+    run_without_workdir(to_its_end)
 
 
 def end(result: object, *, may_stop: bool) -> None:

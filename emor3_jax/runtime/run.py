@@ -6,18 +6,21 @@ with Run("train", config, workdir) as run:       # an error lets go of signals a
     for step, prompts in run.steps():            # ends on a stop signal
         …
         run.record(step, observed, updates, info)
-        run.evaluate(step, params)
+        run.evaluate(step, learner, state)
         run.save(step, learner, state)
     return run.finish(params)
+
+Asked to stop, `steps` ends after a step, or `Stopped` is raised between the phases of a step or the
+batches of an evaluation; either way the last step that was finished is saved.
 """
 
+import contextlib
 import json
-import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 from ml_collections import ConfigDict
@@ -33,16 +36,54 @@ from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.learner.learner import Learner
 from emor3_jax.models import LoadedPolicy, save
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job
 from emor3_jax.runtime.step_log import StepRecord, progress_line
+from emor3_jax.runtime.stopping import MaintenanceWatch, Stopped, StopSignal
 from emor3_jax.types import Batch, Observed
 
 Results = dict[str, dict[str, Evaluation]]
+
+_UNDER_WAY = ("update",)
+"""Phases after which a step is not given up: the state before it is gone."""
+
+
+class FinishedStep(NamedTuple):
+    """The last step that was finished, as long as its state is there.
+
+    Attributes:
+      step: its number.
+      learner, state: after its updates; the state is donated to those of the next step.
+      position: in the data, where the next step begins.
+    """
+
+    step: int
+    learner: Learner
+    state: TrainState
+    position: Any
+
+
+class StepClock(PhaseClock):
+    """A clock of phases that lets something look between them."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        """Starts.
+
+        Args:
+          look: called after each phase but the update; what it raises ends the step.
+        """
+        super().__init__()
+        self._look = look
+
+    def mark(self, phase: str, arrays: Any) -> None:
+        """Marks the end of a phase, then looks."""
+        super().mark(phase, arrays)
+        if phase not in _UNDER_WAY:
+            self._look()
 
 
 class Run:
@@ -67,21 +108,36 @@ class Run:
 
         Raises:
           ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
+          Stopped: if a signal came meanwhile.
         """
         validate(config)
+        self._stop = StopSignal(config.checkpoint.stop_seconds)
+        try:
+            self._open(program, config, workdir)
+        except BaseException as error:
+            if isinstance(error, Stopped):
+                self.say("stopped as asked, before the first step of this start")
+            self._stop.restore()
+            raise
+
+    def _open(self, program: str, config: ConfigDict, workdir: Path) -> None:
         self.config, self.workdir, self.say = config, workdir, Console(program)
         self._compiles = job.start_jax(config.log.compile_cache)
         job.check_hosts(config)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         # For attention kernels, which must be told the part of a batch that is a device's.
         jax.set_mesh(self.mesh)
+        # The devices' own library may have taken the signals.
+        self._stop.listen()
         check_batches(self.mesh, config)
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
         self.say(f"loading the policy {config.policy.path}")
         self.policy = prepare.load_policy(config, self.say, self.mesh)
+        self._stop.check()
         self.say("opening the data")
         self.data = prepare.open_data(config, self.policy, self.mesh)
+        self._stop.check()
         job.keep_config(config, workdir)
         self.say("building the reward tables")
         self._rollouts = {
@@ -90,6 +146,7 @@ class Run:
             )
             for name in self.data.evaluate
         }
+        self._stop.check()
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         latest = self._checkpoints.latest()
         self._progress: dict[str, Any] = {}
@@ -98,14 +155,21 @@ class Run:
         self._step = latest or 0
         first = self._step + (latest is not None)
         self._writer = MetricWriter(workdir, config.log.sinks, first_step=first)
-        self._stop, self.clock = StopSignal(), PhaseClock()
+        self.clock = StepClock(self._stop.check)
+        self._finished: FinishedStep | None = None
+        self._due, self._saved_at = False, time.monotonic()
+        self._stop.rescue = self._rescue
+        self._maintenance = MaintenanceWatch(self._stop.request)
         self._pace = Pace(self._step, config.steps)
         self._pending: StepRecord | None = None
+        # A thread that ends the process logs too, and may find the main one at it.
+        self._logging = threading.RLock()
         self._meter: Callable[[Observed], float] | None = None
         self._rollout: Rollout | None = None
         self._counters: Callable[[], dict[str, float]] = dict
         self._last = self._step >= config.steps
         self._upcoming: Prompts | None = None
+        self._placed: Batch | None = None
         self._position: Any = None
         traced = self._step + 3
         self._traced = range(traced, traced + config.log.profile_steps)
@@ -115,16 +179,59 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Lets go of signals, threads and files where an error ends the run."""
-        if kind is not None:
-            self._stop.restore()
+        """Lets go of signals, threads and files where an error ends the run.
+
+        Where it was asked to stop, the last step that was finished is saved first.
+        """
+        if kind is None:
+            return
+        with contextlib.closing(self):
+            if issubclass(kind, Stopped):
+                self._save_finished()
+                self._say_stopped()
+                # As all hosts do now; after an error they may not.
+                self.data.train.close()
+
+    def close(self) -> None:
+        """Lets go of signals, threads and files."""
+        with contextlib.ExitStack() as stack:
+            for each in (self._stop.restore, self._writer.close, self._checkpoints.close):
+                stack.callback(each)
+            self._maintenance.close()
             self.clock.close()
-            self._checkpoints.close()
-            self._writer.close()
+
+    def _say_stopped(self) -> None:
+        """Says which step the run goes on from; waits until it is written."""
+        latest = self._checkpoints.latest()
+        saved = "before the first checkpoint" if latest is None else f"saved after step {latest}"
+        self.say(f"stopped as asked, {saved}; start again with this workdir to go on")
+
+    def _save_finished(self) -> None:
+        """Saves the last step that was finished, where its state is there and not saved yet."""
+        if self._finished is None:
+            return
+        step, learner, state, position = self._finished
+        arrays = learner.checkpoint(state)
+        if any(x.is_deleted() for x in jax.tree.leaves(arrays)):
+            return
+        progress = self._progress | {"data": position} | learner.progress()
+        self._checkpoints.save(step, arrays, progress)
+        # A run that goes on keeps what was logged up to its checkpoint.
+        self._flush()
+
+    def _rescue(self) -> None:
+        """Saves the last finished step from another thread; with several hosts, what is begun."""
+        if jax.process_count() == 1:
+            self._save_finished()
+        self._say_stopped()
 
     def put(self, batch: Batch) -> Batch:
-        """Puts a batch of host arrays on the devices."""
-        return prepare.put_batch(batch, self.mesh, self.config)
+        """Puts a batch of host arrays on the devices; that of the next step is there already."""
+        if self._placed is not None and self._upcoming and batch is self._upcoming.batch:
+            placed, self._placed = self._placed, None
+            return placed
+        with jax.profiler.TraceAnnotation("put"):
+            return shard_batch(batch, self.mesh)
 
     def start(
         self,
@@ -156,6 +263,7 @@ class Run:
             state = learner.restore(arrays, self._progress)
             del arrays
             self.data.train.set_state(self._progress["data"])
+            self._stop.check()
         else:
             names = tuple(self.config.evaluate.sets)
             self.say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
@@ -164,7 +272,7 @@ class Run:
             self._writer.write(0, evaluation_metrics(before))
             self.say(evaluation_line(before))
         self.say(f"training to step {self.config.steps}; the first step compiles")
-        self._pace = Pace(self._step, self.config.steps)
+        self._pace, self._saved_at = Pace(self._step, self.config.steps), time.monotonic()
         self.clock.restart()
         return state
 
@@ -178,8 +286,9 @@ class Run:
             self._upcoming = next(self.data.train)
         while not self._last:
             if self._step + 1 in self._traced[:1]:
-                jax.profiler.start_trace(str(self.workdir / "profile"))
-            yield self._step + 1, self._upcoming
+                start_trace(self.workdir / "profile")
+            with jax.profiler.StepTraceAnnotation("step", step_num=self._step + 1):
+                yield self._step + 1, self._upcoming
 
     def record(
         self,
@@ -188,7 +297,7 @@ class Run:
         updates: list[dict[str, jax.Array]],
         info: dict[str, jax.Array | float],
     ) -> None:
-        """Records a step whose updates are on their way; logs the one before, and reads ahead.
+        """Records a step whose updates are on their way; puts the next one, logs the one before.
 
         Args:
           step: its number.
@@ -198,44 +307,66 @@ class Run:
         """
         self.clock.mark("update", updates)
         self._step = step
-        # The device is busy now: meanwhile the host logs the step before and reads on.
-        self._flush()
+        # The device is busy now: meanwhile the host sends the next batch and logs the step before.
         self._position, started = self.data.train.get_state(), time.perf_counter()
         self._upcoming = next(self.data.train) if step < self.config.steps else None
         waited = time.perf_counter() - started
+        self._placed = None if self._upcoming is None else self.put(self._upcoming.batch)
+        self._flush()
+        updates, info = hosts.start_fetch((updates, info))
         self._pending = StepRecord(step, observed, updates, info, waited, self.clock.lap())
-        # Agreed upon once a step, so that what ends the loop also saves, on all hosts.
-        self._last = hosts.agree(self._stop.requested) or step == self.config.steps
+        # Agreed upon once a step, so that what ends the loop also saves, on all hosts. Their clocks
+        # differ: the first one's says whether a checkpoint is due.
+        stop = self._stop.requested or hosts.reached_sync_point(step)
+        said = hosts.exchange([stop, self._minutes_are_over()])
+        self._last = any(each[0] for each in said) or step == self.config.steps
+        self._due = said[0][1]
         if step in self._traced and (self._last or step == self._traced[-1]):
             jax.block_until_ready(updates)
             jax.profiler.stop_trace()
             place = self.workdir / "profile"
             self.say(f"profile of steps {self._traced[0]} to {step}: {place}")
 
-    def evaluate(self, step: int, params: Callable[[], dict]) -> None:
-        """Evaluates on rows of the first set where a step is due.
+    def _minutes_are_over(self) -> bool:
+        """Returns whether `checkpoint.minutes` have passed since the last checkpoint."""
+        config = self.config
+        minutes = config.checkpoint.minutes
+        return minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def evaluate(self, step: int, learner: Learner, state: TrainState) -> None:
+        """Evaluates on rows of the first set where a step is due and the run goes on.
 
         Args:
           step: steps done.
-          params: returns the policy's.
+          learner: of the run.
+          state: after the step.
+
+        Raises:
+          Stopped: if a signal came; the evaluation of this step is then left out for good.
         """
         config = self.config
+        self._finished = FinishedStep(step, learner, state, self._position)
         names = tuple(config.evaluate.sets)[:1]
-        if step % config.evaluate.every or step >= config.steps or not names:
+        if step % config.evaluate.every or self._last or not names:
             return
-        now = self._evaluate(params(), names, step, config.evaluate.during)
+        now = self._evaluate(learner.params(state), names, step, config.evaluate.during)
         self.say(evaluation_line(now))
         self._flush(evaluation_metrics(now))
         self.clock.restart()
 
     def save(self, step: int, learner: Learner, state: TrainState) -> None:
-        """Writes a checkpoint where a step is due, and after the last one."""
+        """Begins to write a checkpoint where a step is due, and after the last one.
+
+        It is due by `checkpoint.every` and by `checkpoint.minutes`. The host waits for the arrays,
+        not for the disk.
+        """
         config = self.config
-        if not self._last and step % config.checkpoint.every:
+        self._finished = FinishedStep(step, learner, state, self._position)
+        if not (self._last or self._due or step % config.checkpoint.every == 0):
             return
+        self._saved_at = time.monotonic()
         self._flush()
-        progress = self._progress | {"data": self._position} | learner.progress()
-        self._checkpoints.save(step, learner.checkpoint(state), progress)
+        self._save_finished()
         self.clock.restart()
 
     def finish(self, params: Callable[[], dict]) -> Results:
@@ -247,20 +378,16 @@ class Run:
         Returns:
           {"before": {data set: Evaluation}, "after": {…}}; empty if the run was asked to stop.
         """
-        self.clock.close()
-        self._stop.restore()
-        self._checkpoints.close()
+        self.data.train.close()
         if self._step != self.config.steps:
-            self._writer.close()
-            step = self._step
-            self.say(f"stopped after step {step} as asked; start again with this workdir to go on")
+            self._say_stopped()
+            self.close()
             return {}
         names, workdir, trained = tuple(self.config.evaluate.sets), self.workdir, params()
         self.say("evaluating after training")
         before = from_json(self._progress["before"])
         after = self._evaluate(trained, names, self._step)
         self._writer.add_events(self._step, evaluation_metrics(after))
-        self._writer.close()
         metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
         if hosts.is_first():
             (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -270,15 +397,20 @@ class Run:
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
+        self.close()
         return {"before": before, "after": after}
 
     def _flush(self, evaluations: dict[str, float] | None = None) -> None:
         """Logs the step that is still to be logged; waits for its arrays."""
-        if self._pending is None:
-            return
-        config, done, self._pending = self.config, self._pending, None
+        with self._logging, jax.profiler.TraceAnnotation("log"):
+            if self._pending is not None:
+                self._log(self._pending.fetched(), evaluations or {})
+            self._pending = None
+
+    def _log(self, done: StepRecord, evaluations: dict[str, float]) -> None:
+        config = self.config
         values = done.metrics() | memory() | self.data.counters() | self._counters()
-        values |= evaluations or {}
+        values |= evaluations
         if self._meter is not None:
             device = self.mesh.devices.flat[0].device_kind
             needed = self._meter(done.observed)
@@ -293,6 +425,12 @@ class Run:
             shown = done.read(self._rollout.scorer, report.SAMPLES)
             page = self.workdir / "samples" / f"{done.step:06d}.html"
             report.write_samples(page, done.step, shown, self.data.image("train"))
+
+    def _until_stopped(self, batches: Iterable[Prompts]) -> Iterator[Prompts]:
+        """Yields the batches of an evaluation; raises Stopped between them if a signal came."""
+        for prompts in batches:
+            self._stop.check()
+            yield prompts
 
     def _evaluate(
         self, params: dict, names: tuple[str, ...], step: int, limit: int = 0
@@ -313,7 +451,7 @@ class Run:
                 found[name] = evaluate(
                     self._rollouts[name],
                     params,
-                    rows.take(limit) if limit else rows,
+                    self._until_stopped(rows.take(limit) if limit else rows),
                     self.config.seed,
                     put=self.put,
                     keep=report.SAMPLES,
@@ -323,22 +461,17 @@ class Run:
         return found
 
 
-class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a request to stop after the step; a second kills."""
+def start_trace(folder: Path) -> None:
+    """Begins a trace for the JAX profiler.
 
-    def __init__(self) -> None:
-        self.requested = False
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._request) for number in numbers}
+    Without Python's own calls: of a few seconds they are the million events that a trace can hold.
 
-    def _request(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def restore(self) -> None:
-        """Restores the handlers of before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    Args:
+      folder: to write it to.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    jax.profiler.start_trace(str(folder), profiler_options=options)
 
 
 class Pace:

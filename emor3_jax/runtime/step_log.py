@@ -15,7 +15,7 @@ from emor3_jax.parallel import hosts
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rl.advantages import zero_std_fraction
-from emor3_jax.types import Batch, Experience, Observed
+from emor3_jax.types import Array, Batch, Experience, Observed, Replies, Samples
 
 PHASES = ("rollout", "reflect", "reward", "reference", "old", "update")
 
@@ -23,19 +23,32 @@ PHASES = ("rollout", "reflect", "reward", "reference", "old", "update")
 def observe(ids: tuple[str, ...], batch: Batch, experience: Experience) -> Observed:
     """Returns the arrays of a step that its log reads; does not wait for them.
 
+    Their way to the host begins as soon as they are there, so the log, a step later, finds them.
+
     Args:
       ids: of the prompts of all hosts.
       batch: this host's prompts, as host arrays.
       experience: of the step, with its batch on the devices.
     """
-    read = experience.samples, experience.replies, experience.scores, experience.batch.answers
-    *read, answers = hosts.everywhere(read)
-    rewards = hosts.everywhere(experience.rewards)
+    samples, replies = _without_logprobs(experience.samples), experience.replies
+    if isinstance(replies, Replies):
+        said = {name: _without_logprobs(each) for name, each in replies.samples.items()}
+        replies = replies._replace(samples=said)
+    read = samples, replies, experience.scores, experience.batch.answers, experience.rewards
+    *read, answers, rewards = hosts.start_fetch(hosts.everywhere(read))
     return Observed(ids, batch, Experience(None, *read, None), answers, rewards)
+
+
+def _without_logprobs(samples: Samples) -> Samples:
+    """Returns samples without the one large array that no log reads."""
+    return samples._replace(logprobs=None)
 
 
 class StepRecord(NamedTuple):
     """A step that is to be logged.
+
+    What reads it takes NumPy arrays and computes on the host: the device is busy with the next
+    step, and whatever the log launched there would wait for the end of the update.
 
     Attributes:
       step: its number, from 1 on.
@@ -48,24 +61,22 @@ class StepRecord(NamedTuple):
 
     step: int
     observed: Observed
-    updates: list[dict[str, jax.Array]]
-    info: dict[str, jax.Array | float]
+    updates: list[dict[str, Array]]
+    info: dict[str, Array | float]
     data_seconds: float
     phases: Lap
 
+    def fetched(self) -> "StepRecord":
+        """Returns the record with NumPy arrays; waits for those that are not there yet."""
+        found = jax.device_get((self.observed, self.updates, self.info))
+        return self._replace(**dict(zip(("observed", "updates", "info"), found, strict=True)))
+
     def metrics(self) -> dict[str, float]:
-        """Returns the metrics by name; waits for the arrays."""
+        """Returns the metrics by name; of a record that was fetched."""
         seconds = self.phases.read()
         step_seconds = sum(seconds.values())
-        scores, ended, updates, info, rewards = jax.device_get(
-            (
-                self.observed.experience.scores,
-                self.observed.experience.samples.ended,
-                self.updates,
-                self.info,
-                self.observed.rewards,
-            )
-        )
+        scores, rewards = self.observed.experience.scores, self.observed.rewards
+        ended, updates = self.observed.experience.samples.ended, self.updates
         # Supervised fine-tuning may lack a response; its length is then 0.
         lengths = self.observed.lengths
         there = lengths[lengths > 0]
@@ -87,11 +98,11 @@ class StepRecord(NamedTuple):
             values["response/truncated_fraction"] = float(1 - ended.mean())
             # Before the first update of a step, the policy is the one that sampled.
             values["policy/sampler_gap"] = float(updates[0]["moved"])
-        return values | {name: float(value) for name, value in info.items()}
+        return values | {name: float(value) for name, value in self.info.items()}
 
     def read(self, scorer: Scorer, count: int) -> list[Sample]:
-        """Decodes the first response to each of a few prompts."""
-        answers, experience = jax.device_get((self.observed.answers, self.observed.experience))
+        """Decodes the first response to each of a few prompts; of a record that was fetched."""
+        answers, experience = self.observed.answers, self.observed.experience
         ids = self.observed.ids[:count]
         return [
             read_sample(scorer, row_id, answers[i], (i, 0), experience)

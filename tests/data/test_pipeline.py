@@ -389,6 +389,28 @@ def test_worker_processes_give_the_same_batches(train, dirty):
         there.close()
 
 
+def test_patches_in_bfloat16_come_out_of_worker_processes(processor, dirty, make):
+    """One frame of each patch: a quarter of the bytes of what transformers' processor returns."""
+    small = processor.with_dtype(jnp.bfloat16)
+    spec = BatchSpec(2, **BUCKETS)
+    batches = [
+        train_batches(dirty, reader, TEMPLATE, make["labels"], each, seed=0)
+        for reader, each in ((processor, spec), (small, spec._replace(workers=1)))
+    ]
+    try:
+        (full, ids), (half, other_ids) = map(next, batches)
+    finally:
+        batches[1].close()
+    assert ids == other_ids
+    assert half.images.patches.dtype == jnp.bfloat16
+    assert (
+        half.images.patches.shape
+        == full.images.patches.shape
+        == (2, 1, *half.images.patches.shape[2:4], 48)
+    )
+    np.testing.assert_array_equal(half.images.patches, full.images.patches.astype(jnp.bfloat16))
+
+
 def test_a_processor_of_another_policy_is_refused(clean, policy, tokenizer, make):
     other = Processor(tokenizer, ImageSettings(patch_size=14), policy.layout)
     with pytest.raises(DataError, match=r"patch_size: the processor has 14.*config\.json 4"):
@@ -537,3 +559,44 @@ def test_a_question_that_is_too_long_loses_its_end(train, processor, make, tmp_p
     # Where not even an empty question fits, the row is left out.
     with pytest.raises(DataError, match="2 long_question"):
         next(train(source, cut_questions=True, prompt_lengths=(40,)))
+
+
+def test_the_next_batch_is_made_before_it_is_asked_for(train, dirty):
+    """By one thread, and no more than one; what it leaves out counts when it is used."""
+    asked, made = [], threading.Semaphore(0)
+
+    def exchange(note):
+        asked.append([row_id for _, row_id in note["rows"]])
+        made.release()
+        return [note]
+
+    batches = train(dirty, exchange=exchange)
+    _, first = next(batches)
+    assert made.acquire(timeout=60) and made.acquire(timeout=60)
+    assert len(asked) == 2 and asked[0] == list(first)
+    assert batches.get_state()["position"] == 2
+    skipped = dict(batches.stats.counts())
+    _, second = next(batches)
+    assert asked[1] == list(second)
+    batches.close()
+    # A position is that of what was used, whatever was made.
+    again = train(dirty)
+    again.set_state(train(dirty).get_state() | {"position": 2})
+    assert next(again)[1] == second
+    again.close()
+    assert sum(skipped.values()) <= sum(batches.stats.counts().values())
+
+
+def test_what_goes_wrong_in_making_a_batch_is_raised_when_it_is_asked_for(train, dirty):
+    calls = itertools.count()
+
+    def exchange(note):
+        if next(calls) == 1:
+            raise OSError("the disk is gone")
+        return [note]
+
+    batches = train(dirty, exchange=exchange)
+    next(batches)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    batches.close()

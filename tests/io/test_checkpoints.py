@@ -1,5 +1,7 @@
 """Checkpoints of a train state: what comes back, what stays, what a killed run leaves."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,3 +126,35 @@ def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path, optimizer):
     assert again.latest() == 6
     assert again.restore(6, state, make_mesh())[1] == {"data": {"row": 6}}
     again.close()
+
+
+def test_a_checkpoint_is_that_of_its_step_though_the_state_is_donated_meanwhile(
+    tmp_path, optimizer, monkeypatch
+):
+    """Saving returns before the disk has it; the next update may take the memory."""
+    written, go_on = [], threading.Event()
+    checkpoints = Checkpoints(tmp_path)
+    state = make_state(optimizer)
+    kernel = np.array(state.params["model"]["embed_tokens"]["embedding"])
+    donating = jax.jit(lambda state: step(state, optimizer), donate_argnums=0)
+    manager = checkpoints._manager
+    finalize = manager._finalize
+
+    def held(*args):
+        assert go_on.wait(60)
+        written.append(args[0])
+        return finalize(*args)
+
+    monkeypatch.setattr(manager, "_finalize", held)
+    checkpoints.save(1, state, {})
+    for _ in range(3):
+        state = donating(state)
+    jax.block_until_ready(state)
+    assert written == []
+    go_on.set()
+    assert checkpoints.latest() == 1 and written == [1]
+    restored, _ = checkpoints.restore(1, make_state(optimizer), make_mesh())
+    found = restored.params["model"]["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(found, kernel)
+    assert restored.updates == 0 and state.updates == 3
+    checkpoints.close()

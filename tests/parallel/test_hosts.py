@@ -138,7 +138,7 @@ def test_one_of_two_processes_writes(runs):
 def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(runs):
     assert [text.split()[-1] for text in runs.printed_stopped] == ["stopped", "stopped"]
     assert runs.checkpoints == [1]
-    assert "stopped after step 1" in runs.printed_stopped[0]
+    assert "stopped as asked, saved after step 1" in runs.printed_stopped[0]
     assert_same_run(runs.stopped, runs.one)
 
 

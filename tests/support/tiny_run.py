@@ -113,7 +113,7 @@ def make_config(folder: Path) -> ConfigDict:
     config.policy_update.prompts, config.policy_update.micro_prompts = 2, 1
     config.policy_update.response_lengths = (8,)
     config.reflect.text_lengths = (8,)
-    config.checkpoint.every = 2
+    config.checkpoint.every, config.checkpoint.stop_seconds = 2, 600.0
     config.reward.table_cache = str(folder / "tables")
     config.log.compile_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     return config

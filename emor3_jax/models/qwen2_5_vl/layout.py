@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
 from emor3_jax.models.processor import Encoded
 from emor3_jax.models.qwen2_5_vl.rope import prompt_positions
@@ -27,7 +28,7 @@ class WindowLayout(NamedTuple):
     """One image in window layout.
 
     Attributes:
-      patches: float32[W, L, C].
+      patches: float[W, L, C].
       coords: int32[W, L, 2], row and column of the patch.
       mask: bool[W, L].
       slot_of_token: int32[rows * columns / m**2], the merged slot of each raster merged token.
@@ -57,7 +58,7 @@ def window_layout(
     """Groups the patches of one image by attention window.
 
     Args:
-      patches: float32[N, C] in the order of transformers' image processor.
+      patches: float[N, C] in the order of transformers' image processor.
       grid: (1, rows, columns) in patches, N = rows * columns.
       shapes: for the sizes of window and merge.
 
@@ -80,7 +81,7 @@ def window_layout(
     slot = (window * side**2 + row % side * side + column % side).astype(np.int32)
 
     w = count_windows(grid, shapes)
-    out = np.zeros((w * side**2, unit, patches.shape[-1]), np.float32)
+    out = np.zeros((w * side**2, unit, patches.shape[-1]), patches.dtype)
     out[slot] = patches.reshape(-1, unit, patches.shape[-1])
     inner_row, inner_column = np.divmod(np.arange(unit), merge)
     coords = np.zeros((w * side**2, unit, 2), np.int32)
@@ -154,12 +155,12 @@ class Qwen25VLLayout:
         """Returns the rope positions, as transformers' `get_rope_index`."""
         return prompt_positions(tokens, grids, self.shapes)
 
-    def abstract_images(self, prompts: int, bucket: int) -> Images:
-        """Returns the shapes of a batch of images."""
+    def abstract_images(self, prompts: int, bucket: int, dtype: DTypeLike = np.float32) -> Images:
+        """Returns the shapes of a batch of still images."""
         vision = self.shapes.vision
         shape = (prompts, 1, bucket, vision.window_patches)
         return Images(
-            jax.ShapeDtypeStruct((*shape, vision.patch_dim), np.float32),
+            jax.ShapeDtypeStruct((*shape, vision.frame_dim), dtype),
             jax.ShapeDtypeStruct((*shape, 2), np.int32),
             jax.ShapeDtypeStruct(shape, bool),
         )

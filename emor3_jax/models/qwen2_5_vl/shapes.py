@@ -59,7 +59,12 @@ class Qwen25VLVisionShapes:
     @property
     def patch_dim(self) -> int:
         """Numbers of one flattened patch."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+        return self.temporal_patch_size * self.frame_dim
+
+    @property
+    def frame_dim(self) -> int:
+        """Numbers of one frame of a patch; the frames of a still image are equal."""
+        return self.in_channels * self.patch_size**2
 
     @property
     def merge_unit(self) -> int:

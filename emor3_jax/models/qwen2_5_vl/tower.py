@@ -125,6 +125,23 @@ class Merger(nn.Module):
         return Dense(c.out_hidden_size, dtype=self.dtype, name="mlp_2")(x)
 
 
+def all_frames(patches: jax.Array, shapes: Qwen25VLVisionShapes) -> jax.Array:
+    """Returns patches with all their frames, (channel, time, row, column) flattened.
+
+    Args:
+      patches: float[..., C], whole, or one frame of a still image (channel, row, column), which is
+        repeated.
+      shapes: the tower's.
+    """
+    if patches.shape[-1] == shapes.patch_dim:
+        return patches
+    *rows, _ = patches.shape
+    frame = patches.reshape(*rows, shapes.in_channels, 1, shapes.patch_size**2)
+    frames = jnp.repeat(frame, shapes.temporal_patch_size, axis=-2)
+    # As an array of its own, so that the product that follows is compiled as that of whole patches.
+    return jax.lax.optimization_barrier(frames.reshape(*rows, shapes.patch_dim))
+
+
 class VisionTower(nn.Module):
     """Images in, one feature for each merged slot out.
 
@@ -153,7 +170,7 @@ class VisionTower(nn.Module):
             length=c.depth,
         )
         x, _ = stack(c, self.compute, name="blocks")(
-            keep_rows(embed(images.patches)),
+            keep_rows(embed(all_frames(images.patches.astype(self.compute.dtype), c))),
             jnp.asarray(full),
             rope.vision_table(images.coords, c),
             images.mask,

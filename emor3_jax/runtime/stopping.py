@@ -1,0 +1,185 @@
+"""Requests to stop: signals, and the cloud's notices that the machine will be taken away.
+
+A run looks whether it was asked to stop where nothing is half done: between the pieces of its
+start, between the batches of an evaluation, between the phases of a step, and after a step. What
+takes longer than a stated time, such as compiling a program, is not waited for: a thread then saves
+what can be saved and ends the process.
+
+Programs that install a handler of SIGTERM in C, as libtpu does when it finds its devices, take the
+signal away from Python; `StopSignal.listen` takes it back.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from emor3_jax.parallel import hosts
+
+STOPPED = 75
+"""Exit status of a run that was asked to stop before its last step: the same command goes on."""
+
+_NUMBERS = signal.SIGTERM, signal.SIGINT
+_NOTICE = b"\0"
+
+
+class Stopped(Exception):  # noqa: N818
+    """A run was asked to stop, and did so where nothing was half done."""
+
+
+class StopSignal:
+    """Turns the first SIGTERM or SIGINT into a request to stop; a second one kills.
+
+    Attributes:
+      requested: whether it came.
+      rescue: saves what can be saved; called by a thread once the time is over.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """Begins to listen; only in the main thread.
+
+        Args:
+          seconds: after the request, until a thread calls `rescue` and ends the process with the
+            status `STOPPED`, whatever the program is doing.
+        """
+        self.requested = False
+        self.rescue: Callable[[], None] = lambda: None
+        self._seconds = seconds
+        # Python calls handlers between two of its own instructions, which an hour of compiling is.
+        # What it writes to this socket is written at once.
+        self._heard, self._written = socket.socketpair()
+        self._written.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._handle) for number in _NUMBERS}
+        threading.Thread(target=self._watch, name="stop signal", daemon=True).start()
+
+    def listen(self) -> None:
+        """Takes back the signals that a library has taken; not SIGTERM where JAX is to have it."""
+        for number in _NUMBERS[hosts.jax_takes_sigterm() :]:
+            signal.signal(number, self._handle)
+
+    def request(self) -> None:
+        """Asks to stop, as a signal does."""
+        # It was closed or holds many of them: nobody listens, or the first one was heard.
+        with contextlib.suppress(OSError):
+            self._written.send(_NOTICE)
+
+    def check(self) -> None:
+        """Stops where any host was asked to; all must call this at the same points.
+
+        Raises:
+          Stopped: then.
+        """
+        if hosts.agree(self.requested):
+            raise Stopped
+
+    def restore(self) -> None:
+        """Restores the handlers of before; nothing is listened to any more."""
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        signal.set_wakeup_fd(self._wakeup)
+        self._written.close()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.requested = True
+        # Other event loops of this thread may have had the socket's place.
+        self.request()
+        signal.signal(number, signal.SIG_DFL)
+
+    def _watch(self) -> None:
+        """Waits for the first request, then for the time to be over, a second one or `restore`."""
+        deadline = None
+        with self._heard:
+            while True:
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                self._heard.settimeout(left)
+                try:
+                    heard = self._heard.recv(1)
+                except TimeoutError:
+                    break
+                if not heard:
+                    return
+                if heard == _NOTICE or heard[0] in _NUMBERS:
+                    if deadline is not None and heard != _NOTICE:
+                        os._exit(128 + heard[0])
+                    self.requested = True
+                    deadline = deadline or time.monotonic() + self._seconds
+        self._end()
+
+    def _end(self) -> None:
+        """Ends the process without the main thread, which is busy with something long."""
+        said = f"not waited for after {self._seconds:g} seconds: saving what is finished"
+        print(said, file=sys.stderr, flush=True)
+        try:
+            self.rescue()
+        except Exception as error:
+            print(f"that failed: {error!r}", file=sys.stderr, flush=True)
+        finally:
+            sys.stdout.flush()
+            os._exit(STOPPED)
+
+
+_METADATA = "GCE_METADATA_HOST"
+_PRODUCT = Path("/sys/class/dmi/id/product_name")
+
+
+class MaintenanceWatch:
+    """Asks the metadata server of Google Cloud whether the machine is to be taken away.
+
+    A spot machine is told of it there (`instance/preempted`). So is one whose host is maintained
+    and that cannot be moved meanwhile (`instance/maintenance-event`), as no TPU or GPU can.
+    """
+
+    def __init__(self, notify: Callable[[], None], every: float = 5.0) -> None:
+        """Begins to ask, in a thread; on machines of Google Cloud, elsewhere nothing is asked.
+
+        Args:
+          notify: called once, at the first notice.
+          every: seconds between two questions.
+        """
+        self._notify, self._every, self._closed = notify, every, threading.Event()
+        self._host = os.environ.get(_METADATA, "metadata.google.internal")
+        if _METADATA in os.environ or _is_google_cloud():
+            threading.Thread(target=self._ask, name="maintenance", daemon=True).start()
+
+    def close(self) -> None:
+        """Asks no more."""
+        self._closed.set()
+
+    def _ask(self) -> None:
+        while not self._closed.is_set():
+            preempted = self._read("preempted") == "TRUE"
+            if preempted or self._read("maintenance-event").startswith("TERMINATE"):
+                self._notify()
+                return
+            self._closed.wait(self._every)
+
+    def _read(self, name: str) -> str:
+        """Returns a value, "" if there is none or nobody answers."""
+        request = urllib.request.Request(
+            f"http://{self._host}/computeMetadata/v1/instance/{name}",
+            headers={"Metadata-Flavor": "Google"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=2) as answer:
+                return answer.read().decode().strip()
+        except (OSError, urllib.error.URLError):
+            return ""
+
+
+def _is_google_cloud() -> bool:
+    try:
+        return _PRODUCT.read_text().startswith("Google")
+    except OSError:
+        return False

@@ -1,0 +1,284 @@
+"""Runs that are asked to stop: real signals to real processes, and notices of a cloud."""
+
+import http.server
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support import compiler_flags
+from support.tiny_run import make_config, make_folder, read_metrics
+
+from emor3_jax.io.checkpoints import Checkpoints
+from emor3_jax.runtime import run as run_module
+from emor3_jax.runtime.stopping import STOPPED, MaintenanceWatch, Stopped, StopSignal
+from emor3_jax.train import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("stopping"))
+
+
+def start(folder: Path, workdir: Path, moment: str) -> subprocess.CompletedProcess:
+    """Runs `stopped_run`, in a process group of its own, which must be empty afterwards."""
+    environment = os.environ | {
+        "XLA_FLAGS": compiler_flags.FAST,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    script = str(Path(__file__).with_name("stopped_run.py"))
+    process = subprocess.Popen(
+        [sys.executable, script, str(folder), str(workdir), moment],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    printed = process.communicate(timeout=600)
+
+    def gone() -> bool:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    assert eventually(gone)
+    return subprocess.CompletedProcess(process.args, process.returncode, *printed)
+
+
+def steps_of(workdir: Path) -> list[int]:
+    """Returns the checkpoints of a run."""
+    checkpoints = Checkpoints(workdir, keep=None)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("moment", "saved", "logged", "said"),
+    [
+        ("startup", [], None, "stopped as asked, before the first step"),
+        ("first_evaluation", [], None, "stopped as asked, before the first checkpoint"),
+        ("evaluation", [2], [0, 1, 2], "stopped as asked, saved after step 2"),
+        ("last_evaluation", [1], [0, 1], "stopped as asked, saved after step 1"),
+        ("rollout", [1], [0, 1], "stopped as asked, saved after step 1"),
+        ("compiling", [1], [0, 1], "not waited for after 1 seconds"),
+        ("group", [1], [0, 1], "stopped"),
+    ],
+)
+def test_a_signal_at_any_moment_keeps_the_last_finished_step(folder, moment, saved, logged, said):
+    workdir = folder / moment
+    done = start(folder, workdir, moment)
+    printed = done.stdout + done.stderr
+    assert done.returncode == STOPPED, printed[-3000:]
+    assert said in printed
+    # No process complained of what it was told.
+    assert "Traceback" not in printed and "KeyboardInterrupt" not in printed
+    if logged is None:
+        assert not (workdir / "metrics.jsonl").exists() and not saved
+    else:
+        assert [row["step"] for row in read_metrics(workdir)] == logged
+        assert steps_of(workdir) == saved
+
+
+def test_a_run_that_was_stopped_within_a_step_goes_on_exactly(folder):
+    """After the test above: from the checkpoint after step 1, in the rollout of step 2."""
+    stopped, whole = folder / "rollout", folder / "whole"
+    config = make_config(folder)
+    config.evaluate.every, config.evaluate.during = 10, 6
+    if not stopped.exists():
+        pytest.skip("the run that is stopped was not selected")
+    train(config, stopped)
+    train(config, whole)
+    rows, wanted = read_metrics(stopped), read_metrics(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for name in ("reward/overall", "policy/loss", "policy/grad_norm", "eval/test/accuracy"):
+        for row, other in zip(rows, wanted, strict=True):
+            assert row.get(name) == other.get(name), name
+
+
+@pytest.fixture
+def stop():
+    listening = StopSignal(300.0)
+    yield listening
+    listening.restore()
+
+
+def eventually(condition) -> bool:
+    """Returns whether something becomes true within a minute."""
+    for _ in range(6000):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_request_is_heard_between_pieces_of_work(stop):
+    stop.check()
+    stop.request()
+    assert eventually(lambda: stop.requested)
+    with pytest.raises(Stopped):
+        stop.check()
+
+
+def test_a_signal_that_a_library_has_taken_is_taken_back(stop):
+    # As in C, where Python knows nothing of it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert eventually(lambda: stop.requested)
+    # A second one ends the process.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_handlers_and_wakeup_are_those_of_before_once_it_is_over():
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    kept = signal.set_wakeup_fd(theirs.fileno())
+    try:
+        listening = StopSignal(300.0)
+        listening.restore()
+        listening.restore()
+        listening.request()
+        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+        assert signal.set_wakeup_fd(theirs.fileno()) == theirs.fileno()
+        assert not listening.requested
+    finally:
+        signal.set_wakeup_fd(kept)
+        ours.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "noticed"),
+    [
+        ({"preempted": "TRUE", "maintenance-event": "NONE"}, True),
+        ({"preempted": "FALSE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}, True),
+        ({"preempted": "FALSE", "maintenance-event": "NONE"}, False),
+        ({"preempted": "FALSE", "maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE"}, False),
+        ({}, False),
+    ],
+)
+def test_notices_of_the_metadata_server_are_heard(monkeypatch, values, noticed):
+    asked = []
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.headers["Metadata-Flavor"] == "Google"
+            name = self.path.removeprefix("/computeMetadata/v1/instance/")
+            asked.append(name)
+            self.send_response(200 if name in values else 404)
+            self.end_headers()
+            self.wfile.write(values.get(name, "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+    heard = threading.Event()
+    watch = MaintenanceWatch(heard.set, every=0.01)
+    try:
+        if noticed:
+            assert heard.wait(60)
+        else:
+            # It asks again and again, and hears nothing.
+            assert eventually(lambda: asked.count("maintenance-event") >= 3)
+            assert not heard.is_set()
+    finally:
+        watch.close()
+        server.shutdown()
+
+
+def test_nothing_is_asked_where_there_is_no_cloud(monkeypatch):
+    monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
+    monkeypatch.setattr("emor3_jax.runtime.stopping._PRODUCT", Path("/no/such/file"))
+    threads = threading.active_count()
+    MaintenanceWatch(lambda: None).close()
+    assert threading.active_count() == threads
+
+
+def test_checkpoints_are_due_by_minutes_of_the_first_host(folder, monkeypatch):
+    config = make_config(folder)
+    config.evaluate.every = config.checkpoint.every = 10
+    config.checkpoint.minutes, config.checkpoint.keep = 5.0, 9
+    now, saved = [0.0], []
+    save, record = Checkpoints.save, run_module.Run.record
+
+    def recorded(self, step, *args):
+        # Steps of two minutes, but the second one, which takes four.
+        now[0] += 240.0 if step == 2 else 120.0
+        record(self, step, *args)
+
+    class Clock:
+        perf_counter = staticmethod(time.perf_counter)
+        monotonic = staticmethod(lambda: now[0])
+
+    monkeypatch.setattr(run_module, "time", Clock)
+    monkeypatch.setattr(run_module.Run, "record", recorded)
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *args: saved.append(step) or save(self, step, *args)
+    )
+    config.steps = 4
+    assert train(config, folder / "minutes")
+    # Six minutes after the start, and after the last step; not four minutes after the second.
+    assert saved == [2, 4]
+    assert steps_of(folder / "minutes") == [2, 4]
+
+
+SYNC = """
+import os, signal, sys, time
+from emor3_jax.parallel import hosts
+hosts.start()
+import jax
+assert hosts.jax_takes_sigterm()
+for step in range(1, 2000):
+    if step == 5 and hosts.is_first():
+        os.kill(os.getpid(), signal.SIGTERM)
+    if hosts.reached_sync_point(step):
+        break
+    # As an agreement once a step does.
+    hosts.exchange(step)
+    time.sleep(0.01)
+print("stopped after", step, flush=True)
+jax.distributed.shutdown()
+"""
+
+
+def test_jax_preemption_service_names_one_step_for_all_hosts():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_PREEMPTION_SERVICE": "1",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "PYTHONPATH": str(ROOT),
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SYNC],
+            env=environment | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    steps = {text.split("stopped after ")[1].split()[0] for text in said}
+    assert len(steps) == 1 and int(steps.pop()) > 5
