@@ -121,7 +121,7 @@ def compile_config(
     slices = topology.parse(name)
     validate(config)
     policy, texts = read_policy_shapes(config)
-    policy = policy.with_compute(attention=prepare.attention_backend(config, "tpu"))
+    policy = prepare.with_attention(policy, config, "tpu")
     devices = slices.devices()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_policy(mesh, policy.shapes)

@@ -97,6 +97,8 @@ def default() -> ConfigDict:
     config.policy.dtype = "bfloat16"
     # "xla", "splash" (TPU), "cudnn" (NVIDIA GPU), or "auto": the one of the platform.
     config.policy.attention = "auto"
+    # Of decoded tokens: "xla" reads the whole cache, "ragged" (TPU) only what is in use, or "auto".
+    config.policy.decode_attention = "auto"
     config.policy.freeze_vision_tower = False
     # Train adapters of this rank alone (models/lora.py), in these modules: those of the decoder by
     # name, those of the vision tower as "visual/qkv". 0 trains the weights themselves.

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from emor3_jax.models import decode_attention
 from emor3_jax.models.cache import KV, Cache
 from emor3_jax.models.family import Family, Shapes
 from emor3_jax.models.layers import DEFAULT, Compute, Dtype, GroupRow, two_rows
@@ -215,6 +216,8 @@ class Policy:
         tokens: jax.Array,
         positions: jax.Array,
         slot: jax.Array,
+        *,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs one token of each continuation and adds it to the cache.
 
@@ -225,19 +228,27 @@ class Policy:
           tokens: int32[B, G].
           positions: int32[B, G], rope positions.
           slot: int32[], where the keys and values of these tokens go.
+          lengths: int32[B, G], if the cache is a ring: the mask of a continuation is True in the
+            last `lengths` places before `slot` (from the beginning on at the end), and nowhere
+            else. Then a kernel may read those alone (`compute.decode_attention`). 0 where the
+            result does not matter, whatever the mask.
 
         Returns:
           float[B, G, D] after the final norm, and the cache with `slot` filled.
         """
         b, g = tokens.shape
         unrolled = "layers" not in params["model"]
+        kind = self.compute.decode_attention
+        sources: dict[str, Any] = {"prefix": prefix, "cache": cache}
+        if lengths is not None and kind != "xla":
+            if decode_attention.fits(prefix, cache, interpret=kind.endswith("interpret")):
+                sources = {"ring": decode_attention.make_ring(prefix, cache, lengths, slot)}
         hidden, keys = self._decoder(keep_keys=True, unrolled=unrolled).apply(
             {"params": params["model"]},
             tokens[..., None],
             jnp.broadcast_to(positions[..., None, None], (b, g, 1, 3)),
             jnp.ones((b, g, 1), bool),
-            prefix=prefix,
-            cache=cache,
+            **sources,
         )
         if unrolled:
             # Always 0, but known only once all layers have read the cache: XLA writes in place.

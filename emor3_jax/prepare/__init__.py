@@ -19,6 +19,7 @@ from emor3_jax.prepare.data import (
 )
 from emor3_jax.prepare.policy import (
     attention_backend,
+    decode_backend,
     ensure_policy,
     load_policy,
     make_lora,
@@ -40,6 +41,7 @@ __all__ = [
     "PARQUET_LABELS",
     "Data",
     "attention_backend",
+    "decode_backend",
     "cast_patches",
     "data_sets",
     "ensure_policy",

@@ -9,7 +9,7 @@ from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import is_hub_id
-from emor3_jax.models.attention import BACKENDS
+from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
 from emor3_jax.models.lora import TOWER
 from emor3_jax.prepare.data import data_sets
 from emor3_jax.prepare.sources import check_kind
@@ -39,6 +39,12 @@ def validate(config: ConfigDict) -> None:
     need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
     backends = ("auto", *BACKENDS)
     need(config.policy.attention in backends, "policy.attention", f"must be one of {backends}")
+    decoding = ("auto", *DECODE_BACKENDS)
+    need(
+        config.policy.decode_attention in decoding,
+        "policy.decode_attention",
+        f"must be one of {decoding}",
+    )
     need(
         config.policy.attention != "cudnn" or config.policy.dtype == "bfloat16",
         "policy.attention",

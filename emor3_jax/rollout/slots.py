@@ -221,6 +221,8 @@ def decode_block(
             token,
             jnp.broadcast_to((slots.position + age)[:, None], shape),
             (slots.cursor + i) % places,
+            # Of what has ended nothing need be read.
+            lengths=jnp.where(ended, 0, age[:, None]),
         )
         drawn, logprob = sample(
             policy.logits(params, hidden),
