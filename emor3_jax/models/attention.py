@@ -7,7 +7,7 @@ prompt, the continuations and the decoded token; which back end computes it is o
 Deviations, numbered:
  1. Whatever the back end, a few queries (windows of the vision tower, decoded tokens) and cached
     keys are computed by XLA: such scores are small, and there a kernel has nothing to save. Only
-    where the cache is a ring of which little is in use, a kernel of TPUs reads just that (`InRing`).
+    of a ring of which little is in use, a TPU's kernel reads less (`InRing`).
 """
 
 from typing import TYPE_CHECKING, NamedTuple

@@ -1,4 +1,4 @@
-"""Attention of decoded tokens that reads only the places of the cache that are in use: a TPU kernel.
+"""Attention of decoded tokens by a TPU kernel that reads only the places of the cache in use.
 
 XLA's attention of a decoded token (`attention.attend`) reads the whole ring of every lane and the
 whole padded prompt, and masks what does not belong to them; with responses of very different
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
@@ -128,6 +129,34 @@ def count_blocks(lengths: Any, starts: Any, places: int, block: int) -> Any:
     # A full ring that begins within a block ends in the same one.
     touched = (starts % block + lengths + block - 1) // block
     return ((lengths > 0) * touched).clip(max=places // block)
+
+
+class PlacesRead(NamedTuple):
+    """Places of the ring that attention reads for one token of each lane.
+
+    Attributes:
+      needed: that hold a key of the lane.
+      ragged: that this kernel reads.
+      xla: that XLA reads, all.
+    """
+
+    needed: int
+    ragged: int
+    xla: int
+
+
+def places_read(lengths: np.ndarray, slot: int, places: int) -> PlacesRead:
+    """Counts what is read.
+
+    Args:
+      lengths: int[...], places of each lane, 0 for those that have ended.
+      slot: the place of the ring that is written next.
+      places: of the ring.
+    """
+    lengths = np.clip(lengths, 0, places)
+    block = ring_block(places)
+    blocks = count_blocks(lengths, (slot - lengths) % places, places, block)
+    return PlacesRead(int(lengths.sum()), int(blocks.sum()) * block, lengths.size * places)
 
 
 def make_ring(prefix: KV, cache: Cache, lengths: jax.Array, slot: jax.Array) -> Ring:
@@ -237,32 +266,35 @@ def attend_ring(
     queries = q.astype(jnp.float32).reshape(s, lanes, groups, each, head_dim)
     queries = jnp.pad(queries, [(0, 0)] * 3 + [(0, padded - each), (0, 0)])
     k, v = (jnp.repeat(x.astype(jnp.float32), copies, axis=2)[:, :, :, None] for x in (k, v))
-    states = [jnp.swapaxes(x, 1, 2) for x in (queries, k, v)]
     keys = ring.prefix.k, ring.prefix.v, ring.cache.k, ring.cache.v
 
-    def compute(layer: jax.Array, work: Work, *arrays: jax.Array) -> jax.Array:
+    def compute(
+        layer: jax.Array, work: Work, own: tuple[jax.Array, ...], *keys: jax.Array
+    ) -> jax.Array:
         head = jnp.int32(0)
         if copies > 1:
-            head = jax.lax.axis_index(axis) * arrays[0].shape[1] // copies
+            head = jax.lax.axis_index(axis) * own[0].shape[2] // copies
+        # Lanes of all slots in one axis, and layers too: the kernel computes few addresses.
+        own = tuple(jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 1, 0) for x in own)
+        *prompts, ring_k, ring_v = keys
+        flat = [x.reshape(-1, *x.shape[3:]) for x in (ring_k, ring_v)]
         at = jnp.stack([layer, head])
-        return _call(at, work, *arrays, dtype=q.dtype, interpret=interpret)
+        out = _call(at, work, own, *prompts, *flat, dtype=q.dtype, interpret=interpret)
+        return jnp.moveaxis(out, 0, 1).reshape(*work.lengths.shape, -1, padded, head_dim)
 
     if mesh.size > 1:
         cut = axis if copies == 1 else None
-        mine, prompts, cached = P(rows, axis), P(None, rows, cut), P(None, rows, None, cut)
-        specs = P(), P(rows), mine, mine, mine, prompts, prompts, cached, cached
+        mine, prompts, cached = P(rows, None, axis), P(None, rows, cut), P(None, rows, None, cut)
+        specs = P(), P(rows), mine, prompts, prompts, cached, cached
         compute = jax.shard_map(compute, in_specs=specs, out_specs=mine, check_vma=False)
-    out = compute(layer, ring.work, *states, *keys)
-    out = jnp.swapaxes(out, 1, 2)[..., :each, :]
+    out = compute(layer, ring.work, (queries, k, v), *keys)[..., :each, :]
     return out.reshape(s, lanes, heads, head_dim).astype(q.dtype)
 
 
 def _call(
     at: jax.Array,
     work: Work,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    own: tuple[jax.Array, ...],
     *keys: jax.Array,
     dtype: Any,
     interpret: bool,
@@ -272,31 +304,33 @@ def _call(
     Args:
       at: int32[2], the layer, and the first of these heads among the keys'.
       work: of these slots.
-      q: float32[S, H, L, rows, head_dim], queries of each key head.
-      k, v: float32[S, H, L, 1, head_dim].
-      *keys: keys and values of the prompts, and of the ring, of all layers.
+      own: queries of each key head, float32[H, S * L, rows, head_dim], and keys and values of the
+        tokens themselves, float32[H, S * L, 1, head_dim].
+      *keys: keys and values of the prompts, and of the ring; of this, layers, slots and lanes are
+        one axis.
       dtype: in which products are taken.
       interpret: emulate the kernel.
 
     Returns:
-      float32[S, H, L, rows, head_dim].
+      float32[H, S * L, rows, head_dim].
     """
-    s, heads, lanes, rows, head_dim = q.shape
+    (heads, n, rows, head_dim), parts = own[0].shape, len(work.counts)
     length, places = keys[0].shape[-1], keys[2].shape[-1]
-    parts = len(work.counts)
     block, prompt_block = ring_block(places), prompt_block_of(length)
     batch, prompt_batch = max(_CHAINS // heads, 1), max(_PROMPT_CHAINS // heads, 1)
 
     def part(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((s // parts, heads, lanes, *shape), lambda i, *_: (i, 0, 0, 0, 0))
+        return pl.BlockSpec((heads, n // parts, *shape), lambda i, *_: (0, i, 0, 0))
 
     def buffer(like: jax.Array, *shape: int) -> Any:
         return pltpu.VMEM((_BUFFERS, *shape), like.dtype)
 
-    sums = pltpu.VMEM((s // parts, heads, lanes, rows, head_dim), jnp.float32)
+    lanes = work.lengths.shape[1]
+    flat = work._replace(lengths=work.lengths.reshape(-1), starts=work.starts.reshape(-1))
+    sums = pltpu.VMEM((heads, n // parts, rows, head_dim), jnp.float32)
     return pl.pallas_call(
-        functools.partial(_kernel, places=places, dtype=dtype),
-        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        functools.partial(_kernel, lanes=lanes, places=places, dtype=dtype),
+        out_shape=jax.ShapeDtypeStruct(own[0].shape, jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(parts,),
@@ -317,60 +351,61 @@ def _call(
                 pltpu.SemaphoreType.DMA((2, _BUFFERS)),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), disable_bounds_checks=True
+        ),
         interpret=interpret,
         name="ragged_decode_attention",
-    )(at, work, q, k, v, *keys)
+    )(at, flat, *own, *keys)
 
 
-def _kernel(at_ref: Any, work: Work, *refs: Any, places: int, dtype: Any) -> None:
+def _kernel(at_ref: Any, work: Work, *refs: Any, lanes: int, places: int, dtype: Any) -> None:
     """Some slots: their sums begin with the token itself, then come prompts and ring by blocks."""
     q_ref, k_ref, v_ref, *keys, out_ref, top_ref, total_ref = refs[:10]
     prompt_k, prompt_v, ring_k, ring_v, arrived = refs[10:]
     part, layer = pl.program_id(0), at_ref[0]
-    slots, heads, lanes, rows, head_dim = q_ref.shape
+    heads, n, rows, head_dim = q_ref.shape
     block, prompt_block = ring_k.shape[-1], prompt_k.shape[-1]
+    first_lane, first_slot = part * n, part * (n // lanes)
+    lane_of_layer = layer * (pl.num_programs(0) * n) + first_lane
     mine = pl.ds(at_ref[1], heads)
     products = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
-    def ring_entry(index: Any) -> tuple[Any, Any, Any]:
-        """Slot, lane, and first place of a block of the ring."""
-        lane = work.lane[part, index]
-        slot, lane = _divide(lane, lanes)
-        return slot, lane, work.block[part, index] * block
+    def span_of(number: Any, size: int, of: int) -> Any:
+        """The places of a block; a single one may have any size."""
+        return slice(None) if size == of else pl.ds(pl.multiple_of(number * size, size), size)
 
     def ring_copies(index: Any, to: tuple) -> list[Any]:
-        slot, lane, first = ring_entry(index)
-        span = pl.ds(pl.multiple_of(first, block), block)
-        at = layer, part * slots + slot, lane, mine
+        span = span_of(work.block[part, index], block, places)
+        at = lane_of_layer + work.lane[part, index], mine
         return [
             pltpu.make_async_copy(keys[2].at[*at, :, span], ring_k.at[*to], arrived.at[1, to[0]]),
             pltpu.make_async_copy(keys[3].at[*at, span], ring_v.at[*to], arrived.at[1, to[0]]),
         ]
 
     def prompt_copies(index: Any, to: tuple) -> list[Any]:
-        first = work.prompt_block[part, index] * prompt_block
-        span = pl.ds(pl.multiple_of(first, prompt_block), prompt_block)
-        at = layer, part * slots + work.slot[part, index], mine
+        span = span_of(work.prompt_block[part, index], prompt_block, keys[0].shape[-1])
+        at = layer, first_slot + work.slot[part, index], mine
         return [
             pltpu.make_async_copy(keys[0].at[*at, :, span], prompt_k.at[*to], arrived.at[0, to[0]]),
             pltpu.make_async_copy(keys[1].at[*at, span], prompt_v.at[*to], arrived.at[0, to[0]]),
         ]
 
-    def select(q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any, Any]:
+    def select(q: Any, k: Any, v: Any, seen: Any, real: Any) -> tuple[Any, Any, Any]:
         """Highest score, sum of weights, and weighted sum of values, of each query in a block."""
         scores = jnp.where(seen, products(q.astype(dtype), k.astype(dtype)), _MASKED)
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        return top, total, products(weights.astype(dtype), v.astype(dtype))
+        # Where there is no block, fast memory may hold anything.
+        return top, total, jnp.where(real, products(weights.astype(dtype), v.astype(dtype)), 0.0)
 
     def add(at: tuple, found: tuple[Any, Any, Any]) -> None:
         """Adds a block to the sums of its lane, or of all lanes of its slot."""
-        shape = top_ref.at[*at].shape
         old = top_ref[at]
-        top, total, out = (jnp.broadcast_to(x, (math.prod(shape[:-1]), head_dim)) for x in found)
-        top, total, out = (x.reshape(shape) for x in (top, total, out))
+        top, total, out = (
+            jnp.broadcast_to(x, (old.size // head_dim, head_dim)).reshape(old.shape) for x in found
+        )
         new = jnp.maximum(old, top)
         before, now = jnp.exp(old - new), jnp.exp(top - new)
         top_ref[at] = new
@@ -380,17 +415,16 @@ def _kernel(at_ref: Any, work: Work, *refs: Any, places: int, dtype: Any) -> Non
     def ring_batch(first: Any, buffer: Any) -> None:
         found = []
         for i in range(ring_k.shape[1]):
-            slot, lane, place = ring_entry(first + i)
+            lane = work.lane[part, first + i]
             # Behind the end of the list nothing is seen.
             real = first + i < work.counts[part, 0]
-            length = jnp.where(real, work.lengths[part * slots + slot, lane], 0)
-            age = place + jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
-            age -= work.starts[part * slots + slot, lane]
+            length = jnp.where(real, work.lengths[first_lane + lane], 0)
+            age = work.block[part, first + i] * block - work.starts[first_lane + lane]
+            age += jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
             seen = jnp.where(age < 0, age + places, age) < length
             for head in range(heads):
-                at = slot, head, lane
-                k, v = ring_k[buffer, i, head], ring_v[buffer, i, head]
-                found.append((at, select(q_ref[at], k, v, seen)))
+                at, k, v = (head, lane), ring_k[buffer, i, head], ring_v[buffer, i, head]
+                found.append((at, select(q_ref[at], k, v, seen, real)))
         for each in found:
             add(*each)
 
@@ -399,14 +433,14 @@ def _kernel(at_ref: Any, work: Work, *refs: Any, places: int, dtype: Any) -> Non
         for i in range(prompt_k.shape[1]):
             slot, number = work.slot[part, first + i], work.prompt_block[part, first + i]
             real = first + i < work.counts[part, 1]
-            length = jnp.where(real, work.prompts[part * slots + slot], 0)
+            length = jnp.where(real, work.prompts[first_slot + slot], 0)
             place = jax.lax.broadcasted_iota(jnp.int32, (lanes * rows, prompt_block), 1)
             seen = number * prompt_block + place < length
             for head in range(heads):
-                at = slot, head
+                at = head, pl.ds(slot * lanes, lanes)
                 q = q_ref[at].reshape(lanes * rows, head_dim)
                 k, v = prompt_k[buffer, i, head], prompt_v[buffer, i, head]
-                found.append((at, select(q, k, v, seen)))
+                found.append((at, select(q, k, v, seen, real)))
         for each in found:
             add(*each)
 
@@ -415,22 +449,23 @@ def _kernel(at_ref: Any, work: Work, *refs: Any, places: int, dtype: Any) -> Non
     prompts.begin()
     ring.begin()
 
-    @pl.loop(0, slots)
+    @pl.loop(0, n // lanes)
     def _(slot: Any) -> None:
         for head in range(heads):
-            q, k, v = (ref[slot, head] for ref in (q_ref, k_ref, v_ref))
-            shape = lanes, rows, head_dim
+            at = head, pl.ds(slot * lanes, lanes)
+            q, k, v = q_ref[at], k_ref[at], v_ref[at]
             score = jnp.sum(q * k, axis=-1, keepdims=True)
-            top_ref[slot, head] = jnp.broadcast_to(score, shape)
-            total_ref[slot, head] = jnp.ones(shape, jnp.float32)
-            out_ref[slot, head] = jnp.broadcast_to(v, shape)
+            top_ref[at] = jnp.broadcast_to(score, q.shape)
+            total_ref[at] = jnp.ones(q.shape, jnp.float32)
+            out_ref[at] = jnp.broadcast_to(v, q.shape)
 
     prompts.run()
     ring.run()
 
-    @pl.loop(0, slots)
+    @pl.loop(0, n // lanes)
     def _(slot: Any) -> None:
-        out_ref[slot] = out_ref[slot] / total_ref[slot]
+        at = slice(None), pl.ds(slot * lanes, lanes)
+        out_ref[at] = out_ref[at] / total_ref[at]
 
 
 class _Stream(NamedTuple):
@@ -450,31 +485,37 @@ class _Stream(NamedTuple):
 
     def begin(self) -> None:
         """Starts to copy the first batches."""
-        for batch in range(_BUFFERS - 1):
-            self._start(jnp.int32(batch))
+        pl.loop(0, _BUFFERS - 1)(self._start)
 
     def run(self) -> None:
         """Computes all batches."""
 
-        @pl.loop(0, self._batches())
+        @pl.loop(0, _divide(self.count + self.size - 1, self.size)[0])
         def _(batch: Any) -> None:
             self._start(batch + _BUFFERS - 1)
-            for copy in self._of(batch):
-                copy.wait()
+            self._each(batch, lambda copy: copy.wait())
             self.compute(batch * self.size, _divide(batch, _BUFFERS)[1])
 
-    def _batches(self) -> Any:
-        return _divide(self.count + self.size - 1, self.size)[0]
-
-    def _of(self, batch: Any) -> list[Any]:
-        first, buffer = batch * self.size, _divide(batch, _BUFFERS)[1]
-        return [x for i in range(self.size) for x in self.copies(first + i, (buffer, i))]
-
     def _start(self, batch: Any) -> None:
-        @pl.when(batch < self._batches())
+        self._each(batch, lambda copy: copy.start())
+
+    def _each(self, batch: Any, act: Any) -> None:
+        """Does something with every copy of a batch, which may lie behind the last block."""
+        first, buffer = batch * self.size, _divide(batch, _BUFFERS)[1]
+        left = self.count - first
+
+        def one(i: Any) -> None:
+            for copy in self.copies(first + i, (buffer, i)):
+                act(copy)
+
+        @pl.when(left >= self.size)
         def _() -> None:
-            for copy in self._of(batch):
-                copy.start()
+            for i in range(self.size):
+                one(i)
+
+        @pl.when(left < self.size)
+        def _() -> None:
+            pl.loop(0, left)(one)
 
 
 def row_axes(mesh: Any, rows: int) -> tuple[str, ...] | None:
@@ -500,7 +541,7 @@ def _parts(slots: int, lanes: int, heads: int) -> int:
 
 
 def _divide(x: Any, by: int) -> tuple[Any, Any]:
-    """Returns quotient and rest of a number from 0 on; Python's operators would ask for its sign."""
+    """Returns quotient and rest of a number from 0 on; Python's operators ask for its sign."""
     return jax.lax.div(x, jnp.int32(by)), jax.lax.rem(x, jnp.int32(by))
 
 

@@ -7,6 +7,7 @@ are computed in float32, whatever the compute type.
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -240,9 +241,9 @@ class Policy:
         unrolled = "layers" not in params["model"]
         kind = self.compute.decode_attention
         sources: dict[str, Any] = {"prefix": prefix, "cache": cache}
-        if lengths is not None and kind != "xla":
-            if decode_attention.fits(prefix, cache, interpret=kind.endswith("interpret")):
-                sources = {"ring": decode_attention.make_ring(prefix, cache, lengths, slot)}
+        fits = partial(decode_attention.fits, interpret=kind.endswith("interpret"))
+        if lengths is not None and kind != "xla" and fits(prefix, cache):
+            sources = {"ring": decode_attention.make_ring(prefix, cache, lengths, slot)}
         hidden, keys = self._decoder(keep_keys=True, unrolled=unrolled).apply(
             {"params": params["model"]},
             tokens[..., None],

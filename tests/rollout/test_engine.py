@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emor3_jax.models import decode_attention
 from emor3_jax.models.cache import Cache
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Plan
@@ -44,6 +45,19 @@ def test_responses_do_not_depend_on_the_plan(four, at_once, plan):
     np.testing.assert_array_equal(found.tokens, at_once.tokens)
     np.testing.assert_array_equal(found.lengths, at_once.lengths)
     np.testing.assert_array_equal(found.ended, at_once.ended)
+    np.testing.assert_allclose(found.logprobs, at_once.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_responses_do_not_depend_on_the_kernel(four, at_once, monkeypatch, unroll):
+    """Rings of 4, 8 and 12 places, in blocks of 4; layers that lie apart are left to XLA."""
+    monkeypatch.setattr(decode_attention, "BLOCK", 4)
+    monkeypatch.setattr(decode_attention, "_CHAINS", 2)
+    policy = four.policy.with_compute(decode_attention="ragged_interpret")
+    plan = Plan(slots=2, refill=1, block=4, halvings=1, unroll=unroll)
+    found = jax.device_get(four._replace(policy=policy).roll_out_in(plan, RULE, 0, G))
+    np.testing.assert_array_equal(found.tokens, at_once.tokens)
+    np.testing.assert_array_equal(found.lengths, at_once.lengths)
     np.testing.assert_allclose(found.logprobs, at_once.logprobs, atol=2e-5)
 
 
