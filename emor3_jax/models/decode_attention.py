@@ -9,7 +9,7 @@ places that hold a key of the lane, or of the prompt.
   layers are an operand as they are, in slow memory, and the layer is an index; a slice of them for
   each layer would be a copy.
 * Which blocks are read is listed once a token, for all layers (`make_work`), by XLA; the kernel
-  walks through the list, a batch of blocks computed while the next ones are on their way.
+  (`decode_kernel`) walks through the list, copying some blocks while it computes others.
 * A block of a prompt is read once for all lanes and all query heads of its slot, a block of the
   ring once for the query heads of its key head.
 
@@ -17,22 +17,19 @@ The kernels that JAX ships do not fit. `paged_attention` knows lengths but no fi
 block of the ring that belongs to a lane in part would count whole, and it returns no sums to join
 with the prompt's part; `ragged_paged_attention` wants keys and values interleaved in one array of
 pages, and has no shared prefix; `flash_attention` reads all keys; the masks of `splash_attention`
-are known when it is compiled or else are arrays as large as the scores. All but the first also take
-the keys of one layer alone.
+are known when it is compiled or else are arrays as large as the scores. The last two also take the
+keys of one layer alone.
 
 Deviations, numbered:
  1. A response that has ended reads nothing (`lengths` 0); what comes out for it is undefined.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from emor3_jax.models.cache import KV, Cache
@@ -44,17 +41,8 @@ BLOCK = 128
 _PROMPT_BLOCK = 256
 """Places of a prompt that are read together, where it is a multiple of it; else `BLOCK`."""
 
-_MASKED = -1e30
-"""Score of a place that is not the lane's: finite, as in `attention`."""
-
-_CHAINS = 16
-"""Blocks of single key heads that are computed together: one alone leaves the units waiting."""
-
-_PROMPT_CHAINS = 2
-"""The same of prompts, whose blocks meet the queries of all lanes."""
-
-_BUFFERS = 3
-"""Batches of blocks in fast memory: one is computed, the others are on their way."""
+_SPARE = 32
+"""Entries behind a list of blocks: the kernel reads it in batches, of at most so many."""
 
 _STATES = 256
 """Lanes times key heads whose sums are in fast memory together, 24 KB each."""
@@ -217,11 +205,11 @@ def _listed(counts: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
       most: of one owner.
 
     Returns:
-      Two of int32[parts, M], M being at least N * most and whole batches; 0 behind the last thing.
+      Two of int32[parts, N * most + _SPARE]; 0 behind the last thing.
     """
     n = counts.shape[1]
     ends = jnp.cumsum(counts, axis=1)
-    index = jnp.arange(-(-n * most // _CHAINS) * _CHAINS, dtype=jnp.int32)
+    index = jnp.arange(n * most + _SPARE, dtype=jnp.int32)
     # Compared with all: a binary search is a loop, and there are few owners.
     owner = jnp.sum(index[:, None] >= ends[:, None], axis=-1, dtype=jnp.int32)
     real = owner < n
@@ -268,6 +256,8 @@ def attend_ring(
     k, v = (jnp.repeat(x.astype(jnp.float32), copies, axis=2)[:, :, :, None] for x in (k, v))
     keys = ring.prefix.k, ring.prefix.v, ring.cache.k, ring.cache.v
 
+    from emor3_jax.models.decode_kernel import read_blocks
+
     def compute(
         layer: jax.Array, work: Work, own: tuple[jax.Array, ...], *keys: jax.Array
     ) -> jax.Array:
@@ -279,7 +269,7 @@ def attend_ring(
         *prompts, ring_k, ring_v = keys
         flat = [x.reshape(-1, *x.shape[3:]) for x in (ring_k, ring_v)]
         at = jnp.stack([layer, head])
-        out = _call(at, work, own, *prompts, *flat, dtype=q.dtype, interpret=interpret)
+        out = read_blocks(at, work, own, *prompts, *flat, dtype=q.dtype, interpret=interpret)
         return jnp.moveaxis(out, 0, 1).reshape(*work.lengths.shape, -1, padded, head_dim)
 
     if mesh.size > 1:
@@ -289,233 +279,6 @@ def attend_ring(
         compute = jax.shard_map(compute, in_specs=specs, out_specs=mine, check_vma=False)
     out = compute(layer, ring.work, (queries, k, v), *keys)[..., :each, :]
     return out.reshape(s, lanes, heads, head_dim).astype(q.dtype)
-
-
-def _call(
-    at: jax.Array,
-    work: Work,
-    own: tuple[jax.Array, ...],
-    *keys: jax.Array,
-    dtype: Any,
-    interpret: bool,
-) -> jax.Array:
-    """The kernel on the slots and heads of one device.
-
-    Args:
-      at: int32[2], the layer, and the first of these heads among the keys'.
-      work: of these slots.
-      own: queries of each key head, float32[H, S * L, rows, head_dim], and keys and values of the
-        tokens themselves, float32[H, S * L, 1, head_dim].
-      *keys: keys and values of the prompts, and of the ring; of this, layers, slots and lanes are
-        one axis.
-      dtype: in which products are taken.
-      interpret: emulate the kernel.
-
-    Returns:
-      float32[H, S * L, rows, head_dim].
-    """
-    (heads, n, rows, head_dim), parts = own[0].shape, len(work.counts)
-    length, places = keys[0].shape[-1], keys[2].shape[-1]
-    block, prompt_block = ring_block(places), prompt_block_of(length)
-    batch, prompt_batch = max(_CHAINS // heads, 1), max(_PROMPT_CHAINS // heads, 1)
-
-    def part(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((heads, n // parts, *shape), lambda i, *_: (0, i, 0, 0))
-
-    def buffer(like: jax.Array, *shape: int) -> Any:
-        return pltpu.VMEM((_BUFFERS, *shape), like.dtype)
-
-    lanes = work.lengths.shape[1]
-    flat = work._replace(lengths=work.lengths.reshape(-1), starts=work.starts.reshape(-1))
-    sums = pltpu.VMEM((heads, n // parts, rows, head_dim), jnp.float32)
-    return pl.pallas_call(
-        functools.partial(_kernel, lanes=lanes, places=places, dtype=dtype),
-        out_shape=jax.ShapeDtypeStruct(own[0].shape, jnp.float32),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(parts,),
-            in_specs=[
-                part(rows, head_dim),
-                part(1, head_dim),
-                part(1, head_dim),
-                *[pl.BlockSpec(memory_space=pl.ANY)] * 4,
-            ],
-            out_specs=part(rows, head_dim),
-            scratch_shapes=[
-                sums,
-                sums,
-                buffer(keys[0], prompt_batch, heads, head_dim, prompt_block),
-                buffer(keys[1], prompt_batch, heads, prompt_block, head_dim),
-                buffer(keys[2], batch, heads, head_dim, block),
-                buffer(keys[3], batch, heads, block, head_dim),
-                pltpu.SemaphoreType.DMA((2, _BUFFERS)),
-            ],
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), disable_bounds_checks=True
-        ),
-        interpret=interpret,
-        name="ragged_decode_attention",
-    )(at, flat, *own, *keys)
-
-
-def _kernel(at_ref: Any, work: Work, *refs: Any, lanes: int, places: int, dtype: Any) -> None:
-    """Some slots: their sums begin with the token itself, then come prompts and ring by blocks."""
-    q_ref, k_ref, v_ref, *keys, out_ref, top_ref, total_ref = refs[:10]
-    prompt_k, prompt_v, ring_k, ring_v, arrived = refs[10:]
-    part, layer = pl.program_id(0), at_ref[0]
-    heads, n, rows, head_dim = q_ref.shape
-    block, prompt_block = ring_k.shape[-1], prompt_k.shape[-1]
-    first_lane, first_slot = part * n, part * (n // lanes)
-    lane_of_layer = layer * (pl.num_programs(0) * n) + first_lane
-    mine = pl.ds(at_ref[1], heads)
-    products = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-
-    def span_of(number: Any, size: int, of: int) -> Any:
-        """The places of a block; a single one may have any size."""
-        return slice(None) if size == of else pl.ds(pl.multiple_of(number * size, size), size)
-
-    def ring_copies(index: Any, to: tuple) -> list[Any]:
-        span = span_of(work.block[part, index], block, places)
-        at = lane_of_layer + work.lane[part, index], mine
-        return [
-            pltpu.make_async_copy(keys[2].at[*at, :, span], ring_k.at[*to], arrived.at[1, to[0]]),
-            pltpu.make_async_copy(keys[3].at[*at, span], ring_v.at[*to], arrived.at[1, to[0]]),
-        ]
-
-    def prompt_copies(index: Any, to: tuple) -> list[Any]:
-        span = span_of(work.prompt_block[part, index], prompt_block, keys[0].shape[-1])
-        at = layer, first_slot + work.slot[part, index], mine
-        return [
-            pltpu.make_async_copy(keys[0].at[*at, :, span], prompt_k.at[*to], arrived.at[0, to[0]]),
-            pltpu.make_async_copy(keys[1].at[*at, span], prompt_v.at[*to], arrived.at[0, to[0]]),
-        ]
-
-    def select(q: Any, k: Any, v: Any, seen: Any, real: Any) -> tuple[Any, Any, Any]:
-        """Highest score, sum of weights, and weighted sum of values, of each query in a block."""
-        scores = jnp.where(seen, products(q.astype(dtype), k.astype(dtype)), _MASKED)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        # Where there is no block, fast memory may hold anything.
-        return top, total, jnp.where(real, products(weights.astype(dtype), v.astype(dtype)), 0.0)
-
-    def add(at: tuple, found: tuple[Any, Any, Any]) -> None:
-        """Adds a block to the sums of its lane, or of all lanes of its slot."""
-        old = top_ref[at]
-        top, total, out = (
-            jnp.broadcast_to(x, (old.size // head_dim, head_dim)).reshape(old.shape) for x in found
-        )
-        new = jnp.maximum(old, top)
-        before, now = jnp.exp(old - new), jnp.exp(top - new)
-        top_ref[at] = new
-        total_ref[at] = before * total_ref[at] + now * total
-        out_ref[at] = before * out_ref[at] + now * out
-
-    def ring_batch(first: Any, buffer: Any) -> None:
-        found = []
-        for i in range(ring_k.shape[1]):
-            lane = work.lane[part, first + i]
-            # Behind the end of the list nothing is seen.
-            real = first + i < work.counts[part, 0]
-            length = jnp.where(real, work.lengths[first_lane + lane], 0)
-            age = work.block[part, first + i] * block - work.starts[first_lane + lane]
-            age += jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
-            seen = jnp.where(age < 0, age + places, age) < length
-            for head in range(heads):
-                at, k, v = (head, lane), ring_k[buffer, i, head], ring_v[buffer, i, head]
-                found.append((at, select(q_ref[at], k, v, seen, real)))
-        for each in found:
-            add(*each)
-
-    def prompt_batch(first: Any, buffer: Any) -> None:
-        found = []
-        for i in range(prompt_k.shape[1]):
-            slot, number = work.slot[part, first + i], work.prompt_block[part, first + i]
-            real = first + i < work.counts[part, 1]
-            length = jnp.where(real, work.prompts[first_slot + slot], 0)
-            place = jax.lax.broadcasted_iota(jnp.int32, (lanes * rows, prompt_block), 1)
-            seen = number * prompt_block + place < length
-            for head in range(heads):
-                at = head, pl.ds(slot * lanes, lanes)
-                q = q_ref[at].reshape(lanes * rows, head_dim)
-                k, v = prompt_k[buffer, i, head], prompt_v[buffer, i, head]
-                found.append((at, select(q, k, v, seen, real)))
-        for each in found:
-            add(*each)
-
-    prompts = _Stream(work.counts[part, 1], prompt_k.shape[1], prompt_copies, prompt_batch)
-    ring = _Stream(work.counts[part, 0], ring_k.shape[1], ring_copies, ring_batch)
-    prompts.begin()
-    ring.begin()
-
-    @pl.loop(0, n // lanes)
-    def _(slot: Any) -> None:
-        for head in range(heads):
-            at = head, pl.ds(slot * lanes, lanes)
-            q, k, v = q_ref[at], k_ref[at], v_ref[at]
-            score = jnp.sum(q * k, axis=-1, keepdims=True)
-            top_ref[at] = jnp.broadcast_to(score, q.shape)
-            total_ref[at] = jnp.ones(q.shape, jnp.float32)
-            out_ref[at] = jnp.broadcast_to(v, q.shape)
-
-    prompts.run()
-    ring.run()
-
-    @pl.loop(0, n // lanes)
-    def _(slot: Any) -> None:
-        at = slice(None), pl.ds(slot * lanes, lanes)
-        out_ref[at] = out_ref[at] / total_ref[at]
-
-
-class _Stream(NamedTuple):
-    """Blocks that are copied to fast memory a batch at a time, a few batches ahead.
-
-    Attributes:
-      count: of the blocks.
-      size: of a batch.
-      copies: (index of a block, where in the buffers) → its copies.
-      compute: (index of a batch's first block, buffer) → None.
-    """
-
-    count: Any
-    size: int
-    copies: Any
-    compute: Any
-
-    def begin(self) -> None:
-        """Starts to copy the first batches."""
-        pl.loop(0, _BUFFERS - 1)(self._start)
-
-    def run(self) -> None:
-        """Computes all batches."""
-
-        @pl.loop(0, _divide(self.count + self.size - 1, self.size)[0])
-        def _(batch: Any) -> None:
-            self._start(batch + _BUFFERS - 1)
-            self._each(batch, lambda copy: copy.wait())
-            self.compute(batch * self.size, _divide(batch, _BUFFERS)[1])
-
-    def _start(self, batch: Any) -> None:
-        self._each(batch, lambda copy: copy.start())
-
-    def _each(self, batch: Any, act: Any) -> None:
-        """Does something with every copy of a batch, which may lie behind the last block."""
-        first, buffer = batch * self.size, _divide(batch, _BUFFERS)[1]
-        left = self.count - first
-
-        def one(i: Any) -> None:
-            for copy in self.copies(first + i, (buffer, i)):
-                act(copy)
-
-        @pl.when(left >= self.size)
-        def _() -> None:
-            for i in range(self.size):
-                one(i)
-
-        @pl.when(left < self.size)
-        def _() -> None:
-            pl.loop(0, left)(one)
 
 
 def row_axes(mesh: Any, rows: int) -> tuple[str, ...] | None:
@@ -529,7 +292,8 @@ def mesh_axes(
     """Returns the mesh axes of prompts and of heads, and how many devices share a key head."""
     tensor = mesh.shape["tensor"]
     copies = tensor // math.gcd(kv_heads, tensor)
-    if heads % (kv_heads * copies) or kv_heads * copies % tensor:
+    # Devices that share key heads have one each.
+    if heads % (kv_heads * copies) or (copies > 1 and kv_heads * copies != tensor):
         return row_axes(mesh, rows), None, 1
     return row_axes(mesh, rows), "tensor", copies
 
@@ -538,11 +302,6 @@ def _parts(slots: int, lanes: int, heads: int) -> int:
     """Returns into how many parts the slots are cut: two for chips of two cores, or more."""
     most = max(_STATES // (lanes * heads), 1)
     return next(n for n in range(min(2, slots), slots + 1) if slots % n == 0 and slots // n <= most)
-
-
-def _divide(x: Any, by: int) -> tuple[Any, Any]:
-    """Returns quotient and rest of a number from 0 on; Python's operators ask for its sign."""
-    return jax.lax.div(x, jnp.int32(by)), jax.lax.rem(x, jnp.int32(by))
 
 
 def ring_block(places: int) -> int:

@@ -10,6 +10,7 @@ from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
+from emor3_jax.models.decode_attention import BLOCK
 from emor3_jax.models.lora import TOWER
 from emor3_jax.prepare.data import data_sets
 from emor3_jax.prepare.sources import check_kind
@@ -44,6 +45,13 @@ def validate(config: ConfigDict) -> None:
         config.policy.decode_attention in decoding,
         "policy.decode_attention",
         f"must be one of {decoding}",
+    )
+    lengths = (*config.data.prompt_lengths, config.rollout.max_tokens)
+    need(
+        config.policy.decode_attention != "ragged" or not any(n % BLOCK for n in lengths),
+        "policy.decode_attention",
+        f"reads blocks of {BLOCK} places: data.prompt_lengths and rollout.max_tokens must be "
+        "multiples of that, or decode_attention 'auto'",
     )
     need(
         config.policy.attention != "cudnn" or config.policy.dtype == "bfloat16",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ring_cases
 
-from emor3_jax.models import decode_attention
+from emor3_jax.models import decode_attention, decode_kernel
 from emor3_jax.models.cache import KV, Cache
 from emor3_jax.models.decode_attention import count_blocks, make_work, places_read
 
@@ -19,7 +19,7 @@ from emor3_jax.models.decode_attention import count_blocks, make_work, places_re
 @pytest.fixture(autouse=True)
 def few_chains(monkeypatch):
     """Small batches of blocks: emulated, a large one takes long to compile."""
-    monkeypatch.setattr(decode_attention, "_CHAINS", 4)
+    monkeypatch.setattr(decode_kernel, "_CHAINS", 4)
 
 
 class Sizes(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from emor3_jax.models import attention, attention_kernels, decode_attention
+from emor3_jax.models import attention, attention_kernels, decode_attention, decode_kernel
 from emor3_jax.models.cache import Cache
 from emor3_jax.types import Prompt
 
@@ -183,7 +183,7 @@ def test_decoding_token_by_token_equals_one_pass_and_that_of_whole_groups(
 def test_decoding_in_a_ring_equals_whatever_reads_it(policy, params, image_batch, monkeypatch):
     """Three times round a ring of 8 places; a lane that has ended is not looked at."""
     monkeypatch.setattr(decode_attention, "BLOCK", 4)
-    monkeypatch.setattr(decode_attention, "_CHAINS", 2)
+    monkeypatch.setattr(decode_kernel, "_CHAINS", 2)
     prompt, images, following = image_batch
     ragged = policy.with_compute(decode_attention="ragged_interpret")
     prefix = policy.prefill(params, prompt, images)

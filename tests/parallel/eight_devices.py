@@ -23,7 +23,7 @@ from support.setting import build_setting, in_order
 
 from emor3_jax import models
 from emor3_jax.learner.logprobs import LogprobSpec, score_responses
-from emor3_jax.models import decode_attention, weights
+from emor3_jax.models import decode_kernel, weights
 from emor3_jax.models.attention import Own, Shared, attend
 from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from emor3_jax.rollout.engine import Plan
@@ -120,7 +120,7 @@ def attention() -> None:
 def decode() -> None:
     """Results of the kernel of decoded tokens."""
     # Emulated, larger batches take long to compile.
-    decode_attention._CHAINS = 2
+    decode_kernel._CHAINS = 2
     case = ring_cases.make_case(4, 2, 2, 4, 8, 256, 256, 1, seed=2)
     wanted = ring_cases.by_xla(case, 0)
     for sizes in ((4, 1, 2), (2, 2, 2), (1, 8, 1), (1, 2, 4)):

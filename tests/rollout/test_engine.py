@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.models import decode_attention
+from emor3_jax.models import decode_attention, decode_kernel
 from emor3_jax.models.cache import Cache
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Plan
@@ -52,7 +52,7 @@ def test_responses_do_not_depend_on_the_plan(four, at_once, plan):
 def test_responses_do_not_depend_on_the_kernel(four, at_once, monkeypatch, unroll):
     """Rings of 4, 8 and 12 places, in blocks of 4; layers that lie apart are left to XLA."""
     monkeypatch.setattr(decode_attention, "BLOCK", 4)
-    monkeypatch.setattr(decode_attention, "_CHAINS", 2)
+    monkeypatch.setattr(decode_kernel, "_CHAINS", 2)
     policy = four.policy.with_compute(decode_attention="ragged_interpret")
     plan = Plan(slots=2, refill=1, block=4, halvings=1, unroll=unroll)
     found = jax.device_get(four._replace(policy=policy).roll_out_in(plan, RULE, 0, G))
