@@ -97,6 +97,8 @@ def default() -> ConfigDict:
     config.policy.dtype = "bfloat16"
     # "xla", "splash" (TPU), "cudnn" (NVIDIA GPU), or "auto": the one of the platform.
     config.policy.attention = "auto"
+    # Of decoded tokens: "xla" reads the whole cache, "ragged" (TPU) only what is in use, or "auto".
+    config.policy.decode_attention = "auto"
     # Then the tower has no backward pass, no moments and no part in the gradient's norm.
     config.policy.freeze_vision_tower = False
     # Train adapters of this rank alone (models/lora.py), in these modules: those of the decoder by

@@ -122,6 +122,7 @@ WRONG = [
     ("profile", "papr", "'paper' or 'release'"),
     ("policy.dtype", "float16", "bfloat16"),
     ("policy.attention", "flash", "'splash'"),
+    ("policy.decode_attention", "paged", "'ragged'"),
     ("policy.path", "no/such/folder", "config.json"),
     ("data.min_pixels", -1, "0 or more"),
     ("data.read_ahead", 0, "at least 1"),

@@ -6,18 +6,25 @@ prompt, the continuations and the decoded token; which back end computes it is o
 
 Deviations, numbered:
  1. Whatever the back end, a few queries (windows of the vision tower, decoded tokens) and cached
-    keys are computed by XLA: such scores are small, and there a kernel has nothing to save.
+    keys are computed by XLA: such scores are small, and there a kernel has nothing to save. Only
+    of a ring of which little is in use, a TPU's kernel reads less (`InRing`).
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from emor3_jax.models.cache import Routing
 
+if TYPE_CHECKING:
+    from emor3_jax.models.decode_attention import Ring
+
 BACKENDS = ("xla", "splash", "cudnn")
 """Everywhere; TPU; NVIDIA GPU. `splash_interpret` runs the TPU's kernel on any platform, slowly."""
+
+DECODE_BACKENDS = ("xla", "ragged")
+"""Of decoded tokens: everywhere; TPU. `ragged_interpret` runs the TPU's kernel on any platform."""
 
 _MASKED = -1e30
 """Score of a key that may not be attended to: finite, so that a row without any key has no NaN."""
@@ -68,23 +75,48 @@ class Own(NamedTuple):
     owners: jax.Array | None = None
 
 
+class InRing(NamedTuple):
+    """Prompt and cache of a decoded token, those of all layers, of which a kernel reads one's.
+
+    Attributes:
+      ring: the keys of all layers, and which of them are read.
+      layer: int32[].
+      interpret: emulate the kernel, on any platform.
+    """
+
+    ring: "Ring"
+    layer: jax.Array
+    interpret: bool = False
+
+
+Source = Shared | Own | InRing
+"""Where keys come from."""
+
+
 def slots_last(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns keys and values, both float[..., C, kv_heads, head_dim], as the sources hold them."""
     return jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -3, -2)
 
 
-def attend(q: jax.Array, sources: list[Shared | Own], backend: str = "xla") -> jax.Array:
+def attend(q: jax.Array, sources: list[Source], backend: str = "xla") -> jax.Array:
     """Returns the values that the queries select from all sources together.
 
     Args:
       q: float[B, G, S, heads, head_dim], scaled already: in float32, before they were rounded.
-      sources: at least one; kernels take a `Shared` (or none) and one `Own` with C = S.
+      sources: at least one; kernels take a `Shared` (or none) and one `Own` with C = S; after an
+        `InRing` comes the `Own` of the token itself alone, S = C = 1.
       backend: one of `BACKENDS`, or "splash_interpret".
 
     Returns:
       float[B, G, S, heads, head_dim].
     """
     *earlier, own = sources
+    if earlier and isinstance(earlier[0], InRing):
+        from emor3_jax.models.decode_attention import attend_ring
+
+        ring, layer, interpret = earlier[0]
+        k, v = own.k[..., 0], own.v[..., 0, :]
+        return attend_ring(q[:, :, 0], k, v, ring, layer, interpret=interpret)[:, :, None]
     cached = any(isinstance(source, Own) for source in earlier)
     if backend == "xla" or q.shape[2] < _FEW or cached:
         return _attend_xla(q, sources)

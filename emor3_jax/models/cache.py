@@ -23,21 +23,6 @@ class KV(NamedTuple):
     mask: Array
 
 
-class Cache(NamedTuple):
-    """Keys and values of the continuations themselves, `C` slots for each.
-
-    Attributes:
-      k: float[layers, B, G, kv_heads, head_dim, C]; for unrolled layers (`params.unroll`) a tuple
-        with one array for each.
-      v: float[layers, B, G, kv_heads, C, head_dim], or such a tuple.
-      mask: bool[B, G, C].
-    """
-
-    k: Array | tuple[jax.Array, ...]
-    v: Array | tuple[jax.Array, ...]
-    mask: Array
-
-
 class Routing(NamedTuple):
     """Where single tokens, each a row of its own, meet the keys of their prompts.
 
@@ -73,6 +58,24 @@ class Routing(NamedTuple):
         """Moves cells [prompts, M, …] back to their rows, [B, 1, …]; a row without one is 0."""
         found = _pick(x.reshape(-1, *x.shape[2:]), self.cells)
         return found.reshape(-1, 1, *x.shape[2:])
+
+
+class Cache(NamedTuple):
+    """Keys and values of the continuations themselves, `C` slots for each.
+
+    Attributes:
+      k: float[layers, B, G, kv_heads, head_dim, C]; for unrolled layers (`params.unroll`) a tuple
+        with one array for each.
+      v: float[layers, B, G, kv_heads, C, head_dim], or such a tuple.
+      mask: bool[B, G, C].
+      routing: where the continuations, each a row of its own (G = 1), meet their prompts; None if
+        row i has prompt i.
+    """
+
+    k: Array | tuple[jax.Array, ...]
+    v: Array | tuple[jax.Array, ...]
+    mask: Array
+    routing: Routing | None = None
 
 
 def _pick(x: jax.Array, at: jax.Array) -> jax.Array:

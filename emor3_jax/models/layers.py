@@ -94,11 +94,13 @@ class Compute(NamedTuple):
     Attributes:
       dtype: type of the layers' arithmetic.
       attention: back end, see `attention.attend`.
+      decode_attention: back end of decoded tokens, one of `attention.DECODE_BACKENDS`.
       remat: recomputed in the backward pass, see `rematerialised`.
     """
 
     dtype: Dtype = jnp.float32
     attention: str = "xla"
+    decode_attention: str = "xla"
     remat: Remat = "none"
 
 

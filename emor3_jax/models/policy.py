@@ -7,13 +7,15 @@ are computed in float32, whatever the compute type.
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from emor3_jax.models.cache import KV, Cache, Routing
+from emor3_jax.models import decode_attention
+from emor3_jax.models.cache import KV, Cache
 from emor3_jax.models.family import Family, Shapes
 from emor3_jax.models.layers import DEFAULT, Compute, Dtype, GroupRow, matmul, matmul_transposed
 from emor3_jax.models.params import Params
@@ -225,7 +227,8 @@ class Policy:
         tokens: jax.Array,
         positions: jax.Array,
         slot: jax.Array,
-        routing: Routing | None = None,
+        *,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs one token of each continuation and adds it to the cache.
 
@@ -236,22 +239,27 @@ class Policy:
           tokens: int32[B, G].
           positions: int32[B, G], rope positions.
           slot: int32[], where the keys and values of these tokens go.
-          routing: where these tokens, each a row of its own (G = 1), meet the prompts of `prefix`;
-            None if these are B, in order.
+          lengths: int32[B, G], if the cache is a ring: the mask of a continuation is True in the
+            last `lengths` places before `slot` (from the beginning on at the end), and nowhere
+            else. Then a kernel may read those alone (`compute.decode_attention`). 0 where the
+            result does not matter, whatever the mask.
 
         Returns:
           float[B, G, D] after the final norm, and the cache with `slot` filled.
         """
         b, g = tokens.shape
         unrolled = "layers" not in params["model"]
+        kind = self.compute.decode_attention
+        sources: dict[str, Any] = {"prefix": prefix, "cache": cache}
+        fits = partial(decode_attention.fits, interpret=kind.endswith("interpret"))
+        if lengths is not None and kind != "xla" and fits(prefix, cache):
+            sources = {"ring": decode_attention.make_ring(prefix, cache, lengths, slot)}
         hidden, keys = self._decoder(keep_keys=True, unrolled=unrolled).apply(
             {"params": params["model"]},
             tokens[..., None],
             jnp.broadcast_to(positions[..., None, None], (b, g, 1, 3)),
             jnp.ones((b, g, 1), bool),
-            prefix=prefix,
-            cache=cache,
-            routing=routing,
+            **sources,
         )
         if unrolled:
             # Always 0, but known only once all layers have read the cache: XLA writes in place.
@@ -269,6 +277,7 @@ class Policy:
             write(cache.k, keys[0], -1),
             write(cache.v, keys[1], -2),
             write(cache.mask, jnp.ones((b, g, 1), bool), -1),
+            cache.routing,
         )
         return hidden[:, :, 0], cache
 

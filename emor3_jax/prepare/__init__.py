@@ -17,6 +17,7 @@ from emor3_jax.prepare.data import (
 )
 from emor3_jax.prepare.policy import (
     attention_backend,
+    decode_backend,
     ensure_policy,
     load_policy,
     make_lora,
@@ -39,6 +40,7 @@ __all__ = [
     "Data",
     "attention_backend",
     "data_sets",
+    "decode_backend",
     "ensure_policy",
     "evaluation_plan",
     "load_policy",

@@ -10,7 +10,8 @@ from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import is_hub_id
-from emor3_jax.models.attention import BACKENDS
+from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
+from emor3_jax.models.decode_attention import BLOCK
 from emor3_jax.models.lora import TOWER
 from emor3_jax.parallel.mesh import check_batch
 from emor3_jax.prepare.data import data_sets
@@ -43,6 +44,19 @@ def validate(config: ConfigDict) -> None:
     need(kept in dtypes, "policy_update.mu_dtype", f"must be one of {dtypes}")
     backends = ("auto", *BACKENDS)
     need(config.policy.attention in backends, "policy.attention", f"must be one of {backends}")
+    decoding = ("auto", *DECODE_BACKENDS)
+    need(
+        config.policy.decode_attention in decoding,
+        "policy.decode_attention",
+        f"must be one of {decoding}",
+    )
+    lengths = (*config.data.prompt_lengths, config.rollout.max_tokens)
+    need(
+        config.policy.decode_attention != "ragged" or not any(n % BLOCK for n in lengths),
+        "policy.decode_attention",
+        f"reads blocks of {BLOCK} places: data.prompt_lengths and rollout.max_tokens must be "
+        "multiples of that, or decode_attention 'auto'",
+    )
     need(
         config.policy.attention != "cudnn" or config.policy.dtype == "bfloat16",
         "policy.attention",

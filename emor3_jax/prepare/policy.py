@@ -59,8 +59,11 @@ def _sized(config: ConfigDict, processor: Processor) -> Processor:
 
 def with_attention(policy: Policy, config: ConfigDict, platform: str) -> Policy:
     """Returns the policy with the config's compute type and attention; raises ConfigError."""
-    dtype = jnp.dtype(config.policy.dtype)
-    return policy.with_compute(dtype=dtype, attention=attention_backend(config, platform))
+    return policy.with_compute(
+        dtype=jnp.dtype(config.policy.dtype),
+        attention=attention_backend(config, platform),
+        decode_attention=decode_backend(config, platform),
+    )
 
 
 def attention_backend(config: ConfigDict, platform: str) -> str:
@@ -81,6 +84,25 @@ def attention_backend(config: ConfigDict, platform: str) -> str:
     if home != platform:
         rule = f"is a kernel of platform {home!r}, this is {platform!r}; use 'auto'"
         raise ConfigError("policy.attention", chosen, rule)
+    return chosen
+
+
+def decode_backend(config: ConfigDict, platform: str) -> str:
+    """Returns the back end of decoded tokens, with "auto" replaced by the platform's own.
+
+    Args:
+      config: of the run.
+      platform: "cpu", "gpu" or "tpu", of the devices that the program is compiled for.
+
+    Raises:
+      ConfigError: if the TPU's kernel is asked for elsewhere.
+    """
+    chosen = config.policy.decode_attention
+    if chosen == "auto":
+        return "ragged" if platform == "tpu" else "xla"
+    if chosen == "ragged" and platform != "tpu":
+        rule = f"is a kernel of platform 'tpu', this is {platform!r}; use 'auto'"
+        raise ConfigError("policy.decode_attention", chosen, rule)
     return chosen
 
 

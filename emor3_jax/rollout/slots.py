@@ -342,11 +342,11 @@ def decode_block(
         hidden, cache = policy.decode(
             params,
             prefix,
-            Cache(lanes.k, lanes.v, own[:, None]),
+            Cache(lanes.k, lanes.v, own[:, None], Routing.of(lanes.cell, cells, parts)),
             lanes.token[:, None],
             (lanes.position + lanes.age)[:, None],
             at % places,
-            Routing.of(lanes.cell, cells, parts),
+            lengths=lanes.age[:, None],
         )
         drawn, logprob = sample(
             policy.logits(params, hidden)[:, 0],

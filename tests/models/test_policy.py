@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 from support import tiny
 
-from emor3_jax.models import attention, attention_kernels
+from emor3_jax.models import attention, attention_kernels, decode_attention, decode_kernel
+from emor3_jax.models.cache import Cache
 from emor3_jax.parallel.mesh import AXES
 from emor3_jax.types import Prompt
 
@@ -180,6 +181,52 @@ def test_decoding_token_by_token_equals_one_pass_and_that_of_whole_groups(
         np.testing.assert_allclose(hidden, wanted, atol=2e-5)
     assert cache.mask.sum(axis=-1).tolist() == (lengths + 2).tolist()
     assert not cache.mask[..., 4].any()
+
+
+def test_decoding_in_a_ring_equals_whatever_reads_it(policy, params, image_batch, monkeypatch):
+    """Three times round a ring of 8 places; a lane that has ended is not looked at."""
+    monkeypatch.setattr(decode_attention, "BLOCK", 4)
+    monkeypatch.setattr(decode_kernel, "_CHAINS", 2)
+    prompt, images, following = image_batch
+    ragged = policy.with_compute(decode_attention="ragged_interpret")
+    prefix = policy.prefill(params, prompt, images)
+    layers, _, heads, width, _ = prefix.k.shape
+    empty = functools.partial(jnp.zeros, dtype=jnp.float32)
+    places = jnp.zeros((B, G, 8), bool)
+    caches = [
+        Cache(
+            empty((layers, B, G, heads, width, 8)), empty((layers, B, G, heads, 8, width)), places
+        )
+    ] * 2
+    steps = jax.jit(policy.decode), jax.jit(ragged.decode)
+    rng = np.random.default_rng(0)
+    lengths = np.zeros((B, G), np.int32)
+    for step in range(24):
+        tokens = jnp.asarray(rng.integers(0, 60, (B, G)), jnp.int32)
+        # A lane begins anew with its places masked; the last has ended.
+        begins = np.array([[step % 7 == 3, step == 6], [step % 5 == 4, False]])
+        lengths = np.where(begins, 0, np.minimum(lengths, 7))
+        mask = (np.arange(8) - (step - lengths[..., None])) % 8 < lengths[..., None]
+        needed = jnp.asarray(lengths).at[1, 1].set(0)
+        found = [
+            each(
+                params,
+                prefix,
+                cache._replace(mask=jnp.asarray(mask)),
+                tokens,
+                jnp.asarray(following[:, None] + lengths),
+                jnp.int32(step % 8),
+                lengths=needed,
+            )
+            for each, cache in zip(steps, caches, strict=True)
+        ]
+        (wanted, _), (hidden, _) = found
+        caches = [cache for _, cache in found]
+        alive = np.array([[True, True], [True, False]])
+        np.testing.assert_allclose(hidden[alive], wanted[alive], atol=2e-5)
+        assert np.isfinite(hidden).all()
+        lengths += 1
+    assert lengths.max() == 8
 
 
 def test_a_cache_smaller_than_the_tokens_is_refused(policy, params, responses):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from support import tiny
+from support import ring_cases, tiny
 from support.setting import build_setting, in_order
 
 from emor3_jax import models
@@ -28,7 +28,7 @@ from emor3_jax.learner.logprobs import LogprobSpec, score_responses
 from emor3_jax.learner.micro_batches import Buckets, MicroBatch, StepPlan
 from emor3_jax.learner.packing import join
 from emor3_jax.learner.reference import Reference
-from emor3_jax.models import weights
+from emor3_jax.models import decode_kernel, weights
 from emor3_jax.models.attention import Own, Shared, attend
 from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from emor3_jax.rl.losses import Clip, PolicyLoss
@@ -205,6 +205,18 @@ def attention() -> None:
         record("attention", sizes, np.max(jax.tree.leaves(errors)))
 
 
+def decode() -> None:
+    """Results of the kernel of decoded tokens."""
+    # Emulated, larger batches take long to compile.
+    decode_kernel._CHAINS = 2
+    case = ring_cases.make_case(4, 2, 2, 4, 8, 256, 256, 1, seed=2)
+    wanted = ring_cases.by_xla(case, 0)
+    for sizes in ((4, 1, 2), (2, 2, 2), (1, 8, 1), (1, 2, 4)):
+        with jax.set_mesh(make_mesh(*sizes)):
+            found = jax.device_get(jax.jit(ring_cases.ragged)(case, jnp.int32(0)))
+        record("decode", sizes, np.abs(found - wanted).max())
+
+
 def checkpoint() -> None:
     """Reads a policy onto the devices, each its own part, and writes it; all bit for bit."""
     policy = tiny.make_policy(tie_word_embeddings=False)
@@ -230,5 +242,5 @@ def checkpoint() -> None:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    for part in (score, update, rollout, attention, checkpoint):
+    for part in (score, update, rollout, attention, decode, checkpoint):
         part()

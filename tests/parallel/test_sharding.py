@@ -92,6 +92,8 @@ def eight() -> subprocess.CompletedProcess:
         ("rollout", 4, 0.0),
         # Splash attention and its gradients: devices share prompts and heads.
         ("attention", 4, 2e-5),
+        # The kernel of decoded tokens: likewise.
+        ("decode", 4, 2e-6),
         # Each device reads its own part of a checkpoint.
         ("checkpoint", 3, 0.0),
     ],

@@ -87,6 +87,33 @@ def test_a_kernel_of_another_platform_is_refused():
         prepare.attention_backend(config, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("chosen", "platform", "found"),
+    [
+        ("auto", "tpu", "ragged"),
+        ("auto", "gpu", "xla"),
+        ("auto", "cpu", "xla"),
+        ("xla", "tpu", "xla"),
+        ("ragged", "tpu", "ragged"),
+    ],
+)
+def test_attention_of_decoded_tokens(chosen, platform, found):
+    config = default()
+    config.policy.decode_attention = chosen
+    assert prepare.decode_backend(config, platform) == found
+
+
+def test_the_kernel_of_decoded_tokens_is_refused_elsewhere_and_for_odd_lengths():
+    config = default()
+    config.policy.decode_attention = "ragged"
+    validate(config)
+    with pytest.raises(ConfigError, match=r"policy\.decode_attention='ragged': .*this is 'gpu'"):
+        prepare.decode_backend(config, "gpu")
+    config.rollout.max_tokens = 1000
+    with pytest.raises(ConfigError, match=r"policy\.decode_attention='ragged': .*multiples"):
+        validate(config)
+
+
 def write_folders(root: Path, labels: Sequence[str], count: int) -> None:
     for number, label in enumerate(labels):
         (root / label).mkdir(parents=True)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emor3_jax.models import decode_attention, decode_kernel
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Engine, Plan
 from emor3_jax.rollout.sampling import Sampling
@@ -47,6 +48,19 @@ def test_responses_do_not_depend_on_the_plan(four, at_once, plan):
     np.testing.assert_array_equal(found.tokens, at_once.tokens)
     np.testing.assert_array_equal(found.lengths, at_once.lengths)
     np.testing.assert_array_equal(found.ended, at_once.ended)
+    np.testing.assert_allclose(found.logprobs, at_once.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize(("unroll", "lanes"), [(False, 3), (False, 0), (True, 0)])
+def test_responses_do_not_depend_on_the_kernel(four, at_once, monkeypatch, unroll, lanes):
+    """Rings of 4, 8 and 12 places, in blocks of 4; layers that lie apart are left to XLA."""
+    monkeypatch.setattr(decode_attention, "BLOCK", 4)
+    monkeypatch.setattr(decode_kernel, "_CHAINS", 2)
+    policy = four.policy.with_compute(decode_attention="ragged_interpret")
+    plan = Plan(slots=2, refill=1, lanes=lanes, block=4, halvings=1, unroll=unroll)
+    found = jax.device_get(four._replace(policy=policy).roll_out_in(plan, RULE, 0, G))
+    np.testing.assert_array_equal(found.tokens, at_once.tokens)
+    np.testing.assert_array_equal(found.lengths, at_once.lengths)
     np.testing.assert_allclose(found.logprobs, at_once.logprobs, atol=2e-5)
 
 

@@ -19,8 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from emor3_jax.models.attention import Own, Shared, attend, slots_last
-from emor3_jax.models.cache import KV, Cache, Routing
+from emor3_jax.models.attention import InRing, Own, Shared, Source, attend, slots_last
+from emor3_jax.models.cache import KV, Cache
+from emor3_jax.models.decode_attention import Ring
 from emor3_jax.models.layers import (
     DEFAULT,
     Compute,
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         x: jax.Array,
         table: tuple[jax.Array, jax.Array],
         own_mask: jax.Array,
-        earlier: list[Shared | Own],
+        earlier: list[Source],
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attends to earlier keys and to the keys of `x` itself.
@@ -130,29 +131,31 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        prefix: tuple[jax.Array, jax.Array] | None,
-        cache: tuple[jax.Array, jax.Array] | None,
+        mine: dict[str, Any],
         shared: dict[str, Any],
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Applies the layer.
 
         Args:
           x: float[B, G, S, D].
-          prefix: this layer's keys and values of the prompts.
-          cache: this layer's keys and values of the continuations so far.
+          mine: this layer's own: keys and values of the prompts (`prefix`) and of the
+            continuations so far (`cache`); or its number (`layer`), if they are in `shared`.
           shared: what all layers share: rope `table`, the masks `own`, `prefix`, `cache`, the
-            `segments`, and the `routing`.
+            `segments`, the `routing` and the `ring`.
 
         Returns:
           float[B, G, S, D], and the new keys and values if they are kept.
         """
         eps = self.shapes.rms_norm_eps
         x = keep_rows(x)
-        earlier: list[Shared | Own] = []
-        if prefix is not None:
-            earlier.append(Shared(*prefix, shared["prefix"], routing=shared.get("routing")))
-        if cache is not None:
-            earlier.append(Own(*cache, shared["cache"]))
+        earlier: list[Source] = []
+        if "layer" in mine:
+            interpret = self.compute.decode_attention.endswith("interpret")
+            earlier.append(InRing(shared["ring"], mine["layer"], interpret))
+        if "prefix" in mine:
+            earlier.append(Shared(*mine["prefix"], shared["prefix"], routing=shared.get("routing")))
+        if "cache" in mine:
+            earlier.append(Own(*mine["cache"], shared["cache"]))
         normed = RMSNorm(eps, self.compute.dtype, name="input_layernorm")(x)
         out, keys = Attention(self.shapes, self.compute, self.group, name="self_attn")(
             normed, shared["table"], shared["own"], earlier, shared.get("segments")
@@ -191,8 +194,8 @@ class Decoder(nn.Module):
         image_slots: jax.Array | None = None,
         prefix: KV | None = None,
         cache: Cache | None = None,
+        ring: Ring | None = None,
         segments: jax.Array | None = None,
-        routing: Routing | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs the decoder.
 
@@ -205,8 +208,8 @@ class Decoder(nn.Module):
             for none.
           prefix: keys and values of the prompts.
           cache: keys and values of the continuations so far.
+          ring: in the place of both, for the kernel of decoded tokens; S = 1.
           segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
-          routing: to the prompts of `prefix`; then G and S are 1. None if these are B, in order.
 
         Returns:
           float[B, G, S, D] after the final norm (of a group, of the continuations), and the new
@@ -226,25 +229,24 @@ class Decoder(nn.Module):
             x = x.at[:, :, : image_slots.shape[-1]].set(seen)
         x = keep_rows(x)
         shared = {"table": rope.text_table(positions, c), "own": own_mask}
-        if prefix is not None:
-            shared["prefix"] = prefix.mask
-        if cache is not None:
-            shared["cache"] = cache.mask
+        of_layers: dict[str, Any] = {}
+        for name, keys in (("prefix", prefix), ("cache", cache)):
+            if keys is not None:
+                shared[name], of_layers[name] = keys.mask, (keys.k, keys.v)
+        if ring is not None:
+            # Not cut into layers: the kernel would be given copies.
+            shared["ring"], of_layers["layer"] = ring, jnp.arange(c.num_layers)
         if segments is not None:
             shared["segments"] = segments
-        if routing is not None:
-            shared["routing"] = routing
+        if cache is not None and cache.routing is not None:
+            shared["routing"] = cache.routing
         layer = rematerialised(DecoderLayer, self.compute.remat)
-        of_layers = (
-            None if prefix is None else (prefix.k, prefix.v),
-            None if cache is None else (cache.k, cache.v),
-        )
         if self.unrolled:
             found = []
             for i in range(c.num_layers):
-                mine = [None if y is None else (y[0][i], y[1][i]) for y in of_layers]
+                mine = {name: (k[i], v[i]) for name, (k, v) in of_layers.items()}
                 one = layer(c, self.compute, self.keep_keys, self.group, name=f"layers_{i}")
-                x, new = one(x, *mine, shared)
+                x, new = one(x, mine, shared)
                 found.append(new)
             keys = tuple(zip(*found, strict=True)) if self.keep_keys else None
         else:
@@ -252,11 +254,11 @@ class Decoder(nn.Module):
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast),
+                in_axes=(0, nn.broadcast),
                 length=c.num_layers,
             )
             layers = stack(c, self.compute, self.keep_keys, self.group, name="layers")
-            x, keys = layers(x, *of_layers, shared)
+            x, keys = layers(x, of_layers, shared)
         if self.group is not None:
             _, x = self.group.split(x)
         return RMSNorm(c.rms_norm_eps, self.compute.dtype, name="norm")(x), keys
