@@ -162,7 +162,7 @@ def plan_spec(policy: Policy, step: StepSpec, parts: int) -> PlanSpec:
         splash = policy.compute.attention.startswith("splash")
         packed = Packed.TOGETHER if splash else Packed.GROUPS
     tower = shapes.vision
-    # Both keep the input of each layer, at the least.
+    # Both keep the input of each layer, and little else.
     window = tower.window_patches * tower.depth * tower.hidden_size
     tokens = window / (shapes.num_layers * shapes.hidden_size)
     return PlanSpec(step.num_updates, step.micro_prompts, parts, packed, step.balance, tokens)
@@ -455,7 +455,7 @@ class Learner:
             # Instead of some of these: fewer response tokens, but more images and prompts at once.
             count, packing = together
             cut = Cut(read, weights, np.zeros(count, np.int32), packing)
-            args = grads, *args[1:2], cut, *args[3:]
+            args, held = (grads, *args[1:2], cut, *args[3:]), held | {"optimizer": grads}
             grads, _ = yield Program(
                 "update_packed", add_micro_batch, args, how, held, calls=passes
             )
