@@ -4,12 +4,15 @@ In bfloat16 each layer rounds its result once: products are summed, biases added
 computed in float32.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from emor3_jax.parallel.mesh import keep_layout
 
 Dtype = jnp.dtype | type
 
@@ -189,12 +192,39 @@ class Dense(nn.Module):
         return out.reshape(*x.shape[:-1], self.features)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: jax.Array, tokens: jax.Array, dtype: Dtype) -> jax.Array:
+    """Returns the rows of a table, rounded to a compute type.
+
+    The gradient, where all tokens of a batch that are alike add up, is summed in float32: in
+    bfloat16 a sum stops growing once it is 256 to 512 times what is added. It is laid out as the
+    table, so that nothing else must be gathered to be added to it.
+
+    Args:
+      table: float[V, D].
+      tokens: int32[...].
+      dtype: of the result.
+    """
+    return jnp.take(table, tokens, axis=0).astype(dtype)
+
+
+def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: Dtype) -> tuple[jax.Array, tuple]:
+    return look_up(table, tokens, dtype), (table, tokens)
+
+
+def _look_up_backward(_: Dtype, saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    table, tokens = saved
+    zeros = jnp.zeros(table.shape, jnp.float32)
+    by_table = zeros.at[tokens].add(cotangent.astype(jnp.float32))
+    by_table = keep_layout({"embed_tokens": by_table})["embed_tokens"]
+    return by_table.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class TokenEmbedding(nn.Module):
     """A table of vectors, one for each token.
-
-    Vectors are rounded once they are looked up, not the table before: so the gradient, where all
-    tokens of a batch that are alike add up, is summed in float32. In bfloat16 a sum stops growing
-    once it is 256 to 512 times what is added.
 
     Attributes:
       tokens: V, size of the vocabulary.
@@ -211,7 +241,7 @@ class TokenEmbedding(nn.Module):
         """Maps int32[...] to float[..., features]."""
         shape = (self.tokens, self.features)
         table = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
-        return jnp.take(table, tokens, axis=0).astype(self.dtype)
+        return look_up(table, tokens, self.dtype)
 
 
 class RMSNorm(nn.Module):
