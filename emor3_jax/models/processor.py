@@ -259,8 +259,8 @@ class Processor:
         return Processor(self.tokenizer, self.images, self.layout, dtype)
 
     def encode(self, image: bytes | Image.Image) -> Encoded:
-        """Returns an image as the policy reads it; raises ImageError."""
-        return self.layout.arrange(*self.still_patches(image))
+        """Returns an image with all frames of its patches; raises ImageError."""
+        return self.layout.arrange(*self.patches(image))
 
     def read_sizes(self, height: int, width: int) -> tuple[tuple[int, int], int, int]:
         """Returns the scaled (height, width), the image tokens and the bucket of an image.
