@@ -1,8 +1,9 @@
 """How close the jitted programs of a step come to what a machine can do.
 
-    python -m benchmarks.accelerator [--size=3B|small] [--only=decode,prefill,reference,update]
+    python -m benchmarks.accelerator [--size=3B|small] [--only=step,decode,prefill,reference,update]
 
-Measures the machine first: the bytes a second of a large copy, read and written, and the rate of a
+First whole steps through the program that users run (`benchmarks.whole_step`). Then it measures the
+machine: the bytes a second of a large copy, read and written, and the rate of a
 large bfloat16 product. Then each program, as the rollout and the learner call it, on random weights
 and images made on the device:
 
@@ -38,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import whole_step
 from emor3_jax import models
 from emor3_jax.flops import Cost, StepShapes, peak_flops, phase_costs
 from emor3_jax.flops.cost import decoder_flops
@@ -64,6 +66,8 @@ from emor3_jax.rollout.slots import Admission, InFlight, Room, decode_block, ope
 from emor3_jax.types import Batch, Experience, Samples
 
 PROGRAMS = ("decode", "prefill", "reference", "update")
+STEP = "step"
+"""Beside them: whole steps of the method."""
 DTYPE = jnp.dtype(jnp.bfloat16)
 KERNELS, CHAIN = 8, 10
 """Kernels shown of each program; passes of a copy or product between two readings of the clock."""
@@ -502,7 +506,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures machine and programs; returns 1 if a program failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="3B", choices=("3B", "small"))
-    parser.add_argument("--only", default=",".join(PROGRAMS), help="programs, joined by commas")
+    every = ",".join((STEP, *PROGRAMS))
+    parser.add_argument("--only", default=every, help="programs, joined by commas")
     parser.add_argument("--unroll", action="store_true", help="decode with the layers apart")
     parser.add_argument("--attention", default="xla", choices=("xla", "cudnn", "splash"))
     parser.add_argument("--remat", default="layers", choices=("layers", "activations", "none"))
@@ -511,8 +516,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{field}", type=int, help="see `Sizes`")
     options = parser.parse_args(argv)
     names = options.only.split(",")
-    if unknown := set(names) - set(PROGRAMS):
-        parser.error(f"--only={options.only}: {unknown} must be of {', '.join(PROGRAMS)}")
+    if unknown := set(names) - {STEP, *PROGRAMS}:
+        parser.error(f"--only={options.only}: {unknown} must be of {every}")
+    failed = False
+    if STEP in names:
+        # In processes of their own, before this one takes the device's memory.
+        names.remove(STEP)
+        small = options.size == "small"
+        failed = bool(whole_step.main(["--size=small", "--tiny"] if small else []))
     # Three quarters, the default, would not hold what an update of the 3B takes.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     policy = find_policy(options.size).with_compute(attention=options.attention)
@@ -528,7 +539,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = measure_machine(sizes)
         _row("machine", "copy, read and written", f"{machine[0] / 1e12:.4g} TB/s")
         _row("machine", "bfloat16 product", f"{machine[1] / 1e12:.4g} TFLOP/s")
-    failed = False
     for name in names:
         try:
             job = make_job(name, policy, sizes, options.unroll, options.remat)

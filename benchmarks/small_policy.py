@@ -5,7 +5,9 @@ that both sides load, and drawn images with a question in a parquet file that bo
 """
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,9 +70,28 @@ _CONFIG = {
 """Qwen2.5-VL's architecture at 26.5 million parameters."""
 
 
-def make_policy(words: PreTrainedTokenizerBase) -> Policy:
-    """Returns the policy for a tokenizer."""
-    return parse_config(_CONFIG | special_ids(words))
+HALF_BILLION = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    "vision_config": _CONFIG["vision_config"]
+    | {
+        "depth": 16,
+        "hidden_size": 1280,
+        "intermediate_size": 3456,
+        "num_heads": 20,
+        "fullatt_block_indexes": [7, 15],
+        "out_hidden_size": 896,
+    },
+}
+"""What makes the decoder that of Qwen2.5-0.5B, beside half of the 3B's tower."""
+
+
+def make_policy(words: PreTrainedTokenizerBase, changes: Mapping[str, Any] | None = None) -> Policy:
+    """Returns the policy for a tokenizer; `changes` replaces fields of its config."""
+    return parse_config(_CONFIG | (changes or {}) | special_ids(words))
 
 
 def strong_params(policy: Policy, seed: int = 0) -> Params:
@@ -94,10 +115,10 @@ def strong_params(policy: Policy, seed: int = 0) -> Params:
     return jax.tree_util.tree_map_with_path(draw, policy.param_shapes())
 
 
-def write_policy(folder: Path, seed: int = 0) -> int:
+def write_policy(folder: Path, seed: int = 0, changes: Mapping[str, Any] | None = None) -> int:
     """Writes the policy as a Hugging Face folder; returns its number of parameters."""
     words = tokenizer(seed)
-    policy = make_policy(words)
+    policy = make_policy(words, changes)
     params = strong_params(policy, seed)
     save(LoadedPolicy(policy, params, Processor(words, ImageSettings(), policy.layout)), folder)
     return count_params(params)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,12 @@ def test_the_config_of_every_machine_is_sound_on_its_devices(machine: str) -> No
         assert size % parts == 0
     # 16 GB chips and one GPU of 80 GB hold adapters alone.
     assert bool(config.policy.lora_rank) == (machine in ("v5e-8", "h100-1"))
+
+
+def test_the_page_of_the_3b_names_each_machine() -> None:
+    page = (ROOT / "docs" / "train_3b.md").read_text()
+    named = re.findall(r"^\|[^|]*\| `([\w-]+)` \|", page, re.MULTILINE)
+    assert sorted(named) == sorted(emoset.MACHINES)
 
 
 def test_an_unknown_machine_is_told_the_known_ones() -> None:

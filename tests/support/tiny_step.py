@@ -25,6 +25,7 @@ from emor3_jax.models import params, policy
 from emor3_jax.models.policy import Policy
 from emor3_jax.models.qwen2_5_vl import decoder, tower
 from emor3_jax.parallel import mesh as meshes
+from emor3_jax.rollout import rollout
 
 # Widths unlike each other and unlike any length, so that a shape tells what it is.
 POLICY = tiny.make_policy(
@@ -120,7 +121,7 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
 @contextlib.contextmanager
 def weights_as_trained() -> Iterator[None]:
     """Decoding reads weights that are cut over `fsdp`."""
-    with mock.patch.object(params, "gather", lambda x, path: x):
+    with mock.patch.object(rollout, "weight_sync", params.cast_matrices):
         yield
 
 
