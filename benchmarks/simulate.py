@@ -1,9 +1,9 @@
-"""Simulate a rollout's lanes: the engine's own loop on drawn response lengths, without a policy.
+"""Simulate a step on drawn response lengths, without a policy: lanes of the rollout, padding.
 
-    python -m benchmarks.simulate [--seed=0]
+    python -m benchmarks.simulate [--seed=0] [--steps=30]
 
-512 prompts draw the lengths of their 8 responses: log-normal, on average 265 tokens of which 1 %
-are cut at 2,048. The engine admits, decodes, shrinks and takes out as it does in a run; only its
+512 prompts draw the lengths of their 8 responses: log-normal, 265 tokens on average, 1 % of them
+cut at 2,048. The engine admits, decodes, shrinks and takes out as it does in a run; only its
 programs are replaced by arithmetic on these lengths. For each slice, with the sizes of its config,
 two ways are printed: a lane for each response of a prompt in flight (a slot is refilled as a whole
 when its group has ended, as the engine did until 2026-11-29), and fewer lanes than responses (a
@@ -12,27 +12,28 @@ lane is refilled when its response has ended). Columns:
 * steps: of decoding, each of which reads all weights;
 * lanes: share of the steps of all lanes that sampled a token (lane efficiency);
 * ring, blocks: places of the ring that attention reads for one that it needs, over the whole ring
-  and by blocks of 128 places;
+  (XLA) and by the blocks in use (the TPU's kernel);
 * programs: shapes that the decoder is compiled for.
+
+Then the padding of reference and update, over `steps` steps, see `benchmarks.simulate_padding`.
 """
 
 import argparse
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
+from benchmarks import simulate_padding
+from benchmarks.simulate_padding import draw_lengths
+from emor3_jax.models.decode_attention import places_read
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Engine, Plan
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.rollout.slots import Room
 
-PROMPTS, RESPONSES, MEAN, LONGEST, CUT = 512, 8, 265.0, 2048, 0.01
-
-BLOCKS = 128
-"""Places that a ragged attention reads at once."""
+SHAPE, LONGEST = (512, 8), 2048
 
 
 class Case(NamedTuple):
@@ -70,16 +71,6 @@ LANES = (
 """Fewer lanes than responses: a lane is refilled when its response ends. Sizes of the configs."""
 
 
-def draw_lengths(seed: int = 0, prompts: int = PROMPTS) -> np.ndarray:
-    """Returns lengths of responses, int64[prompts, RESPONSES], in [1, LONGEST]."""
-    quantile = 2.3263
-    # exp(mu + sigma^2 / 2) = MEAN and mu + quantile * sigma = log(LONGEST): the smaller root.
-    sigma = quantile - math.sqrt(quantile**2 - 2 * math.log(LONGEST / MEAN))
-    mu = math.log(LONGEST) - quantile * sigma
-    drawn = np.random.default_rng(seed).normal(mu, sigma, (prompts, RESPONSES))
-    return np.clip(np.exp(drawn), 1, LONGEST).astype(int)
-
-
 class _Flight(NamedTuple):
     slots: "_FakeSlots"
     lanes: "_FakeLanes"
@@ -107,8 +98,8 @@ class Counts(NamedTuple):
     Attributes:
       steps: of decoding.
       lane_steps, tokens: steps of all lanes, and those that sampled a token.
-      read, ragged, needed: places of the ring that attention reads over the whole ring and by
-        blocks of `BLOCKS`, and those that hold a key it needs.
+      read, ragged, needed: places of the ring that attention reads over the whole ring (XLA) and
+        by the blocks in use (`models.decode_attention`), and those that hold a key it needs.
       programs: shapes of the decoder's programs.
     """
 
@@ -155,7 +146,7 @@ def simulate(lengths: np.ndarray, case: Case, plan: Plan) -> Counts:
         return flight
 
     def resize_ring(lanes: _FakeLanes, cursor: int, *, places: int) -> tuple[_FakeLanes, int]:
-        return lanes._replace(places=places), cursor
+        return lanes._replace(places=places), min(lanes.places, places) % places
 
     def shrink(lanes: _FakeLanes, at: np.ndarray, cell: np.ndarray, **_: Any) -> _FakeLanes:
         at = at.reshape(parts, -1)
@@ -170,9 +161,9 @@ def simulate(lengths: np.ndarray, case: Case, plan: Plan) -> Counts:
         row, begun, wave = (x.copy() for x in flight.slots[:3])
         cell, age, left = (x.copy() for x in flight.lanes[:3])
         places = flight.lanes.places
-        cells = row.shape[1] * columns
+        cells, steps = row.shape[1] * columns, 0
         programs.add((cell.shape[1], row.shape[1], columns, places))
-        for _step in range(block):
+        for step in range(block):
             for part in np.flatnonzero((cell >= cells).any(axis=1) & (begun < g).any(axis=1)):
                 idle = iter(np.flatnonzero(cell[part] >= cells))
                 for slot in np.lexsort((np.arange(row.shape[1]), wave[part])):
@@ -184,18 +175,20 @@ def simulate(lengths: np.ndarray, case: Case, plan: Plan) -> Counts:
             live = cell < cells
             if not live.any():
                 break
+            steps = step + 1
             total["steps"] += 1
             total["lane_steps"] += live.size
             total["tokens"] += live.sum()
-            total["read"] += live.size * places
-            # A range of the ring lies in one block more than its own length fills.
-            total["ragged"] += (np.where(age > 0, -(-age // BLOCKS) + 1, 0) * BLOCKS).sum()
-            total["needed"] += age.sum()
+            found = places_read(age, (flight.cursor + step) % places, places)
+            for name, count in zip(("needed", "ragged", "read"), found, strict=True):
+                total[name] += count
             age, left = age + live, left - live
             ended = live & (left == 0)
             cell[ended], age[ended] = cells, 0
         return flight._replace(
-            slots=_FakeSlots(row, begun, wave), lanes=_FakeLanes(cell, age, left, places)
+            slots=_FakeSlots(row, begun, wave),
+            lanes=_FakeLanes(cell, age, left, places),
+            cursor=(flight.cursor + steps) % places,
         )
 
     def admissions() -> Iterator[np.ndarray]:
@@ -223,7 +216,7 @@ def simulate(lengths: np.ndarray, case: Case, plan: Plan) -> Counts:
 
 def rows(seed: int) -> Iterator[str]:
     """Yields the lines of the table."""
-    lengths = draw_lengths(seed)
+    lengths = draw_lengths(SHAPE, LONGEST, seed)
     plan = Plan(block=128)
     yield "| slice | parts | slots | lanes | refilled | steps | lanes | ring | blocks | programs |"
     yield "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|"
@@ -242,8 +235,12 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--seed", type=int, default=0)
-    for row in rows(parser.parse_args().seed):
+    parser.add_argument("--steps", type=int, default=30)
+    args = parser.parse_args()
+    for row in rows(args.seed):
         print(row, flush=True)
+    print()
+    simulate_padding.print_table(args.steps)
 
 
 if __name__ == "__main__":

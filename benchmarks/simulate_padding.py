@@ -83,10 +83,14 @@ def simulate_padding(config: ConfigDict, chips: int, attention: str, steps: int)
 
 
 def main() -> None:
-    """Prints a table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
-    steps = parser.parse_args().steps
+    print_table(parser.parse_args().steps)
+
+
+def print_table(steps: int) -> None:
+    """Prints a table of simulations of so many steps."""
     print("3B, configs/tpu_v5e.py:chips=64; real over padded response tokens\n")
     print("| attention | balance | before | after | micro-batches | shapes a step | in all |")
     print("|---|---|---:|---:|---:|---:|---:|")
