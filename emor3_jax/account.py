@@ -189,6 +189,7 @@ def estimate(
         sizes["tensor"],
         sizes["fsdp"],
         slots,
+        min(config.rollout.lanes or slots * step.responses, slots * step.responses),
         min(config.rollout.refill or slots, slots),
         step.prompts // config.policy_update.micro_prompts,
         step.prompts // config.policy_update.prompts,

@@ -59,7 +59,7 @@ def test_the_program_estimates_seconds_on_devices_that_are_not_here() -> None:
     command += ["--config=configs/tpu_v5e.py:3b,chips=64"]
     found = {}
     # Before, and with micro-batches of lengths of their own, refilled lanes and a ragged decode.
-    for assumed in ("padding=0.13,lanes=0.38,places=20,chunk=32", ""):
+    for assumed in ("padding=0.13,lanes=0.38,fill=0.38,tail=0.001,places=20,chunk=32", ""):
         done = subprocess.run(
             [*command, f"--assume={assumed}"],
             cwd=ROOT,

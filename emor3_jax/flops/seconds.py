@@ -103,7 +103,9 @@ class Assumptions(NamedTuple):
       prompt_tokens: of a prompt, its image included.
       lengths: of responses.
       padding: real over padded tokens, of prompts, images and responses.
-      lanes: share of the decoded lanes that belong to a response.
+      lanes: share of the decoded lanes that belong to a response, over a step.
+      fill: the same while responses wait.
+      tail: share of the longest response that is decoded after no response waits any more.
       places: places of the KV cache that are read, over those that are needed.
       chunk: tokens of a device whose logits exist at once.
       flops_share, memory_share, links_share: of the peak that is reached.
@@ -112,9 +114,11 @@ class Assumptions(NamedTuple):
 
     prompt_tokens: int = 1024
     lengths: Lengths = Lengths()
-    padding: float = 0.7
-    lanes: float = 0.75
-    places: float = 1.5
+    padding: float = 0.74
+    lanes: float = 0.66
+    fill: float = 0.97
+    tail: float = 1.0
+    places: float = 1.31
     chunk: int = 1024
     flops_share: float = 0.5
     memory_share: float = 0.7
@@ -156,9 +160,11 @@ class AssumptionError(UserError):
 REASONS = {
     "prompt_tokens": "an image of about 670,000 pixels; the release has 262,144 to 1.5 million",
     "lengths": "placeholder, no run of the 3B has been measured",
-    "padding": "placeholder until the simulation's value is filled in",
-    "lanes": "placeholder until the simulation's value is filled in",
-    "places": "the most that the simulation allows",
+    "padding": "python -m benchmarks.simulate, responses on a v5e-64",
+    "lanes": "python -m benchmarks.simulate on a v5e-64, the least of the slices there",
+    "fill": "python -m benchmarks.simulate on one device, where there is hardly a tail",
+    "tail": "a little more than in python -m benchmarks.simulate, where it is 0.8 to 1.2",
+    "places": "python -m benchmarks.simulate on a v5e-64",
     "chunk": "log-probabilities are computed so many tokens of a device at once",
     "flops_share": "not measured; large products alone reach more",
     "memory_share": "not measured",
@@ -177,6 +183,7 @@ class Machine(NamedTuple):
       tensor: mesh.tensor.
       fsdp: mesh.fsdp.
       slots: prompts in flight.
+      lanes: responses in flight.
       refill: prompts that are prefilled and judged at once.
       micro_batches: of all updates of a step.
       updates: optimizer steps.
@@ -187,6 +194,7 @@ class Machine(NamedTuple):
     tensor: int
     fsdp: int
     slots: int
+    lanes: int
     refill: int
     micro_batches: int
     updates: int
@@ -316,16 +324,17 @@ def _decode(
 ) -> Phase:
     """Returns the seconds of decoding: rounds of all lanes, each of which reads all weights."""
     chip = machine.chip
-    lanes = machine.slots * step.responses
-    rounds = step.prompts * step.responses * step.response_tokens / (lanes * assumed.lanes)
+    tokens = step.prompts * step.responses * step.response_tokens
+    # All lanes are busy until no response waits; then the longest one goes on to its end.
+    rounds = tokens / (machine.lanes * assumed.fill) + assumed.tail * assumed.lengths.most
     heads = machine.tensor if policy.num_kv_heads % machine.tensor == 0 else 1
     token = 2 * 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim / heads
-    # Of a device: the prompts of its slots, and what its lanes have written so far.
+    # Of a device: the prompts of its slots in every round, and what its responses have written.
     prompts = machine.slots / machine.parts * step.prompt_tokens / assumed.padding
-    own = lanes / machine.parts * assumed.lanes * assumed.lengths.age * assumed.places
-    read = weights + (prompts + own) * token
+    own = tokens / machine.parts * assumed.lengths.age * assumed.places
+    read = rounds * (weights + prompts * token) + own * token
     return Phase(
         cost.executed / assumed.lanes / (chip.flops * assumed.flops_share * machine.devices),
-        rounds * read / (chip.memory * assumed.memory_share),
+        read / (chip.memory * assumed.memory_share),
         rounds * 2 * policy.num_layers * assumed.latency * (machine.tensor > 1),
     )

@@ -34,9 +34,19 @@ COSTS = {
 }
 # All that is reached is all there is, so that numbers stay plain.
 WHOLE = Assumptions(
-    20, Lengths(30, 0.01, 256), 0.5, 0.5, 2.0, 10, flops_share=1, memory_share=1, links_share=1
+    20,
+    Lengths(30, 0.01, 256),
+    padding=0.5,
+    lanes=0.5,
+    fill=0.5,
+    tail=0.25,
+    places=2.0,
+    chunk=10,
+    flops_share=1,
+    memory_share=1,
+    links_share=1,
 )
-MACHINE = Machine(ChipSpeed(1e6, 1e5, 1e4), 4, 1, 4, 4, 2, 4, 2)
+MACHINE = Machine(ChipSpeed(1e6, 1e5, 1e4), 4, 1, 4, 4, 8, 2, 4, 2)
 PARAMETERS = 1000
 
 
@@ -70,19 +80,20 @@ def test_each_phase_is_the_longest_of_three() -> None:
 
 def test_decoding_reads_weights_prompts_and_keys_in_every_round() -> None:
     decode = phase_seconds(SHAPES, STEP, COSTS, MACHINE, WHOLE, PARAMETERS)["decode"]
-    # 480 tokens on 8 lanes, half of them idle.
-    rounds = 120
+    # 480 tokens on 8 lanes, half of them idle; then a quarter of the longest response.
+    rounds = 120 + WHOLE.tail * WHOLE.lengths.most
     token = 2 * 2 * SHAPES.num_layers * SHAPES.num_kv_heads * SHAPES.head_dim
     prompts = 1 * 20 / 0.5
-    own = 2 * 0.5 * WHOLE.lengths.age * 2
-    assert decode.memory == pytest.approx(rounds * (2000 + (prompts + own) * token) / 1e5)
+    own = 480 / 4 * WHOLE.lengths.age * 2
+    read = rounds * (2000 + prompts * token) + own * token
+    assert decode.memory == pytest.approx(read / 1e5)
     assert decode.flops == 6e6 / 0.5 / 4e6
     assert decode.links == 0
     cut = MACHINE._replace(tensor=2, fsdp=2)
     halved = phase_seconds(SHAPES, STEP, COSTS, cut, WHOLE, PARAMETERS)["decode"]
     # Weights and heads are cut by two, but a device has twice the prompts.
-    read = 1000 + 2 * (prompts + own) * token / 2
-    assert halved.memory == pytest.approx(rounds * read / 1e5)
+    read = rounds * (1000 + 2 * prompts * token / 2) + 2 * own * token / 2
+    assert halved.memory == pytest.approx(read / 1e5)
     assert halved.links == pytest.approx(rounds * 2 * SHAPES.num_layers * WHOLE.latency)
 
 
