@@ -111,7 +111,8 @@ def test_a_config_follows_the_chips() -> None:
     # 16 chips, two of which share a part of the batch.
     assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, -1, 2)
     assert (config.rollout.slots, config.rollout.refill) == (24, 16)
-    assert (config.policy_update.micro_prompts, config.evaluate.prompts) == (8, 16)
+    assert (config.policy_update.micro_prompts, config.evaluate.prompts) == (8, 256)
+    assert (config.evaluate.slots, config.evaluate.refill) == (24, 16)
     assert config.policy.path == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert (config.rollout.prompts, config.rollout.responses) == (512, 8)
     assert on_slice("chips=16,slices=2", LAYOUTS).mesh.data == 2

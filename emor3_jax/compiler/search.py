@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from emor3_jax.compiler.verdict import LEARNING
 from emor3_jax.rewards.questions import QUESTIONS
 
-_CACHED = ("resize_ring", "decode", "shrink", "take_out", "admit")
+_CACHED = ("open_flight", "resize_ring", "decode", "shrink", "shrink_slots", "take_out", "admit")
 """Programs whose own memory grows with slots and lanes; they compile in seconds."""
 
 _BESIDE = ("prefill", *QUESTIONS)

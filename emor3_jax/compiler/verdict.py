@@ -21,10 +21,10 @@ _PHASES = {
 }
 """Program → the phases of `flops.phase_costs` that it executes."""
 
-LEARNING = ("reference", "old", "update")
+LEARNING = ("reference", "old", "update", "update_packed")
 """Programs whose temporaries grow with the micro-batch; those of the rollout, with the slots."""
 
-BY_REFILL = ("prefill", "take_part", "begin", "admit", "take_out", "spans", *QUESTIONS)
+BY_REFILL = ("prefill", "take_part", "open_flight", "admit", "take_out", "spans", *QUESTIONS)
 """Programs whose temporaries grow with `rollout.refill`."""
 
 

@@ -37,21 +37,6 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "tpu": (
         Flag(
             _TPU,
-            "--xla_tpu_enable_async_collective_fusion=true",
-            "a collective is fused with the products beside it, so that both run at once",
-        ),
-        Flag(
-            _TPU,
-            "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-            "the same of the gather of the next layer's weights, the largest of an update",
-        ),
-        Flag(
-            _TPU,
-            "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-            "such a gather may last over several products",
-        ),
-        Flag(
-            _TPU,
             "--xla_tpu_overlap_compute_collective_tc=true",
             "products and collectives share the core in turns",
         ),
@@ -86,7 +71,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "cpu": (),
 }
 """Platform → its settings. A TPU's compiler ends a process with a flag that it does not know; these
-are known to libtpu 0.0.52 and jaxlib 0.10.2 (tests/parallel/test_flags.py)."""
+are known to libtpu 0.0.52 and jaxlib 0.10.2 (tests/parallel/test_flags.py). Whether collectives are
+fused with the products beside them (`xla_tpu_enable_async_collective_fusion…`) is left to the
+compiler: where they last over several products, it refuses every chip but the v5e."""
 
 
 def set_flags(platform: str, environment: MutableMapping[str, str] = os.environ) -> None:

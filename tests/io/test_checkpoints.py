@@ -64,6 +64,8 @@ def test_a_restored_state_takes_the_place_of_the_fresh_one(tmp_path):
     params = {"model": {"norm": {"scale": jnp.ones(100_000)}}}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, TrainState.create(params, optimizer), {})
+    # What is being written is held until it is.
+    checkpoints.wait()
     # Parameters of its own, as what was just loaded.
     fresh = TrainState.create(jax.tree.map(jnp.zeros_like, params), optimizer)
     whole = live_bytes()

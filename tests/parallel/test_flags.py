@@ -44,7 +44,7 @@ DESCRIBE = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from emor3_jax.parallel import mesh, topology
-m = mesh.make_mesh(1, 4, 1, topology.parse("v5e-4").devices())
+m = mesh.make_mesh(1, -1, 1, topology.parse(NAME).devices())
 x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=NamedSharding(m, P("fsdp")))
 jax.config.update("jax_enable_compilation_cache", False)
 print(jax.jit(lambda x: x @ x).lower(x).compile().memory_analysis().temp_size_in_bytes)
@@ -62,11 +62,15 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_the_compiler_of_tpus_knows_its_flags() -> None:
-    done = _run(DESCRIBE)
+def test_the_compiler_of_tpus_takes_its_flags_for_every_chip() -> None:
+    # A gather of weights beside products: of what a flag enables, some chips have nothing.
+    names = ("v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8")
+    done = _run("\n".join(DESCRIBE.replace("NAME", repr(name)) for name in names))
     assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) == len(names)
     # It ends the process with one that it does not know: these were read.
-    assert _run(DESCRIBE, LIBTPU_INIT_ARGS="--xla_tpu_no_such_flag=true").returncode != 0
+    unknown = DESCRIBE.replace("NAME", "'v5e-4'")
+    assert _run(unknown, LIBTPU_INIT_ARGS="--xla_tpu_no_such_flag=true").returncode != 0
 
 
 def test_xla_knows_the_flags_of_gpus() -> None:
