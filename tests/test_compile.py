@@ -89,8 +89,8 @@ def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
     programs = {program["name"]: program for program in found["programs"]}
     assert list(programs) == ["weight_sync", "decode"]
     decode = programs["decode"]
-    # 16 slots of 2048 + 8 * 2048 tokens of 36,864 bytes, on 4 devices, and their tokens and masks.
-    keys = 16 * 9 * 2048 * 36_864 // 4
+    # 64 prompts and 128 responses of 2048 tokens of 36,864 bytes, on 4 devices, and their tokens.
+    keys = (64 + 128) * 2048 * 36_864 // 4
     assert keys < decode["resident"]["cache"] < 1.01 * keys
     # AdamW's two moments of 3,754,622,976 parameters in float32; norms and biases are not cut.
     moments = 8 * 3_754_622_976 // 4

@@ -140,7 +140,7 @@ def whole_stacks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def head_in_the_loop() -> Iterator[None]:
-    """Every chunk of logits gathers the head anew; shown for TPU, as the CPU's compiler sees it."""
+    """Every chunk of logits meets a head that is cut; shown for TPU, as the CPU hides it."""
 
     def faulty(function: Callable, weight: jax.Array, path: str, *rows: jax.Array) -> Any:
         return function(weight, *rows, axis=None)
