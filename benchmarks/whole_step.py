@@ -6,8 +6,9 @@
    platform's own attention, and on the CPU in float32. Nothing is sampled, so loss and gradient
    norm are equal but for the rounding of bfloat16.
 2. step: three steps of EMO-R3 with both reflections, packing and the reference, on a policy of
-   random weights with the decoder of Qwen2.5-0.5B. All metrics are finite; shown are the seconds
-   of each phase of the last step, tokens a second, model FLOP/s, padding and memory.
+   random weights with the decoder of Qwen2.5-0.5B. Such a policy's responses all score 0, so the
+   share of vowels in them is rewarded too: the gradient is not 0. All metrics are finite; shown are
+   the seconds of each phase of the last step, tokens a second, model FLOP/s, padding and memory.
 
 Rows of a table, each as soon as it is known. `--tiny` takes the least sizes, for a machine without
 an accelerator.
@@ -33,6 +34,26 @@ _SHOWN = ("time/", "throughput/", "padding/", "memory/", "rollout/lanes")
 """Metrics of a step that are shown, by how their names begin."""
 
 
+CONFIG = """from configs import gpu
+from emor3_jax.config import reward_term
+
+
+def get_config():
+    config = gpu.get_config("gpus=1,memory=141")
+    config.reward.terms.vowels = reward_term(
+        weight=1.0, text="benchmarks.whole_step:share_of_vowels"
+    )
+    return config
+"""
+"""The config of both stages."""
+
+
+def share_of_vowels(text: str, answer: str) -> float:
+    """Returns the share of vowels among the characters of a response, in [0, 1]."""
+    del answer
+    return sum(letter in "aeiou" for letter in text) / max(len(text), 1)
+
+
 def row(*cells: str) -> None:
     """Prints a row of the table."""
     print(f"| {' | '.join(cells)} |", flush=True)
@@ -52,7 +73,8 @@ def flags(folder: Path, workdir: str, **fields: Any) -> list[str]:
         "mesh.fsdp": 1,
     }
     given = [f"--config.{name}={value}" for name, value in (fixed | fields).items()]
-    return ["--config=configs/gpu.py:gpus=1,memory=141", f"--workdir={folder / workdir}", *given]
+    (folder / "config.py").write_text(CONFIG)
+    return [f"--config={folder / 'config.py'}", f"--workdir={folder / workdir}", *given]
 
 
 def run(program: str, arguments: list[str], platform: str = "") -> list[dict[str, float]]:
@@ -118,7 +140,10 @@ def step(folder: Path, tiny: bool) -> bool:
     for name, value in found[-1].items():
         if name.startswith(_SHOWN) or name in ("policy/loss", "policy/grad_norm"):
             row("step", name, f"{value:.5g}")
-    return not wrong and len(found) == 3
+    still = all(x["policy/grad_norm"] == 0 for x in found)
+    if still:
+        row("step", "gradient", "0 in all steps: nothing was learned from")
+    return not wrong and not still and len(found) == 3
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,12 @@
 """The benchmark of whole steps: its runs are configs that there are, and it fails when they do."""
 
 import math
+import runpy
 from pathlib import Path
 
 import pytest
 
 from benchmarks import accelerator, whole_step
-from configs import gpu
 from emor3_jax.prepare.checks import validate
 
 GOOD = {"policy/loss": 0.5, "policy/grad_norm": 2.0, "time/step_s": 3.0}
@@ -17,7 +17,9 @@ def test_its_flags_make_a_sound_config(tiny: bool, tmp_path: Path) -> None:
     given = whole_step.flags(tmp_path, "run", **whole_step.sizes(tiny))
     name, workdir, *fields = given
     assert workdir == f"--workdir={tmp_path / 'run'}"
-    config = gpu.get_config(name.partition(":")[2])
+    file = tmp_path / "config.py"
+    assert name == f"--config={file}"
+    config = runpy.run_path(str(file))["get_config"]()
     for field in fields:
         key, _, _ = field.removeprefix("--config.").partition("=")
         section, _, last = key.rpartition(".")
@@ -52,6 +54,7 @@ def test_agreement_is_within_the_rounding_of_bfloat16(
     [
         ([GOOD] * 3, True),
         ([GOOD] * 2, False),
+        ([GOOD | {"policy/grad_norm": 0.0}] * 3, False),
         ([GOOD, GOOD | {"policy/loss": math.nan}, GOOD], False),
     ],
 )
@@ -73,3 +76,8 @@ def test_whole_steps_come_before_the_device_is_taken(monkeypatch: pytest.MonkeyP
     # Its failure is that of the whole, and nothing else was asked for.
     assert accelerator.main(["--size=small", "--only=step", "--dry"]) == 1
     assert asked == [["--size=small", "--tiny"]]
+
+
+def test_vowels_tell_responses_apart() -> None:
+    assert whole_step.share_of_vowels("aeb?", "joy") == 0.5
+    assert whole_step.share_of_vowels("", "joy") == 0.0

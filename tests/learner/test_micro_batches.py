@@ -124,9 +124,9 @@ def test_every_prompt_goes_once_and_stays_on_its_device(data):
         BUCKETS,
         PlanSpec(updates, parts * each, parts, packed, balance),
     )
-    assert len(plan.updates) == updates and len({len(u) for u in plan.updates}) == 1
-    if packed is not Packed.TOGETHER:
-        assert len(plan.updates[0]) == count
+    assert len(plan.updates) == updates
+    # Prompts that share rows need fewer micro-batches, in one update more than in another.
+    assert packed is Packed.TOGETHER or {len(u) for u in plan.updates} == {count}
     visited = []
     for u, update in enumerate(plan.updates):
         for micro in update:
