@@ -5,6 +5,7 @@ The program prints JSON: for sound programs and for some with a fault put in, wh
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -140,12 +141,26 @@ def whole_stacks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def head_in_the_loop() -> Iterator[None]:
-    """Every chunk of logits meets a head that is cut; shown for TPU, as the CPU hides it."""
+    """Every chunk of logits gathers the head anew; shown for TPU, as the CPU's compiler sees it."""
+    logits = policy._logits
 
-    def faulty(function: Callable, weight: jax.Array, path: str, *rows: jax.Array) -> Any:
-        return function(weight, *rows, axis=None)
+    def cut(function: Callable, weight: jax.Array, path: str, *rows: jax.Array) -> Any:
+        spec = meshes.spec_of(path, weight.shape, jax.sharding.get_abstract_mesh())
+        own = functools.partial(function, axis=None)
+        specs = spec, *[meshes.BATCH] * len(rows)
+        run = jax.shard_map(own, in_specs=specs, out_specs=meshes.BATCH, check_vma=False)
+        return run(weight, *rows)
 
-    with mock.patch.object(policy, "by_rows", faulty):
+    def gathered(tied: bool, head: jax.Array, hidden: jax.Array) -> jax.Array:
+        # The sampler's logits are none of a loop over chunks.
+        if "fsdp" in jax.sharding.get_abstract_mesh().manual_axes:
+            head = jax.lax.all_gather(head, "fsdp", tiled=True)
+        return logits(tied, head, hidden)
+
+    with (
+        mock.patch.object(policy, "by_rows", cut),
+        mock.patch.object(policy, "_logits", gathered),
+    ):
         yield
 
 
