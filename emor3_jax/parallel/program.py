@@ -93,8 +93,17 @@ Programs = Generator[Program, Any, Any]
 """Yields programs, is sent their abstract results, and returns the result of the whole."""
 
 
-def along(programs: Programs, alive: Mapping[str, Any], family: str = "") -> Programs:
-    """Yields programs with more arrays in memory, and names in a family: evaluate.decode."""
+def along(
+    programs: Programs, alive: Mapping[str, Any], family: str = "", calls: int = 1
+) -> Programs:
+    """Yields programs as a caller sees them.
+
+    Args:
+      programs: of what is called.
+      alive: further arrays that are in memory meanwhile.
+      family: put in front of their names: evaluate.decode.
+      calls: number of times that each is called so often.
+    """
     sent = None
     while True:
         try:
@@ -104,7 +113,7 @@ def along(programs: Programs, alive: Mapping[str, Any], family: str = "") -> Pro
         kinds = {*alive, *program.alive}
         both = {k: [alive.get(k), program.alive.get(k)] for k in kinds}
         name = f"{family}.{program.name}" if family else program.name
-        sent = yield program._replace(name=name, alive=both)
+        sent = yield program._replace(name=name, alive=both, calls=calls * program.calls)
 
 
 def switched(

@@ -203,7 +203,7 @@ class Rollout:
                 (key, rows),
                 self.suppressed,
             )
-            replies = yield from along(asked, alive)
+            replies = yield from along(asked, alive, calls=waves)
         if waves > 1:
             # As many arrays as there are waves, each an object of its own.
             parts = [first_rows((samples, replies), refill) for _ in range(waves)]

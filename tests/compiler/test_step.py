@@ -111,3 +111,13 @@ def test_the_images_of_the_next_step_come_with_the_update(folder):
         assert found[name] == [(4,), (4,)], name
     # They wait while an evaluation during training takes its own.
     assert found["evaluate.decode"] == [(4,), (4,)]
+
+
+def test_what_is_done_for_each_wave_is_called_so_often() -> None:
+    config = tiny_step.make_config()
+    found = programs_of(config)
+    waves = config.rollout.prompts // config.rollout.refill
+    assert waves == 2
+    for name in ("prefill", "take_out", "coherence", "consistency"):
+        assert found[name].calls == waves, name
+    assert found["join"].calls == found["reward"].calls == 1
