@@ -22,14 +22,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from emor3_jax.parallel.mesh import MeshError
+from emor3_jax.parallel.mesh import MeshError, make_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -191,9 +190,11 @@ def first_goes_first() -> Iterator[None]:
 
 
 def on_own_devices() -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which programs run on this process's first device alone."""
-    device = np.asarray(jax.local_devices()[:1])
-    return jax.set_mesh(Mesh(device, ("alone",)))
+    """Returns a context in which programs run on this process's first device alone.
+
+    Its mesh has the axes of all meshes, which programs ask for by name.
+    """
+    return jax.set_mesh(make_mesh(1, 1, 1, jax.local_devices()[:1]))
 
 
 def everywhere(tree: Any) -> Any:
