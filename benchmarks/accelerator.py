@@ -43,7 +43,7 @@ from benchmarks import whole_step
 from emor3_jax import models
 from emor3_jax.flops import Cost, StepShapes, peak_flops, phase_costs
 from emor3_jax.flops.cost import decoder_flops
-from emor3_jax.learner.learner import (
+from emor3_jax.learner.gradients import (
     Cut,
     Metrics,
     UpdateSpec,

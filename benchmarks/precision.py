@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import cpu_demo
 from emor3_jax import prepare
 from emor3_jax.io.console import Console
-from emor3_jax.learner.learner import UpdateSpec
+from emor3_jax.learner.gradients import UpdateSpec
 from emor3_jax.learner.logprobs import planned_logprobs, score_responses
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.params import leaves

@@ -52,15 +52,6 @@ class Case(NamedTuple):
     lanes: int
 
 
-GROUPS = (
-    Case("v5e-64", 32, 4, 2, 32),
-    Case("v4-32", 16, 4, 2, 32),
-    Case("v4-8", 4, 4, 2, 32),
-    Case("v5p-8", 4, 16, 4, 128),
-    Case("one device", 1, 16, 4, 128),
-)
-"""A lane for each response of a prompt in flight: a slot is refilled when its group has ended."""
-
 LANES = (
     Case("v5e-64", 32, 16, 2, 32),
     Case("v4-32", 16, 16, 2, 32),
@@ -69,6 +60,9 @@ LANES = (
     Case("one device", 1, 64, 4, 128),
 )
 """Fewer lanes than responses: a lane is refilled when its response ends. Sizes of the configs."""
+
+GROUPS = tuple(case._replace(slots=case.lanes // 8) for case in LANES)
+"""A lane for each response of a prompt in flight: a slot is refilled when its group has ended."""
 
 
 class _Flight(NamedTuple):

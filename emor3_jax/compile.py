@@ -180,7 +180,7 @@ def program_names(place: Place) -> list[str]:
 
 
 def matches(name: str, program: str) -> bool:
-    """Returns whether a name is a program's, or that of its family: "evaluate", "merge"."""
+    """Matches a program by its own name or by its family's, such as "evaluate" or "merge"."""
     return program == name or program.startswith(f"{name}.")
 
 

@@ -367,7 +367,7 @@ class _Rows:
 
 
 def _next(iterator: Any) -> Any:
-    """Returns what grain's iterator yields next, None at its end.
+    """Advances one of grain's iterators; returns None at its end.
 
     Processes that are started here leave the signals to this one: it ends them, after a stop signal
     to the whole group too.

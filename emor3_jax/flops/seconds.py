@@ -201,7 +201,7 @@ class Machine(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """How many parts the mesh cuts a batch into."""
+        """Number of parts that the mesh cuts a batch into."""
         return self.devices // self.tensor
 
 
@@ -223,7 +223,7 @@ class Phase(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Which of the three it is."""
+        """Name of the longest of the three: "flops", "memory" or "links"."""
         return self._fields[self.index(self.seconds)]
 
 

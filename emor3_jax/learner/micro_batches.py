@@ -314,7 +314,7 @@ class _Planner(NamedTuple):
 
 
 def _rows_of(prompts: int, spec: PlanSpec) -> int:
-    """Returns how many rows of so many prompts each part has in a micro-batch."""
+    """Returns the rows of a micro-batch in each part, with `prompts` prompts to a row."""
     return max(1, spec.micro_prompts // spec.parts // prompts)
 
 

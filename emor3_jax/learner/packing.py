@@ -68,7 +68,7 @@ def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:
 
 
 def join(lengths: np.ndarray, rows: int, size: int, width: int) -> Packing:
-    """Returns how all responses to a few prompts lie side by side in one row.
+    """Packs all responses to a few prompts side by side in one row.
 
     Args:
       lengths: int[B, G].

@@ -106,7 +106,7 @@ class PackedMask:
         return code if owners is None else code | owners << 2 * _PLACE_BITS
 
     def blocks(self, codes: jax.Array, block: int) -> jax.Array:
-        """Returns which blocks of scores hold any that counts.
+        """Masks blocks of scores: True where any query of a block sees any of its columns.
 
         Args:
           codes: of the queries.
@@ -128,7 +128,7 @@ class PackedMask:
         return found
 
     def __call__(self, codes: jax.Array, columns: jax.Array) -> jax.Array:
-        """Returns which columns are seen by queries of these codes; the two are of one shape."""
+        """Masks columns: True where queries of these codes see them; the two are of one shape."""
         place, begin, owner = self._decoded(codes)
         own = columns - self.prefix
         seen = (own >= begin) & (own <= place)

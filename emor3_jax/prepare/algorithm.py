@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import uses_reference
 from emor3_jax.flops import QuestionTokens, mean_shapes, step_flops
-from emor3_jax.learner.learner import Learner, StepSpec, UpdateSpec
+from emor3_jax.learner.gradients import UpdateSpec
+from emor3_jax.learner.learner import Learner, StepSpec
 from emor3_jax.learner.logprobs import LogprobSpec
 from emor3_jax.learner.micro_batches import Buckets
 from emor3_jax.learner.reference import FeatureCache, Reference

@@ -203,10 +203,11 @@ class Engine:
             if wave == waves:
                 smaller = choose_shrink(taken, waiting, cell, columns, widths)
                 if smaller is not None:
-                    kept, lanes_, cell_ = map(flat, smaller[:3])
-                    flight = flight._replace(lanes=shrink(going, lanes_, cell_, parts=parts))
+                    stay, cells = flat(smaller.lanes), flat(smaller.cell)
+                    flight = flight._replace(lanes=shrink(going, stay, cells, parts=parts))
                     if smaller.slots.shape != taken.shape:
-                        flight = flight._replace(slots=shrink_slots(held, kept, parts=parts))
+                        stay = flat(smaller.slots)
+                        flight = flight._replace(slots=shrink_slots(held, stay, parts=parts))
                     taken = np.take_along_axis(taken, smaller.slots, axis=1)
                     columns = smaller.columns
             flight = fit_ring(flight, int(age.max()) + block, rings)

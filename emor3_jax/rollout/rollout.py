@@ -166,7 +166,8 @@ class Rollout:
         alive = {"parameters": params}
         refill = engine.sizes(prompts)[1]
         waves = prompts // refill
-        part = first_rows(batch, refill)
+        # All at once they are the batch itself, not a part beside it.
+        part = first_rows(batch, refill) if waves > 1 else batch
         rows = by_prompts(mesh, jax.ShapeDtypeStruct((refill,), jnp.int32))
 
         def admit_programs(cache: dict) -> Programs:

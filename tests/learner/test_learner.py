@@ -13,7 +13,8 @@ from support.setting import build_setting
 from support.tiny_flops import products
 
 from emor3_jax.learner import learner, packing
-from emor3_jax.learner.learner import Learner, UpdateSpec
+from emor3_jax.learner.gradients import UpdateSpec
+from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.logprobs import LogprobSpec, planned_logprobs
 from emor3_jax.learner.micro_batches import (
     Buckets,

@@ -23,7 +23,8 @@ from support import ring_cases, tiny
 from support.setting import build_setting, in_order
 
 from emor3_jax import models
-from emor3_jax.learner.learner import Learner, StepSpec, UpdateSpec
+from emor3_jax.learner.gradients import UpdateSpec
+from emor3_jax.learner.learner import Learner, StepSpec
 from emor3_jax.learner.logprobs import LogprobSpec, score_responses
 from emor3_jax.learner.micro_batches import Buckets, MicroBatch, StepPlan
 from emor3_jax.learner.packing import join

@@ -1,7 +1,9 @@
 """Runs that are asked to stop: real signals to real processes, and notices of a cloud."""
 
+import functools
 import http.server
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -64,6 +66,12 @@ def steps_of(workdir: Path) -> list[int]:
     return steps
 
 
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """Runs a program once, that a signal stops at a moment; returns how it ended."""
+    return functools.cache(lambda moment: start(folder, folder / moment, moment))
+
+
 @pytest.mark.parametrize(
     ("moment", "saved", "logged", "said"),
     [
@@ -76,9 +84,10 @@ def steps_of(workdir: Path) -> list[int]:
         ("group", [1], [0, 1], "stopped"),
     ],
 )
-def test_a_signal_at_any_moment_keeps_the_last_finished_step(folder, moment, saved, logged, said):
-    workdir = folder / moment
-    done = start(folder, workdir, moment)
+def test_a_signal_at_any_moment_keeps_the_last_finished_step(
+    folder, stopped, moment, saved, logged, said
+):
+    workdir, done = folder / moment, stopped(moment)
     printed = done.stdout + done.stderr
     assert done.returncode == STOPPED, printed[-3000:]
     assert said in printed
@@ -91,16 +100,16 @@ def test_a_signal_at_any_moment_keeps_the_last_finished_step(folder, moment, sav
         assert steps_of(workdir) == saved
 
 
-def test_a_run_that_was_stopped_within_a_step_goes_on_exactly(folder):
-    """After the test above: from the checkpoint after step 1, in the rollout of step 2."""
-    stopped, whole = folder / "rollout", folder / "whole"
+def test_a_run_that_was_stopped_within_a_step_goes_on_exactly(folder, stopped):
+    """From the checkpoint after step 1, in the rollout of step 2."""
+    assert stopped("rollout").returncode == STOPPED
+    resumed, whole = folder / "resumed", folder / "whole"
+    shutil.copytree(folder / "rollout", resumed)
     config = make_config(folder)
     config.evaluate.every, config.evaluate.during = 10, 6
-    if not stopped.exists():
-        pytest.skip("the run that is stopped was not selected")
-    train(config, stopped)
+    train(config, resumed)
     train(config, whole)
-    rows, wanted = read_metrics(stopped), read_metrics(whole)
+    rows, wanted = read_metrics(resumed), read_metrics(whole)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for name in ("reward/overall", "policy/loss", "policy/grad_norm", "eval/test/accuracy"):
         for row, other in zip(rows, wanted, strict=True):

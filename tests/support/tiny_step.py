@@ -21,7 +21,7 @@ from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.config import default
-from emor3_jax.learner import learner
+from emor3_jax.learner import gradients
 from emor3_jax.models import params, policy
 from emor3_jax.models.policy import Policy
 from emor3_jax.models.qwen2_5_vl import decoder, tower
@@ -202,7 +202,7 @@ def prompts_first() -> Iterator[None]:
 @contextlib.contextmanager
 def head_summed_each_time() -> Iterator[None]:
     """Each micro-batch sums the gradient by the head over `data`."""
-    with mock.patch.object(learner, "num_data", lambda: 1):
+    with mock.patch.object(gradients, "num_data", lambda: 1):
         yield
 
 
