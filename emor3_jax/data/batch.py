@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from emor3_jax.models.processor import Encoded, ImageLayout
+from emor3_jax.models.layout import Encoded, ImageLayout
 from emor3_jax.types import Batch, Images, Prompt
 
 

@@ -4,7 +4,6 @@ Token and patch counts may be integers, which give integer results, or means ove
 """
 
 import dataclasses
-from typing import Any
 
 from emor3_jax.models.family import Shapes
 
@@ -58,12 +57,8 @@ def vision_flops(policy: Shapes, patches: Number) -> Cost:
       policy: its shapes.
       patches: N of the image.
     """
-    c = policy.vision
-    # Patch embedding and merger. A row of the merger joins `merge_unit` patches: per patch, its two
-    # products use a `merge_unit`th of their parameters.
-    ends = c.patch_dim + c.merge_unit * c.hidden_size + c.out_hidden_size
-    linear = 2 * patches * ends * c.hidden_size + vision_linear_flops(c, patches)
-    attention = vision_attention_flops(c, patches)
+    linear = policy.vision.linear_flops(patches)
+    attention = policy.vision.attention_flops(patches)
     return Cost(images=1, vision_passes=1, linear=linear, attention=attention)
 
 
@@ -102,25 +97,3 @@ def decoder_linear_flops(policy: Shapes, tokens: Number, *, last_product: bool =
 def logits_flops(policy: Shapes, tokens: Number) -> Number:
     """Returns the FLOPs of the logits of `tokens` tokens."""
     return 2 * tokens * policy.hidden_size * policy.vocab_size
-
-
-def vision_linear_flops(vision: Any, patches: Number, *, last_product: bool = True) -> Number:
-    """Returns the FLOPs of the vision layers' products with their parameters, for one image.
-
-    Args:
-      vision: shapes of the vision tower.
-      patches: N of the image.
-      last_product: False leaves out the last product of each layer, `down_proj`.
-    """
-    mlp = vision.hidden_size * vision.intermediate_size * (3 if last_product else 2)
-    return 2 * patches * vision.depth * (4 * vision.hidden_size**2 + mlp)
-
-
-def vision_attention_flops(vision: Any, patches: Number) -> Number:
-    """Returns the attention FLOPs of all vision layers, for one image of N patches.
-
-    A patch attends to its whole window, or, in the layers of full attention, to the whole image.
-    """
-    full = sum(layer < vision.depth for layer in vision.fullatt_block_indexes)
-    keys = full * patches + (vision.depth - full) * min(vision.window_patches, patches)
-    return 4 * vision.hidden_size * patches * keys

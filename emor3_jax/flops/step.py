@@ -31,9 +31,7 @@ from emor3_jax.flops.cost import (
     decoder_flops,
     decoder_linear_flops,
     logits_flops,
-    vision_attention_flops,
     vision_flops,
-    vision_linear_flops,
 )
 from emor3_jax.models.family import Shapes
 from emor3_jax.types import Batch
@@ -170,9 +168,9 @@ def phase_costs(
     if frozen_tower:
         update = vision + training_cost(prefill + decode, recomputed)
     else:
-        recomputed += b * vision_attention_flops(tower, s.patches)
+        recomputed += b * tower.attention_flops(s.patches)
         if remat:
-            recomputed += b * vision_linear_flops(tower, s.patches, last_product=False)
+            recomputed += b * tower.layer_flops(s.patches, last_product=False)
             recomputed += vision.attention
         update = training_cost(score, recomputed)
     return {
@@ -215,7 +213,7 @@ def check_shapes(policy: Shapes, step: StepShapes) -> None:
             raise ShapeError(field, value, "must be at least 1")
     if step.patches < 0:
         raise ShapeError("patches", step.patches, "must be 0 or more")
-    image = step.patches / policy.vision.merge_unit
+    image = step.patches / policy.merge_unit
     if not image <= step.shared_tokens < step.prompt_tokens:
         raise ShapeError(
             "shared_tokens",

@@ -60,7 +60,7 @@ def score_responses(
       suppressed: bool[V], ids that the sampler could not draw.
       packing: positions of responses that share rows, also those of several prompts; None gives
         each a row.
-      features: float[B, N, D], precomputed vision features; None computes them.
+      features: float[B, N, F], precomputed vision features; None computes them.
       entropy: also return the entropy.
     """
     b, g, t = samples.tokens.shape
@@ -103,7 +103,7 @@ class Scored(NamedTuple):
 
     Attributes:
       batch, samples: the prompts and their responses.
-      features: float[B, N, D], precomputed vision features; None computes them.
+      features: float[B, N, F], precomputed vision features; None computes them.
       rows: int32[b], the prompts, counted within each device's part, see `MicroBatch`.
       packing: positions of their responses that share rows, or None.
     """
@@ -147,7 +147,7 @@ def planned_logprobs(
       batch, samples: the prompts of a step and their responses.
       plan: their micro-batches.
       suppressed: bool[V], ids that the sampler could not draw.
-      features: float[B, N, D], precomputed vision features; None computes them.
+      features: float[B, N, F], precomputed vision features; None computes them.
       policy: the policy.
       spec: settings.
     """

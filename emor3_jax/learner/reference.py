@@ -69,7 +69,7 @@ class Reference:
             self.params = params if same else cast_matrices(params, self._dtype)
 
     def features(self, batch: Batch, ids: Sequence[str]) -> np.ndarray | None:
-        """Returns vision features of a batch, float[B, N, D] on the host.
+        """Returns vision features of a batch, float[B, N, F] on the host.
 
         None if none are kept; the pass over the responses then computes them itself.
 
@@ -165,7 +165,7 @@ class FeatureCache:
         self.bytes = self.hits = self.misses = 0
 
     def of(self, params: Params, batch: Batch, ids: Sequence[str]) -> np.ndarray:
-        """Returns the features of a batch's images, float[B, N, D] on the host.
+        """Returns the features of a batch's images, float[B, N, F] on the host.
 
         Args:
           params: of the reference.
@@ -198,5 +198,5 @@ class FeatureCache:
 @partial(jax.jit, static_argnames="policy")
 @laid_out(by_prompts)
 def encode(params: Params, images: Images, *, policy: Policy) -> jax.Array:
-    """Returns the features of each prompt's images, float[B, N, D]."""
+    """Returns the features of each prompt's images, float[B, N, F]."""
     return policy.encode_images(params, images)

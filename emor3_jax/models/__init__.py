@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.models import weights
-from emor3_jax.models.family import FAMILIES
+from emor3_jax.models.families import FAMILIES
 from emor3_jax.models.hub import find, is_hub_id, parse_config, published, read_config
+from emor3_jax.models.layout import Encoded, ImageLayout
 from emor3_jax.models.params import Params
 from emor3_jax.models.policy import Policy
-from emor3_jax.models.processor import Encoded, ImageLayout, Processor
+from emor3_jax.models.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.types import Images, Prompt
 

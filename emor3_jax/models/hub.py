@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from emor3_jax.models.errors import ShapesError
-from emor3_jax.models.family import FAMILIES
+from emor3_jax.models.families import FAMILIES, NOT_YET
 from emor3_jax.models.policy import Policy
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
@@ -59,12 +59,21 @@ def parse_config(data: dict) -> Policy:
     Raises:
       ShapesError: if its family is unknown, or it asks for something that is not implemented.
     """
-    family = FAMILIES.get(data.get("model_type"))
+    kind = data.get("model_type")
+    family = FAMILIES.get(kind)
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
+        name = f" ({NOT_YET[kind]})" if kind in NOT_YET else ""
+        yet = "is not supported yet" if kind in NOT_YET else "is not known"
         raise ShapesError(
-            f"config.json has model_type={data.get('model_type')!r}; only {known} "
-            "policies can be loaded"
+            f"config.json has model_type={kind!r}{name}, which {yet}; only {known} policies can be "
+            "loaded"
+        )
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method", "an unknown method")
+        raise ShapesError(
+            f"config.json has a quantization_config ({method}): quantised weights cannot be "
+            "trained; give the policy that they were made from, in bfloat16"
         )
     return Policy(family, family.shapes(data))
 

@@ -264,6 +264,28 @@ class RMSNorm(nn.Module):
         return (scale * x).astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Layer norm with scale and bias, computed in float32.
+
+    Attributes:
+      eps: added to the variance.
+      dtype: of the result.
+    """
+
+    eps: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis of float[..., D]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (scale * x + bias).astype(self.dtype)
+
+
 class Mlp(nn.Module):
     """The gated feed-forward layer; its activation is computed in float32.
 

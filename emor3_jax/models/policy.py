@@ -18,8 +18,8 @@ from emor3_jax.models import decode_attention
 from emor3_jax.models.cache import KV, Cache
 from emor3_jax.models.family import Family, Shapes
 from emor3_jax.models.layers import DEFAULT, Compute, Dtype, GroupRow, matmul, matmul_transposed
+from emor3_jax.models.layout import ImageLayout
 from emor3_jax.models.params import Params
-from emor3_jax.models.processor import ImageLayout
 from emor3_jax.parallel.mesh import by_rows
 from emor3_jax.types import Images, Prompt
 
@@ -92,8 +92,8 @@ class Policy:
           images: in window layout.
 
         Returns:
-          float[B, N, D], features of the merged slots of each prompt's images; those of padding
-          are undefined.
+          float[B, N, F], features of the merged slots of each prompt's images, as the decoder of
+          the family reads them; those of padding are undefined.
         """
         return self.family.encode_images(self.shapes, self.compute, params, images)
 

@@ -16,9 +16,8 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -26,7 +25,8 @@ from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
 from emor3_jax.models.errors import ImageError, ProcessorError
-from emor3_jax.types import Array, Images
+from emor3_jax.models.layout import Encoded, ImageLayout
+from emor3_jax.types import Array
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _MAX_ASPECT_RATIO = 200
@@ -97,7 +97,7 @@ class ImageSettings:
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the contents of a `preprocessor_config.json` as the hub's policies have it."""
+        """Returns the contents of a `preprocessor_config.json`, without the processor's class."""
         return {
             "do_convert_rgb": True,
             "do_normalize": True,
@@ -110,7 +110,6 @@ class ImageSettings:
             "merge_size": self.merge_size,
             "min_pixels": self.min_pixels,
             "patch_size": self.patch_size,
-            "processor_class": "Qwen2_5_VLProcessor",
             "resample": int(Image.BICUBIC),
             "rescale_factor": self.scale,
             "size": {"longest_edge": self.max_pixels, "shortest_edge": self.min_pixels},
@@ -168,60 +167,6 @@ class ImageSettings:
         cut = cut.reshape(*batch, -1, 3, 1, patch, patch)
         cut = cut.repeat(frames or self.temporal_patch_size, axis=n + 2)
         return cut.reshape(*batch, rows * columns * merge**2, -1)
-
-
-class Encoded(NamedTuple):
-    """One image as a policy reads it.
-
-    Attributes:
-      image: host arrays, as the family lays them out.
-      grid: (1, rows, columns) in patches.
-      slots: int32[n], merged slot of each image token, in reading order.
-      bucket: size to pad to at least, in windows.
-    """
-
-    image: Any
-    grid: tuple[int, int, int]
-    slots: np.ndarray
-    bucket: int
-
-
-class ImageLayout(Protocol):
-    """A family's layout of images and positions, bound to the shapes of a policy.
-
-    Attributes:
-      shapes: of the policy.
-    """
-
-    shapes: Any
-
-    def bucket(self, grid: Sequence[int]) -> int:
-        """Returns the size of an image of this grid, in windows."""
-
-    def slots(self, bucket: int) -> int:
-        """Returns the merged slots of an image that is padded to a bucket."""
-
-    def arrange(self, patches: np.ndarray, grid: Sequence[int]) -> Encoded:
-        """Lays out the patches of one image.
-
-        Args:
-          patches: float[N, C], as `Processor.patches` or `Processor.still_patches` returns them.
-          grid: (1, rows, columns) in patches.
-
-        Raises:
-          ValueError: if the grid is a video's, does not merge evenly, or does not hold N patches.
-        """
-
-    def collate(self, images: Sequence[Any], bucket: int) -> Images:
-        """Pads `Encoded.image`s to one size and stacks them, one image a prompt."""
-
-    def positions(
-        self, tokens: np.ndarray, grids: Sequence[Sequence[int]]
-    ) -> tuple[np.ndarray, int]:
-        """Returns rope positions of an unpadded prompt, int32[n, 3], and the next position."""
-
-    def abstract_images(self, prompts: int, bucket: int, dtype: DTypeLike = np.float32) -> Images:
-        """Returns the shapes of `collate` as `jax.ShapeDtypeStruct`s, for still patches."""
 
 
 class Processor:
@@ -309,7 +254,8 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        text = json.dumps(self.images.to_hf(), indent=2) + "\n"
+        data = self.images.to_hf() | {"processor_class": self.layout.processor_class}
+        text = json.dumps(data, indent=2) + "\n"
         (folder / PREPROCESSOR_FILE).write_text(text)
 
     def patches(self, image: bytes | Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:

@@ -11,9 +11,9 @@ from support import tiny
 from support.setting import Setting, build_setting
 
 from emor3_jax.learner.logprobs import LogprobSpec, score_responses
+from emor3_jax.models import decoder
 from emor3_jax.models.layers import TokenEmbedding
 from emor3_jax.models.params import leaves
-from emor3_jax.models.qwen2_5_vl import decoder
 from emor3_jax.types import Samples
 
 B, G, T = 8, 8, 48

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 IMAGE, VISION_START, VISION_END, PAD = 70, 72, 73, 76
@@ -23,39 +30,57 @@ IMAGES_OF_ROW = [[0], [1, 2], []]
 NEW_TOKENS = 12
 
 
-def hf_config(tied: bool) -> Qwen2_5_VLConfig:
+MODELS = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
+"""Family → transformers' classes of its config and its model."""
+
+_TEXT = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "bos_token_id": 74,
+    "eos_token_id": 75,
+    "pad_token_id": PAD,
+}
+_VISION = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 32,
+}
+_PARTS = {
+    "qwen2_5_vl": (
+        {"num_hidden_layers": 2},
+        {"rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        {"window_size": 16, "fullatt_block_indexes": [1]},
+    ),
+    # Heads wider than the hidden size holds; features of two layers, one of them the last, for
+    # three layers of the decoder; a table between the sizes of the images.
+    "qwen3_vl": (
+        {"num_hidden_layers": 3, "head_dim": 16},
+        {"rope_theta": 5000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2]},
+    ),
+}
+"""Family → what its decoder, its rope and its tower have besides."""
+
+
+def hf_config(family: str, tied: bool) -> PreTrainedConfig:
     """Returns a tiny config, built by transformers alone."""
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 80,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 512,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [1, 1, 2],
-            },
-            "bos_token_id": 74,
-            "eos_token_id": 75,
-            "pad_token_id": PAD,
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "patch_size": 4,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-            "out_hidden_size": 32,
-        },
+    text, rope, vision = _PARTS[family]
+    return MODELS[family][0](
+        text_config=_TEXT | text | {"rope_parameters": {"rope_type": "default", **rope}},
+        vision_config=_VISION | vision,
         image_token_id=IMAGE,
         video_token_id=71,
         vision_start_token_id=VISION_START,
@@ -64,9 +89,9 @@ def hf_config(tied: bool) -> Qwen2_5_VLConfig:
     )
 
 
-def strong_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def strong_model(family: str, tied: bool, seed: int = 0) -> PreTrainedModel:
     """Returns a float32 model with strong random weights that bfloat16 holds exactly."""
-    model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    model = MODELS[family][1](hf_config(family, tied)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -124,9 +149,7 @@ def torch_inputs(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def greedy(
-    model: Qwen2_5_VLForConditionalGeneration, inputs: dict[str, torch.Tensor], count: int
-) -> np.ndarray:
+def greedy(model: PreTrainedModel, inputs: dict[str, torch.Tensor], count: int) -> np.ndarray:
     """Returns the greedy continuation of left-padded rows, each token from a full forward pass."""
     with torch.no_grad():
         for _ in range(count):
@@ -143,23 +166,27 @@ def greedy(
 
 
 def write(folder: Path) -> None:
-    """Writes both goldens under a folder."""
-    for name, tied in (("tied", True), ("untied", False)):
-        model = strong_model(hf_config(tied))
-        golden = {}
-        for side in ("left", "right"):
-            batch = make_batch(1, side)
-            with torch.no_grad():
-                logits = model(**torch_inputs(batch)).logits
-            golden[f"{side}_logits"] = logits[torch.tensor(batch["attention_mask"]).bool()].numpy()
-            golden[f"{side}_input_ids"] = batch["input_ids"].astype(np.int32)
-            golden[f"{side}_attention_mask"] = batch["attention_mask"].astype(np.int32)
-        golden["pixel_values"] = batch["pixel_values"].astype(np.float16)
-        golden["image_grid_thw"] = batch["image_grid_thw"].astype(np.int32)
-        golden["continuation"] = greedy(model, torch_inputs(make_batch(1, "left")), NEW_TOKENS)
-        model.bfloat16().save_pretrained(folder / name)
-        (folder / name / "generation_config.json").unlink(missing_ok=True)
-        np.savez_compressed(folder / name / "golden.npz", **golden)
+    """Writes the goldens of all families under a folder."""
+    for family in MODELS:
+        for name, tied in (("tied", True), ("untied", False)):
+            _write_one(strong_model(family, tied), folder / family / name)
+
+
+def _write_one(model: PreTrainedModel, folder: Path) -> None:
+    golden = {}
+    for side in ("left", "right"):
+        batch = make_batch(1, side)
+        with torch.no_grad():
+            logits = model(**torch_inputs(batch)).logits
+        golden[f"{side}_logits"] = logits[torch.tensor(batch["attention_mask"]).bool()].numpy()
+        golden[f"{side}_input_ids"] = batch["input_ids"].astype(np.int32)
+        golden[f"{side}_attention_mask"] = batch["attention_mask"].astype(np.int32)
+    golden["pixel_values"] = batch["pixel_values"].astype(np.float16)
+    golden["image_grid_thw"] = batch["image_grid_thw"].astype(np.int32)
+    golden["continuation"] = greedy(model, torch_inputs(make_batch(1, "left")), NEW_TOKENS)
+    model.bfloat16().save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(folder / "golden.npz", **golden)
 
 
 if __name__ == "__main__":

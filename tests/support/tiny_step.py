@@ -22,9 +22,9 @@ from emor3_jax.compiler.record import Recorder, Report
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.config import default
 from emor3_jax.learner import gradients
-from emor3_jax.models import params, policy
+from emor3_jax.models import decoder, params, policy, vision
 from emor3_jax.models.policy import Policy
-from emor3_jax.models.qwen2_5_vl import decoder, tower
+from emor3_jax.models.qwen2_5_vl import tower
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.rollout import rollout
 
@@ -181,7 +181,7 @@ def parts_first() -> Iterator[None]:
     def faulty(qkv: jax.Array, heads: int) -> jax.Array:
         return jax.numpy.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, heads, -1), -3, 0)
 
-    with mock.patch.object(tower, "_split", faulty):
+    with mock.patch.object(vision, "_split", faulty):
         yield
 
 

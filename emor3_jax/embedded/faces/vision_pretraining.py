@@ -33,6 +33,7 @@ from emor3_jax.embedded.faces.captions import CaptionBatch, CaptionLoader
 from emor3_jax.embedded.pretrain import fit, forward_images
 from emor3_jax.io.console import Console
 from emor3_jax.models import Policy
+from emor3_jax.models.rope import vision_table
 from emor3_jax.rl.update import TrainState, apply_gradients
 from emor3_jax.types import Images, Prompt
 
@@ -80,9 +81,7 @@ def init_local_attention(qkv: dict, policy: Policy, seed: int) -> dict:
     rng = np.random.default_rng(seed)
     order = rng.permuted(np.tile(np.arange(9), (layers, 1)), axis=1)
     offsets = neighbours[np.resize(order.T, (heads, layers)).T]
-    cosine, sine = (
-        np.asarray(x) for x in policy.family.vision_table(policy.shapes, jnp.asarray(offsets))
-    )
+    cosine, sine = map(np.asarray, vision_table(jnp.asarray(offsets), dim))
     # After RoPE, a key has the angle of its own position, and a query that of the neighbour.
     fast = np.arange(dim // 2) % (dim // 4) < 2
     size = np.where(fast, np.sqrt(_NEARNESS * dim**0.5), 0.0)

@@ -13,7 +13,7 @@ from support.tiny_faces import collate
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.faces import vision_pretraining
 from emor3_jax.embedded.faces.captions import CaptionBatch
-from emor3_jax.models.qwen2_5_vl import rope
+from emor3_jax.models import rope
 from emor3_jax.rl.update import TrainState
 
 
@@ -52,7 +52,7 @@ def test_each_head_starts_by_attending_to_one_neighbour() -> None:
         sought = set()
         rows, columns = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
         coords = jnp.asarray(np.stack([rows.ravel(), columns.ravel()], axis=-1))
-        turn = rope.vision_table(coords, vision)
+        turn = rope.vision_table(coords, vision.head_dim)
         both = after["bias"][layer].reshape(6, 3, 16)[None]
         query, key = (
             rope.rotate(jnp.broadcast_to(both[:, :, i], (36, 6, 16)), *turn) for i in (0, 1)

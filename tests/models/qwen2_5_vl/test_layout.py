@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emor3_jax.models.layout import pad_images
 from emor3_jax.models.qwen2_5_vl import layout
 
 
@@ -43,11 +44,11 @@ def test_every_patch_is_kept_once_with_its_coordinates(policy, rows, columns):
 def test_padding_adds_masked_windows_and_stacks(policy):
     small = layout.window_layout(_patches(4, 4), (1, 4, 4), policy.shapes.vision)
     large = layout.window_layout(_patches(4, 6), (1, 4, 6), policy.shapes.vision)
-    images = layout.pad_images([small, large], 3)
+    images = pad_images([small, large], 3)
     assert images.patches.shape == (2, 3, 16, 2)
     assert images.mask.sum(axis=(1, 2)).tolist() == [16, 24]
     with pytest.raises(ValueError, match="more than the bucket of 1"):
-        layout.pad_images([small, large], 1)
+        pad_images([small, large], 1)
 
 
 @pytest.mark.parametrize(

@@ -100,4 +100,4 @@ def test_nested_form_of_transformers_5_reads_the_same():
 )
 def test_what_cannot_run_is_refused_by_name(changes, message):
     with pytest.raises(ShapesError, match=message):
-        Qwen25VLShapes.from_hf({**HUB_3B, **changes})
+        parse_config({**HUB_3B, **changes})

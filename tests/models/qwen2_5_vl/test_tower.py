@@ -12,7 +12,7 @@ from support import tiny
 
 from emor3_jax.models.policy import Policy
 from emor3_jax.models.processor import ImageSettings, Processor
-from emor3_jax.models.qwen2_5_vl.tower import all_frames
+from emor3_jax.models.vision import all_frames
 from emor3_jax.types import Images
 
 SETTINGS = ImageSettings(patch_size=4, min_pixels=256, max_pixels=1024)

@@ -11,18 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes, Qwen25VLVisionShapes
-
 
 def prompt_positions(
-    tokens: np.ndarray, grids: Sequence[Sequence[int]], shapes: Qwen25VLShapes
+    tokens: np.ndarray, grids: Sequence[Sequence[int]], image_token: int, merge: int
 ) -> tuple[np.ndarray, int]:
     """Returns the rope positions of one unpadded prompt.
 
     Args:
       tokens: int32[n], image placeholders expanded to one per merged token.
       grids: (1, rows, columns) in patches of each image, in order.
-      shapes: for the image token and the merge size.
+      image_token: id that stands for a feature of an image.
+      merge: m; m * m neighbouring patches become one token.
 
     Returns:
       int32[n, 3] (temporal, height, width), and the position of the token that comes next.
@@ -31,8 +30,7 @@ def prompt_positions(
       ValueError: if the runs of image tokens and the grids do not fit each other.
     """
     tokens = np.asarray(tokens)
-    is_image = tokens == shapes.image_token_id
-    merge = shapes.vision.spatial_merge_size
+    is_image = tokens == image_token
     positions = np.zeros((len(tokens), 3), np.int32)
     start = 0
     at = 0
@@ -70,35 +68,36 @@ def prompt_positions(
     return positions, start
 
 
-def text_table(positions: jax.Array, shapes: Qwen25VLShapes) -> tuple[jax.Array, jax.Array]:
+def text_table(
+    positions: jax.Array, axes: Sequence[int], theta: float
+) -> tuple[jax.Array, jax.Array]:
     """Returns cosine and sine of the decoder's angles.
 
     Args:
       positions: int32[..., 3] (temporal, height, width); equal for text.
-      shapes: for the frequencies and `mrope_section`, which says how many follow each axis.
+      axes: which of the three each of the head_dim // 2 frequencies follows.
+      theta: base of the frequencies.
 
     Returns:
       Two float32[..., head_dim // 2].
     """
-    axis = np.repeat(np.arange(3), shapes.mrope_section)
-    frequencies = _frequencies(shapes.head_dim // 2, shapes.rope_theta)
-    angles = positions.astype(jnp.float32)[..., axis] * frequencies
+    frequencies = _frequencies(len(axes), theta)
+    angles = positions.astype(jnp.float32)[..., np.asarray(axes)] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def vision_table(coords: jax.Array, shapes: Qwen25VLVisionShapes) -> tuple[jax.Array, jax.Array]:
+def vision_table(coords: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """Returns cosine and sine of the vision tower's angles: rows turn one half, columns the other.
 
     Args:
       coords: int32[..., 2], row and column of each patch.
-      shapes: for the head's width.
+      head_dim: width of a head.
 
     Returns:
       Two float32[..., head_dim // 2].
     """
-    frequencies = _frequencies(shapes.head_dim // 4, 10_000.0)
-    angles = coords.astype(jnp.float32)[..., None] * frequencies
-    angles = angles.reshape(*coords.shape[:-1], shapes.head_dim // 2)
+    angles = coords.astype(jnp.float32)[..., None] * _frequencies(head_dim // 4, 10_000.0)
+    angles = angles.reshape(*coords.shape[:-1], head_dim // 2)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -16,26 +16,28 @@ from support import model_goldens as goldens  # noqa: E402
 from emor3_jax import models  # noqa: E402
 from emor3_jax.models import weights  # noqa: E402
 from emor3_jax.models.params import leaves  # noqa: E402
-from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes  # noqa: E402
 from emor3_jax.rollout.engine import Engine, Plan  # noqa: E402
 from emor3_jax.rollout.sampling import Sampling  # noqa: E402
 from emor3_jax.rollout.slots import Admission  # noqa: E402
 
+CASES = [(family, tied) for family in goldens.MODELS for tied in (True, False)]
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def tied(request) -> bool:
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-{'' if c[1] else 'un'}tied")
+def case(request) -> tuple[str, bool]:
+    """Family, and whether the head is tied."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def name(tied) -> str:
-    return "tied" if tied else "untied"
+def name(case) -> str:
+    return f"{case[0]} {'tied' if case[1] else 'untied'}"
 
 
 @pytest.fixture(scope="module")
-def oracle(tied):
+def oracle(case):
     """The model of transformers."""
-    return goldens.strong_model(goldens.hf_config(tied), seed=7)
+    return goldens.strong_model(*case, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def loaded(oracle, tmp_path_factory) -> models.LoadedPolicy:
 
 def test_committed_goldens_are_what_transformers_says_today(tmp_path):
     goldens.write(tmp_path)
-    for name in ("tied", "untied"):
+    for name in (f"{family}/{head}" for family in goldens.MODELS for head in ("tied", "untied")):
         with (
             np.load(tmp_path / name / "golden.npz") as new,
             np.load(goldens.GOLDEN / name / "golden.npz") as old,
@@ -87,10 +89,11 @@ def test_logits_of_text_alone(oracle, loaded, name, compare):
     compare(f"logits, {name}, no image in the batch", actual, expected, 1e-4)
 
 
-def test_logits_of_a_flat_config(oracle, loaded, name, compare, tmp_path):
-    """The folder in the hub's form: flat config.json, the hub's names, several files."""
+def test_logits_of_the_hubs_form(oracle, loaded, name, compare, tmp_path):
+    """The folder in the hub's form: its config.json and names, several files."""
     models.save(loaded, tmp_path, max_file_bytes=30_000)
-    assert "text_config" not in json.loads((tmp_path / "config.json").read_text())
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_scaling" in written.get("text_config", written)
     policy = models.read_config(tmp_path)
     again = models.LoadedPolicy(policy, weights.read_params(tmp_path, policy))
     batch = goldens.make_batch(3, "right")
@@ -98,7 +101,7 @@ def test_logits_of_a_flat_config(oracle, loaded, name, compare, tmp_path):
         expected = oracle(**goldens.torch_inputs(batch)).logits.numpy()
     mask = batch["attention_mask"].astype(bool)
     actual = models.forward_logits(again, **batch)
-    compare(f"logits, {name}, flat config, several files", actual[mask], expected[mask], 1e-4)
+    compare(f"logits, {name}, the hub's form, several files", actual[mask], expected[mask], 1e-4)
 
 
 def image_prompt(image_token: int, merged: tuple[int, int], seed: int = 3) -> dict[str, np.ndarray]:
@@ -132,8 +135,9 @@ def test_image_features_and_positions_for_many_grids(oracle, loaded, name, compa
     assert following[0] == ids.shape[1] + int(delta)
     features = np.asarray(jax.jit(policy.encode_images)(loaded.params, images))
     slots = prompt.image_slots[0][ids[0] == image_token]
+    expected = [visual.pooler_output, *getattr(visual, "deepstack_features", [])]
     case = f"image features, {name}, {merged[0]} x {merged[1]} cells"
-    compare(case, features[0][slots], visual.pooler_output.numpy(), 1e-4)
+    compare(case, features[0][slots], torch.cat(expected, dim=-1).numpy(), 1e-4)
 
 
 @pytest.mark.parametrize("attention", ["xla", "splash_interpret"])
@@ -254,19 +258,17 @@ def test_gradients(oracle, loaded, name, enter):
 
 def test_transformers_loads_what_is_saved(oracle, loaded, tmp_path):
     models.save(loaded, tmp_path)
-    theirs, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    theirs, info = type(oracle).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     expected = oracle.state_dict()
     for name, tensor in theirs.float().state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_configs_of_both_forms_agree_with_transformers(tied, loaded):
-    ours = transformers.Qwen2_5_VLConfig(**loaded.shapes.to_hf())
-    assert Qwen25VLShapes.from_hf(ours.to_dict()) == loaded.shapes
-    theirs = goldens.hf_config(tied)
+def test_configs_of_both_forms_agree_with_transformers(case, oracle, loaded):
+    ours = type(oracle.config)(**loaded.shapes.to_hf())
+    assert models.parse_config(ours.to_dict()).shapes == loaded.shapes
+    theirs = goldens.hf_config(*case)
     for part in ("text_config", "vision_config"):
         a, b = getattr(ours, part).to_dict(), getattr(theirs, part).to_dict()
         for config in (a, b):  # The hub's files name the kind of rope a second time.

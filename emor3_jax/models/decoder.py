@@ -1,4 +1,4 @@
-"""The decoder: one scanned stack of layers for prompts, continuations and single tokens.
+"""The decoder of all families: one scanned stack of layers for prompts, continuations and tokens.
 
 A prompt is a continuation of nothing (G = 1); a decoded token is a continuation of length one that
 also sees its cache. So there is one layer and one attention, with up to three sources of keys. A
@@ -13,12 +13,13 @@ Parameters and cache may also come layer by layer (`params.unroll`), for decodin
 what a loop reads of a layer, in bfloat16 by way of float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from emor3_jax.models import rope
 from emor3_jax.models.attention import InRing, Own, Shared, Source, attend, slots_last
 from emor3_jax.models.cache import KV, Cache
 from emor3_jax.models.decode_attention import Ring
@@ -32,21 +33,50 @@ from emor3_jax.models.layers import (
     TokenEmbedding,
     rematerialised,
 )
-from emor3_jax.models.qwen2_5_vl import rope
-from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
 from emor3_jax.parallel.mesh import keep_rows
+
+
+class DecoderShapes(NamedTuple):
+    """What the decoder is made of; hashable.
+
+    Attributes:
+      vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim:
+        sizes; heads need not fill the hidden size.
+      rms_norm_eps: added to the mean square in the norms.
+      rope_theta: base of the rope's frequencies.
+      rope_axes: which position each of the head_dim // 2 frequencies follows: 0 the temporal one, 1
+        the height, 2 the width.
+      qkv_bias: the projections to queries, keys and values have a bias.
+      qk_norm: queries and keys are normalised, head by head, before they are rotated.
+      deepstack: the image features of each slot are the embedding and so many further vectors, of
+        which the i-th is added at the slot's token behind layer i.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_axes: tuple[int, ...]
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    deepstack: int = 0
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rope.
 
     Attributes:
-      shapes: the policy's shapes.
+      shapes: the decoder's.
       compute: settings of the arithmetic.
       group: how `x` is made up, if of prompts and their continuations.
     """
 
-    shapes: Qwen25VLShapes
+    shapes: DecoderShapes
     compute: Compute
     group: GroupRow | None = None
 
@@ -74,12 +104,16 @@ class Attention(nn.Module):
         c = self.shapes
 
         def project(name: str, heads: int) -> jax.Array:
-            dense = Dense(heads * c.head_dim, dtype=self.compute.dtype, name=name)
-            return dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
+            size, dtype = heads * c.head_dim, self.compute.dtype
+            dense = Dense(size, use_bias=c.qkv_bias, dtype=dtype, name=f"{name}_proj")
+            out = dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
+            if not c.qk_norm or name == "v":
+                return out
+            return RMSNorm(c.rms_norm_eps, dtype, name=f"{name}_norm")(out)
 
-        q = rope.rotate(project("q_proj", c.num_heads), *table, scale=c.head_dim**-0.5)
-        k = rope.rotate(project("k_proj", c.num_kv_heads), *table)
-        v = project("v_proj", c.num_kv_heads)
+        q = rope.rotate(project("q", c.num_heads), *table, scale=c.head_dim**-0.5)
+        k = rope.rotate(project("k", c.num_kv_heads), *table)
+        v = project("v", c.num_kv_heads)
         if self.group is None:
             k, v = slots_last(k, v)
             out = attend(q, [*earlier, Own(k, v, own_mask, True, segments)], self.compute.attention)
@@ -116,13 +150,13 @@ class DecoderLayer(nn.Module):
     """One layer of the decoder.
 
     Attributes:
-      shapes: the policy's shapes.
+      shapes: the decoder's.
       compute: settings of the arithmetic.
       keep_keys: return the new keys and values.
       group: how `x` is made up, see `Attention`.
     """
 
-    shapes: Qwen25VLShapes
+    shapes: DecoderShapes
     compute: Compute
     keep_keys: bool
     group: GroupRow | None = None
@@ -138,10 +172,10 @@ class DecoderLayer(nn.Module):
 
         Args:
           x: float[B, G, S, D].
-          mine: this layer's own: keys and values of the prompts (`prefix`) and of the
-            continuations so far (`cache`); or its number (`layer`), if they are in `shared`.
+          mine: this layer's own: its number (`layer`), keys and values of the prompts (`prefix`)
+            and of the continuations so far (`cache`), unless they are in `shared`.
           shared: what all layers share: rope `table`, the masks `own`, `prefix`, `cache`, the
-            `segments`, the `routing` and the `ring`.
+            `segments`, the `routing`, the `ring`, and the features to add (`deepstack`).
 
         Returns:
           float[B, G, S, D], and the new keys and values if they are kept.
@@ -149,7 +183,7 @@ class DecoderLayer(nn.Module):
         eps = self.shapes.rms_norm_eps
         x = keep_rows(x)
         earlier: list[Source] = []
-        if "layer" in mine:
+        if "ring" in shared:
             interpret = self.compute.decode_attention.endswith("interpret")
             earlier.append(InRing(shared["ring"], mine["layer"], interpret))
         if "prefix" in mine:
@@ -163,21 +197,39 @@ class DecoderLayer(nn.Module):
         x = x + out
         normed = RMSNorm(eps, self.compute.dtype, name="post_attention_layernorm")(x)
         x = x + Mlp(self.shapes.intermediate_size, False, self.compute.dtype, name="mlp")(normed)
+        if "deepstack" in shared:
+            x = _add_features(x, shared["deepstack"], mine["layer"])
         return keep_rows(x), keys if self.keep_keys else None
+
+
+def _add_features(x: jax.Array, features: jax.Array, layer: jax.Array) -> jax.Array:
+    """Adds the features of the first layers at the tokens of a prompt's images.
+
+    Args:
+      x: float[B, 1, S, D]; of S, the first P are the prompt's.
+      features: float[count, B, 1, P, D], 0 at text.
+      layer: int32[].
+    """
+
+    def add(x: jax.Array, features: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_index_in_dim(features, layer, keepdims=False)
+        return x.at[:, :, : own.shape[2]].add(own)
+
+    return jax.lax.cond(layer < len(features), add, lambda x, _: x, x, features)
 
 
 class Decoder(nn.Module):
     """Embeddings in, final hidden states out.
 
     Attributes:
-      shapes: the policy's shapes.
+      shapes: the decoder's.
       compute: settings of the arithmetic.
       keep_keys: return the new keys and values of all layers.
       unrolled: the layers are `layers_0`, `layers_1`, …, and the cache and the new keys are tuples.
       group: the tokens are prompts, each with its continuations behind it in one row; no keys kept.
     """
 
-    shapes: Qwen25VLShapes
+    shapes: DecoderShapes
     compute: Compute = DEFAULT
     keep_keys: bool = False
     unrolled: bool = False
@@ -203,7 +255,7 @@ class Decoder(nn.Module):
           tokens: int32[B, G, S]; of a group [B, 1, P + G * S], as are the next two.
           positions: int32[B, G, S, 3].
           own_mask: bool[B, G, S], which of the tokens may be seen by those after them.
-          image_features: float[B, N, D], merged slots of each prompt's images.
+          image_features: float[B, N, (1 + deepstack) * D], merged slots of each prompt's images.
           image_slots: int32[B, 1, P], index of the feature that replaces the token's embedding; -1
             for none.
           prefix: keys and values of the prompts.
@@ -218,6 +270,7 @@ class Decoder(nn.Module):
         c = self.shapes
         size = c.vocab_size, c.hidden_size
         x = TokenEmbedding(*size, dtype=self.compute.dtype, name="embed_tokens")(tokens)
+        deepstack = None
         if image_features is not None:
             features = image_features.astype(self.compute.dtype)
             # Each prompt takes from its own images, so its device needs no others.
@@ -225,17 +278,25 @@ class Decoder(nn.Module):
             picked = jax.vmap(lambda own, at: own[at])(features, slots)
             # Continuations that lie behind a prompt have no images.
             text = x[:, :, : image_slots.shape[-1]]
-            seen = jnp.where(image_slots[..., None] >= 0, picked.reshape(text.shape), text)
+            picked = picked.reshape(*text.shape[:-1], -1, c.hidden_size)
+            is_image = image_slots[..., None] >= 0
+            seen = jnp.where(is_image, picked[..., 0, :], text)
             x = x.at[:, :, : image_slots.shape[-1]].set(seen)
+            if c.deepstack:
+                further = jnp.where(is_image[..., None], picked[..., 1:, :], 0)
+                deepstack = jnp.moveaxis(further, -2, 0)
         x = keep_rows(x)
-        shared = {"table": rope.text_table(positions, c), "own": own_mask}
-        of_layers: dict[str, Any] = {}
+        table = rope.text_table(positions, c.rope_axes, c.rope_theta)
+        shared = {"table": table, "own": own_mask}
+        of_layers: dict[str, Any] = {"layer": jnp.arange(c.num_layers)}
+        if deepstack is not None:
+            shared["deepstack"] = deepstack
         for name, keys in (("prefix", prefix), ("cache", cache)):
             if keys is not None:
                 shared[name], of_layers[name] = keys.mask, (keys.k, keys.v)
         if ring is not None:
             # Not cut into layers: the kernel would be given copies.
-            shared["ring"], of_layers["layer"] = ring, jnp.arange(c.num_layers)
+            shared["ring"] = ring
         if segments is not None:
             shared["segments"] = segments
         if cache is not None and cache.routing is not None:
@@ -244,7 +305,10 @@ class Decoder(nn.Module):
         if self.unrolled:
             found = []
             for i in range(c.num_layers):
-                mine = {name: (k[i], v[i]) for name, (k, v) in of_layers.items()}
+                mine = {
+                    name: value[i] if name == "layer" else (value[0][i], value[1][i])
+                    for name, value in of_layers.items()
+                }
                 one = layer(c, self.compute, self.keep_keys, self.group, name=f"layers_{i}")
                 x, new = one(x, mine, shared)
                 found.append(new)

@@ -2,14 +2,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.models.qwen2_5_vl import rope
+from emor3_jax.models import rope
 
 
 def test_positions_around_two_images(policy):
     image = policy.shapes.image_token_id
     # Two words; 2 x 3 merged tokens; a word; 1 x 1; a word.
     tokens = np.array([1, 2, *[image] * 6, 3, image, 4])
-    positions, following = rope.prompt_positions(tokens, [(1, 4, 6), (1, 2, 2)], policy.shapes)
+    positions, following = rope.prompt_positions(tokens, [(1, 4, 6), (1, 2, 2)], image, 2)
     assert positions.tolist() == [
         [0, 0, 0],
         [1, 1, 1],
@@ -26,8 +26,8 @@ def test_positions_around_two_images(policy):
     assert following == 8
 
 
-def test_positions_of_text_count_up(policy):
-    positions, following = rope.prompt_positions(np.array([5, 6, 7]), [], policy.shapes)
+def test_positions_of_text_count_up():
+    positions, following = rope.prompt_positions(np.array([5, 6, 7]), [], 70, 2)
     assert positions.tolist() == [[0] * 3, [1] * 3, [2] * 3]
     assert following == 3
 
@@ -44,19 +44,19 @@ def test_positions_of_text_count_up(policy):
 def test_images_that_do_not_fit_the_tokens_are_refused(policy, count, grids, message):
     tokens = np.array([1, *[policy.shapes.image_token_id] * count, 2])
     with pytest.raises(ValueError, match=message):
-        rope.prompt_positions(tokens, grids, policy.shapes)
+        rope.prompt_positions(tokens, grids, policy.shapes.image_token_id, 2)
 
 
 def test_each_frequency_follows_the_axis_of_its_section(policy):
     # mrope_section (1, 1, 2) of a head of 8: frequencies 1, 10^-1.5, 10^-3, 10^-4.5.
-    cos, sin = rope.text_table(jnp.array([[2, 30, 500]]), policy.shapes)
+    cos, sin = rope.text_table(jnp.array([[2, 30, 500]]), policy.shapes.decoder.rope_axes, 1e6)
     angles = np.array([2, 30 * 1e6**-0.25, 500 * 1e6**-0.5, 500 * 1e6**-0.75])
     np.testing.assert_allclose(cos[0], np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin[0], np.sin(angles), atol=1e-6)
 
 
-def test_rows_turn_the_first_half_and_columns_the_second(policy):
-    cos, _ = rope.vision_table(jnp.array([[3, 7]]), policy.shapes.vision)
+def test_rows_turn_the_first_half_and_columns_the_second():
+    cos, _ = rope.vision_table(jnp.array([[3, 7]]), 8)
     np.testing.assert_allclose(cos[0], np.cos([3, 0.03, 7, 0.07]), atol=1e-6)
 
 

@@ -10,12 +10,16 @@ import pytest
 from emor3_jax import models
 from emor3_jax.models import weights
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "models"
+GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(
+    scope="module",
+    params=sorted(GOLDEN.glob("*/*")),
+    ids=lambda path: f"{path.parent.name}-{path.name}",
+)
 def folder(request) -> Path:
-    return GOLDEN / request.param
+    return request.param
 
 
 @pytest.fixture(scope="module")

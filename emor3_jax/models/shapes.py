@@ -1,0 +1,210 @@
+"""Sizes and special ids of a policy: what all families have, and what reads them."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from emor3_jax.models.decoder import DecoderShapes
+from emor3_jax.models.errors import ShapesError
+from emor3_jax.models.vision import VisionShapes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes(abc.ABC):
+    """A policy: vision tower, decoder and special ids. Hashable, so static under jit.
+
+    Attributes:
+      vision: the vision tower.
+      vocab_size: `V`, rows of the embedding.
+      hidden_size: `D`.
+      intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: the decoder's layers.
+      rms_norm_eps: added to the mean square in the decoder's norms (the vision tower's is 1e-6).
+      rope_theta: base of the decoder's rope.
+      mrope_section: frequencies that follow the temporal, height and width position.
+      tie_word_embeddings: whether the head is the embedding.
+      image_token_id: id that stands for a feature of an image.
+      video_token_id, vision_start_token_id, vision_end_token_id: other ids of images.
+      bos_token_id, eos_token_id, pad_token_id: ids of text.
+      max_position_embeddings: positions that the policy was trained for.
+    """
+
+    vision: VisionShapes
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    tie_word_embeddings: bool = False
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    bos_token_id: int | None = 151643
+    eos_token_id: int | None = 151645
+    pad_token_id: int | None = None
+    max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ShapesError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if 2 * sum(self.mrope_section) != self.head_dim or len(self.mrope_section) != 3:
+            raise ShapesError(
+                f"mrope_section={self.mrope_section} must be three numbers whose sum is half of "
+                f"head_dim={self.head_dim}"
+            )
+        if self.vision.out_hidden_size != self.hidden_size:
+            raise ShapesError(
+                f"vision out_hidden_size={self.vision.out_hidden_size} differs from the decoder's "
+                f"hidden_size={self.hidden_size}: image features could not replace embeddings"
+            )
+
+    @property
+    @abc.abstractmethod
+    def decoder(self) -> DecoderShapes:
+        """What the decoder is made of."""
+
+    @abc.abstractmethod
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the contents of a `config.json`."""
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches of one image token."""
+        return self.vision.merge_unit
+
+    @property
+    def cut_by_tensor(self) -> dict[str, int]:
+        """Names in `config.json` → sizes that the mesh axis `tensor` must divide."""
+        return {
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "vision_config.num_heads": self.vision.num_heads,
+            "vision_config.intermediate_size": self.vision.intermediate_size,
+        }
+
+    @property
+    def cut_by_fsdp(self) -> dict[str, int]:
+        """Names in `config.json` → sizes that the mesh axis `fsdp` must divide."""
+        return {
+            "hidden_size": self.hidden_size,
+            "vision_config.hidden_size": self.vision.hidden_size,
+        }
+
+    def text_to_hf(self) -> dict[str, Any]:
+        """Returns the fields of the decoder as a `config.json` names them, without rope's kind."""
+        return {
+            "attention_dropout": 0.0,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "num_attention_heads": self.num_heads,
+            "num_hidden_layers": self.num_layers,
+            "num_key_value_heads": self.num_kv_heads,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "use_cache": True,
+            "vocab_size": self.vocab_size,
+        }
+
+    def ids_to_hf(self) -> dict[str, int]:
+        """Returns the ids of images as a `config.json` names them."""
+        return {
+            "vision_start_token_id": self.vision_start_token_id,
+            "vision_end_token_id": self.vision_end_token_id,
+            "image_token_id": self.image_token_id,
+            "video_token_id": self.video_token_id,
+        }
+
+
+def need(source: Mapping[str, Any], where: str, *names: str) -> Any:
+    """Returns the first of some fields that is there.
+
+    Args:
+      source: part of a `config.json`.
+      where: what it is part of, for the error.
+      *names: of the field.
+
+    Raises:
+      ShapesError: if there is none.
+    """
+    for name in names:
+        if source.get(name) is not None:
+            return source[name]
+    raise ShapesError(f"config.json: {where} has no {' or '.join(names)}")
+
+
+def refuse_unless(ok: bool, what: str, value: Any) -> None:
+    """Raises ShapesError, by its name and value, if something is not implemented."""
+    if not ok:
+        raise ShapesError(f"config.json asks for {what} ({value!r}), which is not implemented")
+
+
+def rope_of(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of rope in either spelling; raises ShapesError for other kinds."""
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    refuse_unless(kind in ("default", "mrope"), f"rope type {kind!r}", rope)
+    return rope
+
+
+def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the fields of `Shapes` but for the tower and the width of a head.
+
+    Args:
+      data: the contents of a `config.json`.
+      text: its part about the decoder.
+
+    Raises:
+      ShapesError: if one is missing, or asks for something that is not implemented.
+    """
+    act = text.get("hidden_act", "silu")
+    refuse_unless(act == "silu", "hidden_act", act)
+    rope = rope_of(text)
+
+    def text_id(name: str) -> int | None:
+        value = text.get(name, data.get(name))
+        return value[0] if isinstance(value, list) else value
+
+    where = "the decoder"
+    num_heads = need(text, where, "num_attention_heads")
+    return {
+        "vocab_size": need(text, where, "vocab_size"),
+        "hidden_size": need(text, where, "hidden_size"),
+        "intermediate_size": need(text, where, "intermediate_size"),
+        "num_layers": need(text, where, "num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": text.get("num_key_value_heads") or num_heads,
+        "rms_norm_eps": need(text, where, "rms_norm_eps"),
+        "rope_theta": float(rope.get("rope_theta") or need(text, where, "rope_theta")),
+        "mrope_section": tuple(need(rope, "rope_scaling", "mrope_section")),
+        "tie_word_embeddings": bool(
+            data.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+        ),
+        **{
+            name: need(data, "the file", name)
+            for name in (
+                "image_token_id",
+                "video_token_id",
+                "vision_start_token_id",
+                "vision_end_token_id",
+            )
+        },
+        "bos_token_id": text_id("bos_token_id"),
+        "eos_token_id": text_id("eos_token_id"),
+        "pad_token_id": text_id("pad_token_id"),
+        "max_position_embeddings": need(text, where, "max_position_embeddings"),
+    }
