@@ -1,6 +1,8 @@
 """The tiny base policy on EmoScenes: about three minutes on 2 cores.
 
 python -m emor3_jax.embedded.base_policy --config=configs/base_policy.py --workdir=runs/base_policy
+
+`--config=configs/base_policy.py:qwen3_vl` makes one of Qwen3-VL's architecture.
 """
 
 from ml_collections import ConfigDict
@@ -8,6 +10,8 @@ from ml_collections import ConfigDict
 from emor3_jax.config import base_policy
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
-    return base_policy()
+def get_config(family: str = "qwen2_5_vl") -> ConfigDict:
+    """Returns the config for a family of policies."""
+    config = base_policy()
+    config.model.family = family
+    return config

@@ -1,6 +1,8 @@
 """The main job on a laptop: EMO-R3 on EmoScenes with the embedded base policy, no download.
 
 python -m emor3_jax.train --config=configs/cpu_demo.py --workdir=runs/cpu_demo
+
+`--config=configs/cpu_demo.py:qwen3_vl` takes a base policy of Qwen3-VL's architecture.
 """
 
 from ml_collections import ConfigDict
@@ -8,9 +10,12 @@ from ml_collections import ConfigDict
 from emor3_jax.config import dataset, default
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
+def get_config(family: str = "qwen2_5_vl") -> ConfigDict:
+    """Returns the config for a family of policies."""
     config = default()
+    config.policy.embedded_family = family
+    if family != "qwen2_5_vl":
+        config.policy.embedded_folder = f"runs/base_policy_{family}"
     config.steps = 100
     config.policy.dtype = "float32"
 

@@ -92,6 +92,9 @@ def default() -> ConfigDict:
     config.policy.path = EMBEDDED
     # Where the embedded base policy is kept, and trained first if it is not there.
     config.policy.embedded_folder = "runs/base_policy"
+    # Architecture of the embedded base policy, where it has to be trained: "qwen2_5_vl" or
+    # "qwen3_vl".
+    config.policy.embedded_family = "qwen2_5_vl"
     # Type of the layers' arithmetic; master weights, norms and softmax are float32. What bfloat16
     # changes in log-probabilities: docs/results/precision.md.
     config.policy.dtype = "bfloat16"
@@ -341,8 +344,11 @@ def base_policy() -> ConfigDict:
     config.data.warp = 0.0
 
     config.model = ConfigDict()
+    # Architecture: "qwen2_5_vl" or "qwen3_vl".
+    config.model.family = "qwen2_5_vl"
     config.model.vocab_size = 1200
-    # Sides in pixels of a patch, and of a window that most layers attend in: whole tokens.
+    # Sides in pixels of a patch, and of a window that most layers of Qwen2.5-VL attend in: whole
+    # tokens.
     config.model.patch = 14
     config.model.window = 112
     config.model.vision_width = 128

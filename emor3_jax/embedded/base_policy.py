@@ -29,8 +29,9 @@ from emor3_jax.embedded.faces.vision_pretraining import evaluate_captions, pretr
 from emor3_jax.embedded.loader import ExampleLoader, QABatch
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.io.console import Console
-from emor3_jax.models import LoadedPolicy, Policy, load, parse_config, save
+from emor3_jax.models import FAMILIES, LoadedPolicy, Policy, load, parse_config, save
 from emor3_jax.models.processor import ImageSettings, Processor
+from emor3_jax.models.shapes import SmallSizes
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
 from emor3_jax.runtime import cli
 
@@ -44,42 +45,27 @@ Sizes = tuple[pretrain.Size, pretrain.Size, pretrain.Size]
 
 
 def small_policy(config: ConfigDict, tokenizer: Any) -> Policy:
-    """Returns a small policy of Qwen2.5-VL's architecture.
+    """Returns a small policy of the config's family.
 
     Args:
       config: see `emor3_jax.config.base_policy`.
       tokenizer: of the policy.
     """
     c = config.model
-    vision = {
-        "depth": c.vision_layers,
-        "hidden_size": c.vision_width,
-        "intermediate_size": 2 * c.vision_width,
-        "num_heads": c.vision_heads,
-        "patch_size": c.patch,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "window_size": c.window,
-        "fullatt_block_indexes": [c.vision_layers - 1],
-        "out_hidden_size": c.width,
-    }
-    half = c.width // c.heads // 2
-    spatial = 3 * half // 8
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": c.width,
-        "intermediate_size": 2 * c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4,
-        "rope_scaling": {"type": "mrope", "mrope_section": [half - 2 * spatial, spatial, spatial]},
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 4096,
-    }
-    ids = special_ids(tokenizer)
-    return parse_config({"model_type": "qwen2_5_vl", "vision_config": vision, **text, **ids})
+    sizes = SmallSizes(
+        vocab_size=len(tokenizer),
+        width=c.width,
+        layers=c.layers,
+        heads=c.heads,
+        kv_heads=c.kv_heads,
+        vision_width=c.vision_width,
+        vision_layers=c.vision_layers,
+        vision_heads=c.vision_heads,
+        patch=c.patch,
+        window=c.window,
+        image=config.data.size,
+    )
+    return parse_config(FAMILIES[c.family].small_config(sizes) | special_ids(tokenizer))
 
 
 @partial(jax.jit, static_argnames=("policy", "sizes", "optimizer"), donate_argnames="state")
@@ -187,6 +173,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
 def _check(config: ConfigDict) -> None:
     if config.data.kind not in DATASETS:
         raise ConfigError("data.kind", config.data.kind, f"must be one of {', '.join(DATASETS)}")
+    family = config.model.family
+    if family not in FAMILIES:
+        raise ConfigError("model.family", family, f"must be one of {', '.join(FAMILIES)}")
     token = 2 * config.model.patch
     if config.model.window % token:
         rule = f"must be a multiple of {token}, the side of a token (2 * model.patch)"

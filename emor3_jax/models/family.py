@@ -16,7 +16,7 @@ from emor3_jax.models.layers import Compute
 from emor3_jax.models.layout import ImageLayout
 from emor3_jax.models.naming import HubTensor
 from emor3_jax.models.params import Params
-from emor3_jax.models.shapes import Shapes
+from emor3_jax.models.shapes import Shapes, SmallSizes
 from emor3_jax.types import Images
 
 
@@ -33,6 +33,7 @@ class Family:
       hub_tensors: yields the tensors that make up a parameter, from its path and shape and the
         policy's shapes.
       hub_name: returns the canonical name of a tensor of a checkpoint.
+      small_config: returns the `config.json` of a small policy, without ids, from its sizes.
       published: id on the hub → shapes of the policies that are published.
     """
 
@@ -42,6 +43,7 @@ class Family:
     tower: Callable[..., nn.Module]
     hub_tensors: Callable[[str, tuple[int, ...], Any], Iterator[HubTensor]]
     hub_name: Callable[[str], str]
+    small_config: Callable[[SmallSizes], dict[str, Any]]
     published: Mapping[str, Shapes] = dataclasses.field(compare=False, repr=False)
 
     def init_tower(self, shapes: Shapes, key: jax.Array) -> Params:

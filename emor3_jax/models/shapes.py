@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from emor3_jax.models.decoder import DecoderShapes
 from emor3_jax.models.errors import ShapesError
@@ -127,6 +127,57 @@ class Shapes(abc.ABC):
             "vision_end_token_id": self.vision_end_token_id,
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,
+        }
+
+
+class SmallSizes(NamedTuple):
+    """Sizes of a small policy that a family's `small_config` describes.
+
+    Attributes:
+      vocab_size, width, layers, heads, kv_heads: of the decoder.
+      vision_width, vision_layers, vision_heads: of the tower.
+      patch: side of a patch in pixels.
+      window: side in pixels of the windows that some families' layers attend in.
+      image: side in pixels of the images that it is for.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    patch: int
+    window: int
+    image: int
+
+    def tower(self) -> dict[str, int]:
+        """Returns the fields of a `vision_config` that all families have."""
+        return {
+            "depth": self.vision_layers,
+            "hidden_size": self.vision_width,
+            "intermediate_size": 2 * self.vision_width,
+            "num_heads": self.vision_heads,
+            "patch_size": self.patch,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": self.width,
+        }
+
+    def text(self) -> dict[str, Any]:
+        """Returns the fields of the decoder that all families have, but for rope's kind."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "intermediate_size": 2 * self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e4,
+            "max_position_embeddings": 4096,
         }
 
 

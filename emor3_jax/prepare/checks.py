@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.io.sinks import SINKS
-from emor3_jax.models import is_hub_id
+from emor3_jax.models import FAMILIES, is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
 from emor3_jax.models.decode_attention import BLOCK
 from emor3_jax.models.lora import TOWER
@@ -62,6 +62,9 @@ def validate(config: ConfigDict) -> None:
         "policy.attention",
         "cuDNN has no kernel for float32; set policy.dtype=bfloat16, or attention to 'xla'",
     )
+    families = tuple(FAMILIES)
+    family = config.policy.embedded_family
+    need(family in families, "policy.embedded_family", f"must be one of {families}")
     if config.policy.path != EMBEDDED:
         path = Path(config.policy.path)
         need(

@@ -114,6 +114,7 @@ def ensure_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
       say: announces stages.
 
     Raises:
+      ConfigError: if the embedded policy is there, but of another family.
       FileNotFoundError: if `policy.path` is neither a folder nor a policy on the hub.
     """
     path = config.policy.path
@@ -129,6 +130,14 @@ def ensure_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
                 say(f"no base policy in {path} yet: training one, about three minutes on 2 cores")
                 with hosts.on_own_devices():
                     _train_base_policy(config, Path(path))
+            found = read_config(path).family.model_type
+            if found != config.policy.embedded_family:
+                raise ConfigError(
+                    "policy.embedded_family",
+                    config.policy.embedded_family,
+                    f"{path} holds a policy of family {found!r}: take that, or another "
+                    "policy.embedded_folder",
+                )
         return find(path)
 
 
@@ -138,6 +147,7 @@ def _train_base_policy(config: ConfigDict, folder: Path) -> None:
     base = base_policy()
     base.data.folder, base.data.size = config.data.folder, config.data.scene_size
     base.compile_cache = config.log.compile_cache
+    base.model.family = config.policy.embedded_family
     train(base, folder)
 
 

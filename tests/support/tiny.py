@@ -45,13 +45,37 @@ _CONFIG = {
 """16 patches a window, 4 tokens; the second of the tower's two layers sees whole images."""
 
 
-def make_policy(**changes: Any) -> Policy:
+_IDS = {name: value for name, value in _CONFIG.items() if name.endswith("token_id")}
+_ROPE = {"rope_type": "default", "mrope_section": [4, 2, 2]}
+_QWEN3_VL = {
+    "model_type": "qwen3_vl",
+    **_IDS,
+    "tie_word_embeddings": True,
+    "text_config": {
+        **{name: value for name, value in _CONFIG.items() if not name.endswith("config")},
+        "head_dim": 16,
+        "rope_scaling": _ROPE,
+    },
+    "vision_config": {
+        **_CONFIG["vision_config"],
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [0],
+    },
+}
+"""Heads wider than the hidden size holds; the features of the first of two layers reach the decoder
+as well."""
+
+FAMILIES = {"qwen2_5_vl": _CONFIG, "qwen3_vl": _QWEN3_VL}
+
+
+def make_policy(family: str = "qwen2_5_vl", **changes: Any) -> Policy:
     """Returns a policy of two layers of width 32, 80 ids of which the first special one is 70.
 
     Args:
+      family: of `FAMILIES`.
       **changes: fields of the family's shapes.
     """
-    policy = parse_config(_CONFIG)
+    policy = parse_config(FAMILIES[family])
     return dataclasses.replace(policy, shapes=dataclasses.replace(policy.shapes, **changes))
 
 

@@ -18,8 +18,9 @@ from emor3_jax.config import dataset
 from emor3_jax.data.labels import label_set
 from emor3_jax.embedded.emoscenes import draw, scene, tasks
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
-from emor3_jax.models import LoadedPolicy, Policy, parse_config, save
+from emor3_jax.models import FAMILIES, LoadedPolicy, Policy, parse_config, save
 from emor3_jax.models.processor import ImageSettings, Processor
+from emor3_jax.models.shapes import SmallSizes
 from emor3_jax.rewards import Group
 
 QUESTION = "<image>which emotion ?"
@@ -51,50 +52,36 @@ def write_rows(
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def small_policy(tokenizer: PreTrainedTokenizerBase) -> Policy:
+def small_policy(tokenizer: PreTrainedTokenizerBase, family: str = "qwen2_5_vl") -> Policy:
     """Returns a policy of 30 thousand parameters that reads scenes of 112 pixels a side."""
-    vision = {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 1,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [0],
-        "out_hidden_size": 32,
-    }
-    config = {
-        "model_type": "qwen2_5_vl",
-        "vision_config": vision,
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 4096,
-    }
-    return parse_config(config | special_ids(tokenizer))
+    sizes = SmallSizes(
+        vocab_size=len(tokenizer),
+        width=32,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        vision_width=32,
+        vision_layers=1,
+        vision_heads=1,
+        patch=14,
+        window=112,
+        image=112,
+    )
+    return parse_config(FAMILIES[family].small_config(sizes) | special_ids(tokenizer))
 
 
-def write_policy(folder: Path) -> None:
+def write_policy(folder: Path, family: str = "qwen2_5_vl") -> None:
     """Writes a random policy as `small_policy` describes it."""
     tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
-    policy = small_policy(tokenizer)
+    policy = small_policy(tokenizer, family)
     params = jax.device_get(policy.init(jax.random.key(0)))
     images = ImageSettings(min_pixels=112**2, max_pixels=112**2)
     save(LoadedPolicy(policy, params, Processor(tokenizer, images, policy.layout)), folder)
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder: Path, family: str = "qwen2_5_vl") -> Path:
     """Fills a folder with such a policy and two parquet files."""
-    write_policy(folder / "policy")
+    write_policy(folder / "policy", family)
     write_rows(folder / "train.parquet", 14, 0, bad=True)
     write_rows(folder / "test.parquet", 6, 1)
     return folder

@@ -233,7 +233,8 @@ def pretrain_vision(
     images = [next(batches).images for _ in range(-(-WHITENED // stage.batch))]
     patches = np.concatenate([np.asarray(x.patches)[np.asarray(x.mask)] for x in images])
     visual = params["visual"]
-    embed = {"kernel": whiten_patches(visual["patch_embed"]["kernel"], patches)}
+    kernel = whiten_patches(visual["patch_embed"]["kernel"], patches)
+    embed = visual["patch_embed"] | {"kernel": kernel}
     qkv = init_local_attention(visual["blocks"]["attn"]["qkv"], policy, config.seed)
     blocks = visual["blocks"] | {"attn": visual["blocks"]["attn"] | {"qkv": qkv}}
     params = params | {"visual": visual | {"patch_embed": embed, "blocks": blocks}}

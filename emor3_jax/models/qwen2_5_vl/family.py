@@ -4,7 +4,7 @@ from emor3_jax.models.family import Family
 from emor3_jax.models.qwen2_5_vl import naming
 from emor3_jax.models.qwen2_5_vl.layout import Qwen25VLLayout
 from emor3_jax.models.qwen2_5_vl.published import PUBLISHED
-from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
+from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes, small_config
 from emor3_jax.models.qwen2_5_vl.tower import VisionTower
 
 QWEN2_5_VL = Family(
@@ -14,5 +14,6 @@ QWEN2_5_VL = Family(
     VisionTower,
     naming.hub_tensors,
     naming.hub_name,
+    small_config,
     PUBLISHED,
 )

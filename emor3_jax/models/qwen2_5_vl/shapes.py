@@ -12,7 +12,7 @@ import numpy as np
 
 from emor3_jax.models.decoder import DecoderShapes
 from emor3_jax.models.errors import ShapesError
-from emor3_jax.models.shapes import Shapes, common_fields, need, refuse_unless
+from emor3_jax.models.shapes import Shapes, SmallSizes, common_fields, need, refuse_unless
 from emor3_jax.models.vision import TOWER_FIELDS, VisionShapes
 
 
@@ -165,3 +165,25 @@ class Qwen25VLShapes(Shapes):
             "use_sliding_window": False,
             "vision_config": vision,
         }
+
+
+def small_config(sizes: SmallSizes) -> dict[str, Any]:
+    """Returns the `config.json` of a small policy, without ids; its last layer sees whole images.
+
+    Args:
+      sizes: of the policy.
+    """
+    tower = sizes.tower() | {
+        "window_size": sizes.window,
+        "fullatt_block_indexes": [sizes.vision_layers - 1],
+    }
+    half = sizes.width // sizes.heads // 2
+    spatial = 3 * half // 8
+    section = [half - 2 * spatial, spatial, spatial]
+    return {
+        "model_type": "qwen2_5_vl",
+        "vision_config": tower,
+        **sizes.text(),
+        "rope_scaling": {"type": "mrope", "mrope_section": section},
+        "tie_word_embeddings": True,
+    }

@@ -4,7 +4,7 @@ from emor3_jax.models.family import Family
 from emor3_jax.models.qwen3_vl import naming
 from emor3_jax.models.qwen3_vl.layout import Qwen3VLLayout
 from emor3_jax.models.qwen3_vl.published import PUBLISHED
-from emor3_jax.models.qwen3_vl.shapes import Qwen3VLShapes
+from emor3_jax.models.qwen3_vl.shapes import Qwen3VLShapes, small_config
 from emor3_jax.models.qwen3_vl.tower import VisionTower
 
 QWEN3_VL = Family(
@@ -14,5 +14,6 @@ QWEN3_VL = Family(
     VisionTower,
     naming.hub_tensors,
     naming.hub_name,
+    small_config,
     PUBLISHED,
 )

@@ -11,7 +11,14 @@ from typing import Any
 
 from emor3_jax.models.decoder import DecoderShapes
 from emor3_jax.models.errors import ShapesError
-from emor3_jax.models.shapes import Shapes, common_fields, need, refuse_unless, rope_of
+from emor3_jax.models.shapes import (
+    Shapes,
+    SmallSizes,
+    common_fields,
+    need,
+    refuse_unless,
+    rope_of,
+)
 from emor3_jax.models.vision import TOWER_FIELDS, VisionShapes
 
 WINDOW_PATCHES = 64
@@ -196,3 +203,32 @@ class Qwen3VLShapes(Shapes):
             "text_config": text,
             "vision_config": vision,
         }
+
+
+def small_config(sizes: SmallSizes) -> dict[str, Any]:
+    """Returns the `config.json` of a small policy, without ids.
+
+    All layers of the tower but the last, at most three, also reach the decoder (DeepStack); heads
+    are as wide as the hidden size over their number.
+
+    Args:
+      sizes: of the policy.
+    """
+    deepstack = min(max(sizes.vision_layers - 1, 1), 3, sizes.layers)
+    tower = sizes.tower() | {
+        "num_position_embeddings": (sizes.image // sizes.patch) ** 2,
+        "deepstack_visual_indexes": list(range(deepstack)),
+    }
+    head_dim = sizes.width // sizes.heads
+    spatial = head_dim // 6
+    section = [head_dim // 2 - 2 * spatial, spatial, spatial]
+    text = sizes.text() | {
+        "head_dim": head_dim,
+        "rope_scaling": {"rope_type": "default", "mrope_section": section},
+    }
+    return {
+        "model_type": "qwen3_vl",
+        "vision_config": tower,
+        "text_config": text,
+        "tie_word_embeddings": True,
+    }

@@ -119,8 +119,7 @@ def resample(table: jax.Array, coords: jax.Array, mask: jax.Array) -> jax.Array:
         for columns, column_share in ((low, 1 - high_share), (high, high_share)):
             index = rows[..., 0] * side + columns[..., 1]
             share = row_share[..., 0] * column_share[..., 1]
-            # Padding beyond an image's grid points past the table: anything of it will do.
-            row = table.at[index].get(mode="clip")
+            row = jnp.take(table, index, axis=0, mode="clip")
             total += share[..., None] * row.astype(jnp.float32)
     return total
 

@@ -1,6 +1,7 @@
 """One frame of a still image is as good as all of its equal frames."""
 
 import dataclasses
+import functools
 import io
 
 import jax
@@ -40,9 +41,10 @@ def test_frames_are_repeated_within_each_channel():
     assert all_frames(whole, shapes) is whole
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_still_image_gives_the_features_of_its_whole_patches_bit_for_bit(dtype):
-    policy = tiny.make_policy().with_compute(dtype=jnp.dtype(dtype))
+def test_a_still_image_gives_the_features_of_its_whole_patches_bit_for_bit(family, dtype):
+    policy = tiny.make_policy(family).with_compute(dtype=jnp.dtype(dtype))
     processor = Processor(None, SETTINGS, policy.layout).with_dtype(jnp.dtype(dtype))
     still, whole = (encode(policy, processor, photo(), still=flag) for flag in (True, False))
     assert whole.patches.dtype == np.float32 and still.patches.dtype == jnp.dtype(dtype)
@@ -80,3 +82,27 @@ def test_still_patches_are_the_first_frame_rounded_once():
     # As the device rounds.
     np.testing.assert_array_equal(rounded, np.asarray(jnp.asarray(still).astype(jnp.bfloat16)))
     assert processor.with_dtype(jnp.bfloat16).with_pixels(256, 512).dtype == jnp.bfloat16
+
+
+def test_patches_are_seen_inside_their_window_only_where_no_layer_is_full(
+    policy, params, image_batch
+):
+    _, images, _ = image_batch
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient_by_patches(policy, patches):
+        def first_window(patches):
+            features = policy.encode_images(params, images._replace(patches=patches))
+            return jnp.sum(features[0, :4] ** 3)
+
+        return jax.grad(first_window)(patches)
+
+    grads = np.asarray(gradient_by_patches(policy, images.patches))
+    seen = np.abs(grads).max(axis=-1)[:, 0] > 0
+    assert (seen[0] == np.asarray(images.mask[0, 0])).all()
+    assert not seen[1].any()
+    vision = dataclasses.replace(tiny.VISION, fullatt_block_indexes=())
+    windowed = tiny.make_policy(vision=vision)
+    grads = np.asarray(gradient_by_patches(windowed, images.patches))
+    assert (np.abs(grads[0, 0, 0]).max(axis=-1) > 0).all()
+    assert not grads[0, 0, 1].any()
