@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from support import tiny_run
 from support.tiny_run import make_folder, read_metrics
 
 from emor3_jax import evaluate, sft
-from emor3_jax.config import ConfigError
+from emor3_jax.config import ConfigError, reward_term
 from emor3_jax.data.labels import label_set
 from emor3_jax.export import export
 from emor3_jax.infer import answer
@@ -28,9 +29,16 @@ def folder(tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp(FAMILY), FAMILY)
 
 
+def make_config(folder: Path) -> ConfigDict:
+    """A run of three steps whose rewards differ, however random the policy."""
+    config = tiny_run.make_config(folder)
+    config.reward.terms.letters = reward_term(weight=0.05, text="support.tiny_run:letters")
+    return config
+
+
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
-    config = tiny_run.make_config(folder)
+    config = make_config(folder)
     config.policy_update.remat = "layers"
     train(config, folder / "whole")
     return folder / "whole"
@@ -57,7 +65,7 @@ def test_training_moves_every_part_of_the_policy_and_leaves_a_folder(folder, who
 
 
 def test_a_checkpoint_is_evaluated_as_training_did(folder, whole):
-    config = tiny_run.make_config(folder)
+    config = make_config(folder)
     config.evaluate.checkpoint = str(whole)
     evaluate.main(config, folder / "evaluation")
     said = (folder / "evaluation" / "predictions" / "test.jsonl").read_text()
@@ -65,7 +73,7 @@ def test_a_checkpoint_is_evaluated_as_training_did(folder, whole):
 
 
 def test_prompts_in_turns_train_as_all_at_once(folder, whole):
-    config = tiny_run.make_config(folder)
+    config = make_config(folder)
     config.policy_update.remat = "layers"
     config.rollout.slots, config.rollout.refill, config.rollout.block = 2, 1, 3
     train(config, folder / "turns")
@@ -75,7 +83,7 @@ def test_prompts_in_turns_train_as_all_at_once(folder, whole):
 
 
 def test_adapters_with_kept_features_and_soft_reflections(folder):
-    config = tiny_run.make_config(folder)
+    config = make_config(folder)
     config.policy.lora_rank, config.policy.freeze_vision_tower = 2, True
     config.reference.image_cache = 10**6
     config.reflect.soft = True
@@ -89,7 +97,7 @@ def test_adapters_with_kept_features_and_soft_reflections(folder):
 
 
 def test_supervised_fine_tuning_learns_the_labels(folder):
-    config = tiny_run.make_config(folder)
+    config = make_config(folder)
     config.sft.target, config.reflect.enabled, config.steps = "label", False, 6
     config.policy_update.learning_rate, config.policy_update.warmup_steps = 2e-2, 0
     config.policy_update.entropy, config.policy_update.schedule = False, "constant"
@@ -113,7 +121,7 @@ def test_a_policy_is_asked_about_an_image(whole):
 
 
 def test_an_embedded_policy_of_another_family_is_named(folder, monkeypatch):
-    config = tiny_run.make_config(folder)
+    config = make_config(folder)
     config.policy.path, config.policy.embedded_folder = "embedded", str(folder / "policy")
     config.policy.embedded_family = "qwen2_5_vl"
     with pytest.raises(ConfigError, match=r"embedded_family.*holds a policy of family 'qwen3_vl'"):
