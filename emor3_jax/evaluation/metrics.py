@@ -83,29 +83,76 @@ def class_scores(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> l
     return scores
 
 
-def macro_f1(labels: np.ndarray, answers: np.ndarray, k: int) -> float:
-    """Returns the mean of the F1 of each label that occurs in `labels`, in [0, 1].
+class Counts(NamedTuple):
+    """Rows of each label, for R sets of rows at once.
+
+    Attributes:
+      hits: int[R, K], rows of the label that are answered with it.
+      true: int[R, K], rows of the label.
+      said: int[R, K], rows answered with it.
+    """
+
+    hits: np.ndarray
+    true: np.ndarray
+    said: np.ndarray
+
+    def accuracy(self) -> np.ndarray:
+        """Returns float[R], the share of rows that are right."""
+        return self.hits.sum(axis=1) / np.maximum(self.true.sum(axis=1), 1)
+
+    def mean_recall(self) -> np.ndarray:
+        """Returns float[R], the mean recall of the labels that occur."""
+        return self._mean(_ratio(self.hits, self.true))
+
+    def macro_f1(self) -> np.ndarray:
+        """Returns float[R], the mean F1 of the labels that occur."""
+        return self._mean(self.f1())
+
+    def f1(self) -> np.ndarray:
+        """Returns float[R, K], the F1 of each label."""
+        return _ratio(2 * self.hits, self.true + self.said)
+
+    def _mean(self, scores: np.ndarray) -> np.ndarray:
+        there = self.true > 0
+        return (scores * there).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Returns part / whole, 0 where there is nothing."""
+    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
+
+
+def label_counts(labels: np.ndarray, answers: np.ndarray, k: int) -> Counts:
+    """Returns the counts of one set of rows, R = 1.
 
     Args:
       labels: int[n], the true labels in [0, k).
       answers: int[n], the answers; one outside [0, k) is wrong and counts for no label.
       k: number of labels.
     """
-    f1, rows = _f1(labels, answers, k)
-    return float(np.mean(f1[rows > 0])) if rows.any() else 0.0
+    counts = confusion_matrix(labels, answers, k)
+    return Counts(np.diag(counts)[None], counts.sum(axis=1)[None], counts[:, :-1].sum(axis=0)[None])
+
+
+def macro_f1(labels: np.ndarray, answers: np.ndarray, k: int) -> float:
+    """Returns the mean of the F1 of each label that occurs in `labels`, in [0, 1].
+
+    Args:
+      labels, answers, k: as of `label_counts`.
+    """
+    return float(label_counts(labels, answers, k).macro_f1()[0])
 
 
 def weighted_f1(labels: np.ndarray, answers: np.ndarray, k: int) -> float:
     """Returns the same, each label weighed by how many rows have it."""
-    f1, rows = _f1(labels, answers, k)
-    return float(np.average(f1, weights=rows)) if rows.any() else 0.0
+    counts = label_counts(labels, answers, k)
+    rows = counts.true[0]
+    return float(np.average(counts.f1()[0], weights=rows)) if rows.any() else 0.0
 
 
-def _f1(labels: np.ndarray, answers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float[k], the F1 of each label, and int[k], its rows."""
-    counts = confusion_matrix(labels, answers, k)
-    scores = class_scores([""] * k, counts)
-    return np.array([s.f1 for s in scores]), np.array([s.rows for s in scores])
+def mean_recall(labels: np.ndarray, answers: np.ndarray, k: int) -> float:
+    """Returns the mean recall of the labels that occur, in [0, 1]; also called UAR."""
+    return float(label_counts(labels, answers, k).mean_recall()[0])
 
 
 def majority(answers: np.ndarray) -> np.ndarray:

@@ -2,8 +2,15 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score, recall_score
 
-from emor3_jax.evaluation.metrics import decoupling, macro_f1, majority, weighted_f1
+from emor3_jax.evaluation.metrics import (
+    decoupling,
+    macro_f1,
+    majority,
+    mean_recall,
+    weighted_f1,
+)
 from emor3_jax.types import NOTHING_TO_JUDGE
 
 
@@ -28,6 +35,29 @@ def test_weighted_f1_by_hand() -> None:
     answers = np.array([0, 0, 0, 0])
     assert weighted_f1(np.array([0, 0, 0, 1]), answers, 2) == pytest.approx((6 / 7) * 3 / 4)
     assert weighted_f1(np.array([], int), np.array([], int), 2) == 0.0
+
+
+def test_mean_recall_by_hand() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 2])
+    answers = np.array([0, 0, 0, 1, 1, -1])
+    # 3 of 4, 1 of 1, 0 of 1; label 3 does not occur.
+    assert mean_recall(labels, answers, 4) == pytest.approx((0.75 + 1 + 0) / 3)
+    assert mean_recall(np.array([], int), np.array([], int), 3) == 0.0
+
+
+def test_scores_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    labels, answers = rng.integers(0, 4, 200), rng.integers(-1, 4, 200)
+    how = {"labels": [0, 1, 2, 3], "zero_division": 0}
+    assert macro_f1(labels, answers, 4) == pytest.approx(
+        f1_score(labels, answers, average="macro", **how)
+    )
+    assert weighted_f1(labels, answers, 4) == pytest.approx(
+        f1_score(labels, answers, average="weighted", **how)
+    )
+    assert mean_recall(labels, answers, 4) == pytest.approx(
+        recall_score(labels, answers, average="macro", **how)
+    )
 
 
 def test_majorities_by_hand() -> None:
