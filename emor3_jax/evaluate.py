@@ -4,7 +4,8 @@
         --workdir=DIR [--config.evaluate.checkpoint=RUN] [--config.evaluate.votes=8]
 
 It writes `DIR/evaluation.json`, `evaluation.md`, `report.html`, and every response to
-`DIR/predictions/<data set>.jsonl`. During training the same code runs before, between and after.
+`DIR/predictions/<data set>.jsonl`, beside the config. During training the same code runs before,
+between and after.
 """
 
 from pathlib import Path
@@ -13,8 +14,8 @@ import jax
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
-from emor3_jax.evaluation.evaluation import evaluate
-from emor3_jax.evaluation.records import Evaluation, prediction_file
+from emor3_jax.evaluation.evaluation import Extras, evaluate
+from emor3_jax.evaluation.records import Evaluation, prediction_file, with_groups
 from emor3_jax.io import report
 from emor3_jax.io.console import Console
 from emor3_jax.parallel import hosts
@@ -37,9 +38,10 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     results = {}
     for name, batches in data.evaluate.items():
         say(f"evaluating on {name}")
+        rollout = prepare.make_evaluation_rollout(config, policy, data.labels[name], mesh)
         with prediction_file(workdir / "predictions" / f"{name}.jsonl") as record:
             results[name] = evaluate(
-                prepare.make_evaluation_rollout(config, policy, data.labels[name], mesh),
+                rollout,
                 policy.params,
                 batches,
                 config.seed,
@@ -47,9 +49,12 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
                 keep=report.SAMPLES,
                 graded=config.evaluate.sets[name].graded,
                 record=record,
+                extras=Extras(prepare.make_label_likelihood(config, rollout)),
             )
+    results = with_groups(results, config.evaluate.groups)
     if hosts.is_first():
-        images = {name: data.image(name) for name in results}
+        job.write_config(config, workdir / "predictions" / "config.json")
+        images = {name: data.image(name) for name in data.evaluate}
         title = f"Evaluation of {config.evaluate.checkpoint or config.policy.path}"
         report.write_report(workdir, title, {}, results, images)
     for line in report.before_after_table({}, results).splitlines():

@@ -4,14 +4,19 @@ With several responses to a row, the most frequent label is its answer (maj@k: s
 Wang et al., 2023). Accuracy, F1 and confusion are those of that answer; format, reflection,
 decoupling and length are means over all responses.
 
+A row's answer has a confidence by each source that there is: `votes`, the share of its k responses
+that box it; `likelihood`, its share in the likelihood of all labels behind the responses' own
+reasoning; `stated`, the number that the response itself gives. docs/evaluation.md has all metrics.
+
 Deviations, numbered:
  1. The release validates without reflection; here both questions are asked, so that coherence,
     consistency and decoupling are measured on held-out images.
  2. Beyond the method: several responses to a row and their majority, off by default.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,10 +30,29 @@ from emor3_jax.evaluation.metrics import (
     weighted_f1,
     wilson,
 )
+from emor3_jax.evaluation.readings import (
+    confidence_scores,
+    confidences,
+    label_scores,
+    read_shares,
+    read_texts,
+)
 from emor3_jax.evaluation.records import Evaluation, Sample, prediction, read_sample
 from emor3_jax.parallel import hosts
+from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rollout.rollout import Rollout
-from emor3_jax.types import Batch, Experience
+from emor3_jax.types import Batch, Experience, Samples
+
+
+class Extras(NamedTuple):
+    """Readings beyond the method, each off by default.
+
+    Attributes:
+      likelihood: (params, batch, samples) → float32[B, G, K], the share of each label in the
+        likelihood of all behind a response's own reasoning (`rollout.label_likelihood`).
+    """
+
+    likelihood: Callable[[dict, Batch, Samples], jax.Array] | None = None
 
 
 def evaluate(
@@ -41,6 +65,7 @@ def evaluate(
     keep: int = 0,
     graded: bool = False,
     record: Callable[[Mapping[str, Any]], None] | None = None,
+    extras: Extras | None = None,
 ) -> Evaluation:
     """Answers every row and returns means.
 
@@ -52,38 +77,52 @@ def evaluate(
       seed: of the sampling noise; the same seed gives the same responses.
       put: puts this host's rows on the devices, as a batch of all hosts.
       keep: number of responses to return as text.
-      graded: report the accuracy by soft labels beside the exact one.
+      graded: report the accuracy by soft labels beside the exact one, and how far the shares of
+        votes and likelihood are from those of raters.
       record: takes each row with its responses, as it is written to a file of predictions.
+      extras: readings beyond the method.
     """
     columns: dict[str, list[np.ndarray]] = {}
     samples: list[Sample] = []
-    responses = range(rollout.group_size)
+    labels, responses = rollout.scorer.labels, range(rollout.group_size)
+    likelihood = extras and extras.likelihood
     # Training folds its step into the same seed: one more number keeps the two apart.
     noise = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     for index, (batch, ids) in enumerate(batches):
         batch = put(batch)
         found = rollout(params, batch, jax.random.fold_in(noise, index))
+        likely = likelihood(params, batch, found.samples) if likelihood else None
+        found = found._replace(batch=None, rewards=None)
         # Of all hosts, on each of them.
-        found, answers, weight = hosts.fetch(
-            (found._replace(batch=None, rewards=None), batch.answers, batch.weight)
+        found, likely, answers, grades, weight = hosts.fetch(
+            (found, likely, batch.answers, batch.grades, batch.weight)
         )
-        weight = weight > 0
+        rows = np.flatnonzero(weight > 0)
         chosen = majority(found.scores.answer)
-        for name, value in _columns(found, answers, chosen).items():
-            columns.setdefault(name, []).append(value[weight])
-        for i in np.flatnonzero(weight)[: max(keep - len(samples), 0)]:
-            at = i, chosen[i]
-            samples.append(read_sample(rollout.scorer, ids[i], answers[i], at, found))
-        for i in np.flatnonzero(weight) if record else ():
-            each = [
-                read_sample(rollout.scorer, ids[i], answers[i], (i, g), found) for g in responses
-            ]
-            record(prediction(each, int(chosen[i])))
+        read = partial(_read, rollout.scorer, ids, answers, found)
+        shown = {i: read(i, chosen[i]) for i in rows}
+        new = _columns(found, answers, chosen) | {"grades": grades}
+        new |= read_texts({i: s.response for i, s in shown.items()}, len(weight), labels)
+        new |= read_shares(found.scores.answer, chosen, likely, len(labels))
+        for name, value in new.items():
+            columns.setdefault(name, []).append(value[rows])
+        samples += [shown[i] for i in rows[: max(keep - len(samples), 0)]]
+        for i in rows if record else ():
+            each = [shown[i] if g == chosen[i] else read(i, g) for g in responses]
+            named = (*labels, "")[new["lenient"][i]]
+            record(prediction(each, int(chosen[i]), named, confidences(new, i)))
     data = {name: np.concatenate(value) for name, value in columns.items()}
-    labels = rollout.scorer.labels
-    metrics = _means(data, rollout, graded)
+    scores, curves = confidence_scores(data, graded)
+    metrics = _means(data, rollout, graded) | label_scores(data, labels) | scores
     confusion = confusion_matrix(data["label"], data["answer"], len(labels)).tolist()
-    return Evaluation(metrics, samples, labels, tuple(map(tuple, confusion)))
+    return Evaluation(metrics, samples, labels, tuple(map(tuple, confusion)), curves)
+
+
+def _read(
+    scorer: Scorer, ids: Sequence[str], answers: np.ndarray, found: Experience, i: int, g: int
+) -> Sample:
+    """Returns response g to row i of a batch."""
+    return read_sample(scorer, ids[i], answers[i], (i, g), found)
 
 
 def _columns(found: Experience, answers: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,11 +1,14 @@
 """Records of an evaluation: its result, predictions of each row, responses for people to read."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from emor3_jax.evaluation.confidence import Bin, Calibration
 from emor3_jax.evaluation.metrics import class_scores
 from emor3_jax.parallel import hosts
 from emor3_jax.rewards.questions import QUESTIONS
@@ -34,21 +37,52 @@ class Sample(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The result on one data set.
+    """The result on one data set, or the means over a group of them.
 
     Attributes:
       metrics: name → value: accuracy and its 95 % interval accuracy_{low,high}, macro_f1,
-        weighted_f1, format, coherence, consistency, decoupling, overall, response_length, and rows,
-        the number of rows.
+        weighted_f1, uar, format, coherence, consistency, decoupling, overall, response_length,
+        rows, the number of rows, and what docs/evaluation.md lists.
       samples: the first few responses.
       labels: the label set, K of them.
       confusion: int[K][K + 1], rows by true label and by answer; the last column is no label.
+      calibrations: source of confidence → its curves.
+      members: of a group, the names of its data sets.
     """
 
     metrics: dict[str, float]
     samples: list[Sample]
     labels: Sequence[str] = ()
     confusion: Sequence[Sequence[int]] = ()
+    calibrations: Mapping[str, Calibration] = MappingProxyType({})
+    members: Sequence[str] = ()
+
+
+def with_groups(
+    evaluations: Mapping[str, Evaluation], groups: Mapping[str, Sequence[str]]
+) -> dict[str, Evaluation]:
+    """Returns evaluations with the means over each group of them, every set weighing the same.
+
+    A group has the metrics that all its sets have, `rows` being their sum; it has no interval of
+    the accuracy, which a mean of intervals would not be.
+
+    Args:
+      evaluations: data set → evaluation.
+      groups: name → data sets. A group with a set that was not evaluated is left out.
+    """
+    found = dict(evaluations)
+    for group, names in groups.items():
+        if not all(name in evaluations for name in names):
+            continue
+        each = [evaluations[name].metrics for name in names]
+        common = [name for name in each[0] if all(name in metrics for metrics in each)]
+        means = {
+            name: sum(metrics[name] for metrics in each) / (1 if name == "rows" else len(each))
+            for name in common
+            if not name.endswith(("_low", "_high"))
+        }
+        found[group] = Evaluation(means, [], members=tuple(names))
+    return found
 
 
 def question_names(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:
@@ -61,12 +95,16 @@ def question_names(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*QUESTIONS, *(name for s in samples for name in s.replies))))
 
 
-def prediction(responses: Sequence[Sample], chosen: int) -> dict[str, Any]:
+def prediction(
+    responses: Sequence[Sample], chosen: int, lenient: str, confidence: Mapping[str, float]
+) -> dict[str, Any]:
     """Returns the JSON of one row: its answer, and each response with its scores.
 
     Args:
       responses: to the row, k of them.
       chosen: index of the one that answers for the row.
+      lenient: the label that it names first, "" where it names none.
+      confidence: source → confidence of the answer; NaN, where there is none, is left out.
     """
     of_row = responses[chosen]
     return {
@@ -74,6 +112,8 @@ def prediction(responses: Sequence[Sample], chosen: int) -> dict[str, Any]:
         "label": of_row.label,
         "answer": of_row.answer,
         "right": of_row.answer == of_row.label,
+        "lenient": lenient,
+        "confidence": {name: x for name, x in confidence.items() if not math.isnan(x)},
         "responses": [
             {
                 "answer": each.answer,
@@ -151,19 +191,34 @@ def to_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
             "labels": list(e.labels),
             "confusion": [list(map(int, row)) for row in e.confusion],
             "classes": [s._asdict() for s in class_scores(e.labels, e.confusion)],
+            "calibrations": {
+                source: {
+                    "bins": [x._asdict() for x in curves.bins],
+                    "coverage": [list(point) for point in curves.coverage],
+                }
+                for source, curves in e.calibrations.items()
+            },
+            "members": list(e.members),
         }
         for name, e in evaluations.items()
     }
 
 
 def from_json(data: Mapping[str, Any]) -> dict[str, Evaluation]:
-    """Returns what `to_json` was given, also of a checkpoint that has no counts by class."""
+    """Returns what `to_json` was given, also of an older checkpoint."""
     return {
         name: Evaluation(
             dict(e["metrics"]),
             [_read_sample(s) for s in e["samples"]],
             tuple(e.get("labels", ())),
             tuple(map(tuple, e.get("confusion", ()))),
+            {
+                source: Calibration(
+                    [Bin(**x) for x in curves["bins"]], list(map(tuple, curves["coverage"]))
+                )
+                for source, curves in e.get("calibrations", {}).items()
+            },
+            tuple(e.get("members", ())),
         )
         for name, e in data.items()
     }

@@ -6,13 +6,14 @@ stay unused.
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, cycle, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup, escape
 
+from emor3_jax.evaluation.confidence import Calibration
 from emor3_jax.evaluation.records import Evaluation
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _MIN_SCALE = 0.7
 _BEFORE, _AFTER = "#999999", "#4477aa"
 _RIGHT, _WRONG = (0.09, 0.45, 0.27), (0.70, 0.15, 0.12)
 _TOTAL = "#222222"
+# Points of a curve up to which each is marked.
+_FEW = 20
 _COLOURS = ("#4477aa", "#228833", "#ee6677", "#ccbb44", "#66ccee", "#aa3377")
 _LINES = ("solid", "dashed", "dotted", "dashdot")
 
@@ -137,6 +140,57 @@ def bars(
     # Above the axis, since a figure of one bar is too low for a rotated label.
     axes.set_title(ylabel, loc="left", fontsize=10)
     return figure
+
+
+def reliability_diagram(calibrations: Mapping[str, Calibration]) -> "Figure":
+    """Draws accuracy against confidence in bins, one line a source; equal is calibrated.
+
+    Args:
+      calibrations: source of confidence → its curves.
+    """
+    figure, axes = _new(_WIDTH, 3.4)
+    axes.plot([0, 1], [0, 1], color=_BEFORE, linewidth=1, linestyle="dotted")
+    most = max(each.rows for curves in calibrations.values() for each in curves.bins)
+    for (source, curves), (line, colour) in zip(calibrations.items(), _styles(), strict=False):
+        there = [each for each in curves.bins if each.rows]
+        x, y = [each.confidence for each in there], [each.accuracy for each in there]
+        axes.plot(x, y, color=colour, linestyle=line, label=source)
+        # Rows of a bin are the area of its point.
+        axes.scatter(x, y, [10 + 90 * each.rows / max(most, 1) for each in there], colour)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_aspect("equal")
+    axes.set_xlabel("mean confidence of the bin")
+    axes.set_ylabel("accuracy of the bin")
+    axes.grid(color="#eeeeee")
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def coverage_curves(calibrations: Mapping[str, Calibration]) -> "Figure":
+    """Draws the accuracy of the surest rows against their share of all, one line a source.
+
+    Args:
+      calibrations: source of confidence → its curves.
+    """
+    figure, axes = _new(_WIDTH, 3.4)
+    for (source, curves), (line, colour) in zip(calibrations.items(), _styles(), strict=False):
+        coverage, accuracy = zip(*curves.coverage, strict=True)
+        coverage, accuracy = ([100 * x for x in each] for each in (coverage, accuracy))
+        marker = "o" if len(coverage) <= _FEW else None
+        axes.plot(coverage, accuracy, color=colour, linestyle=line, marker=marker, label=source)
+    axes.set_xlim(0, 102)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("coverage, % of rows that are answered")
+    axes.set_ylabel("accuracy of those, %")
+    axes.grid(color="#eeeeee")
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _styles() -> Iterator[tuple[str, str]]:
+    """Yields line style and colour of curves without end."""
+    return cycle(product(_LINES, _COLOURS))
 
 
 def reward_curves(rows: Sequence[Mapping[str, Any]], questions: Sequence[str]) -> "Figure | None":

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,17 @@ from emor3_jax.io import pages, plots
 SAMPLES = 12
 """Number of samples in a gallery."""
 
-_MEANS = ("response_length", "rows")
-"""Scores that are not shares."""
+_MEANS = {"response_length": 1, "rows": 0}
+"""Scores that are not shares, and their digits behind the point."""
+
+_FIRST = (
+    *("accuracy", "lenient_accuracy", "graded_accuracy", "polarity_accuracy", "response_accuracy"),
+    *("uar", "macro_f1", "weighted_f1", "format"),
+)
+"""Shares that come first in the tables."""
+
+_DISTANCES = ("kl", "chebyshev", "clark", "canberra", "cosine", "intersection")
+_AGREEMENTS = ("mae", "plcc", "srcc", "ccc")
 
 
 class _Score(NamedTuple):
@@ -26,6 +35,11 @@ class _Score(NamedTuple):
     before: float | None
     after: float
     interval: str
+    digits: int = 1
+
+    @property
+    def spec(self) -> str:
+        return f".{self.digits}f"
 
     @property
     def change(self) -> float | None:
@@ -106,6 +120,8 @@ def write_report(
         "report.html.j2",
         title=title,
         scores=list(_scores(before, after, _shares(after))),
+        numbers=list(_scores(before, after, _numbers(after))),
+        groups={name: each.members for name, each in after.items() if each.members},
         intervals=intervals and plots.to_svg(intervals, "accuracy of each data set"),
         data_sets=[
             {
@@ -114,13 +130,14 @@ def write_report(
                 "samples": _shown(each.samples, images[name]),
             }
             for name, each in after.items()
+            if not each.members
         ],
         curves=curves and plots.to_svg(curves, "reward terms over training steps"),
         last_step=max((row["step"] for row in rows), default=0),
     )
     workdir.mkdir(parents=True, exist_ok=True)
-    numbers = json.dumps(to_json(after), indent=2, ensure_ascii=False)
-    (workdir / "evaluation.json").write_text(numbers + "\n", encoding="utf-8")
+    data = json.dumps(to_json(after), indent=2, ensure_ascii=False)
+    (workdir / "evaluation.json").write_text(data + "\n", encoding="utf-8")
     text = f"# {title}\n\n{markdown(before, after)}"
     (workdir / "evaluation.md").write_text(text, encoding="utf-8")
     path = workdir / "report.html"
@@ -136,24 +153,38 @@ def markdown(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) 
     """
     return pages.render(
         "evaluation.md.j2",
-        scores=list(_scores(before, after, (*_shares(after), *_MEANS))),
+        scores=list(_scores(before, after, (*_shares(after), *_numbers(after), *_MEANS))),
         data_sets=[_classes(name, each) for name, each in after.items()],
+        groups={name: each.members for name, each in after.items() if each.members},
     )
 
 
 def _shares(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:
     """Returns the scores that are shares, in the order of the tables."""
-    first = ("accuracy", "macro_f1", "weighted_f1", "format")
-    return (*first, *question_names(evaluations), "decoupling")
+    return (*_FIRST, *question_names(evaluations), "decoupling")
+
+
+def _numbers(evaluations: Mapping[str, Evaluation]) -> dict[str, int]:
+    """Returns the scores that are neither shares nor counts → digits, as they come."""
+    calibration = ("covered", "ece", "brier", "auroc", "aurc")
+    endings = (*calibration, *_DISTANCES, *_AGREEMENTS)
+    known = {name: 3 for each in evaluations.values() for name in each.metrics}
+    return {
+        name: digits
+        for name, digits in known.items()
+        if name == "wheel_distance" or (name.partition("_")[2] in endings)
+    }
 
 
 def _scores(
-    before: Mapping[str, Evaluation], after: Mapping[str, Evaluation], names: Sequence[str]
+    before: Mapping[str, Evaluation], after: Mapping[str, Evaluation], names: Iterable[str]
 ) -> Iterator[_Score]:
+    numbers = _numbers(after) | _MEANS
+    names = tuple(names)
     for data_set, evaluation in after.items():
         old, new = before[data_set].metrics if data_set in before else {}, evaluation.metrics
         for name in (name for name in names if name in new):
-            is_share = name not in _MEANS
+            is_share = name not in numbers
             scale = 100 if is_share else 1
             bounds = [100 * new[key] for key in (f"{name}_low", f"{name}_high") if key in new]
             yield _Score(
@@ -163,6 +194,7 @@ def _scores(
                 scale * old[name] if name in old else None,
                 scale * new[name],
                 "{:.1f} to {:.1f}".format(*bounds) if bounds else "",
+                numbers.get(name, 1),
             )
 
 
@@ -177,17 +209,25 @@ def _classes(name: str, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _plots(name: str, evaluation: Evaluation) -> dict[str, str]:
-    """Returns a data set's plots by label as SVG, none if it has no labels."""
-    labels, confusion = evaluation.labels, evaluation.confusion
+def _plots(name: str, evaluation: Evaluation) -> dict[str, Any]:
+    """Returns a data set's plots as SVG: by label, if it has labels, and of its confidences."""
+    labels, confusion, found = evaluation.labels, evaluation.confusion, evaluation.calibrations
+    if found:
+        diagram, curves = plots.reliability_diagram(found), plots.coverage_curves(found)
+        sure = {
+            "reliability": plots.to_svg(diagram, f"reliability diagram, {name}"),
+            "coverage": plots.to_svg(curves, f"accuracy by coverage, {name}"),
+        }
+    else:
+        sure = {"reliability": "", "coverage": ""}
     if not labels:
-        return {}
+        return sure
     f1 = [100 * each.f1 for each in class_scores(labels, confusion)]
     bars, heatmap = (
         plots.bars(labels, f1, "F1, %", "label", 100),
         plots.confusion_heatmap(labels, confusion),
     )
-    return {
+    return sure | {
         "f1_plot": plots.to_svg(bars, f"F1 by label, {name}"),
         "confusion_plot": plots.to_svg(heatmap, f"confusion matrix, {name}"),
     }

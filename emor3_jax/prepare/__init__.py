@@ -28,6 +28,7 @@ from emor3_jax.prepare.policy import (
 from emor3_jax.prepare.rollout import (
     evaluation_plan,
     make_evaluation_rollout,
+    make_label_likelihood,
     make_reply_sampling,
     make_reward,
     make_rollout,
@@ -46,6 +47,7 @@ __all__ = [
     "load_policy",
     "load_templates",
     "make_evaluation_rollout",
+    "make_label_likelihood",
     "make_learner",
     "make_lora",
     "make_meter",

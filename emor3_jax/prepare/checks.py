@@ -159,6 +159,12 @@ def validate(config: ConfigDict) -> None:
     need(config.checkpoint.stop_seconds >= 0, "checkpoint.stop_seconds", "must be 0 or more")
     need(config.evaluate.prompts >= 1, "evaluate.prompts", "must be at least 1")
     need(config.evaluate.votes >= 1, "evaluate.votes", "must be at least 1")
+    sets = tuple(config.evaluate.sets)
+    for group, names in config.evaluate.groups.items():
+        field = f"evaluate.groups.{group}"
+        need(group not in sets, field, "has the name of a set; give the group another")
+        known = not isinstance(names, str) and len(names) > 0 and set(names) <= set(sets)
+        need(known, field, f"must be a tuple of names of evaluate.sets: {', '.join(sets)}")
     need(
         config.evaluate.votes == 1 or config.evaluate.temperature > 0,
         "evaluate.votes",

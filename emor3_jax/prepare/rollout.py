@@ -11,6 +11,7 @@ from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rewards.terms import Term
 from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rollout.engine import Plan
+from emor3_jax.rollout.label_likelihood import LabelLikelihood
 from emor3_jax.rollout.reflect import Reflection, prompt_questions
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.sampling import Sampling
@@ -65,6 +66,11 @@ def make_evaluation_rollout(
         evaluation_plan(config),
         num_shards=mesh.shape["data"] * mesh.shape["fsdp"],
     )
+
+
+def make_label_likelihood(config: ConfigDict, rollout: Rollout) -> LabelLikelihood | None:
+    """Returns what weighs the labels behind the responses of an evaluation; None if not asked."""
+    return LabelLikelihood(rollout) if config.evaluate.likelihood else None
 
 
 def make_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:

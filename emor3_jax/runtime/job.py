@@ -75,11 +75,16 @@ def keep_config(config: ConfigDict, workdir: Path) -> None:
     """
     if not hosts.is_first():
         return
-    text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
-    (workdir / "config.json").write_text(text + "\n")
+    write_config(config, workdir / "config.json")
     for name, (field, dataset) in data_sets(config).items():
         if dataset.subset:
             source, _ = open_source(config, field, dataset)
             path = workdir / "subsets" / f"{name}.txt"
             path.parent.mkdir(exist_ok=True)
             path.write_text("".join(f"{texts.id}\n" for texts in source.texts()))
+
+
+def write_config(config: ConfigDict, path: Path) -> None:
+    """Writes a config as JSON, its keys sorted."""
+    text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
+    path.write_text(text + "\n")

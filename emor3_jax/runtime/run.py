@@ -27,8 +27,14 @@ from ml_collections import ConfigDict
 
 from emor3_jax import flops, prepare
 from emor3_jax.data.batch import Prompts
-from emor3_jax.evaluation.evaluation import evaluate
-from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json
+from emor3_jax.evaluation.evaluation import Extras, evaluate
+from emor3_jax.evaluation.records import (
+    Evaluation,
+    from_json,
+    prediction_file,
+    to_json,
+    with_groups,
+)
 from emor3_jax.io import report
 from emor3_jax.io.checkpoints import Checkpoints, release
 from emor3_jax.io.console import Console, duration
@@ -145,6 +151,10 @@ class Run:
                 config, self.policy, self.data.labels[name], self.mesh
             )
             for name in self.data.evaluate
+        }
+        self._extras = {
+            name: Extras(prepare.make_label_likelihood(config, rollout))
+            for name, rollout in self._rollouts.items()
         }
         self._stop.check()
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -457,8 +467,9 @@ class Run:
                     keep=report.SAMPLES,
                     graded=self.config.evaluate.sets[name].graded,
                     record=record,
+                    extras=self._extras[name],
                 )
-        return found
+        return with_groups(found, self.config.evaluate.groups)
 
 
 def start_trace(folder: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emor3_jax.data.batch import Prompts
-from emor3_jax.evaluation.evaluation import evaluate
+from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.rewards import QUESTIONS, Reward
 from emor3_jax.types import Batch, Experience, Replies, Samples, Scores
 
@@ -15,13 +15,14 @@ class _Rollout:
     """Answers by a table: row i of all rows gets entry i of it, one answer or one of each vote."""
 
     def __init__(self, answers: list, inferred: list, reflects: bool, group_size: int = 1) -> None:
-        tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
+        tokenizer = SimpleNamespace(decode=lambda tokens, **_: self.says)
         self.scorer = SimpleNamespace(tokenizer=tokenizer, labels=("joy", "fear"), reward=Reward())
         questions = [SimpleNamespace(question=question) for question in QUESTIONS.values()]
         self.reflection = SimpleNamespace(questions=questions) if reflects else None
         self.group_size, self.graded = group_size, None
         self._answers, self._inferred, self._row = answers, inferred, 0
         self.keys: list[object] = []
+        self.says = "7 7"
 
     def __call__(self, params: dict, batch: Batch, key: object) -> Experience:
         self.keys.append(key)
@@ -52,6 +53,7 @@ class _Rollout:
 def _batch(answers: list[int], weight: list[float]) -> Prompts:
     fields = dict.fromkeys(Batch._fields)
     fields |= {"answers": np.array(answers), "weight": np.array(weight, np.float32)}
+    fields["grades"] = np.eye(2, dtype=np.float32)[answers]
     ids = tuple(f"row {i}" if w else "" for i, w in enumerate(weight))
     return Prompts(Batch(**fields), ids)
 
@@ -118,3 +120,56 @@ def test_rows_are_answered_by_majority_and_written_with_every_response() -> None
     assert [each["scores"]["accuracy"] for each in first] == [1, 0, 1]
     # What is shown of a row is the response that speaks for it.
     assert [sample.answer for sample in result.samples] == ["joy", "joy", "fear"]
+
+
+def test_the_first_label_that_is_named_counts_beside_the_boxed_one() -> None:
+    rollout = _Rollout([0, -1, -1], [0, 0, 0], False)
+    rollout.says = "some fear, little joy"
+    written: list[dict] = []
+    batches = [_batch([0, 1, 1], [1, 1, 1])]
+    options = {"put": lambda batch: batch, "record": written.append}
+    metrics = evaluate(rollout, {}, batches, 5, **options).metrics
+    # Boxed: joy and twice nothing. Named first: fear, also where the box says joy.
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["lenient_accuracy"] == pytest.approx(2 / 3)
+    assert metrics["uar"] == pytest.approx((1 + 0) / 2)
+    assert metrics["polarity_accuracy"] == pytest.approx(1 / 3)
+    assert "wheel_distance" not in metrics
+    assert [row["lenient"] for row in written] == ["fear"] * 3
+    assert [row["confidence"] for row in written] == [{}] * 3
+
+
+def test_votes_are_a_confidence() -> None:
+    # Shares 3/4 (right), 2/4 (wrong), and a row that nobody answers.
+    answers = [[0, 0, 0, 1], [0, 0, -1, -1], [-1, -1, -1, -1]]
+    rollout = _Rollout(answers, answers, False, group_size=4)
+    written: list[dict] = []
+    options = {"put": lambda batch: batch, "record": written.append, "graded": True}
+    result = evaluate(rollout, {}, [_batch([0, 1, 1], [1, 1, 1])], 5, **options)
+    metrics = result.metrics
+    assert metrics["votes_covered"] == pytest.approx(2 / 3)
+    assert metrics["votes_ece"] == pytest.approx((0.25 + 0.5) / 2)
+    assert metrics["votes_brier"] == pytest.approx((0.25**2 + 0.5**2) / 2)
+    assert metrics["votes_auroc"] == 1.0
+    assert result.calibrations["votes"].coverage == [(1 / 3, 1.0), (2 / 3, 0.5)]
+    # All raters on one side: 3/4 and 0 in common; the third row has no votes.
+    assert metrics["votes_intersection"] == pytest.approx((0.75 + 0) / 2)
+    assert metrics["votes_chebyshev"] == pytest.approx((0.25 + 1) / 2)
+    assert [row["confidence"] for row in written] == [{"votes": 0.75}, {"votes": 0.5}, {}]
+    assert not any(name.startswith(("likelihood_", "stated_")) for name in metrics)
+
+
+def test_likelihoods_and_stated_numbers_are_confidences_too() -> None:
+    rollout = _Rollout([0, 1], [0, 1], False)
+    rollout.says = "<confidence> 80 % </confidence>"
+    likely = np.array([[[0.9, 0.1]], [[0.4, 0.6]]], np.float32)
+    extras = Extras(likelihood=lambda params, batch, samples: likely)
+    options = {"put": lambda batch: batch, "extras": extras, "graded": True}
+    batch = _batch([0, 0], [1, 1])
+    batch = batch._replace(batch=batch.batch._replace(grades=np.array([[1, 0.25], [1, 1]])))
+    metrics = evaluate(rollout, {}, [batch], 5, **options).metrics
+    assert metrics["likelihood_brier"] == pytest.approx((0.1**2 + 0.6**2) / 2)
+    assert metrics["stated_brier"] == pytest.approx((0.2**2 + 0.8**2) / 2)
+    # Raters: 0.8, 0.2 and 0.5, 0.5.
+    assert metrics["likelihood_chebyshev"] == pytest.approx(0.1)
+    assert "stated_chebyshev" not in metrics

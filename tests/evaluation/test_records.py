@@ -8,8 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from emor3_jax.evaluation.confidence import Bin, Calibration
 from emor3_jax.evaluation.metrics import class_scores, confusion_matrix, wilson
-from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json
+from emor3_jax.evaluation.records import (
+    Evaluation,
+    from_json,
+    prediction_file,
+    to_json,
+    with_groups,
+)
 
 
 def test_intervals_by_hand() -> None:
@@ -52,6 +59,9 @@ def test_a_checkpoint_from_before_counts_by_class_can_be_read() -> None:
         "f1": pytest.approx(2 / 3),
     }
     assert from_json(data) == new
+    curves = {"votes": Calibration([Bin(0.0, 0.1, 1, 0.05, 1.0)], [(0.5, 1.0)])}
+    more = {"group": Evaluation({"uar": 1.0}, [], calibrations=curves, members=("set",))}
+    assert from_json(json.loads(json.dumps(to_json(more)))) == more
     old = {"set": {"metrics": {"accuracy": 0.5}, "samples": []}}
     assert from_json(old) == {"set": Evaluation({"accuracy": 0.5}, [])}
 
@@ -64,3 +74,13 @@ def test_predictions_are_lines_and_a_second_run_replaces_them(tmp_path) -> None:
                 record({"id": f"é {i}", "answer": ""})
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert rows == [{"id": "é 0", "answer": ""}, {"id": "é 1", "answer": ""}]
+
+
+def test_a_group_is_the_mean_of_its_sets() -> None:
+    a = Evaluation({"accuracy": 0.5, "accuracy_low": 0.4, "rows": 10.0, "uar": 1.0}, [])
+    b = Evaluation({"accuracy": 1.0, "accuracy_low": 0.9, "rows": 30.0}, [])
+    sets = {"a": a, "b": b}
+    found = with_groups(sets, {"both": ("a", "b"), "other": ("a", "c")})
+    assert list(found) == ["a", "b", "both"]
+    assert found["both"] == Evaluation({"accuracy": 0.75, "rows": 40.0}, [], members=("a", "b"))
+    assert with_groups(sets, {}) == sets

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from emor3_jax.evaluation.confidence import Bin, Calibration
 from emor3_jax.evaluation.records import Evaluation, Sample, from_json, to_json
 from emor3_jax.io import report
 
@@ -127,7 +128,7 @@ def test_a_third_question_is_in_tables_curves_and_samples(tmp_path: Path) -> Non
     # A mean that is no share stays as it is.
     text = (tmp_path / "evaluation.md").read_text()
     assert "| scenes | pleasant | 50.0 | 75.0 |  |" in text
-    assert "| scenes | rows | – | 4.0 | |" in text
+    assert "| scenes | rows | – | 4 | |" in text
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def counted() -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
 def test_markdown_has_every_number(counted) -> None:
     assert report.markdown(*counted) == (
         "| data set | score | before | after | 95 % |\n|---|---|---:|---:|---:|\n"
-        "| scenes | accuracy | 25.0 | 75.0 | 50.0 to 87.5 |\n| scenes | rows | – | 8.0 | |\n\n"
+        "| scenes | accuracy | 25.0 | 75.0 | 50.0 to 87.5 |\n| scenes | rows | – | 8 | |\n\n"
         "## scenes\n\n| label | rows | precision | recall | F1 |\n|---|---:|---:|---:|---:|\n"
         # joy: 5 of 6 said, 5 of 6 true. <fear>: 1 of 1 said, 1 of 2 true.
         "| joy | 6 | 83.3 | 83.3 | 83.3 |\n| <fear> | 2 | 100.0 | 50.0 | 66.7 |\n\n"
@@ -166,4 +167,29 @@ def test_the_report_draws_intervals_and_confusion(tmp_path: Path, counted) -> No
     assert ids and len(set(ids)) == len(ids)
     numbers = json.loads((tmp_path / "evaluation.json").read_text())
     assert numbers["scenes"]["confusion"] == [[5, 0, 1], [1, 1, 0]]
+    assert from_json(numbers) == after
+
+
+def test_confidences_and_groups_are_in_all_three_forms(tmp_path: Path) -> None:
+    curves = Calibration([Bin(0.7, 0.8, 4, 0.75, 0.5)], [(0.5, 1.0), (1.0, 0.5)])
+    metrics = {"accuracy": 0.5, "uar": 0.25, "wheel_distance": 1.5, "votes_ece": 0.25}
+    metrics |= {"votes_kl": 0.125, "valence_ccc": -0.5, "rows": 4.0}
+    one = Evaluation(metrics, [_sample()], calibrations={"votes": curves})
+    after = {"scenes": one, "group": Evaluation({"uar": 0.25}, [], members=("scenes",))}
+    before = {"scenes": Evaluation({"votes_ece": 0.5}, [])}
+    images = {"scenes": lambda _: None}
+    page = report.write_report(tmp_path, "t", before, after, images).read_text(encoding="utf-8")
+    assert "<td>scenes · uar</td><td>–</td><td>25.0</td>" in page
+    assert "<td>scenes · votes_ece</td><td>0.500</td><td>0.250</td><td>-0.250</td>" in page
+    assert "<td>scenes · wheel_distance</td><td>–</td><td>1.500</td>" in page
+    assert "<p>group is the mean of scenes.</p>" in page
+    assert ">mean confidence of the bin</text>" in page
+    assert ">coverage, % of rows that are answered</text>" in page
+    assert page.count("<h2>Samples after training") == 1
+    text = (tmp_path / "evaluation.md").read_text()
+    assert "| scenes | votes_kl | – | 0.125 | |" in text
+    assert "| scenes | valence_ccc | – | -0.500 | |" in text
+    assert "| group | uar | – | 25.0 |  |" in text and "group is the mean of scenes." in text
+    numbers = json.loads((tmp_path / "evaluation.json").read_text())
+    assert numbers["scenes"]["calibrations"]["votes"]["coverage"] == [[0.5, 1.0], [1.0, 0.5]]
     assert from_json(numbers) == after
