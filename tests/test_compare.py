@@ -1,0 +1,81 @@
+"""The program that compares runs: printed lines, numbers, and a page with images."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support import tiny_run
+
+from emor3_jax import compare
+from emor3_jax.data.errors import DataError
+from emor3_jax.runtime.job import write_config
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    """Two evaluations of the six rows of a parquet file; the second misses a row."""
+    tiny_run.write_rows(tmp_path / "test.parquet", 6, 1)
+    config = tiny_run.make_config(tmp_path)
+    for run, answers in {"one": "aabab?", "two": "aaabb"}.items():
+        folder = tmp_path / run / "predictions"
+        folder.mkdir(parents=True)
+        write_config(config, folder / "config.json")
+        names = {"a": "awe", "b": "fear", "?": ""}
+        rows = [
+            {
+                "id": f"test.parquet:{i}",
+                "label": "awe" if i < 4 else "fear",
+                "answer": names[x],
+                "responses": [{"answer": names[x], "response": f"<b> is {names[x]}"}],
+            }
+            for i, x in enumerate(answers)
+        ]
+        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "one" / "predictions" / "other.jsonl").write_text("")
+    return [str(tmp_path / run) for run in ("one", "two")]
+
+
+def test_numbers_lines_and_page(runs, tmp_path, capsys) -> None:
+    (found,) = compare.main(runs, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == [found]
+    assert (found["data_set"], found["rows"], found["both"]) == ("test", 5, 3)
+    assert found["only_first"] == ["test.parquet:3"] and found["only_second"] == ["test.parquet:2"]
+    assert found["missing_second"] == ["test.parquet:5"]
+    printed = capsys.readouterr().out
+    assert f"other was evaluated in {runs[0]} alone" in printed
+    assert f"rows not answered by {runs[1]}: 1 (test.parquet:5)" in printed
+    assert "right: both 3, only first 1, only second 1, neither 0; McNemar's exact p = 1" in printed
+    assert re.search(r"accuracy +80\.0 +80\.0 +\+0\.0   -[\d.]+ to \+[\d.]+", printed)
+    assert re.search(r"awe +4 +75\.0 +75\.0 +\+0\.0 +1 +1 +1\n", printed)
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert f"Only {runs[1]} is right: 1 of 1 rows" in page
+    assert "&lt;b&gt; is fear" in page and "<b> is" not in page
+
+
+def test_without_data_there_are_no_images(runs, tmp_path, capsys) -> None:
+    (tmp_path / "test.parquet").unlink()
+    compare.main(runs, tmp_path / "out")
+    assert re.search(r"images of test are not shown: .*no file matches", capsys.readouterr().out)
+    assert "data:image" not in (tmp_path / "out" / "compare.html").read_text()
+    compare.main(runs, tmp_path / "out", images=False)
+    assert "not shown" not in capsys.readouterr().out
+
+
+def test_more_runs_are_each_compared_with_the_first(runs, tmp_path) -> None:
+    found = compare.main([*runs, runs[0]], tmp_path / "out", images=False)
+    pairs = [(each["runs"][1], each["data_set"]) for each in found]
+    assert pairs == [(runs[1], "test"), (runs[0], "other"), (runs[0], "test")]
+    assert found[1]["rows"] == 0
+    assert found[2]["scores"]["accuracy"]["change"] == 0.0
+
+
+def test_what_cannot_be_compared_is_said(runs, tmp_path) -> None:
+    with pytest.raises(DataError, match="at least two runs"):
+        compare.main(runs[:1], tmp_path / "out")
+    (tmp_path / "two" / "predictions" / "test.jsonl").rename(
+        tmp_path / "two" / "predictions" / "renamed.jsonl"
+    )
+    with pytest.raises(DataError, match=r"no data set in common .*one: other, test.*renamed"):
+        compare.main(runs, tmp_path / "out")
