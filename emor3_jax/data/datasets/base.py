@@ -41,7 +41,7 @@ from emor3_jax.data.datasets.checks import Checks, log, shortened
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.files import SUFFIXES, is_hidden, is_image
 from emor3_jax.data.generic import in_test
-from emor3_jax.data.labels import LABEL_SETS, find_label, normalize
+from emor3_jax.data.labels import find_label, label_set, normalize
 from emor3_jax.data.sources import Row, Texts, upright_size
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """A data set of visual emotion in a folder that the user has downloaded.
 
     Attributes:
-      LABELS: name of its label set.
+      LABELS: its label set, as `labels.label_set` takes it.
       QUESTION: what is asked of each image.
       PUBLISHED: the numbers of rows that its authors name, by split; another number is logged.
       LABEL_COUNTS: likewise of rows by label, of all splits together.
@@ -450,7 +450,7 @@ class BuiltSource:
         self._images = None
         if built.copies:
             self._images = built.as_data_source(f"{wanted}_pictures", decoders=skip)
-        names = LABEL_SETS[built.LABELS]
+        names = label_set(built.LABELS)
         self._texts: list[Texts] = []
         self._files: list[str] = []
         self._numbers: list[int] = []

@@ -3,7 +3,24 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from emor3_jax.data.datasets import abstract, artphoto, emoset, emotion6, fer2013, fi, webemo
+from emor3_jax.data.datasets import (
+    abstract,
+    artphoto,
+    caers,
+    emoset,
+    emotic,
+    emotion6,
+    emotionroi,
+    fer2013,
+    ferplus,
+    fi,
+    ldl,
+    rafdb,
+    twitter1,
+    unbiasedemo,
+    vecbench,
+    webemo,
+)
 from emor3_jax.data.datasets.base import Builder, BuiltSource, build_dataset, check_root
 from emor3_jax.data.errors import DataError
 
@@ -13,6 +30,11 @@ Choice = type[Builder] | Callable[[Path], type[Builder]] | Mapping[str, type[Bui
 def _fer2013(root: Path) -> type[Builder]:
     """Returns the builder for what lies in the folder: the csv, else folders."""
     return fer2013.Fer2013Csv if fer2013.find_csv(root) else fer2013.Fer2013Folders
+
+
+def _ferplus(root: Path) -> type[Builder]:
+    """Returns the builder for what holds the faces: Kaggle's csv, else folders."""
+    return ferplus.FerPlusCsv if fer2013.find_csv(root) else ferplus.FerPlusFolders
 
 
 BUILDERS: dict[str, Choice] = {
@@ -27,6 +49,20 @@ BUILDERS: dict[str, Choice] = {
     "artphoto": artphoto.Artphoto,
     "abstract": {"untied": abstract.Abstract, "first": abstract.AbstractFirst},
     "fer2013": _fer2013,
+    "ferplus": _ferplus,
+    "rafdb": rafdb.RafDb,
+    "caers": caers.CaerS,
+    "unbiasedemo": unbiasedemo.UnbiasedEmo,
+    "emotionroi": emotionroi.EmotionRoi,
+    "twitter1": {
+        "three": twitter1.Twitter1,
+        "four": twitter1.Twitter1Four,
+        "five": twitter1.Twitter1Five,
+    },
+    "flickr_ldl": ldl.FlickrLdl,
+    "twitter_ldl": ldl.TwitterLdl,
+    "emotic": emotic.Emotic,
+    "vecbench": vecbench.BUILDERS,
 }
 """Kind → builder, or what chooses one by the folder, or the builders by label rule, of which the
 first is the default."""
@@ -54,7 +90,8 @@ def find_builder(kind: str, path: str, label: str = "") -> type[Builder]:
         return rules[label] if label else next(iter(rules.values()))
     if isinstance(choice, type):
         return choice
-    return choice(check_root(fer2013.Fer2013Csv, path))
+    examples = {"fer2013": fer2013.Fer2013Csv, "ferplus": ferplus.FerPlusCsv}
+    return choice(check_root(examples[kind], path))
 
 
 def open_dataset(

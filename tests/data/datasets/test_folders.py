@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-from emor3_jax.data.datasets.catalog import open_dataset
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import LABEL_SETS, label_map
 
@@ -12,14 +11,6 @@ WEBEMO_FOLDERS = [
     {"cheerfulness": "cheerfullness", "irritability": "irritabilty"}.get(label, label)
     for label in LABEL_SETS["webemo25"]
 ]
-
-
-@pytest.fixture
-def opened(tmp_path):
-    def call(kind, root, split, **options):
-        return open_dataset(kind, str(root), split, tmp_path / "data", **options)
-
-    return call
 
 
 def answers(source):
