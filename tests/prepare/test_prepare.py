@@ -1,6 +1,7 @@
 """From a config to the policy of a run."""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -195,13 +196,13 @@ def test_training_sets_are_mixed_in_the_labels_of_the_first(folder, tmp_path):
     seven = dataset(kind="folders", path=str(tmp_path / "seven"), split="whole", weight=0.5)
     config.data.train, config.data.mix.faces = six, seven
     data = opened(config, folder)
-    # Happiness and neutral are no labels of emotion6, by name.
-    assert data.train.rows == 12 + 5 and data.labels == {"train": LABEL_SETS["emotion6"]}
-    assert data.train.stats.counts()["unknown_answer"] == 2
+    # Happiness is joy by another name; neutral is no label of emotion6.
+    assert data.train.rows == 12 + 6 and data.labels == {"train": LABEL_SETS["emotion6"]}
+    assert data.train.stats.counts()["unknown_answer"] == 1
     names = [row_id for _ in range(10) for row_id in next(data.train)[1]]
     assert sum(name.startswith("train/") for name in names) == 40
     assert data.image("train")(names[0]).startswith(b"\x89PNG")
-    assert data.counters() == {"data/unknown_answer": 2.0}
+    assert data.counters() == {"data/unknown_answer": 1.0}
 
 
 def test_a_subset_is_drawn_by_the_seed_and_its_ids_are_kept(folder, tmp_path):
@@ -236,3 +237,68 @@ def test_what_works_on_one_host_is_refused_on_several(monkeypatch, field):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=rf"config\.{field}=2: works on one host alone"):
         job.check_hosts(config)
+
+
+def test_evaluation_on_training_rows_is_said(folder, tmp_path, caplog):
+    write_folders(tmp_path / "six", LABEL_SETS["emotion6"], 12)
+    write_folders(tmp_path / "other", LABEL_SETS["emotion6"], 2)
+
+    def described(name: str = "six", **fields: str) -> ConfigDict:
+        return dataset(kind="folders", path=str(tmp_path / name), **fields)
+
+    config = default()
+    config.data.train = described(split="whole", subset=12, subset_mix="natural")
+    config.evaluate.sets = ConfigDict()
+    config.evaluate.sets.same = described("../" + tmp_path.name + "/six", split="whole")
+    config.evaluate.sets.other = described("other", split="whole")
+    data = opened(config, folder)
+    assert data.train.rows == 12
+    assert (
+        "config.evaluate.sets.same: 12 of 72 rows are also rows of config.data.train" in caplog.text
+    )
+    assert "sets.other" not in caplog.text
+    caplog.clear()
+    config.data.train, config.evaluate.sets.same = described(split="train"), described(split="test")
+    opened(config, folder)
+    assert "are also rows" not in caplog.text
+
+
+def test_texts_may_spell_labels_in_any_way(tmp_path):
+    rows = [{"image": "x.png", "label": name} for name in ("Happy", "angry", "sad", "bored")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = dataset(kind="jsonl", path=str(tmp_path / "a.jsonl"), labels="fer7")
+    source, _ = prepare.open_source(default(), "data.train", described)
+    assert [t.answer for t in source.texts()] == ["happiness", "anger", "sadness", "bored"]
+
+
+def test_a_field_that_would_do_nothing_is_refused(tmp_path):
+    for fields, message in (
+        (
+            {"kind": "folders", "columns": "image:photo"},
+            "columns='image:photo': names columns, which",
+        ),
+        (
+            {"kind": "parquet", "label": "six"},
+            "label='six': chooses a label rule of a named data set",
+        ),
+        (
+            {"kind": "emoset", "subset_mix": "even"},
+            "subset_mix='even': must be one of class, natural",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.train\.{message}"):
+            prepare.open_source(default(), "data.train", dataset(**fields))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_of_json_lines_is_honoured_or_refused(tmp_path, split):
+    rows = [{"image": "x.png", "label": "joy", "split": name} for name in ("train", "dev")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = dataset(kind="jsonl", path=str(tmp_path / "a.jsonl"), labels="emotion6")
+    assert len(prepare.open_source(default(), "data.train", described)[0]) == 2
+    described.split = split
+    if split == "train":
+        assert len(prepare.open_source(default(), "data.train", described)[0]) == 1
+    else:
+        with pytest.raises(DataError, match=r"split='test': .* its lines are of dev, train"):
+            prepare.open_source(default(), "data.train", described)
