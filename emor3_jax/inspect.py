@@ -4,8 +4,10 @@
         [--samples=12] [--leakage=bytes|dhash|none] [--config.key=value …]
 
 Builds named data sets that are not built yet. Prints, for each data set: rows, rows left out by
-reason, label balance, histograms of image sizes, image tokens and prompt lengths, the padded batch
-shapes and their share of padding; then the images that any two of the sets share.
+reason, what its builder noticed (ties that were dropped, counts that are not the published ones),
+what each of its labels is called in the config's label set, label balance beside the published
+one, histograms of image sizes, image tokens and prompt lengths, the padded batch shapes and their
+share of padding; then the images that a set repeats, and those that any two of the sets share.
 `workdir/inspect.json` has the same numbers. `workdir/inspect.html` plots them and shows samples
 with the exact text that the policy will read.
 """
@@ -22,16 +24,28 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
+from emor3_jax.data.datasets.base import read_notes
 from emor3_jax.data.encode import REASONS, Encoder, Skip
-from emor3_jax.data.leakage import fingerprints, shared
+from emor3_jax.data.labels import label_set
+from emor3_jax.data.leakage import fingerprints, repeated, shared
 from emor3_jax.data.pipeline import TrainBatches
 from emor3_jax.data.prompts import IMAGE_TOKEN, PromptTemplates, reflection_parts
 from emor3_jax.data.sources import Source
-from emor3_jax.data.survey import Survey, measure_padding, survey, thumbnail, to_dict
+from emor3_jax.data.survey import (
+    Survey,
+    imbalance,
+    mapped_counts,
+    measure_padding,
+    relabelling,
+    survey,
+    thumbnail,
+    to_dict,
+)
 from emor3_jax.io import pages, plots
 from emor3_jax.io.console import Console
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.prepare.checks import validate
+from emor3_jax.prepare.data import data_sets, open_own, open_source
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli, job
 
@@ -41,6 +55,8 @@ _BATCHES = 200
 _BAR = 30
 # Shared images that are printed by name.
 _NAMED = 5
+# Labels that are printed with their other name.
+_MAPPED = 40
 
 _HISTOGRAMS = {
     "pixels": "pixels of an image",
@@ -62,7 +78,8 @@ def main(
         name), or "none".
 
     Returns:
-      {"sets": {name: …}, "shared": {"a, b": pairs of ids}}, as written.
+      {"sets": {name: …}, "repeated": {name: groups of ids}, "shared": {"a, b": pairs of ids}}, as
+      written.
 
     Raises:
       ConfigError, DataError: as training would.
@@ -75,7 +92,7 @@ def main(
     data = prepare.open_data(config, policy)
     templates = prepare.load_templates(config)
     lengths, windows = tuple(config.data.prompt_lengths), tuple(config.data.image_windows)
-    found: dict[str, Any] = {"sets": {}, "shared": {}}
+    found: dict[str, Any] = {"sets": {}, "repeated": {}, "shared": {}}
     sections = []
     for name, source in data.sources.items():
         labels = data.labels[name]
@@ -101,6 +118,7 @@ def main(
         batches = data.train if name == "train" else None
         padding = measure_padding(seen, _batches(seen, batches, config), lengths, windows)
         numbers = found["sets"][name] = to_dict(seen, padding)
+        numbers["data"] = _origins(config, name)
         for line in describe(name, numbers):
             print(line)
         picked = np.random.default_rng(config.seed).permutation(len(seen.index))[:samples]
@@ -110,6 +128,13 @@ def main(
                 "source": source.name,
                 "numbers": numbers,
                 "plots": _plots(name, numbers),
+                "facts": [
+                    line
+                    for part, each in numbers["data"].items()
+                    for line in _describe_data(part, each)
+                ]
+                + _describe_balance(numbers),
+                "repeats": [],
                 "questions": _questions(policy, templates, labels),
                 "samples": [_sample(seen, source, policy, encoder, i) for i in np.sort(picked)],
             }
@@ -118,6 +143,13 @@ def main(
         say(f"looking for images in two sets, by {leakage}")
         decode = leakage in ("dhash", "look")
         images = {name: fingerprints(source, decode) for name, source in data.sources.items()}
+        for name, source in data.sources.items():
+            groups = found["repeated"][name] = repeated(images[name])
+            answers = {texts.id: texts.answer for texts in source.texts()} if groups else {}
+            print(line := _repeats(name, groups, answers))
+            section = next(each for each in sections if each["name"] == name)
+            section["facts"].append(line)
+            section["repeats"] = [_group(source, group, answers) for group in groups[:_NAMED]]
         for a, b in itertools.combinations(images, 2):
             pairs = shared(images[a], images[b])
             found["shared"][f"{a}, {b}"] = pairs
@@ -133,6 +165,61 @@ def main(
     (workdir / "inspect.html").write_text(page, encoding="utf-8")
     say(f"numbers: {workdir / 'inspect.json'}   samples: {workdir / 'inspect.html'}")
     return found
+
+
+def _origins(config: ConfigDict, name: str) -> dict[str, dict[str, Any]]:
+    """Returns, for each data set that makes up the rows of a name, what its own data says.
+
+    Args:
+      config: of the run.
+      name: "train", of which those of `data.mix` are a part, or an evaluation set.
+
+    Returns:
+      Name → `labels`, how its own labels are called, and of a named data set also `notes` of its
+      builder, kind → number, and `published`, label of the config's set → rows.
+    """
+    described = data_sets(config)
+    wanted = open_source(config, *described["train"])[1]
+    found = {}
+    for part, (field, dataset) in described.items():
+        if part != name and not (name == "train" and part.startswith("train.")):
+            continue
+        whole = dataset.copy_and_resolve_references()
+        whole.subset, whole.ids = 0, ""
+        mapped, labels = open_source(config, field, whole, wanted if part != name else "")
+        own = open_own(config, field, whole)
+        mapping = relabelling(own.texts(), mapped.texts(), label_set(labels))
+        found[part] = {"labels": [each._asdict() for each in mapping]}
+        if (built := getattr(own, "built", None)) is not None:
+            notes = read_notes(built)
+            found[part]["notes"] = {kind: len(what) for kind, what in notes.items()}
+            found[part]["published"] = mapped_counts(built.LABEL_COUNTS, mapping)
+            found[part]["counts"] = notes.get("count", [])
+    return found
+
+
+def _repeats(name: str, groups: Sequence[Sequence[str]], answers: dict[str, str | None]) -> str:
+    """Returns the printed line of the images that a set repeats."""
+    other = sum(len({answers[row_id] for row_id in group}) > 1 for group in groups)
+    extra = sum(map(len, groups)) - len(groups)
+    named = "; ".join(" = ".join(group[:_NAMED]) for group in groups[:_NAMED])
+    more = "; …" if len(groups) > _NAMED else ""
+    return (
+        f"repeated images in {name}: {len(groups)}, further rows that show them: {extra}, under "
+        f"another label: {other}{'; ' if groups else ''}{named}{more}"
+    )
+
+
+def _group(
+    source: Source, group: Sequence[str], answers: dict[str, str | None]
+) -> list[dict[str, str]]:
+    """Returns the first images of a group of equal ones, each with its name and label."""
+    shown = []
+    for row_id in group[:_NAMED]:
+        data = source[source.find(row_id)].images[0]
+        caption = f"{row_id} · {answers[row_id] or 'no label'}"
+        shown.append({"caption": caption, "image": pages.data_url(data)})
+    return shown
 
 
 def _batches(
@@ -155,8 +242,11 @@ def describe(name: str, numbers: dict[str, Any]) -> list[str]:
     """
     lines = ["", f"{name}: {numbers['rows']} rows, {numbers['usable']} usable"]
     lines += [f"  left out, {reason}: {count}" for reason, count in numbers["left_out"].items()]
+    for part, data in numbers.get("data", {}).items():
+        lines += _describe_data(part, data)
     lines.append(f"  questions: {numbers['questions']}")
     lines += _text_bars("labels", numbers["labels"])
+    lines += _describe_balance(numbers)
     for field in _HISTOGRAMS:
         lines += _text_bars(field.replace("_", " "), _bins(numbers[field]))
     lines.append(f"  image tokens in all: {numbers['image_tokens_total']}")
@@ -165,6 +255,42 @@ def describe(name: str, numbers: dict[str, Any]) -> list[str]:
         f"  padding: {100 * numbers['token_waste']:.1f} % of prompt tokens, "
         f"{100 * numbers['window_waste']:.1f} % of image windows"
     )
+    return lines
+
+
+def _describe_data(part: str, data: dict[str, Any]) -> list[str]:
+    """Returns the lines of what a data set's own files say."""
+    lines = [f"  noticed in {part}, {kind}: {n}" for kind, n in data.get("notes", {}).items()]
+    lines += [f"    {text}" for text in data.get("counts", ())]
+    renamed = [x for x in data["labels"] if x["own"].strip().lower() != x["label"].strip().lower()]
+    if renamed:
+        lines.append(f"  labels of {part} that have another name here")
+    for each in renamed[:_MAPPED]:
+        label = each["label"] or "no label, left out"
+        lines.append(f"    {each['own'] or '(none)'} → {label}: {each['rows']}")
+    if len(renamed) > _MAPPED:
+        lines.append(f"    … and {len(renamed) - _MAPPED} more")
+    return lines
+
+
+def _describe_balance(numbers: dict[str, Any]) -> list[str]:
+    """Returns the lines of how even the labels are, beside the published counts."""
+    here = numbers["labels"]
+    found = imbalance(here.values())
+    shown = "a label has no rows" if found is None else f"{found:.1f}"
+    lines = [f"  most frequent label over rarest: {shown}"]
+    for part, data in numbers.get("data", {}).items():
+        published = data.get("published") or {}
+        if not published:
+            continue
+        total, all_rows = sum(published.values()), max(sum(here.values()), 1)
+        theirs = imbalance(published.values())
+        lines.append(f"  published of {part}: {total} rows, most over rarest {theirs:.1f}")
+        lines += [
+            f"    {label}: {100 * here.get(label, 0) / all_rows:.1f} % here, "
+            f"{100 * rows / total:.1f} % published"
+            for label, rows in published.items()
+        ]
     return lines
 
 

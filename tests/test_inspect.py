@@ -15,6 +15,7 @@ from PIL import Image
 from support import tiny_run
 
 from emor3_jax import inspect
+from emor3_jax.config import dataset
 
 
 def _jpeg(encoded: bytes) -> bytes:
@@ -117,6 +118,7 @@ def test_lines_of_a_data_set_by_hand():
         "  labels",
         f"     joy        3  75.0 % {'█' * 30}",
         f"    fear        1  25.0 % {'█' * 10}",
+        "  most frequent label over rarest: 3.0",
         "  pixels",
         f"    100-199        4 100.0 % {'█' * 30}",
         "  image tokens",
@@ -127,6 +129,75 @@ def test_lines_of_a_data_set_by_hand():
         f"    60 tokens, 1 windows        2 100.0 % {'█' * 30}",
         "  padding: 12.5 % of prompt tokens, 0.0 % of image windows",
     ]
+
+
+def test_what_the_data_says_itself_by_hand():
+    labels = [("happy", "joy", 3), ("fear", "fear", 1), ("rage", "", 2)]
+    data = {
+        "labels": [dict(zip(("own", "label", "rows"), each, strict=True)) for each in labels],
+        "notes": {"tie_dropped": 51, "count": 1},
+        "counts": ["all: 6 rows, published are 9"],
+        "published": {"joy": 6, "fear": 3},
+    }
+    assert inspect._describe_data("train", data) == [
+        "  noticed in train, tie_dropped: 51",
+        "  noticed in train, count: 1",
+        "    all: 6 rows, published are 9",
+        "  labels of train that have another name here",
+        "    happy → joy: 3",
+        "    rage → no label, left out: 2",
+    ]
+    numbers = {"labels": {"joy": 3, "fear": 1}, "data": {"train": data}}
+    assert inspect._describe_balance(numbers) == [
+        "  most frequent label over rarest: 3.0",
+        "  published of train: 9 rows, most over rarest 2.0",
+        "    joy: 75.0 % here, 66.7 % published",
+        "    fear: 25.0 % here, 33.3 % published",
+    ]
+
+
+def test_images_that_a_set_repeats_are_named(config, folder, tmp_path, capsys):
+    rows = pq.read_table(folder / "test.parquet").to_pylist()
+    rows[1]["images"] = rows[0]["images"]
+    rows[1]["answer"] = "awe" if rows[0]["answer"] != "awe" else "fear"
+    rows[3]["images"][0]["bytes"] = _jpeg(rows[2]["images"][0]["bytes"])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    config.evaluate.sets.test.path = str(tmp_path / "test.parquet")
+    ids = [f"test.parquet:{i}" for i in range(4)]
+    found = inspect.main(config, tmp_path, samples=0)
+    assert found["repeated"] == {"train": [], "test": [ids[:2]]}
+    said = "repeated images in test: 1, further rows that show them: 1, under another label: 1; "
+    assert said + " = ".join(ids[:2]) in capsys.readouterr().out
+    page = (tmp_path / "inspect.html").read_text()
+    assert page.count('class="repeat"') == 2 and said in page
+    found = inspect.main(config, tmp_path, samples=0, leakage="dhash")
+    assert found["repeated"]["test"] == [ids[:2], ids[2:]]
+
+
+def test_labels_of_the_files_are_shown_beside_those_of_the_config(config, tmp_path, capsys):
+    config.data.train.labels = "joy,amusement,awe,contentment,excitement,anger,disgust,fear,sadness"
+    found = inspect.main(config, tmp_path, samples=0, leakage="none")
+    labels = {x["own"]: x["label"] for x in found["sets"]["train"]["data"]["train"]["labels"]}
+    assert labels.pop("boredom") == ""
+    assert all(own == label for own, label in labels.items())
+    assert "    boredom → no label, left out: 1" in capsys.readouterr().out
+
+
+def test_a_builders_notes_and_published_counts_are_shown(config, tmp_path, capsys):
+    folder = tmp_path / "artphoto"
+    folder.mkdir()
+    labels = ("amusement", "anger", "awe", "contentment", "disgust", "excitement", "fear", "sad")
+    for i, label in enumerate(labels):
+        image = Image.new("RGB", (112, 112), (20 * i, 0, 0))
+        image.save(folder / f"{label}_{i:04d}.jpg")
+    config.evaluate.sets.art = dataset(kind="artphoto", path=str(folder), split="whole")
+    config.data.folder = str(tmp_path / "data")
+    found = inspect.main(config, tmp_path, samples=0, leakage="none")["sets"]["art"]
+    assert found["data"]["art"]["published"]["sadness"] == 166
+    assert found["data"]["art"]["notes"]["count"] > 0
+    printed = capsys.readouterr().out
+    assert "published of art: 806 rows, most over rarest 2.4" in printed
+    assert "    sadness: 12.5 % here, 20.6 % published" in printed
 
 
 def test_the_standard_library_keeps_its_inspect():

@@ -1,4 +1,4 @@
-"""Images that two splits share, found by a hash of their bytes or by a perceptual hash (dHash).
+"""Images that two splits share, or one repeats, by a hash of bytes or a perceptual one (dHash).
 
 The bytes reveal exact copies only. The 64-bit difference hash (does brightness rise from one cell
 of a 9 x 8 raster to the next?) also finds an image that was re-encoded or scaled, because that
@@ -101,21 +101,55 @@ def shared(a: dict[str, Fingerprint], b: dict[str, Fingerprint]) -> list[tuple[s
     Args:
       a, b: as `fingerprints` returns them.
     """
-    by_bytes = {found.bytes: row_id for row_id, found in a.items()}
-    buckets: dict[tuple[int, int], list[tuple[DHash, str]]] = defaultdict(list)
+    index = _Index()
     for row_id, found in a.items():
+        index.add(row_id, found)
+    pairs = ((index.find(found), row_id) for row_id, found in b.items())
+    return [(other, row_id) for other, row_id in pairs if other is not None]
+
+
+def repeated(rows: dict[str, Fingerprint]) -> list[list[str]]:
+    """Returns the groups of rows of one set that show the same image, two rows or more each.
+
+    Args:
+      rows: as `fingerprints` returns them.
+    """
+    index, groups, group_of = _Index(), [], {}
+    for row_id, found in rows.items():
+        other = index.find(found)
+        index.add(row_id, found)
+        if other is None:
+            continue
+        if other not in group_of:
+            group_of[other] = len(groups)
+            groups.append([other])
+        group_of[row_id] = group_of[other]
+        groups[group_of[other]].append(row_id)
+    return groups
+
+
+class _Index:
+    """Fingerprints of rows, to find one that shows the same image."""
+
+    def __init__(self) -> None:
+        self._by_bytes: dict[bytes, str] = {}
+        self._buckets: dict[tuple[int, int], list[tuple[DHash, str]]] = defaultdict(list)
+
+    def add(self, row_id: str, found: Fingerprint) -> None:
+        """Adds a row."""
+        self._by_bytes[found.bytes] = row_id
         if found.dhash is not None:
             for band in _bands(found.dhash.bits):
-                buckets[band].append((found.dhash, row_id))
-    pairs = []
-    for row_id, found in b.items():
-        other = by_bytes.get(found.bytes)
+                self._buckets[band].append((found.dhash, row_id))
+
+    def find(self, found: Fingerprint) -> str | None:
+        """Returns the id of a row that shows the same image, None if there is none."""
+        other = self._by_bytes.get(found.bytes)
         if other is None and found.dhash is not None:
-            near = (each for band in _bands(found.dhash.bits) for each in buckets.get(band, ()))
+            bands = _bands(found.dhash.bits)
+            near = (each for band in bands for each in self._buckets.get(band, ()))
             other = next((name for hashed, name in near if _alike(hashed, found.dhash)), None)
-        if other is not None:
-            pairs.append((other, row_id))
-    return pairs
+        return other
 
 
 def _alike(a: DHash, b: DHash) -> bool:

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from emor3_jax.data.encode import REASONS, Encoder
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.prompts import render_prompt
-from emor3_jax.data.sources import Source, sizes_of
+from emor3_jax.data.sources import Source, Texts, sizes_of
 from emor3_jax.models.errors import ImageError
 from emor3_jax.models.processor import Processor
 
@@ -127,6 +127,66 @@ def _shape(height: int, width: int, encoder: Encoder) -> tuple[tuple[int, int], 
         return encoder.processor.read_sizes(height, width)
     except (ImageError, ZeroDivisionError):
         return None
+
+
+class Relabelling(NamedTuple):
+    """Rows of one label of the data.
+
+    Attributes:
+      own: the label as the data has it, "" where a row has none.
+      label: the label of the set that stands for it; "" where none does and its rows are left out.
+      rows: how many there are.
+    """
+
+    own: str
+    label: str
+    rows: int
+
+
+def relabelling(
+    own: Iterable[Texts], mapped: Iterable[Texts], labels: Sequence[str]
+) -> list[Relabelling]:
+    """Returns what each label of the data is called in a label set, with its rows.
+
+    Args:
+      own: the rows as the data has them.
+      mapped: the same rows in the labels of the set.
+      labels: the label set.
+
+    Returns:
+      In the order of the set, then by rows; those that are left out last.
+    """
+    names = {normalize(label): label for label in labels}
+    counts = collections.Counter(
+        (a.answer or "", names.get(normalize(b.answer or ""), ""))
+        for a, b in zip(own, mapped, strict=True)
+    )
+    order = [*labels, ""]
+    found = [Relabelling(*pair, rows) for pair, rows in counts.items()]
+    return sorted(found, key=lambda x: (order.index(x.label), -x.rows, x.own))
+
+
+def mapped_counts(
+    published: Iterable[tuple[str, int]], found: Iterable[Relabelling]
+) -> dict[str, int]:
+    """Returns label of the set → published rows, of labels of the data that stand for it.
+
+    Args:
+      published: label of the data → rows.
+      found: as `relabelling` returns it.
+    """
+    label_of = {normalize(each.own): each.label for each in found}
+    counts: collections.Counter[str] = collections.Counter()
+    for own, rows in published:
+        if label := label_of.get(normalize(own)):
+            counts[label] += rows
+    return dict(counts)
+
+
+def imbalance(counts: Iterable[int]) -> float | None:
+    """Returns rows of the most frequent label over those of the rarest, None if one has none."""
+    counts = list(counts)
+    return max(counts) / min(counts) if counts and min(counts) else None
 
 
 class Padding(NamedTuple):

@@ -1,11 +1,12 @@
 """Scores that know what the labels mean: polarity, distance on Mikels' wheel, lenient matches."""
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from emor3_jax.data.labels import VALENCE_AROUSAL, normalize
+from emor3_jax.data.labels import VALENCE_AROUSAL, find_label, normalize, spellings
 
 WHEEL = ("amusement", "contentment", "awe", "excitement", "fear", "sadness", "disgust", "anger")
 """Mikels' eight emotions in their order around the wheel; the last is next to the first.
@@ -75,21 +76,30 @@ def first_named(response: str, names: Sequence[str]) -> int:
     """Returns the index of the label that a response names first, -1 if it names none.
 
     The lenient match beside the exact one: responses without a box are read too. The last
-    `\\boxed{}` is searched for the first label, as a whole word in any case; if it has none, the
-    whole response is.
+    `\\boxed{}` is searched for the first label, as a whole word in any case and any spelling of
+    `data.labels.SPELLINGS`. If it has none, the whole response is, for the label's own name alone:
+    words such as "content" have other meanings in a text.
 
     Args:
       response: the text.
       names: the label set.
     """
-    # Of labels that begin alike, the longer one is meant.
-    ordered = sorted(names, key=len, reverse=True)
-    pattern = re.compile(
-        r"(?<!\w)(?:" + "|".join(f"({re.escape(name.strip())})" for name in ordered) + r")(?!\w)",
-        re.IGNORECASE,
-    )
+    in_box, in_text = _patterns(tuple(names))
     boxes = _BOX.findall(response)
-    for text in (*boxes[-1:], response):
+    for text, pattern in ((boxes[-1] if boxes else "", in_box), (response, in_text)):
         if match := pattern.search(text):
-            return list(names).index(ordered[match.lastindex - 1])
+            return list(names).index(find_label(match[0], names))
     return -1
+
+
+@functools.lru_cache(maxsize=64)
+def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Returns what finds a label in a box, and in a text."""
+
+    def pattern(words: Iterable[str]) -> re.Pattern[str]:
+        # Of words that begin alike, the longer one is meant.
+        longest_first = sorted(map(normalize, words), key=len, reverse=True)
+        joined = "|".join(map(re.escape, longest_first))
+        return re.compile(rf"(?<!\w)(?:{joined})(?!\w)", re.IGNORECASE)
+
+    return pattern(spellings(names)), pattern(names)

@@ -75,6 +75,27 @@ def data_sets(config: ConfigDict) -> dict[str, tuple[str, ConfigDict]]:
     return found | {name: (f"evaluate.sets.{name}", each) for name, each in sets.items()}
 
 
+def open_own(config: ConfigDict, field: str, dataset: ConfigDict) -> Source:
+    """Returns all rows of one data set in the labels that its files have.
+
+    Args:
+      config: of the run.
+      field: where in the config the data set stands.
+      dataset: its description.
+
+    Raises:
+      ConfigError, DataError: as `open_source`.
+    """
+    return _open(config, field, dataset)[0]
+
+
+def _open(config: ConfigDict, field: str, dataset: ConfigDict) -> tuple[Source, str]:
+    check_kind(field, dataset)
+    wants_responses = config.sft.target == "response"
+    run = SourceContext(field, config.data.folder, config.data.scene_size, wants_responses)
+    return SOURCES[dataset.kind](dataset, run)
+
+
 def open_source(
     config: ConfigDict, field: str, dataset: ConfigDict, labels: str = ""
 ) -> tuple[Source, str]:
@@ -93,11 +114,8 @@ def open_source(
       ConfigError: if its kind is unknown, or its path or subset cannot be used.
       DataError: if it cannot be opened.
     """
-    check_kind(field, dataset)
-    wants_responses = config.sft.target == "response"
-    run = SourceContext(field, config.data.folder, config.data.scene_size, wants_responses)
     try:
-        source, own = SOURCES[dataset.kind](dataset, run)
+        source, own = _open(config, field, dataset)
         wanted = labels or dataset.labels or own or PARQUET_LABELS
         if own and wanted != own:
             source = Relabelled(source, label_map(own, wanted))

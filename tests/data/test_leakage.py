@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from emor3_jax.data.generic import FilesSource
-from emor3_jax.data.leakage import dhash, fingerprints, shared
+from emor3_jax.data.leakage import dhash, fingerprints, repeated, shared
 from emor3_jax.data.sources import Texts
 
 
@@ -57,3 +57,12 @@ def test_flat_and_damaged_images_have_no_dhash(source):
     assert dhash(saved(scene(0))) is not None
     a, b = source("a", [white, b"x"]), source("b", [grey, white, b"y"])
     assert shared(fingerprints(a, True), fingerprints(b, True)) == [("a0", "b1")]
+
+
+def test_images_that_a_set_repeats_are_grouped(source):
+    images = [saved(scene(i)) for i in (0, 1, 0, 2, 0)]
+    a = source("a", [*images, saved(scene(1), "JPEG", quality=60), saved(scene(1)), None])
+    # By look, the re-encoded copy joins the two of equal bytes.
+    assert repeated(fingerprints(a, False)) == [["a0", "a2", "a4"], ["a1", "a6"]]
+    assert repeated(fingerprints(a, True)) == [["a0", "a2", "a4"], ["a1", "a5", "a6"]]
+    assert repeated({}) == []

@@ -6,8 +6,17 @@ from PIL import Image
 
 from emor3_jax.data.encode import Encoder
 from emor3_jax.data.pipeline import BatchSpec, eval_batches
-from emor3_jax.data.sources import ParquetSource
-from emor3_jax.data.survey import histogram, measure_padding, survey, thumbnail, to_dict
+from emor3_jax.data.sources import ParquetSource, Texts
+from emor3_jax.data.survey import (
+    histogram,
+    imbalance,
+    mapped_counts,
+    measure_padding,
+    relabelling,
+    survey,
+    thumbnail,
+    to_dict,
+)
 
 TEMPLATE = "{question} {labels}"
 LENGTHS, WINDOWS = (60, 120, 240), (1, 4)
@@ -104,3 +113,23 @@ def test_histograms_by_hand():
 def test_thumbnails_are_small_and_in_proportion(make):
     small = Image.open(io.BytesIO(thumbnail(make["png"](0, 100, 400), (56, 672), 336)))
     assert small.size == (336, 28) and small.format == "JPEG"
+
+
+def test_labels_and_their_other_names_are_counted():
+    own = [Texts("?", x, "") for x in ("happy", "joyful", "happy", "rage", None, "sad")]
+    mapped = [Texts("?", x, "") for x in ("Joy", "joy", "joy", "rage", None, "sadness")]
+    found = relabelling(own, mapped, ("sadness", "joy", "fear"))
+    assert found == [
+        ("sad", "sadness", 1),
+        ("happy", "joy", 2),
+        ("joyful", "joy", 1),
+        ("", "", 1),
+        ("rage", "", 1),
+    ]
+    published = [("Happy", 20), ("joyful", 5), ("rage", 7), ("envy", 1), ("sad", 9)]
+    assert mapped_counts(published, found) == {"joy": 25, "sadness": 9}
+
+
+def test_imbalance_by_hand():
+    assert imbalance([30, 10, 20]) == 3.0
+    assert imbalance([3, 0]) is None and imbalance([]) is None

@@ -52,6 +52,8 @@ def test_polarity_from_the_fine_answer() -> None:
     [
         ("It is Fear, not awe.", "fear"),
         ("fearless and angered", ""),
+        (r"the content is dull \boxed{scared}", "fear"),
+        ("the content is dull, one feels sad", ""),
         (r"sad, fear then \boxed{ Awe }", "awe"),
         (r"\boxed{fear} no, \boxed{mostly awe, some fear}", "awe"),
         # The box holds no label: the text does.

@@ -387,6 +387,11 @@ def build_dataset(
     return built
 
 
+def read_notes(built: Builder) -> dict[str, list[str]]:
+    """Returns kind of `checks.FAULTS` or `NOTES` → what was found when a data set was built."""
+    return json.loads((Path(built.data_dir) / "checks.json").read_text())
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps back what tfds says: that it downloads, and that a folder is no known configuration."""
@@ -421,6 +426,7 @@ class BuiltSource:
     Attributes:
       name: of data set and split.
       labels: name of the label set.
+      built: the data set.
     """
 
     def __init__(self, built: Builder, split: str, question: str = "") -> None:
@@ -436,6 +442,7 @@ class BuiltSource:
           DataError: if there is no such split.
         """
         self.name, self.labels = f"{built.name}/{split}", built.LABELS
+        self.built = built
         self._root = Path(built.builder_config.root)
         there = [name for name in built.info.splits if not name.endswith("_pictures")]
         wanted = {"val": "validation"}.get(split, split)
