@@ -49,7 +49,10 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
                 keep=report.SAMPLES,
                 graded=config.evaluate.sets[name].graded,
                 record=record,
-                extras=Extras(prepare.make_label_likelihood(config, rollout)),
+                extras=Extras(
+                    prepare.make_label_likelihood(config, rollout),
+                    prepare.stated_values(config, data.sources[name]),
+                ),
             )
     results = with_groups(results, config.evaluate.groups)
     if hosts.is_first():

@@ -31,15 +31,21 @@ SET_STYLES = {
     "think": BUILT_IN["qwen"] / "think.txt",
     "direct": BUILT_IN["qwen"] / "direct.txt",
     "tiny_direct": BUILT_IN["tiny"] / "direct.txt",
+    "confidence": BUILT_IN["qwen"] / "confidence.txt",
+    "valence_arousal": BUILT_IN["qwen"] / "valence_arousal.txt",
 }
-"""Other ways to ask for the emotion, for a `set` template: think freely first, or answer at once.
+"""Other ways to ask for the emotion, for a `set` template.
 
-None has steps, so SET's format and reflection have nothing to read: a run with one of them needs
-`reflect.enabled=false` and `reward.format="boxed"` (docs/data.md).
+Think freely first, answer at once, or think in SET's steps and state numbers behind the answer
+(docs/evaluation.md).
 """
 
-PLAIN_STYLES = frozenset(SET_STYLES)
-"""Names of `set` templates that ask for no steps."""
+PLAIN_STYLES = frozenset({"think", "direct", "tiny_direct"})
+"""Names of `set` templates that ask for no steps.
+
+SET's format and reflection have nothing to read there: a run with one of them needs
+`reflect.enabled=false` and `reward.format="boxed"` (docs/data.md).
+"""
 
 IMAGE_TOKEN = "<|image_pad|>"
 IMAGE_END = "<|vision_end|>"

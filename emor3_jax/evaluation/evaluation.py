@@ -16,6 +16,7 @@ Deviations, numbered:
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,8 @@ from emor3_jax.evaluation.readings import (
     label_scores,
     read_shares,
     read_texts,
+    read_values,
+    value_scores,
 )
 from emor3_jax.evaluation.records import Evaluation, Sample, prediction, read_sample
 from emor3_jax.parallel import hosts
@@ -50,9 +53,11 @@ class Extras(NamedTuple):
     Attributes:
       likelihood: (params, batch, samples) → float32[B, G, K], the share of each label in the
         likelihood of all behind a response's own reasoning (`rollout.label_likelihood`).
+      values: row id → name, such as valence → the true value of a number that the prompt asks for.
     """
 
     likelihood: Callable[[dict, Batch, Samples], jax.Array] | None = None
+    values: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
 def evaluate(
@@ -85,7 +90,7 @@ def evaluate(
     columns: dict[str, list[np.ndarray]] = {}
     samples: list[Sample] = []
     labels, responses = rollout.scorer.labels, range(rollout.group_size)
-    likelihood = extras and extras.likelihood
+    likelihood, values = extras or Extras()
     # Training folds its step into the same seed: one more number keeps the two apart.
     noise = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     for index, (batch, ids) in enumerate(batches):
@@ -102,7 +107,8 @@ def evaluate(
         read = partial(_read, rollout.scorer, ids, answers, found)
         shown = {i: read(i, chosen[i]) for i in rows}
         new = _columns(found, answers, chosen) | {"grades": grades}
-        new |= read_texts({i: s.response for i, s in shown.items()}, len(weight), labels)
+        texts = {i: sample.response for i, sample in shown.items()}
+        new |= read_texts(texts, len(weight), labels) | read_values(texts, ids, values)
         new |= read_shares(found.scores.answer, chosen, likely, len(labels))
         for name, value in new.items():
             columns.setdefault(name, []).append(value[rows])
@@ -114,6 +120,7 @@ def evaluate(
     data = {name: np.concatenate(value) for name, value in columns.items()}
     scores, curves = confidence_scores(data, graded)
     metrics = _means(data, rollout, graded) | label_scores(data, labels) | scores
+    metrics |= value_scores(data)
     confusion = confusion_matrix(data["label"], data["answer"], len(labels)).tolist()
     return Evaluation(metrics, samples, labels, tuple(map(tuple, confusion)), curves)
 

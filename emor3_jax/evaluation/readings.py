@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from emor3_jax.evaluation.confidence import Calibration, calibration, vote_shares
-from emor3_jax.evaluation.distances import distribution_distances
+from emor3_jax.evaluation.distances import agreement, distribution_distances
 from emor3_jax.evaluation.emotions import first_named, polarity_accuracy, wheel_distance
 from emor3_jax.evaluation.metrics import mean_recall
-from emor3_jax.rewards.stated import stated_confidence
+from emor3_jax.rewards.stated import stated_confidence, stated_number
 
 SOURCES = ("votes", "likelihood", "stated")
 """Sources of confidence: the share of the k responses, the labels' likelihood, the response."""
@@ -63,6 +63,50 @@ def read_shares(
         sure = np.where(answer >= 0, shares[np.arange(len(answer)), answer], np.nan)
         found[name.replace("_shares", "_confidence")] = sure
     return found
+
+
+def read_values(
+    responses: Mapping[int, str],
+    ids: Sequence[str],
+    values: Mapping[str, Mapping[str, float]],
+) -> Columns:
+    """Returns the numbers of each row and those that its answer states, NaN where there is none.
+
+    Args:
+      responses: index of a row → the response that answers for it.
+      ids: of the rows.
+      values: row id → name, such as valence → number.
+
+    Returns:
+      `<name>_true` and `<name>_said` float[rows], of each name that occurs in `values`.
+    """
+    found = {}
+    for name in value_names(values):
+        true = [values.get(row_id, {}).get(name, np.nan) for row_id in ids]
+        said = [
+            stated_number(responses[i], name) if i in responses else np.nan for i in range(len(ids))
+        ]
+        found |= {f"{name}_true": np.array(true), f"{name}_said": np.array(said)}
+    return found
+
+
+def value_names(values: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Returns the names of the numbers of rows, sorted."""
+    return sorted({name for each in values.values() for name in each})
+
+
+def value_scores(data: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns `<name>_<score>` of each kind of number, over the rows that have one.
+
+    Args:
+      data: columns of all rows, those of `read_values` among them.
+    """
+    scores = {}
+    for name in [column.removesuffix("_true") for column in data if column.endswith("_true")]:
+        there = ~np.isnan(data[f"{name}_true"])
+        found = agreement(data[f"{name}_true"][there], data[f"{name}_said"][there])
+        scores |= {f"{name}_{score}": value for score, value in found.items()}
+    return scores
 
 
 def confidences(columns: Mapping[str, np.ndarray], row: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from emor3_jax.prepare.data import (
     load_templates,
     open_data,
     open_source,
+    stated_values,
 )
 from emor3_jax.prepare.policy import (
     attention_backend,
@@ -62,6 +63,7 @@ __all__ = [
     "read_policy",
     "reference_settings",
     "rollout_plan",
+    "stated_values",
     "trained_params",
     "with_attention",
 ]

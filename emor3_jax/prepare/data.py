@@ -143,6 +143,25 @@ def load_templates(config: ConfigDict) -> PromptTemplates:
     return PromptTemplates.load(**config.data.templates.to_dict())
 
 
+STATED_VALUES = ("valence", "arousal")
+"""Numbers of rows (`Texts.values`) that a `set` template may ask for, in tags of their names."""
+
+
+def stated_values(config: ConfigDict, source: Source) -> dict[str, dict[str, float]]:
+    """Returns row id → name → true value, of the numbers that the `set` template asks for.
+
+    Args:
+      config: of the run.
+      source: the rows.
+    """
+    template = load_templates(config).set
+    asked = [name for name in STATED_VALUES if f"<{name}>" in template]
+    if not asked:
+        return {}
+    found = {x.id: {k: v for k, v in x.values if k in asked} for x in source.texts()}
+    return {row_id: values for row_id, values in found.items() if values}
+
+
 def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None) -> Data:
     """Opens the training data and all evaluation sets.
 

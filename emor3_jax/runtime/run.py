@@ -153,7 +153,10 @@ class Run:
             for name in self.data.evaluate
         }
         self._extras = {
-            name: Extras(prepare.make_label_likelihood(config, rollout))
+            name: Extras(
+                prepare.make_label_likelihood(config, rollout),
+                prepare.stated_values(config, self.data.sources[name]),
+            )
             for name, rollout in self._rollouts.items()
         }
         self._stop.check()

@@ -3,6 +3,7 @@ import pytest
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.prompts import (
     BUILT_IN,
+    PLAIN_STYLES,
     SET_STYLES,
     PromptTemplates,
     fill,
@@ -122,8 +123,17 @@ def test_a_missing_template_names_the_choices():
 
 
 @pytest.mark.parametrize("style", SET_STYLES)
-def test_thinking_freely_and_answering_at_once_are_choices(style):
+def test_other_ways_to_ask_are_choices(style):
     template = PromptTemplates.load(set=style).set
     asked = fill(template, question="what ?", labels=LABELS)
     assert "what ?" in asked and "joy, fear" in asked and "\\boxed{" in asked
-    assert ("<think>" in asked) == (style == "think") and "<step1>" not in asked
+    assert ("<think>" in asked) == (style == "think")
+    assert ("<step1>" in asked) == (style not in PLAIN_STYLES)
+
+
+@pytest.mark.parametrize(
+    ("style", "tags"), [("confidence", ["confidence"]), ("valence_arousal", ["valence", "arousal"])]
+)
+def test_numbers_are_asked_for_in_tags(style, tags):
+    template = PromptTemplates.load(set=style).set
+    assert all(f"<{tag}>number</{tag}>" in template for tag in tags)

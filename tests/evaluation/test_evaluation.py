@@ -173,3 +173,14 @@ def test_likelihoods_and_stated_numbers_are_confidences_too() -> None:
     # Raters: 0.8, 0.2 and 0.5, 0.5.
     assert metrics["likelihood_chebyshev"] == pytest.approx(0.1)
     assert "stated_chebyshev" not in metrics
+
+
+def test_stated_numbers_are_compared_with_those_of_the_rows() -> None:
+    rollout = _Rollout([0, 1, 1], [0, 1, 1], False)
+    rollout.says = "<valence>4</valence> <arousal>very</arousal>"
+    values = {"row 0": {"valence": 5.0, "arousal": 2.0}, "row 1": {"valence": 2.0}}
+    options = {"put": lambda batch: batch, "extras": Extras(values=values)}
+    metrics = evaluate(rollout, {}, [_batch([0, 0, 0], [1, 1, 1])], 5, **options).metrics
+    assert metrics["valence_mae"] == pytest.approx((1 + 2) / 2)
+    assert metrics["valence_covered"] == 1.0 and metrics["arousal_covered"] == 0.0
+    assert "arousal_mae" not in metrics and "valence_plcc" not in metrics

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from support import tiny
 
+from configs import cpu_demo
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError, dataset, default
 from emor3_jax.data.errors import DataError
@@ -302,3 +304,34 @@ def test_a_split_of_json_lines_is_honoured_or_refused(tmp_path, split):
     else:
         with pytest.raises(DataError, match=r"split='test': .* its lines are of dev, train"):
             prepare.open_source(default(), "data.train", described)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (
+            {"all": ("emoscenes", "nothing")},
+            r"groups\.all=.*names of evaluate\.sets: emoscenes, sh",
+        ),
+        ({"all": ()}, r"groups\.all=\(\): must be a tuple of names"),
+        ({"all": "emoscenes"}, r"groups\.all='emoscenes': must be a tuple of names"),
+        ({"shifted": ("emoscenes",)}, r"groups\.shifted=.*has the name of a set"),
+    ],
+)
+def test_groups_name_evaluation_sets(groups, said):
+    config = cpu_demo.get_config()
+    config.evaluate.groups = ConfigDict({"both": ("emoscenes", "shifted")})
+    validate(config)
+    config.evaluate.groups = ConfigDict(groups)
+    with pytest.raises(ConfigError, match=said):
+        validate(config)
+
+
+def test_numbers_of_rows_are_read_where_the_template_asks_for_them():
+    config = cpu_demo.get_config()
+    values = (("valence", 6.5), ("neutral", 0.25)), ()
+    texts = [Texts("?", "joy", str(i), values=x) for i, x in enumerate(values)]
+    source = SimpleNamespace(texts=lambda: texts)
+    assert prepare.stated_values(config, source) == {}
+    config.data.templates.set = "valence_arousal"
+    assert prepare.stated_values(config, source) == {"0": {"valence": 6.5}}

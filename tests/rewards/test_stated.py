@@ -5,6 +5,7 @@ import math
 import pytest
 
 from emor3_jax.rewards.stated import log_score, stated_confidence, stated_number
+from emor3_jax.rewards.terms import make_term
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,8 @@ def test_to_be_honest_pays_most() -> None:
     for true in (0.2, 0.5, 0.9):
         said = [x / 20 for x in range(1, 20)]
         assert max(said, key=lambda x: expected(x, true)) == pytest.approx(true)
+
+
+def test_the_log_score_is_a_term_of_the_reward() -> None:
+    term = make_term("log_score", 0.1, "", "", "emor3_jax.rewards.stated:log_score")
+    assert term.text is log_score
