@@ -34,6 +34,7 @@ from emor3_jax.io import comparison
 from emor3_jax.io.comparison import Compared
 from emor3_jax.io.console import Console
 from emor3_jax.prepare import open_source
+from emor3_jax.runtime import job
 from emor3_jax.runtime.cli import local_folder
 
 
@@ -146,6 +147,7 @@ FLAGS = flags.FLAGS
 
 
 def _program(arguments: list[str]) -> None:
+    job.start_jax("", devices=False)
     try:
         main(
             arguments[1:],

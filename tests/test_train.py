@@ -109,13 +109,20 @@ def test_a_checkpoint_is_evaluated_as_training_did(whole, folder):
 def test_an_earlier_checkpoint_is_evaluated_by_majority(whole, folder):
     config = make_config(folder)
     config.evaluate.checkpoint = str(whole / "checkpoints" / "2")
-    config.evaluate.votes = 3
-    result = evaluate.main(config, folder / "votes")["test"]
+    config.evaluate.votes, config.evaluate.likelihood = 3, True
+    config.evaluate.groups.all = ("test",)
+    results = evaluate.main(config, folder / "votes")
+    result = results["test"]
+    assert results["all"].members == ("test",)
+    assert results["all"].metrics["uar"] == result.metrics["uar"]
     lines = (folder / "votes" / "predictions" / "test.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [len(row["responses"]) for row in rows] == [3] * 6
     right = [row["right"] for row in rows]
     assert result.metrics["accuracy"] == pytest.approx(np.mean(right))
+    # A random policy boxes no label, so there is nothing to be sure of.
+    assert all(row["answer"] or not row["confidence"] for row in rows)
+    assert (folder / "votes" / "predictions" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("place", ["checkpoints/7", "nothing"])
