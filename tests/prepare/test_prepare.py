@@ -263,6 +263,17 @@ def test_evaluation_on_training_rows_is_said(folder, tmp_path, caplog):
     assert "are also rows" not in caplog.text
 
 
+def test_a_subset_has_a_seed_of_its_own(tmp_path):
+    write_folders(tmp_path / "six", LABEL_SETS["emotion6"], 12)
+    described = dataset(kind="folders", path=str(tmp_path / "six"), split="whole", subset=12)
+    config, found = default(), []
+    for seed, own in ((0, 5), (1, 5), (5, -1), (0, -1)):
+        config.seed, described.subset_seed = seed, own
+        source, _ = prepare.open_source(config, "evaluate.sets.a", described)
+        found.append([texts.id for texts in source.texts()])
+    assert found[0] == found[1] == found[2] != found[3]
+
+
 def test_texts_may_spell_labels_in_any_way(tmp_path):
     rows = [{"image": "x.png", "label": name} for name in ("Happy", "angry", "sad", "bored")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
