@@ -48,10 +48,11 @@ def dataset(**fields: object) -> ConfigDict:
     config.question = ""
     # Named data sets: copy the images into the records that are built (data/datasets/base.py).
     config.copy = False
-    # Only so many rows, drawn by the run's seed; 0 takes all. Their ids are kept in
-    # workdir/subsets. As many of each label ("class"), or in the mix of the data ("natural").
+    # Only so many rows; 0 takes all. Their ids are kept in workdir/subsets. As many of each label
+    # ("class"), or in the mix of the data ("natural"); drawn by this seed, or by the run's (-1).
     config.subset = 0
     config.subset_mix = "class"
+    config.subset_seed = -1
     # Only the rows that this file names, one id a line.
     config.ids = ""
     # In training: "class" gives each label equal turns.

@@ -51,6 +51,18 @@ def is_image(path: Path) -> bool:
     return is_image_head(head)
 
 
+def read_image(path: Path) -> bytes | None:
+    """Returns the bytes of a regular file; None where there is none, or nothing can be read.
+
+    A pipe or a device under the name of an image would be read for ever.
+    """
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except (OSError, ValueError):
+        # ValueError: a NUL in the name.
+        return None
+
+
 def is_image_head(head: bytes) -> bool:
     """Returns whether 16 bytes are the beginning of an image in one of the formats of `SUFFIXES`.
 

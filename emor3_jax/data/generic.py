@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from emor3_jax.data.columns import features_of, label_names, shares_of, text_of
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.files import SUFFIXES, is_hidden, is_image
+from emor3_jax.data.files import SUFFIXES, is_hidden, is_image, read_image
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.sources import (
     Row,
@@ -67,11 +67,7 @@ class FilesSource:
         return len(self._texts)
 
     def __getitem__(self, index: int) -> Row:
-        try:
-            image = self._files[index].read_bytes()
-        except OSError:
-            image = None
-        return Row([image], self._texts[index])
+        return Row([read_image(self._files[index])], self._texts[index])
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order."""
@@ -84,6 +80,7 @@ class FilesSource:
         return self._index[row_id]
 
 
+_TRIED = 100
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
 
@@ -164,7 +161,8 @@ def open_json_lines(
 ) -> FilesSource:
     """Opens a file of JSON lines.
 
-    A line is an object with `image`, an image's file relative to the list's folder; `answer` or
+    A line is an object with `image`, an image's file relative to the list's folder (a path of
+    Windows is read as well); `answer` or
     `label`; and, if wanted, `question` or `problem`, `id`, `distribution`, {label: share},
     `response`, a text or a list of them to learn from, and `split`.
 
@@ -175,7 +173,8 @@ def open_json_lines(
       split: only the lines whose `split` is this; "" is all.
 
     Raises:
-      DataError: naming the line that is no such object, or the split that no line has.
+      DataError: naming the line that is no such object, the split that no line has, or the first
+        image, if none of a hundred is there.
     """
     file = Path(path).expanduser()
     if not path or not file.is_file():
@@ -202,11 +201,41 @@ def open_json_lines(
             raise DataError(f"{where}: the id {texts[-1].id!r} was there before")
         seen.add(texts[-1].id)
         files.append(file.parent / image)
+    files = _existing(files, file)
     if split and not files:
         there = sorted(name for name in splits if name is not None)
         known = f"its lines are of {', '.join(there)}" if there else "its lines name no split"
         raise DataError(f"split={split!r}: {file}: {known}; leave split '' to take all lines")
     return FilesSource(file.name, files, texts)
+
+
+def _existing(files: list[Path], of: Path) -> list[Path]:
+    """Returns the files, with the separators of Windows changed where these lead nowhere.
+
+    Raises:
+      DataError: if none of the first ones is there, as on another machine than the list's.
+    """
+    first = files[:_TRIED]
+    if not first or any(map(_is_file, first)):
+        return files
+    changed = [Path(str(file).replace("\\", "/")) for file in files]
+    if any(map(_is_file, changed[:_TRIED])):
+        return changed
+    if len(first) < _TRIED:
+        # The pipeline counts and names so few rows.
+        return files
+    raise DataError(
+        f"{of}: none of its first {_TRIED} images is there; the first one tried was {first[0]}. "
+        "Paths must be relative to the folder of the list, or those of this machine"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except ValueError:
+        # A NUL in the name.
+        return False
 
 
 def _lines(file: Path) -> list[str]:

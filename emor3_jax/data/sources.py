@@ -21,9 +21,13 @@ from PIL import ExifTags, Image
 
 from emor3_jax.data.columns import is_text, label_names
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.files import read_image
 
 IMAGE_MARK = "<image>"
 """Stands in a row's `problem` for its image."""
+
+MAX_GROUP_BYTES = 2**31
+"""Of a row group of a parquet file, uncompressed."""
 
 
 class Texts(NamedTuple):
@@ -135,7 +139,7 @@ class RowGroups:
           cache_bytes: memory for row groups, in each process that reads.
 
         Raises:
-          DataError: if one is no parquet file.
+          DataError: if one is no parquet file, or has a row group that cannot be read.
         """
         self._files, self._cache_bytes = list(files), cache_bytes
         # (file, row group in the file), and where each row group begins.
@@ -151,6 +155,13 @@ class RowGroups:
                 self.schema = metadata.schema.to_arrow_schema()
             self.file_starts.append(self._starts[-1])
             for group in range(metadata.num_row_groups):
+                size = metadata.row_group(group).total_byte_size
+                if size >= MAX_GROUP_BYTES:
+                    raise DataError(
+                        f"{file}: row group {group} has {size / 2**30:.1f} GiB, over the "
+                        f"{MAX_GROUP_BYTES / 2**30:.0f} that arrow reads at once; write the file "
+                        "again with row_group_size=100"
+                    )
                 self._groups.append((number, group))
                 self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
         self._open()
@@ -441,8 +452,7 @@ def image_bytes(image: dict | bytes | str | None, folder: Path) -> bytes | None:
         return None
     if image.get("bytes"):
         return image["bytes"]
-    path = folder / image["path"] if image.get("path") else None
-    return path.read_bytes() if path is not None and path.is_file() else None
+    return read_image(folder / image["path"]) if image.get("path") else None
 
 
 def read_texts(

@@ -127,7 +127,8 @@ def open_source(
         if dataset.subset:
             texts, found = list(source.texts()), label_set(wanted)
             draw = SUBSETS[dataset.subset_mix]
-            source = Subset(source, draw(texts, found, dataset.subset, config.seed))
+            seed = config.seed if dataset.subset_seed < 0 else dataset.subset_seed
+            source = Subset(source, draw(texts, found, dataset.subset, seed))
     except DataError as error:
         raise DataError(f"config.{field}: {error}") from error
     return source, wanted

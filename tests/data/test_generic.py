@@ -321,3 +321,26 @@ def test_columns_of_a_folder_of_datasets(tmp_path, make):
         DataError, match=r"columns=image:photo: .* has the columns picture, emotion"
     ):
         HuggingFaceSource(str(tmp_path / "set"), "", columns={"image": "photo"})
+
+
+def test_paths_of_windows_or_of_another_machine(tmp_path, make):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "x.png").write_bytes(make["png"](1))
+    rows = [{"image": "train\\x.png", "label": "joy"}] * 2
+    assert open_json_lines(lines(tmp_path / "a.jsonl", rows))[1].images == [make["png"](1)]
+    rows = [{"image": f"D:\\data\\{i}.png", "label": "joy"} for i in range(200)]
+    with pytest.raises(
+        DataError, match=r"none of its first 100 images is there; .* tried was .*0\.png"
+    ):
+        open_json_lines(lines(tmp_path / "b.jsonl", rows))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nul", "folder"])
+def test_what_is_no_regular_file_is_not_read(tmp_path, make, kind):
+    (tmp_path / "x.png").write_bytes(make["png"](1))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    name = "n\0l" if kind == "nul" else kind
+    rows = [{"image": "x.png", "label": "joy"}, {"image": name, "label": "joy"}]
+    source = open_json_lines(lines(tmp_path / "a.jsonl", rows))
+    assert source[0].images == [make["png"](1)] and source[1].images == [None]

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from emor3_jax.data import sources
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.sources import ParquetSource, sizes_of
 
@@ -217,3 +218,11 @@ def test_a_split_is_a_column_or_a_name_or_refused(tmp_path, make):
         source.find("a.parquet:0")
     with pytest.raises(DataError, match="split='dev': column 'part' has test, train"):
         ParquetSource(tmp_path / "a.parquet", split="dev", columns={"split": "part"})
+
+
+def test_a_row_group_that_arrow_cannot_read_is_named_at_opening(folder, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_GROUP_BYTES", 1000)
+    with pytest.raises(
+        DataError, match=r"a\.parquet: row group 0 has .* again with row_group_size"
+    ):
+        ParquetSource(folder / "a.parquet")

@@ -11,9 +11,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from support import tiny
+from support import layouts, tiny
 
-from configs import cpu_demo
+from configs import cpu_demo, paper
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError, dataset, default
 from emor3_jax.data.errors import DataError
@@ -265,6 +265,17 @@ def test_evaluation_on_training_rows_is_said(folder, tmp_path, caplog):
     assert "are also rows" not in caplog.text
 
 
+def test_a_subset_has_a_seed_of_its_own(tmp_path):
+    write_folders(tmp_path / "six", LABEL_SETS["emotion6"], 12)
+    described = dataset(kind="folders", path=str(tmp_path / "six"), split="whole", subset=12)
+    config, found = default(), []
+    for seed, own in ((0, 5), (1, 5), (5, -1), (0, -1)):
+        config.seed, described.subset_seed = seed, own
+        source, _ = prepare.open_source(config, "evaluate.sets.a", described)
+        found.append([texts.id for texts in source.texts()])
+    assert found[0] == found[1] == found[2] != found[3]
+
+
 def test_texts_may_spell_labels_in_any_way(tmp_path):
     rows = [{"image": "x.png", "label": name} for name in ("Happy", "angry", "sad", "bored")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -335,3 +346,39 @@ def test_numbers_of_rows_are_read_where_the_template_asks_for_them():
     assert prepare.stated_values(config, source) == {}
     config.data.templates.set = "valence_arousal"
     assert prepare.stated_values(config, source) == {"0": {"valence": 6.5}}
+
+
+def test_the_papers_sets_are_read_from_their_folders(tmp_path):
+    layouts.emoset(tmp_path / "EmoSet", {"train": 24, "test": 16})
+    six = LABEL_SETS["emotion6"]
+    shares = [[0.0] * 7 for _ in six]
+    for number in range(6):
+        # The largest share is that of another emotion than the keyword.
+        shares[number][(number + 1) % 6] = 1.0
+    rows = [(f"{six[n]}/{i}.jpg", shares[n]) for n in range(6) for i in range(10)]
+    layouts.emotion6(tmp_path / "Emotion6", rows)
+    layouts.classes(tmp_path / "WebEmo" / "test25", [str(n) for n in range(25)], 1)
+    config = paper.get_config("emoset")
+    config.data.folder = str(tmp_path / "data")
+    sets = {"data.train": config.data.train}
+    sets |= {f"evaluate.sets.{name}": each for name, each in config.evaluate.sets.items()}
+    folders = {"emoset": "EmoSet", "emotion6": "Emotion6", "webemo": "WebEmo"}
+    found = {}
+    for field, each in sets.items():
+        each.path = str(tmp_path / folders[each.kind])
+        if each.subset:
+            each.subset = 12
+        source, labels = prepare.open_source(config, field, each)
+        found[field] = len(source), labels, list(source.texts())
+    assert [(n, labels) for n, labels, _ in found.values()] == [
+        (12, "mikels8"),
+        (12, "mikels8"),
+        (18, "emotion6"),
+        (12, "webemo7"),
+    ]
+    emotion6 = found["evaluate.sets.emotion6"][2]
+    assert all(texts.answer == texts.id.partition("/")[0] for texts in emotion6)
+    assert {t.answer for t in found["evaluate.sets.webemo"][2]} <= set(LABEL_SETS["webemo7"])
+    config.seed = 7
+    again, _ = prepare.open_source(config, "data.train", config.data.train)
+    assert [t.id for t in again.texts()] == [t.id for t in found["data.train"][2]]

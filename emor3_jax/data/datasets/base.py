@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
@@ -39,7 +40,7 @@ from PIL import Image
 
 from emor3_jax.data.datasets.checks import Checks, log, shortened
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.files import SUFFIXES, is_hidden, is_image
+from emor3_jax.data.files import SUFFIXES, is_hidden, is_image, read_image
 from emor3_jax.data.generic import in_test
 from emor3_jax.data.labels import find_label, label_set, normalize
 from emor3_jax.data.sources import Row, Texts, upright_size
@@ -139,10 +140,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def image(self, root: Path, found: Found) -> bytes | None:
         """Returns the encoded image, None if it cannot be read."""
-        try:
-            return (root / found.file).read_bytes() if found.file else None
-        except OSError:
-            return None
+        return read_image(root / found.file) if found.file else None
 
     @property
     def copies(self) -> bool:
@@ -279,7 +277,7 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
             with Image.open(io.BytesIO(data)) as image:
                 height, width = upright_size(image)
             key = (len(data), zlib.crc32(data))
-    elif found.file:
+    elif found.file and (root / found.file).is_file():
         try:
             with open(root / found.file, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -372,17 +370,20 @@ def build_dataset(
     splits = builder.scan(root, Checks(builder.name, root))
     name = _fingerprint(root, copy, splits)
     config = FolderConfig(name=name, root=str(root), copy=copy)
-    with _quiet():
-        built = builder(config=config, data_dir=str(data_dir), file_format="array_record")
-    checks = Path(built.data_dir) / "checks.json"
-    if not checks.is_file():
-        files = sum(map(len, splits.values()))
-        logger.warning("%s: building, once: looking at %d images in %s", built.name, files, root)
+    with _one_at_a_time(Path(data_dir) / f"{builder.name}.{name}.lock"):
         with _quiet():
-            built.download_and_prepare()
-        if not hasattr(built, "found"):
-            raise DataError(f"{built.data_dir} is incomplete; delete it and start again")
-        built.found.save(checks)
+            built = builder(config=config, data_dir=str(data_dir), file_format="array_record")
+        checks = Path(built.data_dir) / "checks.json"
+        if not checks.is_file():
+            files = sum(map(len, splits.values()))
+            logger.warning(
+                "%s: building, once: looking at %d images in %s", built.name, files, root
+            )
+            with _quiet():
+                built.download_and_prepare()
+            if not hasattr(built, "found"):
+                raise DataError(f"{built.data_dir} is incomplete; delete it and start again")
+            built.found.save(checks)
     _log_once(built.name, checks)
     return built
 
@@ -390,6 +391,17 @@ def build_dataset(
 def read_notes(built: Builder) -> dict[str, list[str]]:
     """Returns kind of `checks.FAULTS` or `NOTES` → what was found when a data set was built."""
     return json.loads((Path(built.data_dir) / "checks.json").read_text())
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Waits while another program builds the same data set; the lock ends with its program."""
+    with contextlib.ExitStack() as stack:
+        # A folder that is read alone, or a file system without locks, holds what is built already.
+        with contextlib.suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -496,10 +508,7 @@ class BuiltSource:
     def _image(self, index: int) -> bytes | None:
         if self._images is not None:
             return self._images[self._numbers[index]]["picture"] or None
-        try:
-            return (self._root / self._files[index]).read_bytes() if self._files[index] else None
-        except OSError:
-            return None
+        return read_image(self._root / self._files[index]) if self._files[index] else None
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order."""

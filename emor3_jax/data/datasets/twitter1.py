@@ -5,9 +5,9 @@ Images in `Agg_AMT_Candidates`. `label` of the config says how many of the five 
 `twitter_three_agrees.txt` (or `three_agree.txt`, and so on), lines of a file and 1 for positive or
 0 for negative; without them from `amt_result.csv`, whose votes become the row's `distribution`.
 
-Checked against public code: folder, lists and their numbers. Not checked: the names of the columns
-of `amt_result.csv`; one must begin with positive and one with negative (or pos and neg), since
-their order could not be told.
+Checked against public code: folder and lists. Not checked: the names of the columns of
+`amt_result.csv`; one must begin with positive and one with negative (or pos and neg), since their
+order could not be told.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,10 @@
 """What all builders share: building once, finding again, copying, splitting, naming faults."""
 
+import concurrent.futures
 import io
 import json
 import logging
+import multiprocessing
 import pickle
 import shutil
 from pathlib import Path
@@ -151,3 +153,16 @@ def test_rows_with_a_fault_are_tolerated_up_to_one_percent(tmp_path):
         checks.finish(1999)
     with pytest.raises(DataError, match="it has no rows"):
         checks.finish(0)
+
+
+def test_another_program_waits_for_a_build(folder, tmp_path):
+    data = str(tmp_path / "data")
+    with concurrent.futures.ProcessPoolExecutor(
+        2, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        opened = [pool.submit(_rows_of, str(folder), data) for _ in range(2)]
+        assert [each.result() for each in opened] == [16, 16]
+
+
+def _rows_of(root: str, data: str) -> int:
+    return len(open_dataset("emoset", root, "train", data))
