@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from configs.qwen_vl import POLICIES
 from emor3_jax.parallel import topology
 
 RESULTS = Path("docs/results/compile.jsonl")
@@ -28,7 +29,7 @@ SLICES = (
     *("v5e-16", "v5e-64", "v5e-256", "2xv5e-16"),
     *("v5p-8", "v5p-32", "v6e-8", "v6e-16", "v6e-64", "tpu7x-8"),
 )
-SIZES = ("3b", "7b")
+SIZES = tuple(POLICIES)
 PROGRAMS = (
     *("weight_sync", "decode", "resize_ring", "shrink", "admit", "take_out", "update"),
     *("prefill", "coherence", "consistency", "reference"),
