@@ -10,6 +10,7 @@ from support.tiny_flops import TINY, array, policy_of, prompt_shapes
 from emor3_jax.flops.cost import decoder_flops, decoder_linear_flops, logits_flops, vision_flops
 from emor3_jax.models import published
 from emor3_jax.models.layers import Dense
+from emor3_jax.models.params import leaves
 
 # XLA counts the body of a loop once: one layer at a time. It counts elementwise work too, which is
 # little at these widths. Its causal products are full rectangles.
@@ -92,12 +93,11 @@ def test_the_second_family_costs_what_its_parameters_and_xla_say() -> None:
     parameters = sum(x.size for x in jax.tree.leaves(params["model"]))
     # Heads are wider than the hidden size holds.
     assert decoder_flops(shapes, 1, logits=1).linear == pytest.approx(2 * parameters, rel=1e-3)
-    # Four mergers, and a table of positions, which is looked up.
-    table = params["visual"]["pos_embed"]["embedding"].size
-    parts = {name: sum(x.size for x in jax.tree.leaves(p)) for name, p in params["visual"].items()}
-    mergers = sum(size for name, size in parts.items() if name[:5] in ("merge", "deeps"))
-    tower = sum(parts.values()) - mergers - table
-    assert vision_flops(shapes, 1).linear == pytest.approx(2 * (tower + mergers / 4), rel=1e-3)
+    # Of the tower its kernels, of which four mergers see a quarter of the rows.
+    kernels = {path: x.size for path, x in leaves(params["visual"]) if path.endswith("kernel")}
+    mergers = sum(n for path, n in kernels.items() if path.startswith(("merger", "deepstack")))
+    tower = sum(kernels.values()) - mergers
+    assert vision_flops(shapes, 1).linear == 2 * (tower + mergers / 4)
 
     small = dataclasses.replace(
         tiny.make_policy("qwen3_vl").shapes.vision, depth=1, hidden_size=128, intermediate_size=256
