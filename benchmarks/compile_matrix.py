@@ -116,8 +116,6 @@ def _fit_table(found: Results) -> list[str]:
         for name in SLICES:
             cell = found.get((size, name), {})
             if not cell:
-                empty = " | ".join([""] * (len(PROGRAMS) + 5))
-                lines.append(f"| {size.upper()} | {name} | {empty} | not run |")
                 continue
             any_ = next(iter(cell.values()))
             mesh, tensor = any_["mesh"], any_["mesh"]["tensor"]
@@ -133,6 +131,9 @@ def _fit_table(found: Results) -> list[str]:
                 f"| {any_['micro_prompts']} | {any_['usable'] / 2**30:.2f} "
                 f"| {' | '.join(sizes)} | {verdict} |"
             )
+    for size in SIZES:
+        if missing := [name for name in SLICES if not found.get((size, name))]:
+            lines += ["", f"Not run of {size.upper()}: {', '.join(missing)}."]
     return lines
 
 

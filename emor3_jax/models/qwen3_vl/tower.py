@@ -181,7 +181,8 @@ class Qwen3VLTower(nn.Module):
             x = block(x, table, mask)
             # Outside of what is rematerialised: being linear, it keeps nothing for the backward
             # pass.
-            return (x, keep_rows(kept.at[:, place].set(x))), None
+            kept = jax.lax.dynamic_update_index_in_dim(kept, x, place, 1)
+            return (x, keep_rows(kept)), None
 
         block = rematerialised(Qwen3VLBlock, self.compute.remat)(c, self.compute, name="blocks")
         stack = nn.scan(
