@@ -30,7 +30,7 @@ from emor3_jax.data.batch import Prompts
 from emor3_jax.evaluation.evaluation import evaluate
 from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json
 from emor3_jax.io import report
-from emor3_jax.io.checkpoints import Checkpoints, release
+from emor3_jax.io.checkpoints import Checkpoints, DamagedError, release
 from emor3_jax.io.console import Console, duration
 from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.learner.learner import Learner
@@ -148,31 +148,34 @@ class Run:
         }
         self._stop.check()
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        latest = self._checkpoints.latest()
-        self._progress: dict[str, Any] = {}
-        if latest is not None:
-            self._progress = self._checkpoints.progress(latest)
-        self._step = latest or 0
-        first = self._step + (latest is not None)
-        self._writer = MetricWriter(workdir, config.log.sinks, first_step=first)
+        self._begin_at(self._checkpoints.latest())
         self.clock = StepClock(self._stop.check)
         self._finished: FinishedStep | None = None
         self._due, self._saved_at = False, time.monotonic()
         self._stop.rescue = self._rescue
         self._maintenance = MaintenanceWatch(self._stop.request)
-        self._pace = Pace(self._step, config.steps)
         self._pending: StepRecord | None = None
         # A thread that ends the process logs too, and may find the main one at it.
         self._logging = threading.RLock()
         self._meter: Callable[[Observed], float] | None = None
         self._rollout: Rollout | None = None
         self._counters: Callable[[], dict[str, float]] = dict
-        self._last = self._step >= config.steps
         self._upcoming: Prompts | None = None
         self._placed: Batch | None = None
         self._position: Any = None
-        traced = self._step + 3
-        self._traced = range(traced, traced + config.log.profile_steps)
+
+    def _begin_at(self, latest: int | None) -> None:
+        """Begins behind a checkpoint, or anew; what was logged after it is dropped."""
+        config = self.config
+        self._progress: dict[str, Any] = {}
+        if latest is not None:
+            self._progress = self._checkpoints.progress(latest)
+        self._step = latest or 0
+        first = self._step + (latest is not None)
+        self._writer = MetricWriter(self.workdir, config.log.sinks, first_step=first)
+        self._pace = Pace(self._step, config.steps)
+        self._last = self._step >= config.steps
+        self._traced = range(self._step + 3, self._step + 3 + config.log.profile_steps)
 
     def __enter__(self) -> Self:
         """Returns the run."""
@@ -256,10 +259,8 @@ class Run:
         # State and reference alone hold parameters from here on.
         self.policy = LoadedPolicy(self.policy.policy, {}, self.policy.processor)
         if self._step or self._progress:
-            self.say(f"going on from the checkpoint of step {self._step}")
             # What was initialised gives up its place first.
-            arrays = release(learner.checkpoint(state))
-            arrays, _ = self._checkpoints.restore(self._step, arrays, self.mesh)
+            arrays = self._restore(release(learner.checkpoint(state)))
             state = learner.restore(arrays, self._progress)
             del arrays
             self.data.train.set_state(self._progress["data"])
@@ -275,6 +276,23 @@ class Run:
         self._pace, self._saved_at = Pace(self._step, self.config.steps), time.monotonic()
         self.clock.restart()
         return state
+
+    def _restore(self, shapes: Any) -> Any:
+        """Returns the arrays of the newest checkpoint that is what was written.
+
+        Damaged ones are set aside, so that their steps can be saved again.
+        """
+        while True:
+            self.say(f"going on from the checkpoint of step {self._step}")
+            try:
+                arrays, _ = self._checkpoints.restore(self._step, shapes, self.mesh)
+            except DamagedError as error:
+                self._checkpoints.give_up(self._step, error)
+                self._writer.close()
+                self._begin_at(self._checkpoints.latest())
+            else:
+                self._checkpoints.set_aside()
+                return arrays
 
     def key(self, step: int) -> jax.Array:
         """Returns the PRNG key of a step."""
