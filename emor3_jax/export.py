@@ -48,7 +48,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     params, step = read_checkpoint_params(config, base, checkpoints, None, mesh)
     checkpoints.close()
     folder = workdir / "policy"
-    save(LoadedPolicy(policy, params, read_processor(base, policy)), folder)
+    save(LoadedPolicy(policy, params, read_processor(base, policy), base), folder)
     say(f"wrote the policy of step {step} to {folder}")
     return folder
 

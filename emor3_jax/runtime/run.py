@@ -15,6 +15,7 @@ batches of an evaluation; either way the last step that was finished is saved.
 """
 
 import contextlib
+import dataclasses
 import json
 import threading
 import time
@@ -26,6 +27,7 @@ import jax
 from ml_collections import ConfigDict
 
 from emor3_jax import flops, prepare
+from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
 from emor3_jax.evaluation.evaluation import evaluate
 from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json
@@ -34,7 +36,7 @@ from emor3_jax.io.checkpoints import Checkpoints, DamagedError, release
 from emor3_jax.io.console import Console, duration
 from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.learner.learner import Learner
-from emor3_jax.models import LoadedPolicy, save
+from emor3_jax.models import save
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
@@ -112,12 +114,14 @@ class Run:
         """
         validate(config)
         self._stop = StopSignal(config.checkpoint.stop_seconds)
+        self._lock: job.WorkdirLock | None = None
         try:
             self._open(program, config, workdir)
         except BaseException as error:
             if isinstance(error, Stopped):
                 self.say("stopped as asked, before the first step of this start")
             self._stop.restore()
+            self._unlock()
             raise
 
     def _open(self, program: str, config: ConfigDict, workdir: Path) -> None:
@@ -132,6 +136,14 @@ class Run:
         check_batches(self.mesh, config)
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
+            self._lock = job.WorkdirLock(workdir)
+        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        latest = self._checkpoints.latest()
+        if latest is not None:
+            job.check_settings(config, workdir)
+            if latest > config.steps:
+                rule = f"the run in {workdir} has done {latest}; give as many or more"
+                raise ConfigError("steps", config.steps, rule)
         self.say(f"loading the policy {config.policy.path}")
         self.policy = prepare.load_policy(config, self.say, self.mesh)
         self._stop.check()
@@ -147,8 +159,7 @@ class Run:
             for name in self.data.evaluate
         }
         self._stop.check()
-        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        self._begin_at(self._checkpoints.latest())
+        self._begin_at(latest)
         self.clock = StepClock(self._stop.check)
         self._finished: FinishedStep | None = None
         self._due, self._saved_at = False, time.monotonic()
@@ -198,10 +209,15 @@ class Run:
     def close(self) -> None:
         """Lets go of signals, threads and files."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self._unlock)
             for each in (self._stop.restore, self._writer.close, self._checkpoints.close):
                 stack.callback(each)
             self._maintenance.close()
             self.clock.close()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _say_stopped(self) -> None:
         """Says which step the run goes on from; waits until it is written."""
@@ -257,7 +273,7 @@ class Run:
         if rollout is not None:
             self._meter = prepare.make_meter(self.config, rollout)
         # State and reference alone hold parameters from here on.
-        self.policy = LoadedPolicy(self.policy.policy, {}, self.policy.processor)
+        self.policy = dataclasses.replace(self.policy, params={})
         if self._step or self._progress:
             # What was initialised gives up its place first.
             arrays = self._restore(release(learner.checkpoint(state)))
@@ -411,7 +427,7 @@ class Run:
             (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
             images = {name: self.data.image(name) for name in names}
             report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
-        save(LoadedPolicy(self.policy.policy, trained, self.policy.processor), workdir / "policy")
+        save(dataclasses.replace(self.policy, params=trained), workdir / "policy")
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
