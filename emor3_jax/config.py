@@ -26,24 +26,33 @@ def dataset(**fields: object) -> ConfigDict:
     """Returns the description of one data set; `fields` override the defaults."""
     config = ConfigDict()
     # "emoscenes", drawn by the package; "parquet", files in the release's schema; a named data set
-    # in the folder that its authors publish (emoset, emotion6, webemo, fi, artphoto, abstract,
-    # fer2013); or "folders", "jsonl", "huggingface" (docs/data.md).
+    # in the folder that its authors publish (`data/datasets/catalog.py` lists them); or "folders",
+    # "jsonl", "huggingface" (docs/data.md).
     config.kind = "emoscenes"
     # Folder or file; for parquet a path, a glob, or several joined by commas.
     config.path = ""
-    # Which rows, where the data set has splits: train, validation, test, whole; emoscenes also has
-    # pretrain, shifted_pretrain and shifted_test.
-    config.split = "train"
-    # A label set by name (mikels8, emotion6, fer7, webemo25, webemo6, polarity2, arousal2), or
-    # labels joined by commas. "" takes the data set's own; of parquet and jsonl, mikels8.
+    # Which rows: train, validation, test, whole; emoscenes also has pretrain, shifted_pretrain and
+    # shifted_test. "" is train, and all rows of parquet and jsonl, where a split is a column.
+    config.split = ""
+    # A label set by name (mikels8, emotion6, emotion7, fer7, webemo25, webemo7, polarity2, …,
+    # data/labels.py), or labels joined by commas. "" takes the data set's own; of parquet and
+    # jsonl, mikels8.
     config.labels = ""
+    # Named data sets with several label rules or tasks: which one (docs/data.md); "" is the first.
+    config.label = ""
+    # Where parquet, jsonl and huggingface have other names: role:column, joined by commas, such as
+    # "image:photo,answer:emotion"; roles are image, question, answer, distribution, response, id
+    # and split.
+    config.columns = ""
     # Asked of every image instead of the data set's own question; "" asks that.
     config.question = ""
     # Named data sets: copy the images into the records that are built (data/datasets/base.py).
     config.copy = False
-    # Only so many rows, as many of each label, drawn by the run's seed; 0 takes all. Their ids are
-    # kept in workdir/subsets.
+    # Only so many rows; 0 takes all. Their ids are kept in workdir/subsets. As many of each label
+    # ("class"), or in the mix of the data ("natural"); drawn by this seed, or by the run's (-1).
     config.subset = 0
+    config.subset_mix = "class"
+    config.subset_seed = -1
     # Only the rows that this file names, one id a line.
     config.ids = ""
     # In training: "class" gives each label equal turns.

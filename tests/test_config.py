@@ -48,6 +48,29 @@ def test_every_config_file_loads_and_is_valid(name: str, policy: str) -> None:
     assert max(config.policy_update.response_lengths) >= config.rollout.max_tokens
 
 
+def test_the_papers_protocol(policy: str) -> None:
+    from configs import paper
+
+    for name, rows in (("emoset", 2000), ("emotion6", 0)):
+        config = paper.get_config(name)
+        assert (config.steps, config.rollout.prompts, config.rollout.responses) == (60, 512, 8)
+        train, sets = config.data.train, config.evaluate.sets
+        assert (train.kind, train.split, train.subset) == (name, "train", rows)
+        assert list(sets) == ["emoset", "emotion6", "webemo"]
+        assert {each.split for each in sets.values()} == {"test"}
+        assert [each.subset for each in sets.values()] == [2000, 0, 2000]
+        assert sets.webemo.labels == "webemo7" and sets.emotion6.label == "keyword"
+        drawn = [each for each in (train, *sets.values()) if each.subset]
+        assert {(each.subset_mix, each.subset_seed) for each in drawn} == {("natural", 0)}
+        config.policy.path = policy
+        validate(config)
+    # As many prompts on a smaller machine.
+    config = paper.get_config("emoset,h100-8")
+    assert config.steps * config.rollout.prompts == 60 * 512
+    with pytest.raises(ValueError, match="'fi' must be one of emoset, emotion6"):
+        paper.get_config("fi")
+
+
 def test_the_base_policy_of_faces_is_a_config_of_its_own() -> None:
     from configs import fer2013
 

@@ -19,6 +19,7 @@ REASONS = {
     "empty_question": "nothing is asked",
     "special_token": "the question spells out a special token of the policy",
     "unknown_answer": "the answer is no label of the label set",
+    "unknown_candidate": "a candidate is no label of the label set, or the answer no candidate",
     "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
     "unreadable_image": "the image cannot be decoded or is too thin",
     "large_image": "the image has more windows than the largest of data.image_windows",
@@ -82,6 +83,11 @@ class Encoder:
             return "special_token"
         if normalize(texts.answer) not in self._index:
             return "unknown_answer"
+        candidates = [normalize(label) for label in texts.candidates]
+        if candidates and (
+            normalize(texts.answer) not in candidates or not self._index.keys() >= set(candidates)
+        ):
+            return "unknown_candidate"
         if self._graded and self._grades(texts) is None:
             return "bad_distribution"
         return None
@@ -107,11 +113,11 @@ class Encoder:
         if layout.bucket(grid) > self._max_windows:
             return Skip("large_image", texts.id)
         n_image_tokens = len(patches) // layout.shapes.merge_unit
-        tokens = self._render(texts.question, n_image_tokens)
+        tokens = self._render(texts, texts.question, n_image_tokens)
         # The last token is not part of the padded prompt.
         too_many = len(tokens) - 1 - self._max_tokens
         if cut := too_many > 0 and self.cuts:
-            tokens = self._render_cut(texts.question, n_image_tokens, too_many)
+            tokens = self._render_cut(texts, n_image_tokens, too_many)
         if tokens is None or len(tokens) - 1 > self._max_tokens:
             return Skip("long_question", texts.id)
         in_prompt = int(np.sum(tokens == layout.shapes.image_token_id))
@@ -135,27 +141,25 @@ class Encoder:
             cut=cut,
         )
 
-    def _render(self, question: str, n_image_tokens: int) -> np.ndarray:
-        tokenizer = self.processor.tokenizer
-        tokens = prompts.render_prompt(
-            tokenizer, self._template, question, self.labels, n_image_tokens
-        )
+    def _render(self, texts: Texts, question: str, n_image_tokens: int) -> np.ndarray:
+        tokenizer, labels = self.processor.tokenizer, texts.candidates or self.labels
+        tokens = prompts.render_prompt(tokenizer, self._template, question, labels, n_image_tokens)
         return np.asarray(tokens, np.int32)
 
-    def _render_cut(self, question: str, n_image_tokens: int, too_many: int) -> np.ndarray | None:
+    def _render_cut(self, texts: Texts, n_image_tokens: int, too_many: int) -> np.ndarray | None:
         """Returns the prompt with the end of its question cut; None if no question would be left.
 
         Labels, template and image stay whole. Where the cut joins the text anew, one or two
         tokens more may have to go.
         """
         tokenizer = self.processor.tokenizer
-        asked = tokenizer.encode(question, add_special_tokens=False)
+        asked = tokenizer.encode(texts.question, add_special_tokens=False)
         keep = len(asked) - too_many
         while keep > 0:
             kept = tokenizer.decode(asked[:keep]).rstrip("\ufffd").rstrip()
             if not kept:
                 return None
-            tokens = self._render(kept, n_image_tokens)
+            tokens = self._render(texts, kept, n_image_tokens)
             if len(tokens) - 1 <= self._max_tokens:
                 return tokens
             keep -= 1

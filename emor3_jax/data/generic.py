@@ -6,23 +6,30 @@ Nothing is built: each is opened as it lies. For parquet files in the release's 
 
 import bisect
 import json
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from emor3_jax.data.columns import features_of, label_names, shares_of, text_of
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.files import SUFFIXES, is_hidden, is_image, read_image
 from emor3_jax.data.labels import normalize
-from emor3_jax.data.sources import Row, RowGroups, Texts, image_bytes, read_texts
+from emor3_jax.data.sources import (
+    Row,
+    RowGroups,
+    Texts,
+    image_bytes,
+    is_of_split,
+    read_texts,
+)
 
 QUESTION = "Which emotion does this picture evoke?"
 """Asked where neither the data nor the config says what to ask."""
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-"""Extensions of images, in any case."""
 
 TEST_SHARE = 0.2
 """Of the rows of a data set without splits, chosen by a hash of their ids."""
@@ -60,11 +67,7 @@ class FilesSource:
         return len(self._texts)
 
     def __getitem__(self, index: int) -> Row:
-        try:
-            image = self._files[index].read_bytes()
-        except OSError:
-            image = None
-        return Row([image], self._texts[index])
+        return Row([read_image(self._files[index])], self._texts[index])
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order."""
@@ -77,8 +80,15 @@ class FilesSource:
         return self._index[row_id]
 
 
+_TRIED = 100
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
+
+
 def open_folders(path: str, split: str, question: str = "") -> FilesSource:
     """Opens class folders, `path/<split>/<label>/*` or `path/<label>/*`.
+
+    A label's folder may hold folders of images; the label is the first of them. Hidden files are
+    passed over, and files without the extension of an image are images if their content says so.
 
     Args:
       path: the folder.
@@ -96,26 +106,30 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
             "<label>/*.jpg"
         )
     has_split = (root / split).is_dir()
-    if not has_split and split not in ("whole", "train", "test"):
-        raise DataError(
-            f"split={split!r}: no such folder in {root}; without folders of splits, choose "
-            "'whole', 'train' or 'test'"
-        )
     base = root / split if has_split else root
+    folders = sorted(p for p in base.iterdir() if p.is_dir() and not is_hidden(p.name))
+    splits = [p.name for p in folders if p.name.lower() in _SPLIT_NAMES]
+    if not has_split and (split not in ("whole", "train", "test") or splits):
+        has = f"{root} has the splits {', '.join(splits)}"
+        there = has if splits else f"no such folder in {root}"
+        raise DataError(
+            f"split={split!r}: {there}; without folders of splits, choose 'whole', 'train' or "
+            "'test'"
+        )
     files, texts, labels = [], [], []
-    for folder in sorted(p for p in base.iterdir() if p.is_dir() and p.name[0] != "."):
-        images = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+    for folder in folders:
+        images = list(_images(folder, levels=1))
         if not images:
             raise DataError(
                 f"{folder} holds no images ({', '.join(SUFFIXES)}); every folder of {base} must "
                 "be a label with its images"
             )
-        label = normalize(folder.name)
+        label = normalize(_printable(folder.name))
         if label in labels:
             raise DataError(f"two folders of {base} are the label {label!r}: join them")
         labels.append(label)
         for file in images:
-            row_id = file.relative_to(root).as_posix()
+            row_id = _printable(file.relative_to(root).as_posix())
             if has_split or split == "whole" or (split == "test") == in_test(row_id):
                 files.append(file)
                 texts.append(Texts(question or QUESTION, label, row_id))
@@ -124,49 +138,149 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
     return FilesSource(f"{root.name}/{split}", files, texts, labels)
 
 
-def open_json_lines(path: str, question: str = "") -> FilesSource:
+def _images(folder: Path, levels: int) -> Iterator[Path]:
+    """Yields the images of a folder in order, and of as many levels of folders in it."""
+    for path in sorted(p for p in folder.iterdir() if not is_hidden(p.name)):
+        if is_image(path):
+            yield path
+        elif levels and path.is_dir():
+            yield from _images(path, levels - 1)
+
+
+def _printable(name: str) -> str:
+    """Returns a file's name with bytes that are no UTF-8 written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def open_json_lines(
+    path: str,
+    question: str = "",
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "",
+) -> FilesSource:
     """Opens a file of JSON lines.
 
-    A line is an object with `image`, an image's file relative to the list's folder; `answer` or
-    `label`; and, if wanted, `question` or `problem`, `id`, `distribution`, {label: share}, and
-    `response`, a text or a list of them to learn from.
+    A line is an object with `image`, an image's file relative to the list's folder (a path of
+    Windows is read as well); `answer` or
+    `label`; and, if wanted, `question` or `problem`, `id`, `distribution`, {label: share},
+    `response`, a text or a list of them to learn from, and `split`.
 
     Args:
       path: the file.
       question: asked where a line has none; "" asks `QUESTION`.
+      columns: role → field, where the lines have other names.
+      split: only the lines whose `split` is this; "" is all.
 
     Raises:
-      DataError: naming the line that is no such object.
+      DataError: naming the line that is no such object, the split that no line has, or the first
+        image, if none of a hundred is there.
     """
     file = Path(path).expanduser()
     if not path or not file.is_file():
         raise DataError(f"path={path!r}: there is no such file; give one of JSON lines")
-    files, texts, seen = [], [], set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    names = columns or {}
+    files, texts, seen, splits = [], [], set(), set()
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         where = f"line {number} of {file}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is no JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-            raise DataError(f"{where} is no object with a text 'image', the image's file")
-        shares = row.get("distribution")
-        if shares is not None and not isinstance(shares, dict):
-            raise DataError(f"{where}: 'distribution' is no object {{label: share}}")
-        row_id = str(row.get("id", f"{file.name}:{number}"))
-        if row_id in seen:
-            raise DataError(f"{where}: the id {row_id!r} was there before")
-        seen.add(row_id)
-        asked = row.get("problem", row.get("question", question or QUESTION))
-        shares = None if shares is None else [{"label": k, "share": v} for k, v in shares.items()]
-        answer, said = row.get("answer", row.get("label")), row.get("response")
-        if not isinstance(said, str | list | None):
-            raise DataError(f"{where}: 'response' is neither a text nor a list of texts")
-        texts.append(read_texts(row_id, asked, answer, shares, said))
-        files.append(file.parent / row["image"])
+        row = _json_object(line, where)
+        of_split = row.get(names.get("split", "split"))
+        splits.add(None if of_split is None else str(of_split))
+        if split and str(of_split) != split:
+            continue
+        image = row.get(names.get("image", "image"))
+        if not isinstance(image, str):
+            raise DataError(
+                f"{where} is no object with a text {names.get('image', 'image')!r}, the image's "
+                "file; name another field by columns=image:…"
+            )
+        texts.append(_json_texts(row, names, where, f"{file.name}:{number}", question or QUESTION))
+        if texts[-1].id in seen:
+            raise DataError(f"{where}: the id {texts[-1].id!r} was there before")
+        seen.add(texts[-1].id)
+        files.append(file.parent / image)
+    files = _existing(files, file)
+    if split and not files:
+        there = sorted(name for name in splits if name is not None)
+        known = f"its lines are of {', '.join(there)}" if there else "its lines name no split"
+        raise DataError(f"split={split!r}: {file}: {known}; leave split '' to take all lines")
     return FilesSource(file.name, files, texts)
+
+
+def _existing(files: list[Path], of: Path) -> list[Path]:
+    """Returns the files, with the separators of Windows changed where these lead nowhere.
+
+    Raises:
+      DataError: if none of the first ones is there, as on another machine than the list's.
+    """
+    first = files[:_TRIED]
+    if not first or any(map(_is_file, first)):
+        return files
+    changed = [Path(str(file).replace("\\", "/")) for file in files]
+    if any(map(_is_file, changed[:_TRIED])):
+        return changed
+    if len(first) < _TRIED:
+        # The pipeline counts and names so few rows.
+        return files
+    raise DataError(
+        f"{of}: none of its first {_TRIED} images is there; the first one tried was {first[0]}. "
+        "Paths must be relative to the folder of the list, or those of this machine"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except ValueError:
+        # A NUL in the name.
+        return False
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        # Not splitlines, which also ends lines at characters that JSON allows in a text.
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is no UTF-8 text ({error.reason} at byte {error.start}), perhaps UTF-16 or "
+            "GBK; save it as UTF-8"
+        ) from error
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is no object with a text 'image', the image's file")
+    return row
+
+
+def _json_texts(
+    row: dict[str, Any], names: Mapping[str, str], where: str, default_id: str, question: str
+) -> Texts:
+    """Returns the texts of one JSON object; a field that the config names must be there."""
+    for role, name in names.items():
+        if name not in row:
+            raise DataError(f"{where} has no field {name!r}, which columns names as {role}")
+    row_id = row.get(names.get("id", "id"))
+    asked = [names["question"]] if "question" in names else ["problem", "question"]
+    answers = [names["answer"]] if "answer" in names else ["answer", "label"]
+    asked = next((name for name in asked if name in row), None)
+    answers = next((name for name in answers if name in row), answers[0])
+    said = row.get(names.get("response", "response"))
+    if not isinstance(said, str | list | None):
+        raise DataError(f"{where}: 'response' is neither a text nor a list of texts")
+    return read_texts(
+        default_id if row_id is None else str(row_id),
+        text_of(row, asked, where) if asked else question,
+        text_of(row, answers, where),
+        shares_of(row, names.get("distribution", "distribution"), where),
+        said,
+    )
 
 
 class HuggingFaceSource:
@@ -175,21 +289,30 @@ class HuggingFaceSource:
     Either what `save_to_disk` writes (arrow files beside a state.json), or the layout of the hub,
     parquet files named by their split. Columns are found by their features: the Image, the
     ClassLabel or the text named label, emotion or answer, and, if there is one, the text named
-    question or problem.
+    question or problem; or as the config names them.
 
     Attributes:
       name: of folder and split.
       labels: the names of the ClassLabel, in its order; () where labels are texts.
     """
 
-    def __init__(self, path: str, split: str, question: str = "", cache_bytes: int = 2**30) -> None:
+    def __init__(
+        self,
+        path: str,
+        split: str,
+        question: str = "",
+        cache_bytes: int = 2**30,
+        *,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         """Opens the files of a split; reads no images.
 
         Args:
           path: the folder.
-          split: of the data set; not looked at where the folder holds a single one.
+          split: of the data set; "" is the only one, or train.
           question: asked where the data has no such column; "" asks `QUESTION`.
           cache_bytes: memory for row groups of parquet files, in each process that reads.
+          columns: role (image, answer, question) → column, where they cannot be told.
 
         Raises:
           DataError: if the folder has neither layout, the split is not there, or a column cannot be
@@ -198,7 +321,7 @@ class HuggingFaceSource:
         root = Path(path).expanduser()
         if not path or not root.is_dir():
             raise DataError(f"path={path!r}: there is no such folder")
-        self.name = f"{root.name}/{split}"
+        self.name = f"{root.name}/{split or 'train'}"
         self._question = question or QUESTION
         arrow = _arrow_files(root, split)
         self._rows: _ArrowRows | RowGroups
@@ -209,15 +332,19 @@ class HuggingFaceSource:
             files = _parquet_files(root, split)
             self._rows = RowGroups(files, cache_bytes)
             self._folder = files[0].parent
-        schema = self._rows.schema
-        features = _features(schema)
-        self._image = _column(schema, features, "Image", ("image", "images", "img"), root)
-        self._label = _column(
-            schema, features, "ClassLabel", ("label", "labels", "emotion", "answer"), root
-        )
+        schema, given = self._rows.schema, columns or {}
+        for role, name in given.items():
+            if role not in ("image", "answer", "question") or name not in schema.names:
+                raise DataError(
+                    f"columns={role}:{name}: {root} has the columns {', '.join(schema.names)}; "
+                    "here image, answer and question can be named"
+                )
+        images, labels = ("image", "images", "img"), ("label", "labels", "emotion", "answer")
+        self._image = given.get("image") or _column(schema, "Image", images, root)
+        self._label = given.get("answer") or _column(schema, "ClassLabel", labels, root)
         asked = [name for name in ("problem", "question") if name in schema.names]
-        self._asked = asked[0] if asked else None
-        self.labels = tuple(map(str, features.get(self._label, {}).get("names", ())))
+        self._asked = given.get("question") or (asked[0] if asked else None)
+        self.labels = label_names(schema, self._label)
         if pa.types.is_integer(schema.field(self._label).type) and not self.labels:
             raise DataError(
                 f"{root}: the column {self._label!r} holds numbers and the data does not name "
@@ -304,12 +431,17 @@ def _arrow_files(root: Path, split: str) -> list[Path]:
     folder = root
     if (root / "dataset_dict.json").is_file():
         there = json.loads((root / "dataset_dict.json").read_text())["splits"]
+        split = split or (there[0] if len(there) == 1 else "train")
         if split not in there:
             raise DataError(f"split={split!r}: {root} has {', '.join(there)}")
         folder = root / split
     if not (folder / "state.json").is_file():
         return []
     state = json.loads((folder / "state.json").read_text())
+    own = state.get("_split")
+    if folder == root and split and split != own:
+        is_what = f"is the split {own}" if own else "names no split"
+        raise DataError(f"split={split!r}: {root} holds a single one, which {is_what}; leave it ''")
     files = [folder / each["filename"] for each in state["_data_files"]]
     if missing := [file.name for file in files if not file.is_file()]:
         raise DataError(f"{folder} lacks {', '.join(missing)}, which its state.json names")
@@ -322,45 +454,41 @@ def _arrow_files(root: Path, split: str) -> list[Path]:
 
 
 def _parquet_files(root: Path, split: str) -> list[Path]:
-    there = sorted(root.rglob("*.parquet"))
+    there = sorted(
+        path
+        for path in root.rglob("*.parquet")
+        if not any(map(is_hidden, path.relative_to(root).parts))
+    )
     if not there:
         raise DataError(
             f"{root} holds neither a state.json (save_to_disk) nor parquet files; give the folder "
             "of a data set"
         )
 
-    def is_of(file: Path) -> bool:
-        return file.stem == split or file.stem.startswith(f"{split}-") or file.parent.name == split
-
-    found = [file for file in there if is_of(file)]
+    found = [file for file in there if is_of_split(file, split or "train")]
+    if not found and not split and len({file.stem.partition("-")[0] for file in there}) == 1:
+        return there
     if not found:
         names = sorted({file.stem.partition("-")[0] for file in there})
         raise DataError(f"split={split!r}: {root} has files of {', '.join(names)}")
     return found
 
 
-def _features(schema: pa.Schema) -> dict[str, dict]:
-    """Returns the features that `datasets` keeps in the schema, {} where there are none."""
-    kept = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(kept)["info"]["features"] if kept else {}
-    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-
-
 def _column(
     schema: pa.Schema,
-    features: dict[str, dict],
     kind: str,
     names: Sequence[str],
     root: Path,
 ) -> str:
     """Returns the column of a kind: the only one by its feature, else the first by its name."""
-    by_kind = [name for name, feature in features.items() if feature.get("_type") == kind]
+    features = features_of(schema).items()
+    by_kind = [name for name, feature in features if feature.get("_type") == kind]
     if len(by_kind) == 1:
         return by_kind[0]
     found = [name for name in names if name in (by_kind or schema.names)]
     if not found:
         raise DataError(
             f"{root}: no column of kind {kind} can be told among {', '.join(schema.names)}; name "
-            f"one {' or '.join(names)}"
+            f"one {' or '.join(names)}, or say which by columns=image:…,answer:…"
         )
     return found[0]

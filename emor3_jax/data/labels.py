@@ -1,14 +1,17 @@
 """Label sets, the two axes on which the third step places each emotion, and maps between sets.
 
 A map leads from the labels of a data set to those of another set, so that its rows can be trained
-on or scored in the other's words: WebEmo's 25 labels to its 6, any set to `polarity2` or
-`arousal2`, Mikels' eight and FER-2013's seven to Emotion6's six.
+on or scored in the other's words: WebEmo's 25 labels to its 7, any set to `polarity2` or
+`arousal2`, Mikels' eight and FER-2013's seven to Emotion6's six. Spellings of one emotion (happy,
+happiness) are one label (`SPELLINGS`).
+
+WebEmo's groups and polarity are those of its `category.txt`: confusion is a group of its own, and
+negative. It has no counterpart in `parrott6`, the six groups without it.
 
 Deviations, numbered:
- 1. `gratitude` (love) and `confusion` (surprise) are WebEmo folders that Parrott's tree, from which
-    its six groups come, does not have: their place is this project's choice.
- 2. Mikels' labels and Emotion6's come from different theories. The map is this project's: the four
+ 1. Mikels' labels and Emotion6's come from different theories. The map is this project's: the four
     pleasant labels are joy, but awe is surprise; the unpleasant ones have equal names in both.
+ 2. Polarity and arousal of EMOTIC's labels, and the arousal of all labels, are this project's.
 """
 
 import difflib
@@ -63,7 +66,51 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {
         "sympathy",
         "zest",
     ),
-    "webemo6": ("anger", "fear", "joy", "love", "sadness", "surprise"),
+    # WebEmo's coarse level.
+    "webemo7": ("anger", "confusion", "fear", "joy", "love", "sadness", "surprise"),
+    # UnbiasedEmo; also WebEmo's coarse level without confusion.
+    "parrott6": ("anger", "fear", "joy", "love", "sadness", "surprise"),
+    # Emotion6 with the raters' seventh choice.
+    "emotion7": ("anger", "disgust", "fear", "joy", "sadness", "surprise", "neutral"),
+    # FER+, in the order of its columns.
+    "ferplus8": (
+        "neutral",
+        "happiness",
+        "surprise",
+        "sadness",
+        "anger",
+        "disgust",
+        "fear",
+        "contempt",
+    ),
+    "emotic26": (
+        "affection",
+        "anger",
+        "annoyance",
+        "anticipation",
+        "aversion",
+        "confidence",
+        "disapproval",
+        "disconnection",
+        "disquietment",
+        "doubt/confusion",
+        "embarrassment",
+        "engagement",
+        "esteem",
+        "excitement",
+        "fatigue",
+        "fear",
+        "happiness",
+        "pain",
+        "peace",
+        "pleasure",
+        "sadness",
+        "sensitivity",
+        "suffering",
+        "surprise",
+        "sympathy",
+        "yearning",
+    ),
     "polarity2": ("negative", "positive"),
     "arousal2": ("high", "low"),
 }
@@ -82,10 +129,10 @@ VALENCE_AROUSAL: dict[str, tuple[str, str]] = {
     "disgust": ("negative", "low"),
     "fear": ("negative", "high"),
     "sadness": ("negative", "low"),
-    # WebEmo's: polarity is that of its group of six.
+    # WebEmo's: polarity as in its category.txt.
     "affection": ("positive", "low"),
     "cheerfulness": ("positive", "high"),
-    "confusion": ("positive", "high"),
+    "confusion": ("negative", "high"),
     "disappointment": ("negative", "low"),
     "enthrallment": ("positive", "high"),
     "envy": ("negative", "low"),
@@ -105,20 +152,46 @@ VALENCE_AROUSAL: dict[str, tuple[str, str]] = {
     "suffering": ("negative", "low"),
     "sympathy": ("negative", "low"),
     "zest": ("positive", "high"),
+    "contempt": ("negative", "low"),
+    # EMOTIC's.
+    "annoyance": ("negative", "high"),
+    "anticipation": ("positive", "high"),
+    "aversion": ("negative", "high"),
+    "confidence": ("positive", "low"),
+    "disapproval": ("negative", "low"),
+    "disconnection": ("negative", "low"),
+    "disquietment": ("negative", "high"),
+    "doubt/confusion": ("negative", "low"),
+    "embarrassment": ("negative", "high"),
+    "engagement": ("positive", "low"),
+    "esteem": ("positive", "low"),
+    "fatigue": ("negative", "low"),
+    "pain": ("negative", "high"),
+    "peace": ("positive", "low"),
+    "pleasure": ("positive", "high"),
+    "sensitivity": ("negative", "low"),
+    "yearning": ("positive", "low"),
 }
 """(polarity, arousal) of every emotion above: positive, negative or neutral; high or low."""
 
 _GROUPS = {
     "anger": "disgust envy exasperation irritability rage",
+    "confusion": "confusion",
     "fear": "horror nervousness",
     "joy": "cheerfulness contentment enthrallment optimism pride relief zest",
     "love": "affection gratitude lust",
     "sadness": "disappointment neglect sadness shame suffering sympathy",
-    "surprise": "confusion surprise",
+    "surprise": "surprise",
 }
 _MAPS: dict[tuple[str, str], dict[str, str]] = {
-    ("webemo25", "webemo6"): {
+    ("webemo25", "webemo7"): {
         fine: group for group, members in _GROUPS.items() for fine in members.split()
+    },
+    ("webemo25", "parrott6"): {
+        fine: group
+        for group, members in _GROUPS.items()
+        for fine in members.split()
+        if group != "confusion"
     },
     ("mikels8", "emotion6"): {
         "amusement": "joy",
@@ -139,6 +212,60 @@ _MAPS: dict[tuple[str, str], dict[str, str]] = {
         "surprise": "surprise",
     },
 }
+
+SPELLINGS: tuple[frozenset[str], ...] = tuple(
+    frozenset(names.split())
+    for names in (
+        "amusement amused",
+        "anger angry",
+        "awe awed",
+        "cheerfulness cheerfullness cheerful",
+        "confusion confused",
+        "contempt contemptuous",
+        "contentment content contented",
+        "disgust disgusted",
+        "excitement excited",
+        "fear fearful afraid scared",
+        "irritability irritabilty",
+        "joy joyful happiness happy",
+        "love loving",
+        "negative neg",
+        "neutral neutrality",
+        "positive pos",
+        "sadness sad",
+        "surprise surprised",
+    )
+)
+"""Names of one emotion, in any of its spellings; data sets and their copies use all of them."""
+
+_SPELLINGS_OF = {name: names for names in SPELLINGS for name in names}
+
+
+def find_label(name: str, labels: Iterable[str]) -> str | None:
+    """Returns the label of a set that a name stands for.
+
+    Args:
+      name: a label, in any case and in any spelling of `SPELLINGS`.
+      labels: the label set.
+
+    Returns:
+      The label as the set spells it; None if none has this name or, of several spellings that the
+      set tells apart, none has exactly this one.
+    """
+    key = normalize(name)
+    known = {normalize(label): label for label in labels}
+    if key in known:
+        return known[key]
+    found = [known[each] for each in _SPELLINGS_OF.get(key, ()) if each in known]
+    return found[0] if len(found) == 1 else None
+
+
+def spellings(labels: Iterable[str]) -> dict[str, str]:
+    """Returns every name of the labels of a set, themselves included → label."""
+    labels = tuple(labels)
+    names = {normalize(label) for label in labels} | set(_SPELLINGS_OF)
+    found = {name: find_label(name, labels) for name in sorted(names)}
+    return {name: label for name, label in found.items() if label is not None}
 
 
 def label_set(text: str) -> tuple[str, ...]:
@@ -173,7 +300,8 @@ def label_map(own: str, wanted: str) -> dict[str, str]:
       Label → label. A label that has no counterpart is missing, such as `neutral` in `polarity2`.
 
     Raises:
-      DataError: if no label of one set has a counterpart in the other.
+      DataError: if no label of one set has a counterpart in the other; or if some labels of both
+        sets have none, which means that the sets use other words.
     """
     labels, target = label_set(own), label_set(wanted)
     if (own, wanted) in _MAPS:
@@ -185,8 +313,16 @@ def label_map(own: str, wanted: str) -> dict[str, str]:
         }
         found = {label: side for label, side in found.items() if side in target}
     else:
-        names = {normalize(label): label for label in target}
-        found = {label: names[key] for label in labels if (key := normalize(label)) in names}
+        pairs = ((label, find_label(label, target)) for label in labels)
+        found = {label: name for label, name in pairs if name is not None}
+        lost = [label for label in labels if label not in found]
+        missing = [label for label in target if label not in found.values()]
+        if found and lost and missing:
+            raise DataError(
+                f"labels={wanted!r} loses the rows of {', '.join(lost)} of {own}, and no row would "
+                f"be {', '.join(missing)}; name the labels as the data does, or a set that {own} "
+                f"maps to: {', '.join(_targets(own))}"
+            )
     if not found:
         raise DataError(
             f"labels={wanted!r} has no counterpart of any label of {own} ({', '.join(labels)}); "

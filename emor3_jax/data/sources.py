@@ -10,7 +10,7 @@ import concurrent.futures
 import glob
 import io
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,10 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 
+from emor3_jax.data.columns import is_text, label_names
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.files import read_image
 
 IMAGE_MARK = "<image>"
 """Stands in a row's `problem` for its image."""
+
+MAX_GROUP_BYTES = 2**31
+"""Of a row group of a parquet file, uncompressed."""
 
 
 class Texts(NamedTuple):
@@ -36,6 +41,8 @@ class Texts(NamedTuple):
       images_named: how many images the question names; 0 and 1 both mean the row's image.
       distribution: the share of raters that chose each label, as the data gives it; None if not.
       responses: whole responses to learn from, their box included; () where there is none.
+      values: numbers that the data gives for the image, such as valence and arousal, by name.
+      candidates: labels among which this row is asked to choose, in this order; () is all labels.
     """
 
     question: str | None
@@ -45,6 +52,8 @@ class Texts(NamedTuple):
     images_named: int = 1
     distribution: tuple[tuple[str | None, float | None], ...] | None = None
     responses: tuple[str, ...] = ()
+    values: tuple[tuple[str, float], ...] = ()
+    candidates: tuple[str, ...] = ()
 
 
 class Row(NamedTuple):
@@ -130,7 +139,7 @@ class RowGroups:
           cache_bytes: memory for row groups, in each process that reads.
 
         Raises:
-          DataError: if one is no parquet file.
+          DataError: if one is no parquet file, or has a row group that cannot be read.
         """
         self._files, self._cache_bytes = list(files), cache_bytes
         # (file, row group in the file), and where each row group begins.
@@ -146,6 +155,13 @@ class RowGroups:
                 self.schema = metadata.schema.to_arrow_schema()
             self.file_starts.append(self._starts[-1])
             for group in range(metadata.num_row_groups):
+                size = metadata.row_group(group).total_byte_size
+                if size >= MAX_GROUP_BYTES:
+                    raise DataError(
+                        f"{file}: row group {group} has {size / 2**30:.1f} GiB, over the "
+                        f"{MAX_GROUP_BYTES / 2**30:.0f} that arrow reads at once; write the file "
+                        "again with row_group_size=100"
+                    )
                 self._groups.append((number, group))
                 self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
         self._open()
@@ -207,66 +223,208 @@ class RowGroups:
             return table
 
 
-_TEXT_COLUMNS = ("problem", "answer", "distribution", "response")
+_DEFAULT_COLUMNS = {
+    "image": "images",
+    "question": "problem",
+    "answer": "answer",
+    "distribution": "distribution",
+    "response": "response",
+    "split": "split",
+}
+_NEEDED = ("image", "question", "answer")
 
 
 class ParquetSource:
-    """Parquet files in the schema that the release trains on.
+    """Parquet files in the schema that the release trains on, or with columns of other names.
 
-    Columns: `images` (list of {bytes, path}), `problem` (may contain `<image>`), `answer`, and, if
-    there is one, `distribution` (list of {label, share}) and `response` (a text, or a list of them,
-    to learn from); others are ignored. An image without bytes is read from its path, relative to
-    its file's folder.
+    Columns: `images` (a list of {bytes, path}, one such, or the bytes or path alone), `problem`
+    (may contain `<image>`), `answer` (a text, or a number that the file names, as `datasets` does),
+    and, if there is one, `distribution` (list of {label, share}), `response` (a text, or a list of
+    them, to learn from) and `split`; others are ignored. An image without bytes is read from its
+    path, relative to its file's folder.
     """
 
-    def __init__(self, path: str | Path, cache_bytes: int = 2**30) -> None:
-        """Opens the files and checks their schema; reads no rows.
+    def __init__(
+        self,
+        path: str | Path,
+        cache_bytes: int = 2**30,
+        *,
+        columns: Mapping[str, str] | None = None,
+        split: str = "",
+        question: str = "",
+    ) -> None:
+        """Opens the files and checks their schema; reads no images.
 
         Args:
           path: a file, a glob, or several of them joined by commas.
           cache_bytes: memory for row groups, in each process that reads.
+          columns: role → column, where the data has other names.
+          split: only the rows whose column `split` holds this, or files that are named by it; "" is
+            all rows.
+          question: asked where the data has no such column; "" needs one.
 
         Raises:
-          DataError: if there is no such file, or one is no parquet file of this schema.
+          DataError: if there is no such file, one is no parquet file of this schema, or the split
+            cannot be told or has no rows.
         """
         self.name = str(path)
-        self._files = _expand(self.name)
+        self._columns, self._question = {**_DEFAULT_COLUMNS, **(columns or {})}, question
+        self._files = expand_files(self.name)
         self._rows = RowGroups(self._files, cache_bytes)
         for file in self._files:
-            _check_schema(file)
+            self._check_schema(file, columns or {})
         names = [file.name for file in self._files]
         unique = len(set(names)) == len(names)
         self._names = names if unique else [str(file) for file in self._files]
+        self._labels = label_names(self._rows.schema, self._columns["answer"])
+        wanted = ("question", "answer", "distribution", "response")
+        self._text_columns = [self._columns[role] for role in wanted]
+        self._indices = self._split(split, "split" in (columns or {}))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._indices is None else len(self._indices)
 
     def __getitem__(self, index: int) -> Row:
-        row = self._rows.row(index, ("images", *_TEXT_COLUMNS))
+        index = self._index(index)
+        row = self._rows.row(index, (self._columns["image"], *self._text_columns))
         folder = self._files[self._rows.file_of(index)].parent
-        images = [image_bytes(image, folder) for image in row["images"] or ()]
-        return Row(images, self._texts(row, index))
+        images = row[self._columns["image"]]
+        images = images if isinstance(images, list) else [] if images is None else [images]
+        return Row([image_bytes(image, folder) for image in images], self._texts(row, index))
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order, without reading their images."""
-        for index, row in enumerate(self._rows.rows(_TEXT_COLUMNS)):
-            yield self._texts(row, index)
+        rows = enumerate(self._rows.rows(self._text_columns))
+        if self._indices is None:
+            yield from (self._texts(row, index) for index, row in rows)
+            return
+        wanted = set(self._indices.tolist())
+        yield from (self._texts(row, index) for index, row in rows if index in wanted)
 
     def find(self, row_id: str) -> int:
         """Returns the index of the row with this id; raises KeyError if there is none."""
         name, _, row = row_id.rpartition(":")
         if name not in self._names or not row.isdecimal():
             raise KeyError(row_id)
-        return self._rows.file_starts[self._names.index(name)] + int(row)
+        index = self._rows.file_starts[self._names.index(name)] + int(row)
+        if self._indices is None:
+            return index
+        at = int(np.searchsorted(self._indices, index))
+        if at == len(self._indices) or self._indices[at] != index:
+            raise KeyError(row_id)
+        return at
+
+    def _index(self, index: int) -> int:
+        """Returns the row of the files that is row `index` of the split."""
+        if self._indices is None:
+            return index
+        if not 0 <= index < len(self._indices):
+            raise IndexError(f"row {index} of {len(self._indices)}")
+        return int(self._indices[index])
+
+    def _split(self, split: str, named: bool) -> np.ndarray | None:
+        """Returns the rows of a split, int64[n] rising; None for all."""
+        if not split:
+            return None
+        column = self._columns["split"]
+        if column not in self._rows.schema.names:
+            if all(is_of_split(file, split) for file in self._files):
+                return None
+            raise DataError(
+                f"split={split!r}: {self.name} has no column {column!r}, and its files are not "
+                "named by a split; leave split '' and name the files of the split in path"
+                + ("" if named else ", or name the column: columns=split:…")
+            )
+        values = [row[column] for row in self._rows.rows([column])]
+        found = np.flatnonzero([value == split for value in values])
+        if not len(found):
+            there = sorted({str(value) for value in values})
+            raise DataError(f"split={split!r}: column {column!r} has {', '.join(there[:20])}")
+        return found
 
     def _texts(self, row: dict[str, Any], index: int) -> Texts:
         file = self._rows.file_of(index)
         row_id = f"{self._names[file]}:{index - self._rows.file_starts[file]}"
-        shares, said = row.get("distribution"), row.get("response")
-        return read_texts(row_id, row["problem"], row["answer"], shares, said)
+        columns = self._columns
+        asked = row.get(columns["question"]) if columns["question"] in row else self._question
+        answer = row[columns["answer"]]
+        if self._labels and isinstance(answer, int):
+            answer = self._labels[answer] if 0 <= answer < len(self._labels) else None
+        shares, said = row.get(columns["distribution"]), row.get(columns["response"])
+        return read_texts(row_id, asked, answer, shares, said)
+
+    def _check_schema(self, file: Path, given: Mapping[str, str]) -> None:
+        """Checks the columns of one file; those that the config names must be there."""
+        schema, columns = pq.read_schema(file), self._columns
+        needed = [role for role in _NEEDED if role != "question" or not self._question]
+        for role in dict.fromkeys((*needed, *given)):
+            if columns[role] not in schema.names:
+                raise DataError(
+                    f"{file} has no column {columns[role]!r}, only {', '.join(schema.names)}; rows "
+                    "need images (list of {bytes, path}), problem and answer, or other columns by "
+                    "name, such as columns=image:photo,answer:emotion"
+                )
+        _check_image_type(file, columns["image"], schema.field(columns["image"]).type)
+        answers = schema.field(columns["answer"]).type
+        numbered = pa.types.is_integer(answers) and label_names(schema, columns["answer"])
+        if not is_text(answers) and not numbered:
+            raise DataError(
+                f"{file}: column {columns['answer']!r} is {answers}, not a text, and the file does "
+                "not name its numbers; save the labels as texts, or with a ClassLabel feature"
+            )
+        if columns["question"] in schema.names:
+            questions = schema.field(columns["question"]).type
+            if not is_text(questions):
+                raise DataError(
+                    f"{file}: column {columns['question']!r} is {questions}, not a text"
+                )
+        _check_response_type(file, columns["response"], schema)
+        _check_shares_type(file, columns["distribution"], schema)
 
 
-def _expand(path: str) -> list[Path]:
+def is_of_split(file: Path, split: str) -> bool:
+    """Returns whether a file is named by a split, as on the hub: train.parquet, train-….parquet."""
+    return file.stem == split or file.stem.startswith(f"{split}-") or file.parent.name == split
+
+
+def _check_image_type(file: Path, column: str, kind: pa.DataType) -> None:
+    many = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    one = kind.value_type if many else kind
+    struct = pa.types.is_struct(one) and one.get_field_index("bytes") >= 0
+    alone = pa.types.is_binary(one) or pa.types.is_large_binary(one) or pa.types.is_string(one)
+    if not struct and not alone:
+        raise DataError(
+            f"{file}: column {column!r} is {kind}, not a list of {{bytes, path}}, one such, bytes, "
+            "or the path of a file"
+        )
+
+
+def _check_response_type(file: Path, column: str, schema: pa.Schema) -> None:
+    if column not in schema.names:
+        return
+    said = schema.field(column).type
+    said = said.value_type if pa.types.is_list(said) or pa.types.is_large_list(said) else said
+    if not is_text(said):
+        raise DataError(f"{file}: column {column!r} is {said}, not a text or a list of texts")
+
+
+def _check_shares_type(file: Path, column: str, schema: pa.Schema) -> None:
+    if column not in schema.names:
+        return
+    shares = schema.field(column).type
+    fits = pa.types.is_list(shares) or pa.types.is_large_list(shares)
+    fits = fits and pa.types.is_struct(shares.value_type)
+    fits = fits and {f.name for f in shares.value_type} >= {"label", "share"}
+    if not fits:
+        raise DataError(f"{file}: column {column!r} is {shares}, not a list of {{label, share}}")
+
+
+def expand_files(path: str) -> list[Path]:
+    """Returns the files of a path, a glob, or several joined by commas.
+
+    Raises:
+      DataError: if a part of it matches no file.
+    """
     files: list[Path] = []
     for part in path.split(","):
         found = sorted(glob.glob(part.strip(), recursive=True)) if part.strip() else []
@@ -279,49 +437,22 @@ def _expand(path: str) -> list[Path]:
     return files
 
 
-def _check_schema(file: Path) -> None:
-    schema = pq.read_schema(file)
-    for column in ("images", "problem", "answer"):
-        if column not in schema.names:
-            raise DataError(
-                f"{file} has no column {column!r}, only {', '.join(schema.names)}; rows need "
-                "images (list of {bytes, path}), problem and answer"
-            )
-    images = schema.field("images").type
-    fits = pa.types.is_list(images) or pa.types.is_large_list(images)
-    fits = fits and pa.types.is_struct(images.value_type)
-    if not fits or images.value_type.get_field_index("bytes") < 0:
-        raise DataError(f"{file}: column 'images' is {images}, not a list of {{bytes, path}}")
-    if "response" in schema.names:
-        said = schema.field("response").type
-        said = said.value_type if pa.types.is_list(said) or pa.types.is_large_list(said) else said
-        fits = pa.types.is_string(said) or pa.types.is_large_string(said) or pa.types.is_null(said)
-        if not fits:
-            raise DataError(f"{file}: column 'response' is {said}, not a text or a list of texts")
-    if "distribution" in schema.names:
-        shares = schema.field("distribution").type
-        fits = pa.types.is_list(shares) or pa.types.is_large_list(shares)
-        fits = fits and pa.types.is_struct(shares.value_type)
-        fits = fits and {f.name for f in shares.value_type} >= {"label", "share"}
-        if not fits:
-            raise DataError(
-                f"{file}: column 'distribution' is {shares}, not a list of {{label, share}}"
-            )
-
-
-def image_bytes(image: dict | None, folder: Path) -> bytes | None:
+def image_bytes(image: dict | bytes | str | None, folder: Path) -> bytes | None:
     """Returns the bytes of an {bytes, path}, None where it has neither bytes nor a file.
 
     Args:
-      image: as arrow gives it.
+      image: as arrow gives it; bytes or a path alone will do.
       folder: to which a path is relative.
     """
+    if isinstance(image, bytes):
+        return image or None
+    if isinstance(image, str):
+        image = {"path": image}
     if image is None:
         return None
     if image.get("bytes"):
         return image["bytes"]
-    path = folder / image["path"] if image.get("path") else None
-    return path.read_bytes() if path is not None and path.is_file() else None
+    return read_image(folder / image["path"]) if image.get("path") else None
 
 
 def read_texts(

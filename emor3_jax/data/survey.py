@@ -80,13 +80,15 @@ def survey(
     left_out.update(fault for fault in faults if fault)
     index = np.asarray([i for i, fault in enumerate(faults) if not fault], np.int64)
     sizes = sizes_of(source, index)
-    lengths: dict[str, int] = {}
+    lengths: dict[tuple, int] = {}
     kept, columns = [], []
     for at, (row, (height, width)) in enumerate(zip(index, sizes, strict=True)):
-        question = texts[row].question
+        question = texts[row].question, texts[row].candidates
         if question not in lengths:
             # One image token stands for the image, and the last token is not padded.
-            rendered = render_prompt(processor.tokenizer, template, question, labels, 1)
+            rendered = render_prompt(
+                processor.tokenizer, template, question[0], question[1] or labels, 1
+            )
             lengths[question] = len(rendered) - 2
         shape = _shape(int(height), int(width), encoder)
         if shape is None:

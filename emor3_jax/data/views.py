@@ -67,7 +67,9 @@ class Relabelled:
                 if wanted is not None:
                     joined[wanted] = joined.get(wanted, 0.0) + share
             shares = tuple(joined.items())
-        return texts._replace(answer=answer, distribution=shares)
+        named = (self._mapping.get(normalize(label)) for label in texts.candidates)
+        candidates = tuple(dict.fromkeys(label for label in named if label is not None))
+        return texts._replace(answer=answer, distribution=shares, candidates=candidates)
 
 
 class Subset:
@@ -142,6 +144,34 @@ def balanced_subset(
     turns = itertools.zip_longest(*(rng.permutation(found) for found in rows.values() if found))
     drawn = (index for turn in turns for index in turn if index is not None)
     return np.sort(np.fromiter(itertools.islice(drawn, size), np.int64))
+
+
+def natural_subset(
+    texts: Sequence[Texts], labels: Sequence[str], size: int, seed: int
+) -> np.ndarray:
+    """Draws rows in the mix that the data has, whatever their labels.
+
+    Args:
+      texts, labels, size, seed: as in `balanced_subset`.
+
+    Returns:
+      int64[size], rising indices.
+
+    Raises:
+      DataError: if there are fewer rows.
+    """
+    known = {normalize(label) for label in labels}
+    rows = [i for i, each in enumerate(texts) if normalize(each.answer or "") in known]
+    if not 1 <= size <= len(rows):
+        raise DataError(
+            f"subset={size} must be at least 1 and at most the {len(rows)} labelled rows"
+        )
+    drawn = np.random.default_rng(seed).permutation(np.asarray(rows, np.int64))
+    return np.sort(drawn[:size])
+
+
+SUBSETS = {"class": balanced_subset, "natural": natural_subset}
+"""How a subset is drawn: as many rows of each label, or in the mix of the data."""
 
 
 def read_ids(path: str | Path, source: Source) -> np.ndarray:

@@ -80,7 +80,7 @@ def validate(config: ConfigDict) -> None:
     rules = ("drop", "cut")
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
     for field, each in data_sets(config).values():
-        check_kind(field, each.kind)
+        check_kind(field, each)
     trained = {"data.train": config.data.train}
     trained |= {f"data.mix.{name}": each for name, each in config.data.mix.items()}
     for field, each in trained.items():

@@ -1,6 +1,8 @@
 """From a config to data sets and batches."""
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.labels import label_map, label_set
+from emor3_jax.data.labels import label_map, label_set, spellings
 from emor3_jax.data.pipeline import (
     BatchSpec,
     EvalBatches,
@@ -18,12 +20,14 @@ from emor3_jax.data.pipeline import (
     train_batches,
 )
 from emor3_jax.data.prompts import PromptTemplates
-from emor3_jax.data.sources import Source
-from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, read_ids
+from emor3_jax.data.sources import Source, expand_files
+from emor3_jax.data.views import SUBSETS, Joined, Relabelled, Subset, read_ids
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import host_rows
 from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
+
+logger = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
@@ -89,7 +93,7 @@ def open_source(
       ConfigError: if its kind is unknown, or its path or subset cannot be used.
       DataError: if it cannot be opened.
     """
-    check_kind(field, dataset.kind)
+    check_kind(field, dataset)
     wants_responses = config.sft.target == "response"
     run = SourceContext(field, config.data.folder, config.data.scene_size, wants_responses)
     try:
@@ -97,11 +101,16 @@ def open_source(
         wanted = labels or dataset.labels or own or PARQUET_LABELS
         if own and wanted != own:
             source = Relabelled(source, label_map(own, wanted))
+        elif not own:
+            # Labels that are texts may be spelt in any way.
+            source = Relabelled(source, spellings(label_set(wanted)))
         if dataset.ids:
             source = Subset(source, read_ids(dataset.ids, source))
         if dataset.subset:
             texts, found = list(source.texts()), label_set(wanted)
-            source = Subset(source, balanced_subset(texts, found, dataset.subset, config.seed))
+            draw = SUBSETS[dataset.subset_mix]
+            seed = config.seed if dataset.subset_seed < 0 else dataset.subset_seed
+            source = Subset(source, draw(texts, found, dataset.subset, seed))
     except DataError as error:
         raise DataError(f"config.{field}: {error}") from error
     return source, wanted
@@ -136,6 +145,7 @@ def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None
             # What is mixed in answers in the labels of `data.train`.
             labels = named["train"] if name.startswith("train.") else ""
             sources[name], named[name] = open_source(config, field, dataset, labels)
+    _warn_of_training_rows(config, sources)
     parts = _mix(config, sources)
     labels = {name: label_set(named[name]) for name in sources}
 
@@ -171,6 +181,41 @@ def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None
         labels,
         sources,
     )
+
+
+def _warn_of_training_rows(config: ConfigDict, sources: dict[str, Source]) -> None:
+    """Says which evaluation sets hold rows of a training set, by files and ids.
+
+    Equal images under other names are what `emor3_jax.inspect --leakage` looks for.
+    """
+    described = data_sets(config)
+    for name, (field, dataset) in described.items():
+        for trained, (where, training) in described.items():
+            is_training = trained == "train" or trained.startswith("train.")
+            if not is_training or field == where or not field.startswith("evaluate.sets."):
+                continue
+            if not _origin(dataset) & _origin(training):
+                continue
+            ids = {texts.id for texts in sources[trained].texts()}
+            both = sum(texts.id in ids for texts in sources[name].texts())
+            if both:
+                logger.warning(
+                    "config.%s: %d of %d rows are also rows of config.%s, so its scores are of "
+                    "training images; choose another split, path or ids",
+                    field,
+                    both,
+                    len(sources[name]),
+                    where,
+                )
+
+
+def _origin(dataset: ConfigDict) -> set[tuple[str, str]]:
+    """Returns the files or the folder of a data set, each with its kind."""
+    if dataset.kind == "parquet":
+        files = expand_files(dataset.path)
+    else:
+        files = [Path(dataset.path).expanduser()]
+    return {(dataset.kind, str(file.resolve())) for file in files}
 
 
 def _mix(config: ConfigDict, sources: dict[str, Source]) -> Parts:

@@ -8,8 +8,10 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import ConfigError
 from emor3_jax.data import generic
+from emor3_jax.data.columns import parse_columns
 from emor3_jax.data.datasets.catalog import BUILDERS, open_dataset
 from emor3_jax.data.sources import ParquetSource, Source
+from emor3_jax.data.views import SUBSETS
 from emor3_jax.embedded.emoscenes import builder, words
 from emor3_jax.embedded.emoscenes.source import EmoScenesSource
 
@@ -35,37 +37,48 @@ Opened = tuple[Source, str]
 """Rows as they are, and their label set as `label_set` takes it, "" where the data has none."""
 
 
+def _split(dataset: ConfigDict) -> str:
+    return dataset.split or "train"
+
+
 def _open_emoscenes(dataset: ConfigDict, run: SourceContext) -> Opened:
     built = builder.prepare(run.folder, run.scene_size)
     question = dataset.question or words.QUESTION
-    source = EmoScenesSource(dataset.split, built.data_dir, question, responses=run.responses)
-    return source, "emotion6" if dataset.split.startswith("shifted") else "mikels8"
+    split = _split(dataset)
+    source = EmoScenesSource(split, built.data_dir, question, responses=run.responses)
+    return source, "emotion6" if split.startswith("shifted") else "mikels8"
 
 
 def _open_parquet(dataset: ConfigDict, run: SourceContext) -> Opened:
     if not dataset.path:
         rule = "name parquet files, a glob, or several joined by commas"
         raise ConfigError(f"{run.field}.path", dataset.path, rule)
-    return ParquetSource(dataset.path), ""
+    names = parse_columns(dataset.columns)
+    asked = dataset.question
+    return ParquetSource(dataset.path, columns=names, split=dataset.split, question=asked), ""
 
 
 def _open_named(kind: str, dataset: ConfigDict, run: SourceContext) -> Opened:
-    where = dataset.path, dataset.split, run.folder
-    source = open_dataset(kind, *where, copy=dataset.copy, question=dataset.question)
+    where = dataset.path, _split(dataset), run.folder
+    options = {"copy": dataset.copy, "question": dataset.question, "label": dataset.label}
+    source = open_dataset(kind, *where, **options)
     return source, source.labels
 
 
 def _open_folders(dataset: ConfigDict, _: SourceContext) -> Opened:
-    source = generic.open_folders(dataset.path, dataset.split, dataset.question)
+    source = generic.open_folders(dataset.path, _split(dataset), dataset.question)
     return source, ",".join(source.labels)
 
 
 def _open_json_lines(dataset: ConfigDict, _: SourceContext) -> Opened:
-    return generic.open_json_lines(dataset.path, dataset.question), ""
+    names = parse_columns(dataset.columns)
+    options = {"columns": names, "split": dataset.split}
+    return generic.open_json_lines(dataset.path, dataset.question, **options), ""
 
 
 def _open_hugging_face(dataset: ConfigDict, _: SourceContext) -> Opened:
-    source = generic.HuggingFaceSource(dataset.path, dataset.split, dataset.question)
+    names = parse_columns(dataset.columns)
+    source = generic.HuggingFaceSource(dataset.path, dataset.split, dataset.question, columns=names)
     return source, ",".join(source.labels)
 
 
@@ -80,15 +93,26 @@ SOURCES: dict[str, Callable[[ConfigDict, SourceContext], Opened]] = {
 """Kind → opener of a data set, given its description in the config and the run's facts."""
 
 
-def check_kind(field: str, kind: str) -> None:
-    """Checks that a data set is of a known kind.
+def check_kind(field: str, dataset: ConfigDict) -> None:
+    """Checks that a data set is of a known kind, and that its fields are of use to this kind.
 
     Args:
       field: path of its description in the config.
-      kind: of the data set.
+      dataset: its description.
 
     Raises:
-      ConfigError: listing the kinds.
+      ConfigError: listing the kinds, or naming the field that would do nothing.
     """
+    kind = dataset.kind
     if kind not in SOURCES:
         raise ConfigError(f"{field}.kind", kind, f"must be one of {', '.join(SOURCES)}")
+    named = ("parquet", "jsonl", "huggingface")
+    if dataset.columns and kind not in named:
+        rule = f"names columns, which only {', '.join(named)} have, not {kind}; leave it ''"
+        raise ConfigError(f"{field}.columns", dataset.columns, rule)
+    if dataset.label and kind not in BUILDERS:
+        rule = f"chooses a label rule of a named data set, not of {kind}; leave it ''"
+        raise ConfigError(f"{field}.label", dataset.label, rule)
+    if dataset.subset_mix not in SUBSETS:
+        rule = f"must be one of {', '.join(SUBSETS)}"
+        raise ConfigError(f"{field}.subset_mix", dataset.subset_mix, rule)

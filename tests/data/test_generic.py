@@ -1,13 +1,18 @@
 """JSON lines, class folders, folders of `datasets`: what their tools write, and faults in it."""
 
+import io
 import json
+import os
 import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from emor3_jax.data.columns import parse_columns
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.files import is_image_head
 from emor3_jax.data.generic import QUESTION, HuggingFaceSource, open_folders, open_json_lines
 
 
@@ -42,6 +47,14 @@ def test_json_lines(tmp_path, make):
         ('{"images": "x"}', "line 1 .* no object with a text 'image'"),
         ('{"image": "x", "distribution": [1]}', "line 1 .*'distribution' is no object"),
         ('{"image": "x", "id": 1}\n{"image": "x", "id": "1"}', "line 2 .* the id '1' was there"),
+        ('{"image": "x", "label": 3}', "line 1 .*: 'label' is 3, not a text"),
+        ('{"image": "x", "label": ["joy"]}', "line 1 .*: 'label' is ..joy.., not a text"),
+        ('{"image": "x", "label": true}', "line 1 .*: 'label' is true, not a text"),
+        ('{"image": "x", "question": 7}', "line 1 .*: 'question' is 7, not a text"),
+        (
+            '{"image": "x", "distribution": {"joy": "0.5"}}',
+            "line 1 .*: the share of 'joy' in 'distribution' is '0.5', no number",
+        ),
     ],
 )
 def test_a_faulty_line_is_named(tmp_path, text, message):
@@ -67,7 +80,7 @@ def test_class_folders_with_splits(tmp_path, make):
     assert [t.id for t in source.texts()][::3] == ["train/Calm/0.PNG", "train/tense/1.PNG"]
     assert source[3].images == [make["png"](1)] and source[3].texts.answer == "tense"
     assert len(open_folders(str(tmp_path), "test")) == 2
-    with pytest.raises(DataError, match="split='dev': no such folder"):
+    with pytest.raises(DataError, match=r"split='dev': .* has the splits test, train"):
         open_folders(str(tmp_path), "dev")
 
 
@@ -143,8 +156,15 @@ def test_a_saved_data_set(tmp_path, make):
 
 def test_a_saved_single_split_needs_no_split(tmp_path, make):
     save_to_disk(tmp_path / "set", table(make, pa.array(["joy", "fear", "joy"])), shards=1)
-    source = HuggingFaceSource(str(tmp_path / "set"), "train")
+    source = HuggingFaceSource(str(tmp_path / "set"), "")
     assert [t.answer for t in source.texts()] == ["joy", "fear", "joy"]
+    with pytest.raises(DataError, match=r"split='test': .* a single one, which names no split"):
+        HuggingFaceSource(str(tmp_path / "set"), "test")
+    state = json.loads((tmp_path / "set" / "state.json").read_text()) | {"_split": "train"}
+    (tmp_path / "set" / "state.json").write_text(json.dumps(state))
+    assert len(HuggingFaceSource(str(tmp_path / "set"), "train")) == 3
+    with pytest.raises(DataError, match=r"split='test': .* which is the split train; leave it ''"):
+        HuggingFaceSource(str(tmp_path / "set"), "test")
 
 
 def test_the_layout_of_the_hub(tmp_path, make):
@@ -182,7 +202,7 @@ def test_faulty_folders_of_datasets_are_named(tmp_path, make, change):
         state["_indices_data_files"] = [{"filename": "indices.arrow"}]
         (root / "state.json").write_text(json.dumps(state))
     with pytest.raises(DataError, match=message):
-        HuggingFaceSource(str(root), "train")
+        HuggingFaceSource(str(root), "")
 
 
 def test_responses_of_json_lines(tmp_path, make):
@@ -193,3 +213,134 @@ def test_responses_of_json_lines(tmp_path, make):
     assert [texts.responses for texts in found] == [("x",), ("x", "y"), (), ()]
     with pytest.raises(DataError, match=r"line 1 of .*: 'response' is neither a text nor a list"):
         open_json_lines(lines(tmp_path / "b.jsonl", [rows[0] | {"response": 3}]))
+
+
+def test_json_lines_of_other_tools(tmp_path):
+    rows = [{"image": "x.png", "label": "joy\u2028", "id": None}] * 2
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8-sig", newline="")
+    found = list(open_json_lines(str(tmp_path / "a.jsonl")).texts())
+    assert [t.id for t in found] == ["a.jsonl:1", "a.jsonl:2"] and found[0].answer == "joy\u2028"
+    for encoding in ("utf-16", "gbk"):
+        (tmp_path / "b.jsonl").write_text('{"image": "喜怒哀乐.png"}', encoding=encoding)
+        with pytest.raises(DataError, match=r"b\.jsonl is no UTF-8 text .* save it as UTF-8"):
+            open_json_lines(str(tmp_path / "b.jsonl"))
+
+
+def test_fields_of_other_names_and_splits(tmp_path, make):
+    rows = [
+        {"photo": "x.png", "emotion": "joy", "ask": "why ?", "part": "train", "key": "one"},
+        {"photo": "y.png", "emotion": "fear", "ask": "how ?", "part": "test", "key": "two"},
+    ]
+    path = lines(tmp_path / "a.jsonl", rows)
+    columns = {"image": "photo", "answer": "emotion", "question": "ask", "id": "key"}
+    found = list(open_json_lines(path, columns=columns).texts())
+    assert [(t.id, t.question, t.answer) for t in found] == [
+        ("one", "why ?", "joy"),
+        ("two", "how ?", "fear"),
+    ]
+    columns["split"] = "part"
+    assert [t.id for t in open_json_lines(path, columns=columns, split="test").texts()] == ["two"]
+    with pytest.raises(DataError, match=r"split='dev': .* its lines are of test, train"):
+        open_json_lines(path, columns=columns, split="dev")
+    with pytest.raises(
+        DataError, match=r"split='test': .* its lines name no split; leave split ''"
+    ):
+        open_json_lines(path, columns={"image": "photo"}, split="test")
+    with pytest.raises(
+        DataError, match=r"line 1 of .* has no field 'mood', which columns names as"
+    ):
+        open_json_lines(path, columns={"image": "photo", "answer": "mood"})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", {}),
+        ("image:photo, answer:emotion", {"image": "photo", "answer": "emotion"}),
+        ("image", None),
+        ("picture:photo", None),
+        ("image:a,image:b", None),
+        ("image:", None),
+    ],
+)
+def test_columns_are_pairs_of_role_and_name(text, found):
+    if found is None:
+        with pytest.raises(
+            DataError, match=r"columns=.* must be role:column, each role once; roles"
+        ):
+            parse_columns(text)
+    else:
+        assert parse_columns(text) == found
+
+
+def test_class_folders_as_other_systems_leave_them(tmp_path, make):
+    folders(tmp_path, make)
+    for name in ("._0.PNG", ".DS_Store"):
+        (tmp_path / "Calm" / name).write_bytes(b"x")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "Calm" / "dog").mkdir()
+    (tmp_path / "Calm" / "dog" / "2.jfif").write_bytes(make["png"](7))
+    (tmp_path / "Calm" / "no_extension").write_bytes(make["png"](8))
+    (tmp_path / "Calm" / "notes.txt").write_text("BM, that is no bitmap")
+    with open(os.fsencode(tmp_path / "tense") + b"/caf\xe9.png", "wb") as file:
+        file.write(make["png"](9))
+    source = open_folders(str(tmp_path), "whole")
+    assert [t.id for t in source.texts()] == [
+        "Calm/0.PNG",
+        "Calm/1.PNG",
+        "Calm/dog/2.jfif",
+        "Calm/no_extension",
+        "tense/0.PNG",
+        "tense/1.PNG",
+        "tense/caf\\xe9.png",
+    ]
+    assert source[6].images == [make["png"](9)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"])
+def test_formats_are_told_by_their_beginning(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, kind)
+    assert is_image_head(file.getvalue()[:16])
+    assert not is_image_head(b"<html><head>404") and not is_image_head(b"BM, no bitmap...")
+
+
+def test_columns_of_a_folder_of_datasets(tmp_path, make):
+    features = {"picture": {"_type": "Value"}, "emotion": {"_type": "Value"}}
+    save_to_disk(tmp_path / "set", table(make, pa.array(["a", "b", "c"]), "picture", features))
+    columns = {"image": "picture", "answer": "question", "question": "emotion"}
+    source = HuggingFaceSource(str(tmp_path / "set"), "", columns=columns)
+    assert [(t.question, t.answer) for t in source.texts()] == [
+        ("a", "a ?"),
+        ("b", "b ?"),
+        ("c", "c ?"),
+    ]
+    assert source[1].images == [make["png"](1)]
+    with pytest.raises(
+        DataError, match=r"columns=image:photo: .* has the columns picture, emotion"
+    ):
+        HuggingFaceSource(str(tmp_path / "set"), "", columns={"image": "photo"})
+
+
+def test_paths_of_windows_or_of_another_machine(tmp_path, make):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "x.png").write_bytes(make["png"](1))
+    rows = [{"image": "train\\x.png", "label": "joy"}] * 2
+    assert open_json_lines(lines(tmp_path / "a.jsonl", rows))[1].images == [make["png"](1)]
+    rows = [{"image": f"D:\\data\\{i}.png", "label": "joy"} for i in range(200)]
+    with pytest.raises(
+        DataError, match=r"none of its first 100 images is there; .* tried was .*0\.png"
+    ):
+        open_json_lines(lines(tmp_path / "b.jsonl", rows))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nul", "folder"])
+def test_what_is_no_regular_file_is_not_read(tmp_path, make, kind):
+    (tmp_path / "x.png").write_bytes(make["png"](1))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    name = "n\0l" if kind == "nul" else kind
+    rows = [{"image": "x.png", "label": "joy"}, {"image": name, "label": "joy"}]
+    source = open_json_lines(lines(tmp_path / "a.jsonl", rows))
+    assert source[0].images == [make["png"](1)] and source[1].images == [None]

@@ -3,10 +3,13 @@ import pytest
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import (
     LABEL_SETS,
+    SPELLINGS,
     VALENCE_AROUSAL,
+    find_label,
     label_grades,
     label_map,
     label_set,
+    spellings,
 )
 
 
@@ -65,23 +68,79 @@ def test_grades_are_shares_beside_the_largest(shares, grades):
     assert (found if found is None else found.tolist()) == grades
 
 
-def test_webemo_goes_from_25_labels_to_6_to_2():
-    six = label_map("webemo25", "webemo6")
-    assert set(six) == set(LABEL_SETS["webemo25"])
-    assert set(six.values()) == set(LABEL_SETS["webemo6"])
-    assert (six["rage"], six["zest"], six["shame"]) == ("anger", "joy", "sadness")
+def test_webemo_goes_from_25_labels_to_7_to_2():
+    seven = label_map("webemo25", "webemo7")
+    assert set(seven) == set(LABEL_SETS["webemo25"])
+    assert set(seven.values()) == set(LABEL_SETS["webemo7"])
+    assert (seven["rage"], seven["zest"], seven["shame"]) == ("anger", "joy", "sadness")
+    assert seven["confusion"] == "confusion" and seven["gratitude"] == "love"
     # Straight to polarity is the same as by the groups.
-    two, by_group = label_map("webemo25", "polarity2"), label_map("webemo6", "polarity2")
-    assert two == {label: by_group[group] for label, group in six.items()}
-    assert two["relief"] == "positive" and two["envy"] == "negative"
+    two, by_group = label_map("webemo25", "polarity2"), label_map("webemo7", "polarity2")
+    assert two == {label: by_group[group] for label, group in seven.items()}
+    assert two["relief"] == "positive" and two["envy"] == two["confusion"] == "negative"
+
+
+def test_the_six_groups_of_parrott_have_no_confusion():
+    six = label_map("webemo25", "parrott6")
+    assert set(LABEL_SETS["webemo25"]) - set(six) == {"confusion"}
+    assert set(six.values()) == set(LABEL_SETS["parrott6"])
+    with pytest.raises(DataError, match="labels='webemo6' is no label set"):
+        label_map("webemo25", "webemo6")
 
 
 def test_maps_stay_within_the_wanted_set():
     for own in LABEL_SETS.keys() - AXES:
         for wanted in (*AXES, "emotion6"):
+            if own in ("webemo25", "webemo7", "parrott6", "emotic26") and wanted == "emotion6":
+                continue
             found = label_map(own, wanted)
             assert set(found) <= set(LABEL_SETS[own])
             assert set(found.values()) <= set(LABEL_SETS[wanted])
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "found"),
+    [
+        ("Happy", "fer7", "happiness"),
+        ("happy", "emotion6", "joy"),
+        (" ANGRY", "fer7", "anger"),
+        ("sad", "mikels8", "sadness"),
+        ("cheerfullness", "webemo25", "cheerfulness"),
+        ("boredom", "fer7", None),
+        ("happy", "joy,happiness", None),
+        ("happiness", "joy,happiness", "happiness"),
+    ],
+)
+def test_a_label_may_be_spelt_in_any_way(name, labels, found):
+    assert find_label(name, label_set(labels)) == found
+
+
+def test_all_spellings_of_a_set():
+    assert spellings(("Joy", "calm")) == {
+        "joy": "Joy",
+        "joyful": "Joy",
+        "happy": "Joy",
+        "happiness": "Joy",
+        "calm": "calm",
+    }
+    assert all(
+        len(names & other) == 0 for names in SPELLINGS for other in SPELLINGS if names != other
+    )
+
+
+def test_folders_of_other_spellings_lose_no_class():
+    own = "angry,disgust,fear,happy,neutral,sad,surprise"
+    assert set(label_map(own, "fer7").values()) == set(LABEL_SETS["fer7"])
+
+
+def test_a_set_that_would_lose_classes_is_refused():
+    with pytest.raises(
+        DataError, match=r"'fer7' loses the rows of mad, glad .*no row would be anger"
+    ):
+        label_map("mad,glad,fear", "fer7")
+    # A choice of labels, or a data set without some of them, loses nothing unseen.
+    assert label_map("fer7", "anger,fear") == {"anger": "anger", "fear": "fear"}
+    assert label_map("anger,fear", "fer7") == {"anger": "anger", "fear": "fear"}
 
 
 def test_labels_without_counterpart_are_left_out():

@@ -15,9 +15,10 @@ from transformers import Qwen2VLImageProcessorPil
 from emor3_jax import models
 from emor3_jax.data import encode
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.generic import FilesSource
 from emor3_jax.data.pipeline import BatchSpec, Parts, eval_batches, train_batches
 from emor3_jax.data.prompts import render_prompt
-from emor3_jax.data.sources import ParquetSource
+from emor3_jax.data.sources import ParquetSource, Texts
 from emor3_jax.data.views import Joined
 from emor3_jax.models.processor import ImageSettings, Processor
 
@@ -161,6 +162,8 @@ def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
     expected = {reason: len(rows) for reason, rows in faulty_rows(make).items()}
     # Only counted where accuracy is graded.
     expected["bad_distribution"] = 0
+    # Only rows of VECBench have candidates.
+    expected["unknown_candidate"] = 0
     assert batches.stats.counts() == expected
     bad = {row_id for reason in encode.REASONS for row_id in batches.stats.ids(reason)}
     assert len(bad) == sum(expected.values())
@@ -600,3 +603,24 @@ def test_what_goes_wrong_in_making_a_batch_is_raised_when_it_is_asked_for(train,
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
     batches.close()
+
+
+def test_a_row_is_asked_with_its_candidates(tmp_path, make, processor):
+    (tmp_path / "x.png").write_bytes(make["png"](1))
+    asked = [("Fear", "joy"), ("joy", "rage"), ("joy", "anger"), ()]
+    texts = [Texts("which ?", "Fear", str(i), candidates=each) for i, each in enumerate(asked)]
+    source = FilesSource("x", [tmp_path / "x.png"] * 4, texts)
+    spec = BatchSpec(2, **BUCKETS)
+    batches = eval_batches(source, processor, TEMPLATE, make["labels"], spec)
+    # A candidate that is no label, an answer that is no candidate.
+    assert batches.stats.counts()["unknown_candidate"] == 2
+    ((batch, ids),) = batches
+    assert ids == ("0", "3")
+    tokens = batch.prompt.tokens
+    shown = [
+        processor.tokenizer.decode(row[mask])
+        for row, mask in zip(tokens, batch.prompt.mask, strict=True)
+    ]
+    assert "which ? Fear, joy" in shown[0] and "which ? joy, Fear, anger" in shown[1]
+    # The answer is the label's number in the whole set.
+    assert batch.answers.tolist() == [1, 1]

@@ -1,4 +1,5 @@
 import io
+import json
 import pickle
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from emor3_jax.data import sources
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.sources import ParquetSource, sizes_of
 
@@ -103,9 +105,9 @@ def test_missing_columns_are_named_with_those_there(tmp_path):
 
 
 def test_images_of_another_type_are_refused(tmp_path):
-    table = pa.table({"images": [b"x"], "problem": ["x"], "answer": ["x"]})
+    table = pa.table({"images": [1], "problem": ["x"], "answer": ["x"]})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"column 'images' is binary, not a list"):
+    with pytest.raises(DataError, match=r"column 'images' is int64, not a list"):
         ParquetSource(tmp_path / "a.parquet")
 
 
@@ -158,3 +160,69 @@ def test_sizes_are_those_of_upright_images(tmp_path, make):
     source = ParquetSource(tmp_path / "a.parquet")
     assert sizes_of(source).tolist() == [[20, 30], [30, 20], [0, 0], [0, 0]]
     assert sizes_of(source, np.array([1])).tolist() == [[30, 20]]
+
+
+def test_columns_of_other_names(tmp_path, make):
+    (tmp_path / "x.png").write_bytes(make["png"](3))
+    table = pa.table({"photo": ["x.png", "gone.png"], "emotion": ["joy", "fear"], "note": [1, 2]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    columns = {"image": "photo", "answer": "emotion"}
+    source = ParquetSource(tmp_path / "a.parquet", columns=columns, question="which ?")
+    assert [(t.question, t.answer) for t in source.texts()] == [
+        ("which ?", "joy"),
+        ("which ?", "fear"),
+    ]
+    assert source[0].images == [make["png"](3)] and source[1].images == [None]
+    with pytest.raises(DataError, match=r"no column 'problem', only photo, emotion, note"):
+        ParquetSource(tmp_path / "a.parquet", columns=columns)
+    with pytest.raises(DataError, match=r"no column 'picture', only photo"):
+        ParquetSource(tmp_path / "a.parquet", columns={"image": "picture"}, question="which ?")
+
+
+@pytest.mark.parametrize("form", ["struct", "bytes"])
+def test_an_image_may_be_no_list(tmp_path, make, form):
+    image = make["png"](1)
+    cell = {"bytes": image, "path": None} if form == "struct" else image
+    table = pa.table({"images": [cell, None], "problem": ["a", "b"], "answer": ["joy", "fear"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = ParquetSource(tmp_path / "a.parquet")
+    assert source[0].images == [image] and source[1].images == []
+
+
+def test_numbers_are_labels_only_where_the_file_names_them(tmp_path, make):
+    rows = pa.table({"images": [b"x", b"y"], "problem": ["a", "b"], "answer": [1, -1]})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"column 'answer' is int64, not a text, and the file does"):
+        ParquetSource(tmp_path / "a.parquet")
+    names = {"answer": {"_type": "ClassLabel", "names": ["joy", "fear"]}}
+    kept = {"huggingface": json.dumps({"info": {"features": names}})}
+    pq.write_table(rows.replace_schema_metadata(kept), tmp_path / "b.parquet")
+    assert [t.answer for t in ParquetSource(tmp_path / "b.parquet").texts()] == ["fear", None]
+
+
+def test_a_split_is_a_column_or_a_name_or_refused(tmp_path, make):
+    rows = [make["row"](i) for i in range(4)]
+    make["parquet"](tmp_path / "train-00000.parquet", rows)
+    assert len(ParquetSource(tmp_path / "train-00000.parquet", split="train")) == 4
+    with pytest.raises(DataError, match=r"split='test': .* has no column 'split', and its files"):
+        ParquetSource(tmp_path / "train-00000.parquet", split="test")
+    table = pq.read_table(tmp_path / "train-00000.parquet")
+    table = table.append_column("part", pa.array(["train", "test", "train", "test"]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = ParquetSource(tmp_path / "a.parquet", split="test", columns={"split": "part"})
+    ids = [texts.id for texts in source.texts()]
+    assert ids == ["a.parquet:1", "a.parquet:3"] and len(source) == 2
+    assert [source.find(i) for i in ids] == [0, 1] and source[1].texts.id == ids[1]
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+    with pytest.raises(KeyError):
+        source.find("a.parquet:0")
+    with pytest.raises(DataError, match="split='dev': column 'part' has test, train"):
+        ParquetSource(tmp_path / "a.parquet", split="dev", columns={"split": "part"})
+
+
+def test_a_row_group_that_arrow_cannot_read_is_named_at_opening(folder, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_GROUP_BYTES", 1000)
+    with pytest.raises(
+        DataError, match=r"a\.parquet: row group 0 has .* again with row_group_size"
+    ):
+        ParquetSource(folder / "a.parquet")

@@ -8,7 +8,14 @@ from emor3_jax.data.errors import DataError
 from emor3_jax.data.generic import FilesSource
 from emor3_jax.data.labels import label_map
 from emor3_jax.data.sources import Texts, sizes_of
-from emor3_jax.data.views import Joined, Relabelled, Subset, balanced_subset, read_ids
+from emor3_jax.data.views import (
+    Joined,
+    Relabelled,
+    Subset,
+    balanced_subset,
+    natural_subset,
+    read_ids,
+)
 
 
 @pytest.fixture
@@ -108,3 +115,23 @@ def test_joined_sources_keep_apart_what_has_equal_ids(source):
     for row_id in ("r0", "c/r0", "b/r0"):
         with pytest.raises(KeyError):
             joined.find(row_id)
+
+
+def test_a_natural_subset_keeps_the_mix():
+    texts = [Texts("which ?", "joy" if i % 4 else "Fear", f"r{i}") for i in range(400)]
+    texts += [Texts("which ?", "boredom", "x"), Texts("which ?", None, "y")]
+    drawn = natural_subset(texts, ("joy", "fear"), 200, seed=3)
+    assert len(set(drawn.tolist())) == 200 and (np.diff(drawn) > 0).all() and drawn.max() < 400
+    fear = sum(texts[i].answer == "Fear" for i in drawn)
+    # A quarter of all rows are fear; three standard deviations of the draw are 13.
+    assert 37 <= fear <= 63
+    np.testing.assert_array_equal(drawn, natural_subset(texts, ("joy", "fear"), 200, seed=3))
+    assert drawn.tolist() != natural_subset(texts, ("joy", "fear"), 200, seed=4).tolist()
+    with pytest.raises(DataError, match="subset=401 must be at least 1 and at most the 400"):
+        natural_subset(texts, ("joy", "fear"), 401, seed=3)
+
+
+def test_candidates_are_called_by_another_set_too():
+    texts = [Texts("which ?", "rage", "a", candidates=("rage", "zest", "confusion", "pride"))]
+    view = Relabelled(FilesSource("x", [""], texts), label_map("webemo25", "parrott6"))
+    assert next(view.texts()).candidates == ("anger", "joy")

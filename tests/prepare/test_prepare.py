@@ -1,6 +1,7 @@
 """From a config to the policy of a run."""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from support import tiny
+from support import layouts, tiny
 
+from configs import paper
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError, dataset, default
 from emor3_jax.data.errors import DataError
@@ -195,13 +197,13 @@ def test_training_sets_are_mixed_in_the_labels_of_the_first(folder, tmp_path):
     seven = dataset(kind="folders", path=str(tmp_path / "seven"), split="whole", weight=0.5)
     config.data.train, config.data.mix.faces = six, seven
     data = opened(config, folder)
-    # Happiness and neutral are no labels of emotion6, by name.
-    assert data.train.rows == 12 + 5 and data.labels == {"train": LABEL_SETS["emotion6"]}
-    assert data.train.stats.counts()["unknown_answer"] == 2
+    # Happiness is joy by another name; neutral is no label of emotion6.
+    assert data.train.rows == 12 + 6 and data.labels == {"train": LABEL_SETS["emotion6"]}
+    assert data.train.stats.counts()["unknown_answer"] == 1
     names = [row_id for _ in range(10) for row_id in next(data.train)[1]]
     assert sum(name.startswith("train/") for name in names) == 40
     assert data.image("train")(names[0]).startswith(b"\x89PNG")
-    assert data.counters() == {"data/unknown_answer": 2.0}
+    assert data.counters() == {"data/unknown_answer": 1.0}
 
 
 def test_a_subset_is_drawn_by_the_seed_and_its_ids_are_kept(folder, tmp_path):
@@ -236,3 +238,115 @@ def test_what_works_on_one_host_is_refused_on_several(monkeypatch, field):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=rf"config\.{field}=2: works on one host alone"):
         job.check_hosts(config)
+
+
+def test_evaluation_on_training_rows_is_said(folder, tmp_path, caplog):
+    write_folders(tmp_path / "six", LABEL_SETS["emotion6"], 12)
+    write_folders(tmp_path / "other", LABEL_SETS["emotion6"], 2)
+
+    def described(name: str = "six", **fields: str) -> ConfigDict:
+        return dataset(kind="folders", path=str(tmp_path / name), **fields)
+
+    config = default()
+    config.data.train = described(split="whole", subset=12, subset_mix="natural")
+    config.evaluate.sets = ConfigDict()
+    config.evaluate.sets.same = described("../" + tmp_path.name + "/six", split="whole")
+    config.evaluate.sets.other = described("other", split="whole")
+    data = opened(config, folder)
+    assert data.train.rows == 12
+    assert (
+        "config.evaluate.sets.same: 12 of 72 rows are also rows of config.data.train" in caplog.text
+    )
+    assert "sets.other" not in caplog.text
+    caplog.clear()
+    config.data.train, config.evaluate.sets.same = described(split="train"), described(split="test")
+    opened(config, folder)
+    assert "are also rows" not in caplog.text
+
+
+def test_a_subset_has_a_seed_of_its_own(tmp_path):
+    write_folders(tmp_path / "six", LABEL_SETS["emotion6"], 12)
+    described = dataset(kind="folders", path=str(tmp_path / "six"), split="whole", subset=12)
+    config, found = default(), []
+    for seed, own in ((0, 5), (1, 5), (5, -1), (0, -1)):
+        config.seed, described.subset_seed = seed, own
+        source, _ = prepare.open_source(config, "evaluate.sets.a", described)
+        found.append([texts.id for texts in source.texts()])
+    assert found[0] == found[1] == found[2] != found[3]
+
+
+def test_texts_may_spell_labels_in_any_way(tmp_path):
+    rows = [{"image": "x.png", "label": name} for name in ("Happy", "angry", "sad", "bored")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = dataset(kind="jsonl", path=str(tmp_path / "a.jsonl"), labels="fer7")
+    source, _ = prepare.open_source(default(), "data.train", described)
+    assert [t.answer for t in source.texts()] == ["happiness", "anger", "sadness", "bored"]
+
+
+def test_a_field_that_would_do_nothing_is_refused(tmp_path):
+    for fields, message in (
+        (
+            {"kind": "folders", "columns": "image:photo"},
+            "columns='image:photo': names columns, which",
+        ),
+        (
+            {"kind": "parquet", "label": "six"},
+            "label='six': chooses a label rule of a named data set",
+        ),
+        (
+            {"kind": "emoset", "subset_mix": "even"},
+            "subset_mix='even': must be one of class, natural",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.train\.{message}"):
+            prepare.open_source(default(), "data.train", dataset(**fields))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_of_json_lines_is_honoured_or_refused(tmp_path, split):
+    rows = [{"image": "x.png", "label": "joy", "split": name} for name in ("train", "dev")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = dataset(kind="jsonl", path=str(tmp_path / "a.jsonl"), labels="emotion6")
+    assert len(prepare.open_source(default(), "data.train", described)[0]) == 2
+    described.split = split
+    if split == "train":
+        assert len(prepare.open_source(default(), "data.train", described)[0]) == 1
+    else:
+        with pytest.raises(DataError, match=r"split='test': .* its lines are of dev, train"):
+            prepare.open_source(default(), "data.train", described)
+
+
+def test_the_papers_sets_are_read_from_their_folders(tmp_path):
+    layouts.emoset(tmp_path / "EmoSet", {"train": 24, "test": 16})
+    six = LABEL_SETS["emotion6"]
+    shares = [[0.0] * 7 for _ in six]
+    for number in range(6):
+        # The largest share is that of another emotion than the keyword.
+        shares[number][(number + 1) % 6] = 1.0
+    rows = [(f"{six[n]}/{i}.jpg", shares[n]) for n in range(6) for i in range(10)]
+    layouts.emotion6(tmp_path / "Emotion6", rows)
+    layouts.classes(tmp_path / "WebEmo" / "test25", [str(n) for n in range(25)], 1)
+    config = paper.get_config("emoset")
+    config.data.folder = str(tmp_path / "data")
+    sets = {"data.train": config.data.train}
+    sets |= {f"evaluate.sets.{name}": each for name, each in config.evaluate.sets.items()}
+    folders = {"emoset": "EmoSet", "emotion6": "Emotion6", "webemo": "WebEmo"}
+    found = {}
+    for field, each in sets.items():
+        each.path = str(tmp_path / folders[each.kind])
+        if each.subset:
+            each.subset = 12
+        source, labels = prepare.open_source(config, field, each)
+        found[field] = len(source), labels, list(source.texts())
+    assert [(n, labels) for n, labels, _ in found.values()] == [
+        (12, "mikels8"),
+        (12, "mikels8"),
+        (18, "emotion6"),
+        (12, "webemo7"),
+    ]
+    emotion6 = found["evaluate.sets.emotion6"][2]
+    assert all(texts.answer == texts.id.partition("/")[0] for texts in emotion6)
+    assert {t.answer for t in found["evaluate.sets.webemo"][2]} <= set(LABEL_SETS["webemo7"])
+    config.seed = 7
+    again, _ = prepare.open_source(config, "data.train", config.data.train)
+    assert [t.id for t in again.texts()] == [t.id for t in found["data.train"][2]]

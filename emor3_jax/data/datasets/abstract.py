@@ -1,17 +1,19 @@
 """Abstract: 280 abstract paintings with the votes of viewers for eight emotions (ACM MM 2010).
 
-The label is the emotion with most votes, the first in the order of the file where several have as
-many; the votes are the row's `distribution`. Ties are common here and are counted.
+The label is the emotion with most votes, and the votes are the row's `distribution`. Paintings
+whose most votes are shared by several emotions are left out, as the field does: 229 are left. With
+`label="first"` they stay, and the first of these emotions in the order of the file is the label.
+
+Checked against public code: the csv with quotes around names and header, and the 229.
 """
 
 import csv
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import WHOLE, Builder, Folder, Found, once
+from emor3_jax.data.datasets.base import WHOLE, Builder, Folder, Found, once, read_lines
 from emor3_jax.data.datasets.checks import Checks
-from emor3_jax.data.datasets.emotion6 import label_of
-from emor3_jax.data.datasets.fi import ALIASES
-from emor3_jax.data.labels import LABEL_SETS, normalize
+from emor3_jax.data.datasets.votes import label_of
+from emor3_jax.data.labels import LABEL_SETS, find_label, normalize
 
 _FILE = "ABSTRACT_groundTruth.csv"
 
@@ -21,7 +23,8 @@ class Abstract(Builder):
 
     LABELS = "mikels8"
     QUESTION = "Which emotion do most viewers of this abstract painting feel?"
-    PUBLISHED = (("all", 280),)
+    PUBLISHED = (("all", 229),)
+    KEEP_TIES = False
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Abstract is downloaded by hand from its page, https://www.imageemotion.org. Unpack it so "
         f"that path holds {_FILE} and abstract_<number>.jpg (the folder testImages_abstract), and "
@@ -34,32 +37,34 @@ class Abstract(Builder):
         path = root / _FILE
         if not path.is_file():
             raise checks.refuse(f"no {_FILE}. {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [[x.strip().strip("'") for x in row] for row in csv.reader(file) if row]
+        lines = csv.reader(read_lines(path, checks))
+        rows = [[x.strip().strip("'") for x in row] for row in lines if row]
         header = [normalize(name) for name in rows[0]] if rows else []
-        names = [ALIASES.get(name, name) for name in header[1:]]
+        names = [find_label(name, labels) or name for name in header[1:]]
         if sorted(names) != sorted(labels):
             raise checks.refuse(
                 f"the header of {_FILE} is {', '.join(header)}; after the file it must name "
                 f"{', '.join(labels)}, in any order"
             )
-        at = [1 + names.index(label) for label in labels]
         folder = Folder(root, checks)
         found = []
         for number, row in enumerate(rows[1:], start=2):
-            votes = tuple(float(row[i]) for i in at) if _is_row(row, len(header)) else ()
-            if not votes:
+            if len(row) != len(header) or not all(x.isdecimal() for x in row[1:]):
                 raise checks.refuse(
                     f"line {number} of {_FILE} is {','.join(row)!r}, not a file and "
                     f"{len(labels)} numbers of votes"
                 )
+            votes = dict(zip(names, map(float, row[1:]), strict=True))
             # Ties go by the order of the file, not by that of the label set.
-            order = sorted(range(len(labels)), key=lambda i: at[i])
-            by_file = tuple(votes[i] for i in order)
-            label = label_of(by_file, tuple(labels[i] for i in order), row[0], checks)
-            found.append(Found(row[0], label, folder.find(row[0]), votes))
+            label = label_of(votes, row[0], checks, keep_ties=cls.KEEP_TIES)
+            if label is not None:
+                shares = tuple(votes[name] for name in labels)
+                found.append(Found(row[0], label, folder.find(row[0]), shares))
         return {WHOLE: once(found, WHOLE, checks)}
 
 
-def _is_row(row: list[str], columns: int) -> bool:
-    return len(row) == columns and all(x.isdecimal() for x in row[1:])
+class AbstractFirst(Abstract):
+    """All 280 paintings; of tied emotions the first in the file is the label."""
+
+    PUBLISHED = (("all", 280),)
+    KEEP_TIES = True

@@ -18,16 +18,19 @@ file that is overwritten by another image under its name is not noticed.
 import abc
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +40,9 @@ from PIL import Image
 
 from emor3_jax.data.datasets.checks import Checks, log, shortened
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.generic import SUFFIXES, in_test
-from emor3_jax.data.labels import LABEL_SETS, normalize
+from emor3_jax.data.files import SUFFIXES, is_hidden, is_image, read_image
+from emor3_jax.data.generic import in_test
+from emor3_jax.data.labels import find_label, label_set, normalize
 from emor3_jax.data.sources import Row, Texts, upright_size
 
 logger = logging.getLogger(__name__)
@@ -60,6 +64,10 @@ class Found(NamedTuple):
       file: the image, relative to the folder; "" where it is not there or no file of its own.
       shares: the share of raters for each label of `Builder.LABELS`, of any sum; or nothing.
       annotation: JSON file of attributes, relative to the folder; "" without.
+      values: numbers that the folder gives for the row, such as valence and arousal, by name.
+      candidates: labels of which this row's answer is one, in the order of the data; () for all.
+      question: asked of this image instead of `Builder.QUESTION`; "" asks that.
+      attributes: what else the folder says, a JSON object; "" without.
     """
 
     id: str
@@ -67,6 +75,10 @@ class Found(NamedTuple):
     file: str
     shares: tuple[float, ...] = ()
     annotation: str = ""
+    values: tuple[tuple[str, float], ...] = ()
+    candidates: tuple[str, ...] = ()
+    question: str = ""
+    attributes: str = ""
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,17 +99,22 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """A data set of visual emotion in a folder that the user has downloaded.
 
     Attributes:
-      LABELS: name of its label set.
+      LABELS: its label set, as `labels.label_set` takes it.
       QUESTION: what is asked of each image.
       PUBLISHED: the numbers of rows that its authors name, by split; another number is logged.
+      LABEL_COUNTS: likewise of rows by label, of all splits together.
+      PLACEHOLDER: more files of equal bytes than this are a site's "no longer available" image and
+        are left out; 0 keeps all.
       IMAGES_IN_FILES: False where images have no files of their own.
       MANUAL_DOWNLOAD_INSTRUCTIONS: page, files, and where to put them.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     LABELS: str
     QUESTION: str
     PUBLISHED: tuple[tuple[str, int], ...] = ()
+    LABEL_COUNTS: tuple[tuple[str, int], ...] = ()
+    PLACEHOLDER = 0
     IMAGES_IN_FILES = True
 
     @classmethod
@@ -116,12 +133,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
           DataError: if the folder does not have the layout, naming the file and the way out.
         """
 
+    @classmethod
+    def own_test(cls, ids: Sequence[str]) -> set[str]:
+        """Returns the test ids of a data set without splits: a fifth, by their hash."""
+        return {row_id for row_id in ids if in_test(row_id)}
+
     def image(self, root: Path, found: Found) -> bytes | None:
         """Returns the encoded image, None if it cannot be read."""
-        try:
-            return (root / found.file).read_bytes() if found.file else None
-        except OSError:
-            return None
+        return read_image(root / found.file) if found.file else None
 
     @property
     def copies(self) -> bool:
@@ -141,6 +160,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                     "label": text(),
                     "file": text(),
                     "attributes": text(),
+                    "values": text(),
+                    "candidates": text(),
+                    "question": text(),
                     "shares": tfds.features.Tensor(shape=(None,), dtype=np.float32),
                     "height": number(dtype=np.int32),
                     "width": number(dtype=np.int32),
@@ -158,11 +180,20 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         heads = {
             split: self._examine(root, split, found, checks) for split, found in splits.items()
         }
-        _find_duplicates(splits, heads, lambda each: self.image(root, each), checks)
-        for split, count in self.PUBLISHED:
-            there = total if split == "all" else len(splits.get(split, ()))
-            if there != count:
-                checks.note("count", f"{split}: {there} rows, published are {count}")
+        dropped = set()
+        for group in _equal_images(splits, heads, lambda each: self.image(root, each)):
+            if self.PLACEHOLDER and len(group) > self.PLACEHOLDER:
+                dropped.update((split, each.id) for split, each in group)
+            else:
+                _note_duplicates(group, checks)
+        for split, found in splits.items() if dropped else ():
+            kept = [(split, each.id) not in dropped for each in found]
+            for each, keep in zip(found, kept, strict=True):
+                if not keep:
+                    checks.note("placeholder", f"{split}/{each.id}")
+            splits[split] = list(itertools.compress(found, kept))
+            heads[split] = list(itertools.compress(heads[split], kept))
+        self._check_counts(splits, checks)
         checks.finish(total)
         self.found = checks
         generators = {}
@@ -172,6 +203,17 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 images = self._generate_examples(root, found, heads[split], True)
                 generators[f"{split}_pictures"] = images
         return generators
+
+    def _check_counts(self, splits: dict[str, list[Found]], checks: Checks) -> None:
+        """Notes numbers of rows that are not the published ones."""
+        labels = Counter(each.label for found in splits.values() for each in found)
+        for split, count in self.PUBLISHED:
+            there = labels.total() if split == "all" else len(splits.get(split, ()))
+            if there != count:
+                checks.note("count", f"{split}: {there} rows, published are {count}")
+        for label, count in self.LABEL_COUNTS:
+            if labels[label] != count:
+                checks.note("count", f"{label}: {labels[label]} rows, published are {count}")
 
     def _generate_examples(
         self, root: Path, found: Sequence[Found], heads: Sequence["_Head"], images: bool
@@ -184,7 +226,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                     "id": each.id,
                     "label": each.label,
                     "file": each.file,
-                    "attributes": "" if images else head.attributes,
+                    "attributes": "" if images else each.attributes or head.attributes,
+                    "values": json.dumps(dict(each.values)) if each.values else "",
+                    "candidates": json.dumps(each.candidates) if each.candidates else "",
+                    "question": each.question,
                     "shares": [] if images else list(each.shares),
                     "height": head.height,
                     "width": head.width,
@@ -232,7 +277,7 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
             with Image.open(io.BytesIO(data)) as image:
                 height, width = upright_size(image)
             key = (len(data), zlib.crc32(data))
-    elif found.file:
+    elif found.file and (root / found.file).is_file():
         try:
             with open(root / found.file, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -255,25 +300,28 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
     return _Head(height, width, key, attributes, emotion)
 
 
-def _find_duplicates(
+def _equal_images(
     splits: dict[str, list[Found]],
     heads: dict[str, list[_Head]],
     image: Callable[[Found], bytes | None],
-    checks: Checks,
-) -> None:
-    """Notes images of equal bytes; only files of equal size and end are read as a whole."""
+) -> Iterator[list[tuple[str, Found]]]:
+    """Yields groups of images of equal bytes, each with its split, in the order of the rows.
+
+    Only files of equal size and end are read as a whole. Rows of one file are one image.
+    """
     alike: dict[tuple[int, int], list[tuple[str, Found]]] = defaultdict(list)
     for split, found in splits.items():
+        files = set()
         for each, head in zip(found, heads[split], strict=True):
-            if head.key[0]:
+            if head.key[0] and (not each.file or each.file not in files):
                 alike[head.key].append((split, each))
+                files.add(each.file)
     for candidates in alike.values():
         if len(candidates) > 1:
             same: dict[bytes, list[tuple[str, Found]]] = defaultdict(list)
             for split, each in candidates:
                 same[hashlib.sha256(image(each) or b"").digest()].append((split, each))
-            for group in same.values():
-                _note_duplicates(group, checks)
+            yield from (group for group in same.values() if len(group) > 1)
 
 
 def _note_duplicates(group: Sequence[tuple[str, Found]], checks: Checks) -> None:
@@ -322,19 +370,33 @@ def build_dataset(
     splits = builder.scan(root, Checks(builder.name, root))
     name = _fingerprint(root, copy, splits)
     config = FolderConfig(name=name, root=str(root), copy=copy)
-    with _quiet():
-        built = builder(config=config, data_dir=str(data_dir), file_format="array_record")
-    checks = Path(built.data_dir) / "checks.json"
-    if not checks.is_file():
-        files = sum(map(len, splits.values()))
-        logger.warning("%s: building, once: looking at %d images in %s", built.name, files, root)
+    with _one_at_a_time(Path(data_dir) / f"{builder.name}.{name}.lock"):
         with _quiet():
-            built.download_and_prepare()
-        if not hasattr(built, "found"):
-            raise DataError(f"{built.data_dir} is incomplete; delete it and start again")
-        built.found.save(checks)
+            built = builder(config=config, data_dir=str(data_dir), file_format="array_record")
+        checks = Path(built.data_dir) / "checks.json"
+        if not checks.is_file():
+            files = sum(map(len, splits.values()))
+            logger.warning(
+                "%s: building, once: looking at %d images in %s", built.name, files, root
+            )
+            with _quiet():
+                built.download_and_prepare()
+            if not hasattr(built, "found"):
+                raise DataError(f"{built.data_dir} is incomplete; delete it and start again")
+            built.found.save(checks)
     _log_once(built.name, checks)
     return built
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Waits while another program builds the same data set; the lock ends with its program."""
+    with contextlib.ExitStack() as stack:
+        # A folder that is read alone, or a file system without locks, holds what is built already.
+        with contextlib.suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -378,9 +440,9 @@ class BuiltSource:
 
         Args:
           built: as `build_dataset` returns it.
-          split: of the folder, or, where it has none, "whole", "train" or "test": a fifth of the
-            rows, chosen by a hash of their ids, is the test split.
-          question: asked instead of the builder's own; "" asks that.
+          split: of the folder, or, where it has none, "whole", "train" or "test": the test split is
+            that of `Builder.own_test`.
+          question: asked instead of the data set's own; "" asks that.
 
         Raises:
           DataError: if there is no such split.
@@ -400,19 +462,31 @@ class BuiltSource:
         self._images = None
         if built.copies:
             self._images = built.as_data_source(f"{wanted}_pictures", decoders=skip)
-        question = question or built.QUESTION
-        names = LABEL_SETS[built.LABELS]
+        names = label_set(built.LABELS)
         self._texts: list[Texts] = []
         self._files: list[str] = []
         self._numbers: list[int] = []
         self._sizes: list[tuple[int, int]] = []
-        for number, record in enumerate(_all_of(records)):
-            row_id = record["id"].decode()
-            if kept is not None and (kept == "test") != in_test(row_id):
-                continue
+        there = list(enumerate(_all_of(records)))
+        if kept is not None:
+            test = built.own_test([record["id"].decode() for _, record in there])
+            there = [
+                (number, record)
+                for number, record in there
+                if (record["id"].decode() in test) == (kept == "test")
+            ]
+        for number, record in there:
             shares = tuple(zip(names, map(float, record["shares"]), strict=False)) or None
-            label = record["label"].decode() or None
-            self._texts.append(Texts(question, label, row_id, distribution=shares))
+            self._texts.append(
+                Texts(
+                    question or record["question"].decode() or built.QUESTION,
+                    record["label"].decode() or None,
+                    record["id"].decode(),
+                    distribution=shares,
+                    values=tuple(json.loads(record["values"] or b"{}").items()),
+                    candidates=tuple(json.loads(record["candidates"] or b"[]")),
+                )
+            )
             self._files.append(record["file"].decode())
             self._numbers.append(number)
             self._sizes.append((int(record["height"]), int(record["width"])))
@@ -427,10 +501,7 @@ class BuiltSource:
     def _image(self, index: int) -> bytes | None:
         if self._images is not None:
             return self._images[self._numbers[index]]["picture"] or None
-        try:
-            return (self._root / self._files[index]).read_bytes() if self._files[index] else None
-        except OSError:
-            return None
+        return read_image(self._root / self._files[index]) if self._files[index] else None
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order."""
@@ -473,6 +544,13 @@ class Folder:
         if folder not in self._lists:
             path = self._root / folder
             there = sorted(os.listdir(path)) if path.is_dir() else []
+            there = [name for name in there if not is_hidden(name)]
+            if not all(map(_is_text, there)):
+                for name in there:
+                    if not _is_text(name):
+                        shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+                        self._checks.note("bad_name", f"{folder}/{shown}" if folder else shown)
+                there = list(filter(_is_text, there))
             self._lists[folder] = set(there), {name.lower(): name for name in there}
         return self._lists[folder]
 
@@ -487,38 +565,57 @@ class Folder:
             return f"{folder}/{found}" if folder else found
         return ""
 
-    def images(self, folder: str) -> list[str]:
-        """Returns the images of a folder, relative to the root, and notes other files."""
+    def has_folder(self, folder: str) -> bool:
+        """Returns whether the root has such a folder."""
+        return (self._root / folder).is_dir()
+
+    def images(self, folder: str, levels: int = 0) -> list[str]:
+        """Returns the images of a folder, relative to the root, and notes other files.
+
+        Args:
+          folder: relative to the root.
+          levels: how many levels of folders below it are searched too.
+        """
         found = []
         for name in sorted(self._names(folder)[0]):
             path = f"{folder}/{name}" if folder else name
             if name.lower().endswith(SUFFIXES):
                 found.append(path)
-            elif not name.startswith(".") and not (self._root / path).is_dir():
+            elif (self._root / path).is_dir():
+                if levels:
+                    found += self.images(path, levels - 1)
+            elif is_image(self._root / path):
+                found.append(path)
+            else:
                 self._checks.note("not_a_picture", path)
         return found
 
 
+def _is_text(name: str) -> bool:
+    """Returns whether a file's name is UTF-8; records can hold no other."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def folders(root: Path) -> list[str]:
     """Returns the names of the folders in a folder, hidden ones left out."""
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p.name for p in root.iterdir() if not is_hidden(p.name) and p.is_dir())
 
 
 def class_folders(
     root: Path,
     where: str,
     labels: Sequence[str],
-    aliases: dict[str, str],
     checks: Checks,
+    numbers: Mapping[str, str] | None = None,
 ) -> list[Found]:
-    """Reads `where/<label>/*`.
+    """Reads `where/<label>/*` and `where/<label>/<object>/*`, whose label is the first folder.
 
     Args:
       root: the folder of the data set.
       where: folder below it; "" is the root itself.
-      labels: the label set.
-      aliases: other spellings of a label, lower-cased → label.
+      labels: the label set; folders may use any spelling of a label (`labels.SPELLINGS`).
       checks: takes what was noticed.
+      numbers: further names of a label, such as its number, lower-cased → label.
 
     Raises:
       DataError: if there is a folder that is no label, or none for a label.
@@ -527,9 +624,9 @@ def class_folders(
     found: list[Found] = []
     seen: dict[str, str] = {}
     for name in folders(root / where):
-        label = aliases.get(normalize(name), normalize(name))
+        label = (numbers or {}).get(normalize(name)) or find_label(name, labels)
         path = f"{where}/{name}" if where else name
-        if label not in labels:
+        if label is None:
             raise checks.refuse(
                 f"the folder {path!r} is no label; labels are {', '.join(labels)}: move it away, "
                 "or give the folder that holds the folders of the labels"
@@ -537,7 +634,7 @@ def class_folders(
         if label in seen:
             raise checks.refuse(f"the folders {seen[label]!r} and {path!r} are the same label")
         seen[label] = path
-        for file in folder.images(path):
+        for file in folder.images(path, levels=1):
             found.append(Found(file, label, file))
     if missing := [label for label in labels if label not in seen]:
         raise checks.refuse(
@@ -546,10 +643,74 @@ def class_folders(
     return found
 
 
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""Names of folders and files of a split, lower-cased → split."""
+
+
+def split_folders(
+    root: Path,
+    where: str,
+    labels: Sequence[str],
+    checks: Checks,
+    splits: Mapping[str, str] = SPLITS,
+    numbers: Mapping[str, str] | None = None,
+) -> dict[str, list[Found]]:
+    """Reads `where/<split>/<label>/*`; the other arguments are those of `class_folders`.
+
+    Raises:
+      DataError: if a folder is no split, or two are the same one, or as `class_folders`.
+    """
+    found: dict[str, list[Found]] = {}
+    for name in folders(root / where):
+        split = splits.get(name.lower())
+        if split is None or split in found:
+            why = "no split" if split is None else f"the split {split} a second time"
+            raise checks.refuse(f"the folder {name!r} is {why}; splits are {', '.join(splits)}")
+        path = f"{where}/{name}" if where else name
+        found[split] = class_folders(root, path, labels, checks, numbers)
+    return found
+
+
+def read_lines(path: Path, checks: Checks) -> list[str]:
+    """Returns the lines of a text file, or raises `DataError` that names it."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise checks.refuse(f"{path.name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise checks.refuse(f"{path.name} is no UTF-8 text: {error}; download it again") from error
+
+
+def read_csv(path: Path, checks: Checks) -> tuple[dict[str, int], list[list[str]]]:
+    """Returns the columns of a csv file by their normalised names, and its rows, stripped.
+
+    Raises:
+      DataError: naming the file, if it has no header or a row has another number of fields.
+    """
+    rows = [[field.strip() for field in row] for row in csv.reader(read_lines(path, checks)) if row]
+    if not rows:
+        raise checks.refuse(f"{path.name} is empty; download it again")
+    columns = {normalize(name): number for number, name in enumerate(rows[0])}
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(rows[0]):
+            raise checks.refuse(
+                f"row {number} of {path.name} has {len(row)} fields, its header {len(rows[0])}"
+            )
+    return columns, rows[1:]
+
+
 def read_json(path: Path, checks: Checks) -> Any:
     """Returns a JSON file's contents, or raises `DataError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise checks.refuse(f"{path.name} cannot be read: {error.strerror}") from error
     except ValueError as error:

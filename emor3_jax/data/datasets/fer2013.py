@@ -1,25 +1,33 @@
 """FER-2013: 35,887 grey faces of 48 x 48 pixels in seven expressions (ICML 2013 workshop).
 
-Read from Kaggle's `fer2013.csv` (emotion, pixels, Usage), whose faces have no files and become PNG
-files in the records, or from folders `<split>/<expression>/*`, where the images stay.
+Read from Kaggle's `fer2013.csv` or `icml_face_data.csv`, whose columns emotion, pixels and Usage
+are found by name in any order, and whose faces have no files and become PNG files in the records;
+or from folders `<split>/<expression>/*`, where the images stay.
+
+Checked against public code: both csv files (the second has spaces after its commas), the folders.
 """
 
 import csv
 import functools
 import io
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from emor3_jax.data.datasets.base import Builder, Found, class_folders, folders
+from emor3_jax.data.datasets.base import Builder, Found, folders, split_folders
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import LABEL_SETS
 
 SIDE = 48
-_CSV = "fer2013.csv"
-_USAGE = {"Training": "train", "PublicTest": "validation", "PrivateTest": "test"}
+CSV_NAMES = ("fer2013.csv", "icml_face_data.csv")
+"""Names of the csv file, the first that is there."""
+
+USAGE = {"Training": "train", "PublicTest": "validation", "PrivateTest": "test"}
+_COLUMNS = ("emotion", "pixels", "usage")
 _FOLDERS = {
     "train": "train",
     "training": "train",
@@ -31,7 +39,6 @@ _FOLDERS = {
 }
 # The numbers of the csv.
 _NUMBERS = ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")
-_ALIASES = {"angry": "anger", "happy": "happiness", "sad": "sadness", "surprised": "surprise"}
 # Of the whole training part: another order of the numbers shows in these.
 _TRAINING = {
     "anger": 3995,
@@ -44,12 +51,17 @@ _TRAINING = {
 }
 _QUESTION = "Which emotion does this face show?"
 _INSTRUCTIONS = (
-    "FER-2013 is downloaded by hand from Kaggle: fer2013.csv from "
+    "FER-2013 is downloaded by hand from Kaggle: fer2013.csv or icml_face_data.csv from "
     "https://www.kaggle.com/c/challenges-in-representation-learning-facial-expression-recognition-"
     "challenge, or folders <split>/<expression>/*.jpg from "
     "https://www.kaggle.com/datasets/msambare/fer2013. Give the folder that holds the csv, or the "
     "folders of the splits, as path."
 )
+
+
+def find_csv(root: Path) -> Path | None:
+    """Returns the csv file of a folder, None if it has none."""
+    return next((root / name for name in CSV_NAMES if (root / name).is_file()), None)
 
 
 class Fer2013Csv(Builder):
@@ -63,38 +75,28 @@ class Fer2013Csv(Builder):
 
     @classmethod
     def scan(cls, root: Path, checks: Checks) -> dict[str, list[Found]]:
-        path = root / _CSV
-        if not path.is_file():
-            raise checks.refuse(f"no {_CSV}. {_INSTRUCTIONS}")
-        splits: dict[str, list[Found]] = {split: [] for split in _USAGE.values()}
-        # The csv module refuses fields of more than 128 KiB, which no row of pixels has.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            if header != ["emotion", "pixels", "Usage"]:
+        path = find_csv(root)
+        if path is None:
+            raise checks.refuse(f"no {' or '.join(CSV_NAMES)}. {_INSTRUCTIONS}")
+        splits: dict[str, list[Found]] = {split: [] for split in USAGE.values()}
+        for line, (emotion, _, usage) in read_faces(path, checks):
+            if emotion not in set("0123456"):
                 raise checks.refuse(
-                    f"the header of {_CSV} is {','.join(header)!r}, not 'emotion,pixels,Usage'"
+                    f"line {line} of {path.name} has the emotion {emotion!r}, not 0 to 6"
                 )
-            for line, row in enumerate(reader, start=2):
-                split = _check_row(row, line, checks)
-                label = _NUMBERS[int(row[0])]
-                splits[split].append(Found(f"{_CSV}:{line}", label, ""))
+            label = _NUMBERS[int(emotion)]
+            splits[USAGE[usage]].append(Found(f"{path.name}:{line}", label, ""))
         counts = Counter(found.label for found in splits["train"])
         if sum(counts.values()) == sum(_TRAINING.values()) and dict(counts) != _TRAINING:
             raise checks.refuse(
-                f"{_CSV} has the numbers of rows of FER-2013 but not its labels: {dict(counts)}, "
-                f"published are {_TRAINING}; the numbers of its emotions stand for another order"
+                f"{path.name} has the numbers of rows of FER-2013 but not its labels: "
+                f"{dict(counts)}, published are {_TRAINING}; the numbers of its emotions stand for "
+                "another order"
             )
         return splits
 
     def image(self, root: Path, found: Found) -> bytes | None:
-        line = int(found.id.rpartition(":")[2])
-        pixels = _pixels(root / _CSV)[line - 2]
-        if pixels is None:
-            return None
-        out = io.BytesIO()
-        Image.fromarray(pixels).save(out, "PNG")
-        return out.getvalue()
+        return face_png(root, found.id)
 
 
 class Fer2013Folders(Builder):
@@ -107,39 +109,76 @@ class Fer2013Folders(Builder):
 
     @classmethod
     def scan(cls, root: Path, checks: Checks) -> dict[str, list[Found]]:
-        splits = {}
         for name in folders(root):
             if name.lower() not in _FOLDERS:
                 raise checks.refuse(
                     f"the folder {name!r} is no part of FER-2013 ({', '.join(_FOLDERS)}). "
                     f"{_INSTRUCTIONS}"
                 )
-            labels = LABEL_SETS[cls.LABELS]
-            splits[_FOLDERS[name.lower()]] = class_folders(root, name, labels, _ALIASES, checks)
-        return splits
+        return split_folders(root, "", LABEL_SETS[cls.LABELS], checks, _FOLDERS)
 
 
-def _check_row(row: list[str], line: int, checks: Checks) -> str:
-    """Returns the split of a row of the csv; all its fields are checked but the pixels' values."""
-    if len(row) != 3 or row[0] not in set("0123456") or row[2] not in _USAGE:
-        shown = [row[0], "…", *row[2:]] if row else row
+def read_faces(path: Path, checks: Checks) -> Iterator[tuple[int, tuple[str, str, str]]]:
+    """Yields line and (emotion, pixels, Usage) of each row of Kaggle's csv, checked but for values.
+
+    Raises:
+      DataError: naming line and rule, or that the file is no such csv.
+    """
+    try:
+        yield from _rows(path, checks)
+    except (csv.Error, UnicodeDecodeError) as error:
         raise checks.refuse(
-            f"line {line} of {_CSV} is {','.join(shown)!r}: emotion must be 0 to 6 and Usage one "
-            f"of {', '.join(_USAGE)}"
-        )
-    count = row[1].count(" ") + 1
-    if count != SIDE * SIDE:
-        raise checks.refuse(f"line {line} of {_CSV} has {count} pixels, not {SIDE} x {SIDE}")
-    return _USAGE[row[2]]
+            f"{path.name} is no text ({error}), such as an archive under this name; unpack it"
+        ) from error
+
+
+def _rows(path: Path, checks: Checks) -> Iterator[tuple[int, tuple[str, str, str]]]:
+    # The csv module refuses fields of more than 128 KiB, which no row of pixels has.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        first = next(reader, [])
+        header = [name.strip().lower() for name in first]
+        if sorted(header) != sorted(_COLUMNS):
+            shown = ascii(",".join(first))[:80]
+            raise checks.refuse(
+                f"the header of {path.name} is {shown}, not emotion, pixels and Usage in any order"
+            )
+        at = [header.index(name) for name in _COLUMNS]
+        for line, row in enumerate(reader, start=2):
+            if len(row) != len(header):
+                raise checks.refuse(f"line {line} of {path.name} has {len(row)} fields, not 3")
+            emotion, pixels, usage = (row[i].strip() for i in at)
+            if usage not in USAGE:
+                raise checks.refuse(
+                    f"line {line} of {path.name} has the Usage {usage!r}, not one of "
+                    f"{', '.join(USAGE)}"
+                )
+            count = pixels.count(" ") + 1
+            if count != SIDE * SIDE:
+                raise checks.refuse(
+                    f"line {line} of {path.name} has {count} pixels, not {SIDE} x {SIDE}"
+                )
+            yield line, (emotion, pixels, usage)
+
+
+def face_png(root: Path, row_id: str) -> bytes | None:
+    """Returns the face of a row `<csv>:<line>` as a PNG file, None where a value is no byte."""
+    name, _, line = row_id.rpartition(":")
+    pixels = _pixels(root / name)[int(line) - 2]
+    if pixels is None:
+        return None
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
 
 
 @functools.lru_cache(maxsize=1)
 def _pixels(path: Path) -> list[np.ndarray | None]:
     """Returns uint8[48, 48] of each row, None where a value is no byte; 83 MB for all of them."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        next(reader)
-        return [_face(row[1]) for row in reader]
+    try:
+        return [_face(row[1]) for _, row in _rows(path, Checks("fer2013", path.parent))]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} has changed while it was read: {error}") from error
 
 
 def _face(pixels: str) -> np.ndarray | None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 from support import layouts
 
+from emor3_jax.data.datasets.catalog import open_dataset
+
 
 @pytest.fixture(scope="session")
 def write() -> dict[str, Callable]:
@@ -16,3 +18,13 @@ def write() -> dict[str, Callable]:
         "classes": layouts.classes,
         "fer_csv": layouts.fer_csv,
     }
+
+
+@pytest.fixture
+def opened(tmp_path) -> Callable:
+    """Opens a split of a named data set, built below the test's folder."""
+
+    def call(kind, root, split, **options):
+        return open_dataset(kind, str(root), split, tmp_path / "data", **options)
+
+    return call

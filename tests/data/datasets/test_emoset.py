@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from emor3_jax.data.datasets.base import Found
 from emor3_jax.data.datasets.checks import Checks
 from emor3_jax.data.datasets.emoset import Emoset
 from emor3_jax.data.errors import DataError
@@ -26,11 +27,11 @@ def test_splits_rows_and_labels(folder):
         "test": 3,
     }
     label, name, image, annotation = rows["train"][5]
-    assert splits["train"][5] == (name, label, image, (), annotation)
+    assert splits["train"][5] == Found(name, label, image, annotation=annotation)
     assert found == {}
 
 
-def test_rows_without_an_image_id_are_read_too(folder):
+def test_rows_of_three_items_are_read_as_the_lists_have_them(folder):
     root, rows = folder
     short = [[row[0], *row[2:]] for row in rows["train"]]
     (root / "train.json").write_text(json.dumps(short))

@@ -1,9 +1,12 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from emor3_jax.data.datasets.catalog import open_dataset
+from emor3_jax.data.datasets.emotion6 import Emotion6, Emotion6Keyword
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.labels import label_grades
+from emor3_jax.data.labels import LABEL_SETS, label_grades
 
 ROWS = [
     # The folder is the search word: this image of "joy" is one of sadness.
@@ -46,7 +49,37 @@ def test_its_own_splits_part_the_rows(write, tmp_path):
         for split in ("whole", "train", "test")
     }
     assert parts["train"] | parts["test"] == parts["whole"] and len(parts["whole"]) == 100
-    assert not parts["train"] & parts["test"] and 10 < len(parts["test"]) < 30
+    assert not parts["train"] & parts["test"] and len(parts["test"]) == 30
+
+
+def test_its_test_split_is_594_of_1980_by_keyword():
+    keywords = LABEL_SETS["emotion6"]
+    ids = [f"{keyword}/{i}.jpg" for keyword in keywords for i in range(1, 331)]
+    test = Emotion6.own_test(ids)
+    assert len(test) == 594 and len(ids) - len(test) == 1386
+    assert Counter(row_id.split("/")[0] for row_id in test) == dict.fromkeys(keywords, 99)
+    # Neither the order nor the other rows' labels change it.
+    assert Emotion6.own_test(ids[::-1]) == test == Emotion6Keyword.own_test(ids)
+
+
+@pytest.mark.parametrize(
+    ("rule", "answers"),
+    [
+        ("", ["sadness", "joy", "disgust", None]),
+        ("six", ["sadness", "joy", "disgust", None]),
+        ("seven", ["sadness", "neutral", "disgust", "neutral"]),
+        ("keyword", ["joy", "anger", "fear", "fear"]),
+    ],
+)
+def test_the_rule_of_the_label_is_chosen(folder, tmp_path, rule, answers):
+    source = open_dataset("emotion6", str(folder), "whole", tmp_path / "data", label=rule)
+    texts = list(source.texts())
+    assert [t.answer for t in texts] == answers
+    assert source.labels == ("emotion7" if rule == "seven" else "emotion6")
+    assert dict(texts[1].values) == {"valence": 4.5, "arousal": 5.0, "neutral": 0.7}
+    assert len(texts[1].distribution) == (7 if rule == "seven" else 6)
+    with pytest.raises(DataError, match="label='eight': must be one of six, seven, keyword"):
+        open_dataset("emotion6", str(folder), "whole", tmp_path / "data", label="eight")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -51,8 +52,11 @@ def test_a_damaged_face_stays_and_is_counted(tmp_path, write, caplog):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([(7, *line(0, 0)[1:])], "line 2 of fer2013.csv .*emotion must be 0 to 6"),
-        ([line(0, 0), (0, line(0, 0)[1], "Test")], "line 3 .*Usage one of Training, PublicTest"),
+        ([(7, *line(0, 0)[1:])], "line 2 of fer2013.csv has the emotion '7', not 0 to 6"),
+        (
+            [line(0, 0), (0, line(0, 0)[1], "Test")],
+            "line 3 .*the Usage 'Test', not one of Training, PublicTest",
+        ),
         ([(0, "1 2 3", "Training")], "line 2 of fer2013.csv has 3 pixels, not 48 x 48"),
     ],
 )
@@ -92,3 +96,32 @@ def test_neither_csv_nor_folders(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match=r"'images' is no part of FER-2013.*kaggle"):
         open_dataset("fer2013", str(tmp_path), "train", tmp_path / "data")
+
+
+def test_columns_are_read_by_name(tmp_path):
+    # Kaggle's other file: another order, and spaces after the commas.
+    (tmp_path / "fer").mkdir()
+    lines = ["emotion, Usage, pixels"]
+    lines += [
+        f"{emotion}, {usage}, {pixels}" for emotion, pixels, usage in (line(3, 1), line(6, 2))
+    ]
+    (tmp_path / "fer" / "icml_face_data.csv").write_text("\n".join(lines) + "\n")
+    source = open_dataset("fer2013", str(tmp_path / "fer"), "train", tmp_path / "data")
+    assert [t.answer for t in source.texts()] == ["happiness", "neutral"]
+    assert source[1].texts.id == "icml_face_data.csv:3"
+    image = Image.open(io.BytesIO(source[1].images[0]))
+    np.testing.assert_array_equal(np.asarray(image), face(2))
+
+
+def test_a_csv_without_a_column_is_named(tmp_path):
+    (tmp_path / "fer2013.csv").write_text("emotion,pixels\n0,1 2\n")
+    with pytest.raises(DataError, match=r"header of fer2013\.csv is 'emotion,pixels', not emotion"):
+        open_dataset("fer2013", str(tmp_path), "train", tmp_path / "data")
+
+
+def test_an_archive_under_the_name_of_the_csv_is_named(tmp_path):
+    with tarfile.open(tmp_path / "fer2013.csv", "w:gz") as archive:
+        archive.add(__file__)
+    with pytest.raises(DataError, match=r"fer2013\.csv is no text .* unpack it") as raised:
+        open_dataset("fer2013", str(tmp_path), "train", tmp_path / "data")
+    assert "\0" not in str(raised.value)
