@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from configs.qwen_vl import POLICIES
 from emor3_jax.parallel import topology
 
 RESULTS = Path("docs/results/compile.jsonl")
@@ -28,7 +29,7 @@ SLICES = (
     *("v5e-16", "v5e-64", "v5e-256", "2xv5e-16"),
     *("v5p-8", "v5p-32", "v6e-8", "v6e-16", "v6e-64", "tpu7x-8"),
 )
-SIZES = ("3b", "7b")
+SIZES = tuple(POLICIES)
 PROGRAMS = (
     *("weight_sync", "decode", "resize_ring", "shrink", "admit", "take_out", "update"),
     *("prefill", "coherence", "consistency", "reference"),
@@ -115,8 +116,6 @@ def _fit_table(found: Results) -> list[str]:
         for name in SLICES:
             cell = found.get((size, name), {})
             if not cell:
-                empty = " | ".join([""] * (len(PROGRAMS) + 5))
-                lines.append(f"| {size.upper()} | {name} | {empty} | not run |")
                 continue
             any_ = next(iter(cell.values()))
             mesh, tensor = any_["mesh"], any_["mesh"]["tensor"]
@@ -132,6 +131,9 @@ def _fit_table(found: Results) -> list[str]:
                 f"| {any_['micro_prompts']} | {any_['usable'] / 2**30:.2f} "
                 f"| {' | '.join(sizes)} | {verdict} |"
             )
+    for size in SIZES:
+        if missing := [name for name in SLICES if not found.get((size, name))]:
+            lines += ["", f"Not run of {size.upper()}: {', '.join(missing)}."]
     return lines
 
 

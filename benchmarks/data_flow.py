@@ -1,6 +1,6 @@
 """Cost of a training step beside the data flow of the authors' release, counted from shapes.
 
-    python -m benchmarks.data_flow --config=configs/qwen2_5_vl_3b.py \\
+    python -m benchmarks.data_flow --config=configs/qwen_vl.py \\
         --config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct --prompt_tokens=1024 --response_tokens=256
 
 Prints what `emor3_jax.account` prints, then the release's step and how many times as much it costs.

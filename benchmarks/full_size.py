@@ -1,9 +1,11 @@
-"""A published policy at its full size: load, prefill, decode. python -m benchmarks.full_size
+"""A published policy at its full size: load, prefill, decode.
 
-Writes a folder with the exact names and shapes of the hub's files (random bfloat16, 7.5 GB for the
-3B), then, in a process of its own, reads it and runs one image through prefill and 16 tokens of
-decode. Prints the time of each stage and the peak of the host's memory against the parameters'.
-The peak counts all resident pages, those of mapped files included.
+    python -m benchmarks.full_size [--policy=Qwen/Qwen3-VL-4B-Instruct]
+
+Writes a folder with the exact names and shapes of the hub's files (random bfloat16, 7.5 GB for
+Qwen2.5-VL-3B), then, in a process of its own, reads it and runs one image through prefill and 16
+tokens of decode. Prints the time of each stage and the peak of the host's memory against the
+parameters'. The peak counts all resident pages, those of mapped files included.
 """
 
 import argparse
@@ -134,13 +136,16 @@ def run(folder: Path) -> dict[str, float]:
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="3B", choices=("3B", "7B"))
+    parser.add_argument("--policy", default="Qwen/Qwen2.5-VL-3B-Instruct")
     parser.add_argument("--folder", type=Path, default=Path("runs/full_size"))
     parser.add_argument("--keep", action="store_true", help="do not delete the folder at the end")
     parser.add_argument("--stage", choices=("write", "run"), help="for the program's own use")
     arguments = parser.parse_args()
+    policy = models.published(arguments.policy)
+    if policy is None:
+        parser.error(f"--policy={arguments.policy}: no policy of that id is published")
     if arguments.stage == "write":
-        write(models.published(f"Qwen/Qwen2.5-VL-{arguments.size}-Instruct"), arguments.folder)
+        write(policy, arguments.folder)
         return
     if arguments.stage == "run":
         print(json.dumps(run(arguments.folder)))
@@ -148,7 +153,7 @@ def main() -> None:
 
     def child(stage: str) -> str:
         command = [sys.executable, "-m", "benchmarks.full_size", f"--stage={stage}"]
-        command += [f"--size={arguments.size}", f"--folder={arguments.folder}"]
+        command += [f"--policy={arguments.policy}", f"--folder={arguments.folder}"]
         return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
 
     try:
@@ -158,7 +163,7 @@ def main() -> None:
         if not arguments.keep:
             shutil.rmtree(arguments.folder, ignore_errors=True)
     size = result["params_bytes"]
-    print(f"{date.today()}, {jax.default_backend()}, {arguments.size}, bfloat16")
+    print(f"{date.today()}, {jax.default_backend()}, {arguments.policy}, bfloat16")
     print(f"{result['params']:,} parameters, {size / 1e9:.2f} GB")
     print(f"{result['prompt_tokens']} prompt tokens, {TOKENS} tokens decoded\n")
     print("| stage | seconds | peak GB so far | over the parameters |\n|---|---|---|---|")

@@ -102,7 +102,7 @@ def knows_family(modules: Mapping[str, ast.Module]) -> int:
     """Returns how many modules outside `models` import a module of a family's folder."""
     models = "emor3_jax.models."
     return sum(
-        any(name.startswith(f"{models}qwen2_5_vl") for name in imported(tree, modules))
+        any(name.startswith(models) and name.count(".") > 2 for name in imported(tree, modules))
         for module, tree in modules.items()
         if not module.startswith(models)
     )

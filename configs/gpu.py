@@ -17,7 +17,7 @@ has been run on these machines.
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import read_options, single_host, use_adapters
+from configs.qwen_vl import POLICIES, choose_policy, read_options, single_host, use_adapters
 
 
 def get_config(options: str = "gpus=8") -> ConfigDict:
@@ -29,19 +29,20 @@ def get_config(options: str = "gpus=8") -> ConfigDict:
     Raises:
       ValueError: if an option is unknown.
     """
-    chosen, numbers = read_options(options, ("lora",), {"gpus": 8, "memory": 80})
+    chosen, numbers = read_options(options, ("lora", *POLICIES), {"gpus": 8, "memory": 80})
     gpus = numbers["gpus"]
     if gpus not in (1, 8) or numbers["memory"] not in (80, 141):
         raise ValueError(f"--config=…:{options}: gpus must be 1 or 8, memory 80 or 141")
     config = single_host(prompts=128 if gpus == 8 else 64, max_tokens=2048)
-    config.policy.path = "Qwen/Qwen2.5-VL-3B-Instruct"
+    choose_policy(config, next((name for name in POLICIES if name in chosen), "3b"))
+    config.data.image_windows = (32, 48)
     config.mesh.fsdp = gpus
     if gpus == 1:
         config.rollout.slots, config.rollout.refill = 32, 8
         config.policy_update.micro_prompts = 2
         config.evaluate.prompts = 8
         if numbers["memory"] == 80:
-            chosen = {"lora"}
+            chosen.add("lora")
     if "lora" in chosen:
         use_adapters(config)
     return config

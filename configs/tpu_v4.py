@@ -14,11 +14,14 @@ a v4-16 (the weight sync needs 31.38). More: docs/results/compile.md.
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import Layout, on_slice
+from configs.qwen_vl import Layout, on_slice
 
 LAYOUTS = {
     "3b": Layout(chips=4),
     "7b": Layout(chips=16, tensor=2),
+    "qwen3_vl_2b": Layout(chips=4, tensor=2),
+    "qwen3_vl_4b": Layout(chips=8, tensor=2),
+    "qwen3_vl_8b": Layout(chips=16, tensor=4),
 }
 
 

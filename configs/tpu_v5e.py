@@ -13,11 +13,14 @@ the 3B need at most 12.18 of 15.75 GiB a device on a v5e-16, those of the 7B 12.
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import Layout, on_slice
+from configs.qwen_vl import Layout, on_slice
 
 LAYOUTS = {
     "3b": Layout(chips=16, tensor=2),
     "7b": Layout(chips=64, tensor=4),
+    "qwen3_vl_2b": Layout(chips=16, tensor=2),
+    "qwen3_vl_4b": Layout(chips=16, tensor=4),
+    "qwen3_vl_8b": Layout(chips=64, tensor=4),
 }
 
 

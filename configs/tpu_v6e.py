@@ -13,11 +13,14 @@ the 3B need at most 24.34 of 31.24 GiB a device on a v6e-8, those of the 7B 23.5
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import Layout, on_slice
+from configs.qwen_vl import Layout, on_slice
 
 LAYOUTS = {
     "3b": Layout(chips=8),
     "7b": Layout(chips=16, tensor=2),
+    "qwen3_vl_2b": Layout(chips=8),
+    "qwen3_vl_4b": Layout(chips=8, tensor=2),
+    "qwen3_vl_8b": Layout(chips=16, tensor=4),
 }
 
 

@@ -13,11 +13,14 @@ the 3B need at most 49.06 of 94.74 GiB a device on a tpu7x-8 (4 chips of two dev
 
 from ml_collections import ConfigDict
 
-from configs.qwen2_5_vl_3b import Layout, on_slice
+from configs.qwen_vl import Layout, on_slice
 
 LAYOUTS = {
     "3b": Layout(chips=4, slots=64, refill=4, lanes=128, micro=2, devices=2),
     "7b": Layout(chips=4, slots=32, refill=4, lanes=64, devices=2),
+    "qwen3_vl_2b": Layout(chips=4, slots=64, refill=4, lanes=128, micro=2, devices=2),
+    "qwen3_vl_4b": Layout(chips=4, slots=32, refill=4, lanes=64, devices=2),
+    "qwen3_vl_8b": Layout(chips=4, tensor=2, slots=32, refill=4, lanes=64, devices=2),
 }
 
 

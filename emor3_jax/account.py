@@ -1,6 +1,6 @@
 """Prints the cost of one training step of a config: tokens, vision passes and FLOPs by phase.
 
-    python -m emor3_jax.account --config=configs/qwen2_5_vl_3b.py \\
+    python -m emor3_jax.account --config=configs/qwen_vl.py \\
         --config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct --prompt_tokens=1024 --response_tokens=256
 
 Counted from shapes: no weights and no data are read, and no device is needed. The policy's folder

@@ -326,6 +326,8 @@ def default() -> ConfigDict:
     # A run that is asked to stop ends where nothing is half done. What takes more seconds, such as
     # compiling, is not waited for. A spot machine is gone 30 seconds after the notice.
     config.checkpoint.stop_seconds = 15.0
+    # Go on in a folder whose run had other settings; without it they are shown and refused.
+    config.checkpoint.resume_changed = False
 
     config.log = ConfigDict()
     # Where metrics are written (io/sinks): "jsonl", always, since a run resumes by it, and

@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
+from emor3_jax.errors import UserError
 from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.evaluation.records import Evaluation, prediction_file, with_groups
 from emor3_jax.io import report
@@ -28,6 +29,11 @@ from emor3_jax.runtime.restore import load_evaluated
 def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     """Evaluates a policy on `config.evaluate.sets`; see the module's docstring."""
     validate(config)
+    if (workdir / "checkpoints").is_dir():
+        raise UserError(
+            f"--workdir={str(workdir)!r}: holds a run, whose report would be overwritten; give "
+            "another folder, and --config.evaluate.checkpoint= the run's to evaluate its policy"
+        )
     say = Console("evaluate")
     job.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

@@ -36,20 +36,19 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     """
     say = Console("export")
     job.start_jax(config.log.compile_cache)
-    checkpoints, step = None, None
+    checkpoints = None
     if (workdir / "checkpoints").is_dir():
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        step = checkpoints.latest()
-    if checkpoints is None or step is None:
+        checkpoints = Checkpoints(workdir, keep=None)
+    if checkpoints is None or not checkpoints.steps():
         raise UserError(f"workdir={str(workdir)!r}: has no checkpoint yet; train first")
     base = prepare.ensure_policy(config, say)
     policy = read_config(base)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_policy(mesh, policy.shapes)
-    params = read_checkpoint_params(config, base, checkpoints, step, mesh)
+    params, step = read_checkpoint_params(config, base, checkpoints, None, mesh)
     checkpoints.close()
     folder = workdir / "policy"
-    save(LoadedPolicy(policy, params, read_processor(base, policy)), folder)
+    save(LoadedPolicy(policy, params, read_processor(base, policy), base), folder)
     say(f"wrote the policy of step {step} to {folder}")
     return folder
 

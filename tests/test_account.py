@@ -31,7 +31,7 @@ def test_the_program_refuses_what_it_cannot_know() -> None:
 
 
 def test_the_program_prints_tables() -> None:
-    command = [sys.executable, "-m", "emor3_jax.account", "--config=configs/qwen2_5_vl_3b.py"]
+    command = [sys.executable, "-m", "emor3_jax.account", "--config=configs/qwen_vl.py"]
     command += ["--config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct"]
     done = subprocess.run(
         [*command, "--prompt_tokens=1024", "--response_tokens=256"],

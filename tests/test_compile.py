@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import emor3_jax
-from configs import emoset, gpu, tpu_v4
-from configs.qwen2_5_vl_3b import Layout, on_slice
+from configs import emoset, gpu, tpu_v4, tpu_v5e, tpu_v5p, tpu_v6e, tpu_v7x
+from configs.qwen_vl import POLICIES, Layout, on_slice
 from emor3_jax.compile import matches
+from emor3_jax.models import published
 from emor3_jax.parallel import topology
 from emor3_jax.prepare.checks import validate
 
@@ -135,6 +136,38 @@ def test_an_unknown_option_of_a_config_is_refused(options: str, message: str) ->
         on_slice(options, LAYOUTS)
 
 
+@pytest.mark.parametrize("size", POLICIES)
+@pytest.mark.parametrize("kind", [tpu_v4, tpu_v5e, tpu_v5p, tpu_v6e, tpu_v7x])
+def test_every_slice_has_a_config_for_every_policy(kind, size):
+    config = kind.get_config(size)
+    assert config.policy.path == POLICIES[size]
+    assert validate_on(config, kind.LAYOUTS[size].chips * kind.LAYOUTS[size].devices)
+    small, large = kind.get_config(f"{size},chips=64"), kind.get_config(f"{size},chips=64,lora")
+    assert small.policy.path == large.policy.path and large.policy.lora_rank == 64
+    # The largest image of a prompt of 2048 tokens, all of them of the image.
+    policy = published(config.policy.path)
+    patches = 2048 * policy.shapes.merge_unit
+    side = int(patches**0.5) // 2 * 2
+    windows = policy.layout.bucket((1, side, side))
+    assert windows <= max(config.data.image_windows) <= windows + 4
+
+
+def validate_on(config, devices: int) -> bool:
+    """Whether the mesh of a config cuts its policy over so many devices; raises as a run does."""
+    validate(config)
+    shapes = published(config.policy.path).shapes
+    tensor, fsdp = config.mesh.tensor, devices // config.mesh.tensor // config.mesh.data
+    cut = [size % tensor for size in shapes.cut_by_tensor.values()]
+    return not any(cut + [size % fsdp for size in shapes.cut_by_fsdp.values()])
+
+
+@pytest.mark.parametrize("options", ["gpus=8,qwen3_vl_4b", "gpus=1,qwen3_vl_2b"])
+def test_gpus_take_the_second_family_too(options):
+    config = gpu.get_config(options)
+    assert config.policy.path == POLICIES[options.split(",")[1]]
+    assert config.policy.lora_rank == (64 if "gpus=1" in options else 0)
+
+
 @pytest.mark.parametrize("machine", emoset.MACHINES)
 def test_the_config_of_every_machine_is_sound_on_its_devices(machine: str) -> None:
     config = emoset.get_config(machine)
@@ -164,6 +197,8 @@ def test_the_page_of_the_3b_names_each_machine() -> None:
 def test_an_unknown_machine_is_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match="machine 'v5e-1': must be one of v4-8, v5e-8"):
         emoset.get_config("v5e-1")
+    config = emoset.get_config("v5e-64,qwen3_vl_4b")
+    assert config.policy.path == "Qwen/Qwen3-VL-4B-Instruct" and config.mesh.tensor == 4
     with pytest.raises(ValueError, match="gpus must be 1 or 8"):
         gpu.get_config("gpus=3")
     assert gpu.get_config("gpus=8,lora").policy.lora_rank == 64

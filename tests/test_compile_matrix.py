@@ -33,7 +33,7 @@ def test_the_page_says_when_and_from_what_its_programs_were_compiled() -> None:
 def test_a_page_of_nothing_says_so() -> None:
     text = page({})
     assert "No program has been compiled" in text
-    assert "| 3B | v4-8 |" in text and "not run" in text
+    assert "Not run of 3B: v4-8, v4-16" in text and "| 3B |" not in text
 
 
 def _lines(update: dict[str, Any], handed: dict[str, Any]) -> list[str]:

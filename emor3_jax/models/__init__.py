@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ class LoadedPolicy:
       policy: family, sizes and arithmetic.
       params: nested dict of arrays, float32 unless asked for otherwise.
       processor: reads text and images, or None where only arrays go in.
+      source: folder that it was read from, whose other files go along when it is saved.
     """
 
     policy: Policy
     params: Params = dataclasses.field(repr=False)
     processor: Processor | None = None
+    source: Path | None = None
 
     @property
     def shapes(self) -> Any:
@@ -82,7 +85,7 @@ def load(
     policy = read_config(folder)
     processor = read_processor(folder, policy)
     params = weights.read_params(folder, policy, dtype=dtype, shardings=shardings)
-    return LoadedPolicy(policy, params, processor)
+    return LoadedPolicy(policy, params, processor, folder)
 
 
 def read_processor(folder: str | Path, policy: Policy) -> Processor:
@@ -113,6 +116,22 @@ def save(
     (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
     if policy.processor is not None:
         policy.processor.save(folder)
+    if policy.source is not None:
+        _keep_files(policy.source, folder)
+
+
+_KEPT = ("*.json", "*.jinja", "*.txt", "LICENSE*", "LICENCE*", "NOTICE*")
+_NOT_KEPT = ("config.json", "processor_config.json", "chat_template.json", weights.INDEX_FILE)
+"""Written anew, or of weights that are not those of the folder."""
+
+
+def _keep_files(source: Path, folder: Path) -> None:
+    """Copies what a policy's folder has besides: generation settings, templates, the licence."""
+    for pattern in _KEPT:
+        for file in source.glob(pattern):
+            place = folder / file.name
+            if file.is_file() and file.name not in _NOT_KEPT and not place.exists():
+                shutil.copyfile(file, place)
 
 
 def forward_logits(

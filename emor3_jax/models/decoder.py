@@ -213,7 +213,8 @@ def _add_features(x: jax.Array, features: jax.Array, layer: jax.Array) -> jax.Ar
 
     def add(x: jax.Array, features: jax.Array) -> jax.Array:
         own = jax.lax.dynamic_index_in_dim(features, layer, keepdims=False)
-        return x.at[:, :, : own.shape[2]].add(own)
+        seen = x[:, :, : own.shape[2]] + own
+        return jax.lax.dynamic_update_slice_in_dim(x, seen, 0, axis=2)
 
     return jax.lax.cond(layer < len(features), add, lambda x, _: x, x, features)
 

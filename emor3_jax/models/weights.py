@@ -62,7 +62,7 @@ def read_params(
 
     Raises:
       FileNotFoundError: if there are no weights.
-      WeightsError: if a tensor is missing, unknown, of another shape, or quantised.
+      WeightsError: if a tensor is missing, unknown, of another shape, quantised, or not finite.
     """
     reader = _Reader(Path(folder), policy)
     shapes = policy.param_shapes()
@@ -73,7 +73,13 @@ def read_params(
     for (path, leaf), sharding in zip(leaves(shapes), jax.tree.leaves(placed), strict=True):
         tensors = list(policy.family.hub_tensors(path, leaf.shape, policy.shapes))
         kind = jnp.dtype(dtype or reader.dtype(tensors))
-        _put(params, path, _read_param(reader, path, leaf.shape, tensors, kind, sharding))
+        value = _read_param(reader, path, leaf.shape, tensors, kind, sharding)
+        if not _finite(value):
+            raise WeightsError(
+                f"{_first_bad(value, tensors)} holds numbers that are not finite: the policy would "
+                f"learn nothing; download it again, or take weights from before ({folder})"
+            )
+        _put(params, path, value)
     logger.info("%s", parameter_overview(params))
     return params
 
@@ -154,11 +160,22 @@ class _Reader:
 
     def __init__(self, folder: Path, policy: Policy) -> None:
         self._policy = policy
-        if (folder / INDEX_FILE).exists():
-            index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-            files = sorted(set(index.values()))
-        elif (folder / WEIGHTS_FILE).exists():
+        if (folder / WEIGHTS_FILE).exists():
+            # As transformers does where an index lies beside it.
             files = [WEIGHTS_FILE]
+            if (folder / INDEX_FILE).exists():
+                logger.warning(
+                    "%s has %s and %s; the first is read", folder, WEIGHTS_FILE, INDEX_FILE
+                )
+        elif (folder / INDEX_FILE).exists():
+            try:
+                index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+                files = sorted(set(index.values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise WeightsError(
+                    f"{folder / INDEX_FILE} is damaged ({type(error).__name__}: {error}); download "
+                    "it again"
+                ) from error
         else:
             raise FileNotFoundError(
                 f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a folder in Hugging "
@@ -273,6 +290,23 @@ def _read_param(
     for tensor in tensors:
         array = _layer_writer(transpose, sharding)(array, load(tensor), tensor.layer)
     return array
+
+
+@jax.jit
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
+
+
+def _finite(x: jax.Array) -> bool:
+    return bool(hosts.fetch(_is_finite(x)))
+
+
+def _first_bad(x: jax.Array, tensors: list[HubTensor]) -> str:
+    """Returns the name on the hub of the first tensor of a parameter that is not finite."""
+    for tensor in tensors:
+        if not _finite(x if tensor.layer is None else x[tensor.layer]):
+            return tensor.name
+    return tensors[0].name
 
 
 @functools.cache

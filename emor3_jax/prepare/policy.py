@@ -31,7 +31,7 @@ def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> L
     check_policy(mesh, read_config(folder).shapes)
     loaded = load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
     policy = with_attention(loaded.policy, config, mesh.devices.flat[0].platform)
-    return LoadedPolicy(policy, loaded.params, _sized(config, loaded.processor))
+    return LoadedPolicy(policy, loaded.params, _sized(config, loaded.processor), folder)
 
 
 def read_policy(config: ConfigDict, say: Callable[[str], None]) -> LoadedPolicy:
@@ -43,7 +43,7 @@ def read_policy(config: ConfigDict, say: Callable[[str], None]) -> LoadedPolicy:
     """
     folder = ensure_policy(config, say)
     policy = read_config(folder)
-    return LoadedPolicy(policy, {}, _sized(config, read_processor(folder, policy)))
+    return LoadedPolicy(policy, {}, _sized(config, read_processor(folder, policy)), folder)
 
 
 def _sized(config: ConfigDict, processor: Processor) -> Processor:

@@ -1,13 +1,19 @@
 """Starting and recording a run."""
 
+import fcntl
 import json
 import logging
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from emor3_jax.config import ConfigError
+from emor3_jax.errors import UserError
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.devices import expected_platform, find_devices
 from emor3_jax.parallel.flags import set_flags
@@ -65,6 +71,107 @@ def check_hosts(config: ConfigDict) -> None:
     for section, key in (("rollout", "resample"), ("reference", "image_cache")):
         if value := config[section][key]:
             raise ConfigError(f"{section}.{key}", value, "works on one host alone; set it to 0")
+
+
+class WorkdirLock:
+    """Keeps a second run out of a folder while a first one is at work in it.
+
+    The lock is the operating system's: it ends with the process, however that ends. Where the file
+    system knows no locks, as some mounted buckets, nothing is locked.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        """Takes the lock of a folder.
+
+        Raises:
+          UserError: if another process has it.
+        """
+        self._file = (workdir / ".lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                f"--workdir={str(workdir)!r}: {holder} is at work there; wait for its end, stop "
+                "it, or give another folder"
+            ) from None
+        except OSError as error:
+            logging.getLogger(__name__).warning("%s cannot be locked: %s", workdir, error)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        self._file.close()
+
+
+_MAY_CHANGE = (
+    "steps",
+    "log.",
+    "checkpoint.",
+    "evaluate.",
+    "mesh.",
+    "compile_cache",
+    "data.workers",
+    "data.read_ahead",
+    "data.folder",
+    "policy.attention",
+    "policy.decode_attention",
+    "policy.embedded_",
+    "reward.table_cache",
+    "reference.image_cache",
+    "rollout.slots",
+    "rollout.refill",
+    "rollout.lanes",
+    "rollout.block",
+    "rollout.halvings",
+    "policy_update.micro_prompts",
+    "policy_update.logprob_chunk",
+    "policy_update.remat",
+)
+"""Beginnings of settings that a run may go on with changed: they change no result but by rounding,
+or, as `steps`, are there to be changed."""
+
+
+def check_settings(config: ConfigDict, workdir: Path) -> None:
+    """Compares the config with that of the run that is in a folder.
+
+    Raises:
+      UserError: if settings differ that decide what is learned, unless
+        `checkpoint.resume_changed` says that this is wanted.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; delete it to go on unchecked") from error
+    now = json.loads(config.to_json_best_effort())
+    old, new = dict(_flat(before)), dict(_flat(now))
+    changed = [
+        f"  {key}: {json.dumps(old[key])} before, {json.dumps(new[key])} now"
+        for key in sorted(old.keys() & new.keys())
+        if old[key] != new[key] and not key.startswith(_MAY_CHANGE)
+    ]
+    if changed and not config.checkpoint.resume_changed:
+        raise UserError(
+            f"--workdir={str(workdir)!r}: holds a run with other settings\n"
+            + "\n".join(changed)
+            + "\ntake those or another folder, or go on with these by "
+            "--config.checkpoint.resume_changed=true"
+        )
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _flat(value, f"{path}.{key}" if path else key)
 
 
 def keep_config(config: ConfigDict, workdir: Path) -> None:

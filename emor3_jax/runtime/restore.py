@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError
-from emor3_jax.io.checkpoints import Checkpoints
+from emor3_jax.io.checkpoints import CheckpointError, Checkpoints, DamagedError
 from emor3_jax.models import LoadedPolicy, load, read_config
 from emor3_jax.parallel.mesh import param_shardings
 
@@ -35,33 +36,52 @@ def load_evaluated(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -
             f"{folder / 'checkpoints'} has {', '.join(map(str, known)) or 'none'}"
         )
         raise ConfigError("evaluate.checkpoint", place, rule)
-    step = known[-1] if step is None else step
-    say(f"loading the policy of step {step} of {folder}")
     base = prepare.read_policy(config, say)
-    params = read_checkpoint_params(
+    params, step = read_checkpoint_params(
         config, prepare.ensure_policy(config, say), checkpoints, step, mesh
     )
+    say(f"loaded the policy of step {step} of {folder}")
     checkpoints.close()
     policy = prepare.with_attention(base.policy, config, mesh.devices.flat[0].platform)
     return LoadedPolicy(policy, params, base.processor)
 
 
 def read_checkpoint_params(
-    config: ConfigDict, base: Path, checkpoints: Checkpoints, step: int, mesh: Mesh
-) -> dict:
-    """Returns the policy's parameters as a checkpoint has them, adapters merged into their base.
+    config: ConfigDict, base: Path, checkpoints: Checkpoints, step: int | None, mesh: Mesh
+) -> tuple[dict, int]:
+    """Returns the policy's parameters as a checkpoint has them, adapters merged, and its step.
 
     Args:
       config: of the run, as far as `policy` says what was trained.
       base: folder of the policy that the run started from.
       checkpoints: of the run.
-      step: of the checkpoint.
+      step: of the checkpoint; None takes the newest that is what was written.
       mesh: the arrays come back cut by this mesh's rules.
+
+    Raises:
+      CheckpointError: if there is none, or it holds another policy.
     """
     shapes = read_config(base).param_shapes()
     trained = jax.eval_shape(partial(prepare.trained_params, config), shapes)
-    params = checkpoints.restore_params(step, trained, mesh)
+    params, step = (
+        _newest(checkpoints, trained, mesh)
+        if step is None
+        else (
+            checkpoints.restore_params(step, trained, mesh),
+            step,
+        )
+    )
     if not config.policy.lora_rank:
-        return params
+        return params, step
     whole = load(base, shardings=lambda x: param_shardings(x, mesh)).params
-    return prepare.make_lora(config, whole).merge(params)
+    return prepare.make_lora(config, whole).merge(params), step
+
+
+def _newest(checkpoints: Checkpoints, shapes: Any, mesh: Mesh) -> tuple[dict, int]:
+    """Returns the parameters of the newest checkpoint that is what was written, and its step."""
+    while (step := checkpoints.latest()) is not None:
+        try:
+            return checkpoints.restore_params(step, shapes, mesh), step
+        except DamagedError as error:
+            checkpoints.give_up(step, error)
+    raise CheckpointError("there is no checkpoint yet; train first")

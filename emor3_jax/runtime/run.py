@@ -15,6 +15,7 @@ batches of an evaluation; either way the last step that was finished is saved.
 """
 
 import contextlib
+import dataclasses
 import json
 import threading
 import time
@@ -26,6 +27,7 @@ import jax
 from ml_collections import ConfigDict
 
 from emor3_jax import flops, prepare
+from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
 from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.evaluation.records import (
@@ -36,11 +38,11 @@ from emor3_jax.evaluation.records import (
     with_groups,
 )
 from emor3_jax.io import report
-from emor3_jax.io.checkpoints import Checkpoints, release
+from emor3_jax.io.checkpoints import Checkpoints, DamagedError, release
 from emor3_jax.io.console import Console, duration
 from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.learner.learner import Learner
-from emor3_jax.models import LoadedPolicy, save
+from emor3_jax.models import save
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
@@ -118,12 +120,14 @@ class Run:
         """
         validate(config)
         self._stop = StopSignal(config.checkpoint.stop_seconds)
+        self._lock: job.WorkdirLock | None = None
         try:
             self._open(program, config, workdir)
         except BaseException as error:
             if isinstance(error, Stopped):
                 self.say("stopped as asked, before the first step of this start")
             self._stop.restore()
+            self._unlock()
             raise
 
     def _open(self, program: str, config: ConfigDict, workdir: Path) -> None:
@@ -138,6 +142,14 @@ class Run:
         check_batches(self.mesh, config)
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
+            self._lock = job.WorkdirLock(workdir)
+        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        latest = self._checkpoints.latest()
+        if latest is not None:
+            job.check_settings(config, workdir)
+            if latest > config.steps:
+                rule = f"the run in {workdir} has done {latest}; give as many or more"
+                raise ConfigError("steps", config.steps, rule)
         self.say(f"loading the policy {config.policy.path}")
         self.policy = prepare.load_policy(config, self.say, self.mesh)
         self._stop.check()
@@ -160,32 +172,34 @@ class Run:
             for name, rollout in self._rollouts.items()
         }
         self._stop.check()
-        self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        latest = self._checkpoints.latest()
-        self._progress: dict[str, Any] = {}
-        if latest is not None:
-            self._progress = self._checkpoints.progress(latest)
-        self._step = latest or 0
-        first = self._step + (latest is not None)
-        self._writer = MetricWriter(workdir, config.log.sinks, first_step=first)
+        self._begin_at(latest)
         self.clock = StepClock(self._stop.check)
         self._finished: FinishedStep | None = None
         self._due, self._saved_at = False, time.monotonic()
         self._stop.rescue = self._rescue
         self._maintenance = MaintenanceWatch(self._stop.request)
-        self._pace = Pace(self._step, config.steps)
         self._pending: StepRecord | None = None
         # A thread that ends the process logs too, and may find the main one at it.
         self._logging = threading.RLock()
         self._meter: Callable[[Observed], float] | None = None
         self._rollout: Rollout | None = None
         self._counters: Callable[[], dict[str, float]] = dict
-        self._last = self._step >= config.steps
         self._upcoming: Prompts | None = None
         self._placed: Batch | None = None
         self._position: Any = None
-        traced = self._step + 3
-        self._traced = range(traced, traced + config.log.profile_steps)
+
+    def _begin_at(self, latest: int | None) -> None:
+        """Begins behind a checkpoint, or anew; what was logged after it is dropped."""
+        config = self.config
+        self._progress: dict[str, Any] = {}
+        if latest is not None:
+            self._progress = self._checkpoints.progress(latest)
+        self._step = latest or 0
+        first = self._step + (latest is not None)
+        self._writer = MetricWriter(self.workdir, config.log.sinks, first_step=first)
+        self._pace = Pace(self._step, config.steps)
+        self._last = self._step >= config.steps
+        self._traced = range(self._step + 3, self._step + 3 + config.log.profile_steps)
 
     def __enter__(self) -> Self:
         """Returns the run."""
@@ -208,10 +222,15 @@ class Run:
     def close(self) -> None:
         """Lets go of signals, threads and files."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self._unlock)
             for each in (self._stop.restore, self._writer.close, self._checkpoints.close):
                 stack.callback(each)
             self._maintenance.close()
             self.clock.close()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _say_stopped(self) -> None:
         """Says which step the run goes on from; waits until it is written."""
@@ -267,12 +286,10 @@ class Run:
         if rollout is not None:
             self._meter = prepare.make_meter(self.config, rollout)
         # State and reference alone hold parameters from here on.
-        self.policy = LoadedPolicy(self.policy.policy, {}, self.policy.processor)
+        self.policy = dataclasses.replace(self.policy, params={})
         if self._step or self._progress:
-            self.say(f"going on from the checkpoint of step {self._step}")
             # What was initialised gives up its place first.
-            arrays = release(learner.checkpoint(state))
-            arrays, _ = self._checkpoints.restore(self._step, arrays, self.mesh)
+            arrays = self._restore(release(learner.checkpoint(state)))
             state = learner.restore(arrays, self._progress)
             del arrays
             self.data.train.set_state(self._progress["data"])
@@ -288,6 +305,23 @@ class Run:
         self._pace, self._saved_at = Pace(self._step, self.config.steps), time.monotonic()
         self.clock.restart()
         return state
+
+    def _restore(self, shapes: Any) -> Any:
+        """Returns the arrays of the newest checkpoint that is what was written.
+
+        Damaged ones are set aside, so that their steps can be saved again.
+        """
+        while True:
+            self.say(f"going on from the checkpoint of step {self._step}")
+            try:
+                arrays, _ = self._checkpoints.restore(self._step, shapes, self.mesh)
+            except DamagedError as error:
+                self._checkpoints.give_up(self._step, error)
+                self._writer.close()
+                self._begin_at(self._checkpoints.latest())
+            else:
+                self._checkpoints.set_aside()
+                return arrays
 
     def key(self, step: int) -> jax.Array:
         """Returns the PRNG key of a step."""
@@ -406,7 +440,7 @@ class Run:
             (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
             images = {name: self.data.image(name) for name in names}
             report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
-        save(LoadedPolicy(self.policy.policy, trained, self.policy.processor), workdir / "policy")
+        save(dataclasses.replace(self.policy, params=trained), workdir / "policy")
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")

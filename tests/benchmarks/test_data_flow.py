@@ -234,7 +234,7 @@ def test_an_unknown_layout_is_refused() -> None:
 
 
 def test_the_program_prints_both_steps_and_the_ratios() -> None:
-    command = [sys.executable, "-m", "benchmarks.data_flow", "--config=configs/qwen2_5_vl_3b.py"]
+    command = [sys.executable, "-m", "benchmarks.data_flow", "--config=configs/qwen_vl.py"]
     command += ["--config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct"]
     done = subprocess.run(
         [*command, "--prompt_tokens=1024", "--response_tokens=256"],

@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import pytest
+from support import tiny
 from support.tiny_flops import TINY, array, policy_of, prompt_shapes
 
 from emor3_jax.flops.cost import decoder_flops, decoder_linear_flops, logits_flops, vision_flops
 from emor3_jax.models import published
 from emor3_jax.models.layers import Dense
+from emor3_jax.models.params import leaves
 
 # XLA counts the body of a loop once: one layer at a time. It counts elementwise work too, which is
 # little at these widths. Its causal products are full rectangles.
@@ -83,3 +85,25 @@ def test_a_token_of_the_3b_costs_two_flops_a_parameter() -> None:
     merger = sum(x.size for x in jax.tree.leaves(params["visual"]["merger"]))
     tower = sum(x.size for x in jax.tree.leaves(params["visual"])) - merger
     assert vision_flops(shapes, 1).linear == pytest.approx(2 * (tower + merger / 4), rel=1e-3)
+
+
+def test_the_second_family_costs_what_its_parameters_and_xla_say() -> None:
+    policy = published("Qwen/Qwen3-VL-4B-Instruct")
+    shapes, params = policy.shapes, policy.param_shapes()
+    parameters = sum(x.size for x in jax.tree.leaves(params["model"]))
+    # Heads are wider than the hidden size holds.
+    assert decoder_flops(shapes, 1, logits=1).linear == pytest.approx(2 * parameters, rel=1e-3)
+    # Of the tower its kernels, of which four mergers see a quarter of the rows.
+    kernels = {path: x.size for path, x in leaves(params["visual"]) if path.endswith("kernel")}
+    mergers = sum(n for path, n in kernels.items() if path.startswith(("merger", "deepstack")))
+    tower = sum(kernels.values()) - mergers
+    assert vision_flops(shapes, 1).linear == 2 * (tower + mergers / 4)
+
+    small = dataclasses.replace(
+        tiny.make_policy("qwen3_vl").shapes.vision, depth=1, hidden_size=128, intermediate_size=256
+    )
+    policy = tiny.make_policy("qwen3_vl", vision=small)
+    images = policy.layout.abstract_images(2, 1)
+    found = _xla(policy.encode_images, policy.param_shapes(), images)
+    expected = vision_flops(policy.shapes, policy.shapes.vision.window_patches).times(2)
+    assert found == pytest.approx(expected.flops, rel=0.05)

@@ -1,6 +1,8 @@
 """Checkpoints of a train state: what comes back, what stays, what a killed run leaves."""
 
+import shutil
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,13 @@ import optax
 import pytest
 
 from emor3_jax.io import checkpoints as module
-from emor3_jax.io.checkpoints import CheckpointError, Checkpoints, release
+from emor3_jax.io.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+    checksums,
+    release,
+)
 from emor3_jax.parallel.mesh import make_mesh, param_shardings
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
 
@@ -159,4 +167,128 @@ def test_a_checkpoint_is_that_of_its_step_though_the_state_is_donated_meanwhile(
     found = restored.params["model"]["embed_tokens"]["embedding"]
     np.testing.assert_array_equal(found, kernel)
     assert restored.updates == 0 and state.updates == 3
+    checkpoints.close()
+
+
+def flip(file: Path, place: float, bit: int = 3) -> None:
+    """Flips one bit of a file, at a share of its length."""
+    data = bytearray(file.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A run with checkpoints of steps 1 and 2, closed."""
+    optimizer = make_optimizer(1e-2)
+    state = make_state(optimizer)
+    checkpoints = Checkpoints(tmp_path)
+    for number in (1, 2):
+        state = step(state, optimizer)
+        checkpoints.save(number, state, {"data": {"row": number}})
+    checkpoints.close()
+    return tmp_path
+
+
+def read_newest(workdir: Path) -> int:
+    """Restores as a run does; returns the step that was taken."""
+    checkpoints = Checkpoints(workdir)
+    shapes = make_state(make_optimizer(1e-2))
+    try:
+        while True:
+            latest = checkpoints.latest()
+            try:
+                state, _ = checkpoints.restore(latest, shapes, make_mesh())
+            except DamagedError as error:
+                checkpoints.give_up(latest, error)
+            else:
+                assert state.updates == latest
+                checkpoints.set_aside()
+                return latest
+    finally:
+        checkpoints.close()
+
+
+def test_a_checksum_tells_every_flipped_bit_and_exchanged_elements():
+    rng = np.random.default_rng(0)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_):
+        x = jnp.asarray(rng.integers(0, 2, (3, 5)), dtype)
+        (before,) = checksums([x])
+        raw = np.array(x)
+        for place in range(15):
+            flat = raw.copy().reshape(-1)
+            if dtype == jnp.bool_:
+                flat[place] ^= True
+            else:
+                flat.view(np.uint8)[place * x.dtype.itemsize] ^= 1 << (place % 8)
+            assert checksums([jnp.asarray(flat.reshape(3, 5))])[0] != before
+    pair = jnp.array([1.0, 2.0])
+    assert checksums([pair])[0] != checksums([pair[::-1]])[0]
+
+
+def test_no_flipped_bit_is_restored(saved):
+    """Wherever in a checkpoint: it is named, and the one before it is used, or nothing changed."""
+    wanted = saved / "wanted"
+    shutil.copytree(saved / "checkpoints", wanted)
+    rng, taken = np.random.default_rng(0), []
+    files = files_of(saved / "checkpoints" / "2")
+    for trial in range(40):
+        file = files[trial % len(files)]
+        if file.stat().st_size == 0:
+            continue
+        flip(file, rng.random(), int(rng.integers(8)))
+        taken.append(read_newest(saved))
+        shutil.rmtree(saved / "checkpoints")
+        shutil.copytree(wanted, saved / "checkpoints")
+    # `read_newest` has compared the state: some bits are of no consequence, as those of timestamps.
+    assert set(taken) == {1, 2} and taken.count(1) > 10
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: shutil.rmtree(folder / "state"),
+        lambda folder: shutil.rmtree(folder / "progress"),
+        lambda folder: [path.write_bytes(b"") for path in files_of(folder / "progress")],
+        lambda folder: [path.write_bytes(path.read_bytes()[:7]) for path in files_of(folder)],
+        lambda folder: (folder.with_name("999")).mkdir(),
+        lambda folder: shutil.copytree(folder, folder.with_name("7")),
+    ],
+    ids=["no state", "no progress", "empty progress", "cut short", "empty 999", "copied as 7"],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(saved, caplog, damage):
+    damage(saved / "checkpoints" / "2")
+    intact = not any(path.name in ("7", "999") for path in (saved / "checkpoints").iterdir())
+    assert read_newest(saved) == (1 if intact else 2)
+    assert "the one before it is used" in caplog.text
+    assert len(list((saved / "damaged").iterdir())) == 1
+    # Its step can be written again.
+    checkpoints = Checkpoints(saved)
+    state = make_state(make_optimizer(1e-2))
+    checkpoints.save(3, state, {})
+    assert checkpoints.latest() == 3
+    checkpoints.close()
+
+
+def test_where_none_can_be_read_nothing_begins_anew(saved):
+    for number in ("1", "2"):
+        shutil.rmtree(saved / "checkpoints" / number / "progress")
+    checkpoints = Checkpoints(saved)
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints 1, 2 can be read"):
+        checkpoints.latest()
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_other_settings_is_no_damaged_one(saved):
+    checkpoints = Checkpoints(saved)
+    other = make_state(make_optimizer(1e-2, mu_dtype="bfloat16"))
+    with pytest.raises(CheckpointError, match=r"has float32.* needs bfloat16.*policy.lora_rank"):
+        checkpoints.restore(2, other, make_mesh())
+    smaller = {"model": {"norm": {"scale": jnp.ones(3)}}}
+    with pytest.raises(CheckpointError, match=r"has float32\[6\] as params/model/norm/scale"):
+        checkpoints.restore_params(2, smaller, make_mesh())
     checkpoints.close()

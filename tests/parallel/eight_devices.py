@@ -7,6 +7,7 @@ difference. An assertion that fails ends the program.
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 
 from support import compiler_flags
 
@@ -47,7 +48,12 @@ def record(name: str, sizes: tuple[int, int, int], difference: float) -> None:
 
 def score() -> None:
     """Loss and gradients, each relative to the largest of its array."""
-    setting = build_setting(8)
+    score_family("score", "qwen2_5_vl", ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)))
+    score_family("score qwen3_vl", "qwen3_vl", ((2, 2, 2), (1, 4, 2)))
+
+
+def score_family(name: str, family: str, meshes: Sequence[tuple[int, int, int]]) -> None:
+    setting = build_setting(8, family)
     rng = np.random.default_rng(0)
     responses = rng.integers(8, 60, (8, 2, 6)).astype(np.int32)
     lengths = rng.integers(1, 7, (8, 2)).astype(np.int32)
@@ -66,7 +72,7 @@ def score() -> None:
 
     rows = setting.batch, samples
     wanted = jax.device_get(loss_and_gradient(setting.params, rows))
-    for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)):
+    for sizes in meshes:
         mesh = make_mesh(*sizes)
         params = jax.device_put(setting.params, param_shardings(setting.params, mesh))
         with jax.set_mesh(mesh):
@@ -74,7 +80,7 @@ def score() -> None:
         errors = jax.tree.map(
             lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() + 1e-6)), wanted, found
         )
-        record("score", sizes, np.max(jax.tree.leaves(errors)))
+        record(name, sizes, np.max(jax.tree.leaves(errors)))
 
 
 def together(plan: StepPlan, lengths: np.ndarray) -> StepPlan:
@@ -158,11 +164,16 @@ def update() -> None:
 
 def rollout() -> None:
     """The number of tokens that differ in a greedy rollout, with prompts in turns."""
-    one = build_setting(16)
+    roll_out("rollout", "qwen2_5_vl", ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)))
+    roll_out("rollout qwen3_vl", "qwen3_vl", ((2, 2, 2),))
+
+
+def roll_out(name: str, family: str, meshes: Sequence[tuple[int, int, int]]) -> None:
+    one = build_setting(16, family)
     rule = Sampling(10, 0.0, 1.0, (7, 20, 31, 42, 58))
     plan = Plan(slots=8, refill=8, block=4, halvings=1)
     wanted = one.roll_out_in(plan, rule, 0, 4)
-    for sizes in ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)):
+    for sizes in meshes:
         mesh = make_mesh(*sizes)
         with jax.set_mesh(mesh):
             params = jax.device_put(one.params, param_shardings(one.params, mesh))
@@ -172,7 +183,7 @@ def rollout() -> None:
                     held = x.sharding.shard_shape(x.shape)[axis]
                     assert held == x.shape[axis] // (sizes[0] * sizes[1]), x.sharding
             found = in_order(finished)
-        record("rollout", sizes, np.sum(found.tokens != wanted.tokens))
+        record(name, sizes, np.sum(found.tokens != wanted.tokens))
 
 
 def attention() -> None:
@@ -220,10 +231,15 @@ def decode() -> None:
 
 def checkpoint() -> None:
     """Reads a policy onto the devices, each its own part, and writes it; all bit for bit."""
-    policy = tiny.make_policy(tie_word_embeddings=False)
-    params = tiny.strong_params(policy)
     equal = partial(jax.tree.map, np.testing.assert_array_equal)
-    for sizes in ((1, 8, 1), (2, 2, 2), (1, 2, 4)):
+    # The last with the second family.
+    for sizes, family in (
+        ((1, 8, 1), "qwen2_5_vl"),
+        ((1, 2, 4), "qwen2_5_vl"),
+        ((2, 2, 2), "qwen3_vl"),
+    ):
+        policy = tiny.make_policy(family, tie_word_embeddings=False)
+        params = tiny.strong_params(policy)
         mesh = make_mesh(*sizes)
         with tempfile.TemporaryDirectory() as folder:
             models.save(models.LoadedPolicy(policy, params), folder)

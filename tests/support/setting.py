@@ -86,9 +86,9 @@ def in_order(found: Sequence[Finished]) -> Samples:
     return jax.tree.map(lambda *x: np.concatenate(x)[order], *[each.samples for each in found])
 
 
-def build_setting(b: int = 2) -> Setting:
-    """Returns a setting of `b` prompts."""
-    policy = tiny.make_policy()
+def build_setting(b: int = 2, family: str = "qwen2_5_vl") -> Setting:
+    """Returns a setting of `b` prompts, for a tiny policy of a family."""
+    policy = tiny.make_policy(family)
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -107,11 +107,14 @@ def build_setting(b: int = 2) -> Setting:
     lengths = rng.integers(6, p + 1, b)
     mask = np.arange(p) < lengths[:, None]
     positions = np.broadcast_to(np.arange(p, dtype=np.int32)[None, :, None], (b, p, 3))
+    # 4 x 4 patches, which may fill a window.
+    size = policy.shapes.vision.window_patches
     coords = np.stack(np.divmod(np.arange(16), 4), -1).astype(np.int32)
+    coords = np.pad(coords, ((0, size - 16), (0, 0)))
     images = Images(
-        rng.normal(size=(b, 1, 1, 16, tiny.VISION.patch_dim)).astype(np.float32),
-        np.broadcast_to(coords, (b, 1, 1, 16, 2)),
-        np.ones((b, 1, 1, 16), bool),
+        rng.normal(size=(b, 1, 1, size, tiny.VISION.patch_dim)).astype(np.float32),
+        np.broadcast_to(coords, (b, 1, 1, size, 2)),
+        np.broadcast_to(np.arange(size) < 16, (b, 1, 1, size)),
     )
     suppressed = np.zeros(policy.shapes.vocab_size, bool)
     suppressed[list(SUPPRESSED)] = True

@@ -17,15 +17,21 @@ class JsonLinesSink:
         """
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
+            before = self._path.read_text()
             kept = []
-            for line in self._path.read_text().splitlines():
+            for line in before.splitlines():
                 try:
                     # A line that an interrupted write cut short is no loss: its step is repeated.
                     if json.loads(line)["step"] < first_step:
                         kept.append(line)
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     continue
-            self._path.write_text("".join(line + "\n" for line in kept))
+            after = "".join(line + "\n" for line in kept)
+            if after != before:
+                # Beside it first: on a full disk the old file stays whole.
+                beside = self._path.with_suffix(".jsonl.new")
+                beside.write_text(after)
+                beside.replace(self._path)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends one object: `step` and the values, None as null."""

@@ -19,7 +19,7 @@ from emor3_jax.types import Images
 _EPS = 1e-6
 
 
-class VisionBlock(nn.Module):
+class Qwen25VLBlock(nn.Module):
     """One layer of the tower.
 
     Attributes:
@@ -44,7 +44,7 @@ class VisionBlock(nn.Module):
         return keep_rows(x), None
 
 
-class Merger(nn.Module):
+class Qwen25VLMerger(nn.Module):
     """Joins the m * m patches of a slot into one vector of the decoder's width.
 
     Attributes:
@@ -66,7 +66,7 @@ class Merger(nn.Module):
         return Dense(c.out_hidden_size, dtype=self.dtype, name="mlp_2")(x)
 
 
-class VisionTower(nn.Module):
+class Qwen25VLTower(nn.Module):
     """Images in, one feature for each merged slot out.
 
     Attributes:
@@ -85,7 +85,7 @@ class VisionTower(nn.Module):
         images = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), images)
         embed = Dense(c.hidden_size, use_bias=False, dtype=self.compute.dtype, name="patch_embed")
         full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
-        block = rematerialised(VisionBlock, self.compute.remat)
+        block = rematerialised(Qwen25VLBlock, self.compute.remat)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -99,5 +99,5 @@ class VisionTower(nn.Module):
             rope.vision_table(images.coords, c.head_dim),
             images.mask,
         )
-        features = keep_rows(Merger(c, self.compute.dtype, name="merger")(x))
+        features = keep_rows(Qwen25VLMerger(c, self.compute.dtype, name="merger")(x))
         return features.reshape(prompts, -1, features.shape[-1])

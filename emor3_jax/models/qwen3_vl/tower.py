@@ -20,7 +20,7 @@ from emor3_jax.types import Images
 _EPS = 1e-6
 
 
-class VisionMlp(nn.Module):
+class Qwen3VLMlp(nn.Module):
     """The feed-forward layer; its activation is computed in float32.
 
     Attributes:
@@ -43,7 +43,7 @@ class VisionMlp(nn.Module):
         return Dense(self.out, dtype=self.dtype, name="linear_fc2")(x)
 
 
-class VisionBlock(nn.Module):
+class Qwen3VLBlock(nn.Module):
     """One layer of the tower.
 
     Attributes:
@@ -64,11 +64,11 @@ class VisionBlock(nn.Module):
         normed = LayerNorm(_EPS, dtype, name="norm1")(x)
         x = x + VisionAttention(c.num_heads, self.compute, name="attn")(normed, table, mask)
         normed = LayerNorm(_EPS, dtype, name="norm2")(x)
-        x = x + VisionMlp(c.intermediate_size, c.hidden_size, True, dtype, name="mlp")(normed)
+        x = x + Qwen3VLMlp(c.intermediate_size, c.hidden_size, True, dtype, name="mlp")(normed)
         return keep_rows(x)
 
 
-class Merger(nn.Module):
+class Qwen3VLMerger(nn.Module):
     """Joins the m * m patches of a slot into one vector of the decoder's width.
 
     Attributes:
@@ -88,7 +88,7 @@ class Merger(nn.Module):
         width = c.hidden_size * c.merge_unit
         norm = LayerNorm(_EPS, self.dtype, name="norm")
         x = norm(x.reshape(len(x), -1, width)) if self.joined_norm else norm(x)
-        mlp = VisionMlp(width, c.out_hidden_size, False, self.dtype, name="mlp")
+        mlp = Qwen3VLMlp(width, c.out_hidden_size, False, self.dtype, name="mlp")
         # Shares this module's names, as on the hub.
         nn.share_scope(self, mlp)
         return mlp(x.reshape(len(x), -1, width))
@@ -141,7 +141,7 @@ class PositionTable(nn.Module):
         return resample(table, coords, mask)
 
 
-class VisionTower(nn.Module):
+class Qwen3VLTower(nn.Module):
     """Images in; for each merged slot the features of the last layer and of the chosen ones out.
 
     Attributes:
@@ -181,9 +181,10 @@ class VisionTower(nn.Module):
             x = block(x, table, mask)
             # Outside of what is rematerialised: being linear, it keeps nothing for the backward
             # pass.
-            return (x, keep_rows(kept.at[:, place].set(x))), None
+            kept = jax.lax.dynamic_update_index_in_dim(kept, x, place, 1)
+            return (x, keep_rows(kept)), None
 
-        block = rematerialised(VisionBlock, self.compute.remat)(c, self.compute, name="blocks")
+        block = rematerialised(Qwen3VLBlock, self.compute.remat)(c, self.compute, name="blocks")
         stack = nn.scan(
             step,
             variable_axes={"params": 0},
@@ -193,9 +194,9 @@ class VisionTower(nn.Module):
         )
         table = rope.vision_table(coords, c.head_dim)
         (x, kept), _ = stack(block, (x, keep_rows(kept)), jnp.asarray(place), table, mask)
-        features = [Merger(c, dtype, name="merger")(x)]
+        features = [Qwen3VLMerger(c, dtype, name="merger")(x)]
         for i in range(len(layers)):
-            merger = Merger(c, dtype, joined_norm=True, name=f"deepstack_{i}")
+            merger = Qwen3VLMerger(c, dtype, joined_norm=True, name=f"deepstack_{i}")
             features.append(merger(kept[:, i]))
         joined = keep_rows(jnp.concatenate(features, axis=-1))
         return joined.reshape(prompts, -1, joined.shape[-1])

@@ -1,4 +1,4 @@
-"""EMO-R3 on Qwen2.5-VL-3B at the release's settings: what the configs of real accelerators share.
+"""EMO-R3 on published policies at the release's settings: what configs of accelerators share.
 
 Give the policy and the data on the command line:
 
@@ -116,6 +116,27 @@ def read_options(
     return chosen, found
 
 
+POLICIES = {
+    "3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3_vl_2b": "Qwen/Qwen3-VL-2B-Instruct",
+    "qwen3_vl_4b": "Qwen/Qwen3-VL-4B-Instruct",
+    "qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct",
+}
+"""Option behind the colon of a config → id on the hub."""
+
+
+def choose_policy(config: ConfigDict, name: str) -> None:
+    """Sets the policy of an option of `POLICIES`, and the sizes of its images.
+
+    A window holds 64 patches, of 14 x 14 pixels in Qwen2.5-VL and 16 x 16 in Qwen3-VL, whose
+    windows have no gaps: the largest image of a prompt of 2048 tokens takes 144 of those and 128 of
+    these.
+    """
+    config.policy.path = POLICIES[name]
+    config.data.image_windows = (64, 96, 128) if name.startswith("qwen3") else (64, 96, 144)
+
+
 class Layout(NamedTuple):
     """How a policy lies on slices of a kind.
 
@@ -145,7 +166,7 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     2048 tokens (about 1.5 million pixels), or that has over 144 windows, is dropped and counted.
 
     Args:
-      options: "3b" or "7b", "lora" for adapters in the place of all parameters, "chips=16",
+      options: one of `POLICIES`, "lora" for adapters in the place of all parameters, "chips=16",
         "slices=2" (chips are those of all slices), joined by commas.
       layouts: size of the policy → how it lies.
 
@@ -163,8 +184,7 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
             f"chips={devices // layout.devices}: {parts} parts must divide the "
             f"{config.policy_update.prompts} prompts of an update; take a power of two"
         )
-    config.policy.path = f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct"
-    config.data.image_windows = (64, 96, 144)
+    choose_policy(config, size)
     copies = max(parts // numbers["slices"] // FSDP, 1)
     config.mesh.data, config.mesh.fsdp = numbers["slices"] * copies, -1
     config.mesh.tensor = layout.tensor
