@@ -30,7 +30,7 @@ class CheckpointError(UserError):
     """A checkpoint that this program would read wrongly."""
 
 
-class DamagedError(CheckpointError):
+class DamagedError(UserError):
     """A checkpoint that is not what was written."""
 
 
