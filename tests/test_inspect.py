@@ -183,6 +183,18 @@ def test_labels_of_the_files_are_shown_beside_those_of_the_config(config, tmp_pa
     assert "    boredom → no label, left out: 1" in capsys.readouterr().out
 
 
+def test_sets_that_are_mixed_show_their_own_labels(config, folder, tmp_path):
+    more = dataset(kind="parquet", path=str(folder / "test.parquet"), weight=2.0)
+    config.data.mix.more = more
+    found = inspect.main(config, tmp_path, samples=0, leakage="none")["sets"]
+    rows = {
+        part: sum(each["rows"] for each in data["labels"])
+        for part, data in found["train"]["data"].items()
+    }
+    assert rows == {"train": 14, "train.more": 6}
+    assert list(found["test"]["data"]) == ["test"]
+
+
 def test_a_builders_notes_and_published_counts_are_shown(config, tmp_path, capsys):
     folder = tmp_path / "artphoto"
     folder.mkdir()

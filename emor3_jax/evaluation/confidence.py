@@ -40,6 +40,16 @@ class Calibration(NamedTuple):
     bins: Sequence[Bin]
     coverage: Sequence[tuple[float, float]]
 
+    def at(self, share: float) -> float | None:
+        """Returns the accuracy in percent at the largest coverage up to `share`, None if none is.
+
+        Args:
+          share: of all rows, in [0, 1].
+        """
+        # Shares of rows are rounded.
+        found = [accuracy for coverage, accuracy in self.coverage if coverage <= share + 1e-9]
+        return 100 * found[-1] if found else None
+
 
 def reliability_bins(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bin]:
     """Returns the equally wide bins of a reliability diagram.

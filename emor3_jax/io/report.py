@@ -206,6 +206,7 @@ def _classes(name: str, evaluation: Evaluation) -> dict[str, Any]:
         "labels": labels,
         "classes": class_scores(labels, confusion) if labels else [],
         "confusion": list(zip(labels, confusion, strict=True)) if labels else [],
+        "calibrations": evaluation.calibrations,
     }
 
 

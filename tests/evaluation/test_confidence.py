@@ -75,6 +75,7 @@ def test_rows_without_a_confidence_are_counted_and_never_covered() -> None:
     assert scores["ece"] == pytest.approx((0.1 + 0.3) / 2)
     assert scores["auroc"] == 1.0
     assert curves.coverage == [(0.25, 1.0), (0.5, 0.5)]
+    assert [curves.at(x) for x in (0.1, 0.25, 0.4, 1.0)] == [None, 100.0, 100.0, 50.0]
     assert calibration(np.array([np.nan]), np.array([True])) == ({"covered": 0.0}, None)
 
 

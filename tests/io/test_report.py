@@ -174,7 +174,8 @@ def test_confidences_and_groups_are_in_all_three_forms(tmp_path: Path) -> None:
     curves = Calibration([Bin(0.7, 0.8, 4, 0.75, 0.5)], [(0.5, 1.0), (1.0, 0.5)])
     metrics = {"accuracy": 0.5, "uar": 0.25, "wheel_distance": 1.5, "votes_ece": 0.25}
     metrics |= {"votes_kl": 0.125, "valence_ccc": -0.5, "rows": 4.0}
-    one = Evaluation(metrics, [_sample()], calibrations={"votes": curves})
+    labels = ("joy", "fear"), ((2, 0, 0), (2, 0, 0))
+    one = Evaluation(metrics, [_sample()], *labels, calibrations={"votes": curves})
     after = {"scenes": one, "group": Evaluation({"uar": 0.25}, [], members=("scenes",))}
     before = {"scenes": Evaluation({"votes_ece": 0.5}, [])}
     images = {"scenes": lambda _: None}
@@ -190,6 +191,14 @@ def test_confidences_and_groups_are_in_all_three_forms(tmp_path: Path) -> None:
     assert "| scenes | votes_kl | – | 0.125 | |" in text
     assert "| scenes | valence_ccc | – | -0.500 | |" in text
     assert "| group | uar | – | 25.0 |  |" in text and "group is the mean of scenes." in text
+    assert text.endswith(
+        "| fear | 2 | 0 | 0 |\n\nRows by confidence of their answer:\n\n"
+        "| source | confidence | rows | mean confidence | accuracy |\n|---|---|---:|---:|---:|\n"
+        "| votes | 0.7 to 0.8 | 4 | 75.0 | 50.0 |\n\n"
+        "Accuracy where only the surest rows are answered, at a coverage of at most:\n\n"
+        "| source | 25 % | 50 % | 75 % | 100 % |\n|---|---:|---:|---:|---:|\n"
+        "| votes | – | 100.0 | 100.0 | 50.0 |\n"
+    )
     numbers = json.loads((tmp_path / "evaluation.json").read_text())
     assert numbers["scenes"]["calibrations"]["votes"]["coverage"] == [[0.5, 1.0], [1.0, 0.5]]
     assert from_json(numbers) == after
