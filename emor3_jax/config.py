@@ -145,7 +145,8 @@ def default() -> ConfigDict:
     # Of a prompt over the largest length: "drop" the row, or "cut" the end of its question.
     config.data.long_prompts = "drop"
     # Template files, or a built-in set by name: "qwen" or "tiny"; for `set` also "think", "direct"
-    # and "tiny_direct", which have no steps (docs/data.md).
+    # and "tiny_direct", which have no steps (docs/data.md), and "confidence" and "valence_arousal",
+    # which ask for numbers too (docs/evaluation.md).
     config.data.templates = ConfigDict()
     config.data.templates.set = "qwen"
     for name in QUESTIONS:

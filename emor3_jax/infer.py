@@ -114,7 +114,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("image", None, "Image file.", required=True)
     flags.DEFINE_string("labels", "mikels8", "Label set by name, or labels joined by commas.")
     flags.DEFINE_string("question", QUESTION, "What is asked of the image.")
-    flags.DEFINE_string("templates", "tiny", "tiny, qwen, think, direct, tiny_direct or a file.")
+    flags.DEFINE_string("templates", "tiny", "As data.templates.set of a config, or a file.")
     flags.DEFINE_integer("max_tokens", 128, "Length of the response.")
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and arithmetic.")
