@@ -330,6 +330,15 @@ def default() -> ConfigDict:
     # Go on in a folder whose run had other settings; without it they are shown and refused.
     config.checkpoint.resume_changed = False
 
+    # Guards of a run (runtime/guards.py): updates all skipped, rewards all equal, responses all
+    # truncated, a KL that runs away, rewards or losses that are no numbers. Steps in a row after
+    # which one warns, and ends the run; 0 for never.
+    config.guard = ConfigDict()
+    config.guard.warn_after = 3
+    config.guard.stop_after = 50
+    # In nats a token; 0 is no limit.
+    config.guard.max_kl = 10.0
+
     config.log = ConfigDict()
     # Where metrics are written (io/sinks): "jsonl", always, since a run resumes by it, and
     # "tensorboard".

@@ -400,6 +400,19 @@ def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
     assert max(jax.tree.leaves(moved)) > 0
 
 
+def test_a_run_is_not_overwritten_nor_begun_again_with_fewer_steps(folder, whole):
+    config, before = make_config(folder), (whole / "report.html").read_bytes()
+    with pytest.raises(UserError, match="holds a run, whose report would be overwritten"):
+        evaluate.main(config, whole)
+    config.steps = 2
+    with pytest.raises(ConfigError, match=r"steps=2: the run in .* has done 3; give as many"):
+        train(config, whole)
+    config.steps, config.policy_update.kl_coef = 3, 0.5
+    with pytest.raises(UserError, match=r"policy_update.kl_coef: 0.03 before, 0.5 now"):
+        train(config, whole)
+    assert (whole / "report.html").read_bytes() == before
+
+
 def test_exporting_a_run_without_checkpoint_is_refused(folder):
     with pytest.raises(UserError, match="train first"):
         export(make_config(folder), folder / "empty")

@@ -74,6 +74,8 @@ def validate(config: ConfigDict) -> None:
             "must be a Hugging Face folder with a config.json, an id on the hub ('owner/name'), or "
             "'embedded'",
         )
+    for name in ("warn_after", "stop_after", "max_kl"):
+        need(config.guard[name] >= 0, f"guard.{name}", "must be 0, for never, or more")
     for name in ("data.min_pixels", "data.max_pixels"):
         need(config.data[name.split(".")[1]] >= 0, name, "must be 0 or more")
     need(config.data.read_ahead >= 1, "data.read_ahead", "must be at least 1")

@@ -112,6 +112,7 @@ _MAY_CHANGE = (
     "steps",
     "log.",
     "checkpoint.",
+    "guard.",
     "evaluate.",
     "mesh.",
     "compile_cache",

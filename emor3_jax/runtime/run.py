@@ -50,6 +50,7 @@ from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job
+from emor3_jax.runtime.guards import Watch
 from emor3_jax.runtime.step_log import StepRecord, progress_line
 from emor3_jax.runtime.stopping import MaintenanceWatch, Stopped, StopSignal
 from emor3_jax.types import Batch, Observed
@@ -179,6 +180,7 @@ class Run:
         self._stop.rescue = self._rescue
         self._maintenance = MaintenanceWatch(self._stop.request)
         self._pending: StepRecord | None = None
+        self._guards = Watch(config)
         # A thread that ends the process logs too, and may find the main one at it.
         self._logging = threading.RLock()
         self._meter: Callable[[Observed], float] | None = None
@@ -465,6 +467,8 @@ class Run:
             values |= flops.throughput(needed, seconds, device, self.mesh.devices.size)
         values["compile/count"] = float(self._compiles.count)
         self._writer.write(done.step, values)
+        for warning in self._guards.see(done.step, values):
+            self.say(warning)
         if done.step % config.log.every == 0 or done.step == config.steps:
             self.say(progress_line(done.step, config.steps, values, self._pace.left(done.step)))
         due = done.step % config.log.samples_every == 0 or done.step == 1

@@ -195,7 +195,11 @@ def saved(tmp_path) -> Path:
 
 
 def read_newest(workdir: Path) -> int:
-    """Restores as a run does; returns the step that was taken."""
+    """Restores as a run does, and compares; returns the step that was taken."""
+    optimizer = make_optimizer(1e-2)
+    wanted = [make_state(optimizer)]
+    for _ in range(2):
+        wanted.append(step(wanted[-1], optimizer))
     checkpoints = Checkpoints(workdir)
     shapes = make_state(make_optimizer(1e-2))
     try:
@@ -206,7 +210,7 @@ def read_newest(workdir: Path) -> int:
             except DamagedError as error:
                 checkpoints.give_up(latest, error)
             else:
-                assert state.updates == latest
+                jax.tree.map(np.testing.assert_array_equal, state, wanted[latest])
                 checkpoints.set_aside()
                 return latest
     finally:
@@ -244,8 +248,8 @@ def test_no_flipped_bit_is_restored(saved):
         taken.append(read_newest(saved))
         shutil.rmtree(saved / "checkpoints")
         shutil.copytree(wanted, saved / "checkpoints")
-    # `read_newest` has compared the state: some bits are of no consequence, as those of timestamps.
-    assert set(taken) == {1, 2} and taken.count(1) > 10
+    # What was read is what was written: some bits are of no consequence, as those of timestamps.
+    assert set(taken) == {1, 2}
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,15 @@ def test_config_is_in_the_naming_of_the_hub(folder):
     data = json.loads((folder / "config.json").read_text())
     assert data["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
     assert data["num_hidden_layers"] == 2 and data["vision_config"]["in_chans"] == 3
+
+
+def test_what_a_folder_has_besides_goes_along(folder, tmp_path):
+    (folder / "generation_config.json").write_text('{"top_p": 0.8}')
+    (folder / "LICENSE").write_text("Apache 2.0")
+    (folder / "modeling_own.py").write_text("raise SystemExit")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    models.save(models.load(folder), tmp_path)
+    assert (tmp_path / "generation_config.json").read_text() == '{"top_p": 0.8}'
+    assert (tmp_path / "LICENSE").read_text() == "Apache 2.0"
+    assert not (tmp_path / "modeling_own.py").exists()
+    assert not (tmp_path / "model.safetensors.index.json").exists()

@@ -172,3 +172,33 @@ def test_missing_files_are_named(tmp_path, policy):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ShapesError, match="not JSON"):
         models.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_the_tensors_name(loaded, tmp_path, value):
+    models.save(loaded, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 4] = value
+    save_file(tensors, file)
+    with pytest.raises(WeightsError, match=rf"^{name} holds numbers that are not finite"):
+        weights.read_params(tmp_path, loaded.policy)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(loaded, tmp_path, caplog):
+    models.save(loaded, tmp_path, max_file_bytes=20_000)
+    other = jax.tree.map(lambda x: x + 1, loaded.params)
+    models.save(models.LoadedPolicy(loaded.policy, other), tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert _equal(weights.read_params(tmp_path, loaded.policy), other)
+    assert "the first is read" in caplog.text
+
+
+def test_a_damaged_index_is_named(loaded, tmp_path):
+    models.save(loaded, tmp_path, max_file_bytes=20_000)
+    for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+        (tmp_path / weights.INDEX_FILE).write_text(text)
+        with pytest.raises(WeightsError, match=r"index.json is damaged"):
+            weights.read_params(tmp_path, loaded.policy)

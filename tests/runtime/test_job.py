@@ -1,0 +1,75 @@
+"""A run's folder: its lock, and settings that changed."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from emor3_jax.config import default
+from emor3_jax.errors import UserError
+from emor3_jax.runtime import job
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from emor3_jax.runtime.job import WorkdirLock
+lock = WorkdirLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_is_told_who_is_at_work(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"process {holder.pid} on .* is at work there"):
+        job.WorkdirLock(tmp_path)
+    # Killed, it leaves no lock behind.
+    holder.kill()
+    holder.wait()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            lock = job.WorkdirLock(tmp_path)
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            break
+    lock.release()
+    job.WorkdirLock(tmp_path).release()
+
+
+def test_changed_settings_are_shown_and_need_a_word(tmp_path: Path) -> None:
+    config = default()
+    job.check_settings(config, tmp_path)
+    job.keep_config(config, tmp_path)
+    config.steps, config.log.every, config.mesh.fsdp = 7, 3, 2
+    config.rollout.slots, config.policy_update.micro_prompts = 4, 2
+    job.check_settings(config, tmp_path)
+    config.profile, config.policy_update.kl_coef = "release", 0.5
+    said = (
+        r"other settings\n  policy_update.kl_coef: 0.01 before, 0.5 now\n  profile: \"paper\" bef"
+    )
+    with pytest.raises(UserError, match=said):
+        job.check_settings(config, tmp_path)
+    config.checkpoint.resume_changed = True
+    job.check_settings(config, tmp_path)
+
+
+def test_what_an_older_version_did_not_know_is_no_change(tmp_path: Path) -> None:
+    config = default()
+    job.keep_config(config, tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    del written["policy_update"]["mu_dtype"]
+    path.write_text(json.dumps(written))
+    job.check_settings(config, tmp_path)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"config.json is damaged: .* delete it"):
+        job.check_settings(config, tmp_path)
