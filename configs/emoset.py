@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import gpu, tpu_v4, tpu_v5e, tpu_v5p, tpu_v6e
 from emor3_jax.config import dataset
+from emor3_jax.errors import UserError
 
 MACHINES = {
     "v4-8": (tpu_v4, "3b"),
@@ -35,10 +36,10 @@ def get_config(machine: str = "v5p-8") -> ConfigDict:
       machine: one of `MACHINES`.
 
     Raises:
-      ValueError: if there is no such machine.
+      UserError: if there is no such machine.
     """
     if machine not in MACHINES:
-        raise ValueError(f"machine {machine!r}: must be one of {', '.join(MACHINES)}")
+        raise UserError(f"machine {machine!r}: must be one of {', '.join(MACHINES)}")
     module, options = MACHINES[machine]
     config = module.get_config(options)
     config.data.train = dataset(kind="emoset", split="train", subset=2000)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -63,8 +64,8 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     """Parses the command line and runs a program that only prints.
 
     An unknown `--config.key` is refused by `config_flags`, which names the nearest key. A
-    `UserError`, or a `FileNotFoundError` of a path that the user gave, ends the program with its
-    message and exit status 2.
+    `UserError`, of the program or of the config's file, or a `FileNotFoundError` of a path that the
+    user gave, ends the program with its message and exit status 2.
 
     Args:
       program: takes the config.
@@ -76,7 +77,42 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
         try:
             program(config.value)
         except (UserError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(error)
+        except OSError as error:
+            _refuse_missing_config(error)
+            raise
 
-    app.run(main)
+    app.run(main, flags_parser=_parse)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+    """Parses the command line; what the config's file refuses is one line, without its trace."""
+    try:
+        return flags.FLAGS(list(arguments))
+    except OSError as error:
+        _refuse_missing_config(error)
+        raise
+    except flags.Error as error:
+        # `config_flags` wraps what a file raises, once with its trace as the message.
+        refused, cause = None, error.__context__
+        while cause is not None:
+            refused = cause if isinstance(cause, UserError) else refused
+            cause = cause.__context__
+        if refused is not None:
+            _refuse(refused)
+    # Says what is wrong with a flag, and exits.
+    return app.parse_flags_with_usage(list(arguments))
+
+
+def _refuse_missing_config(error: OSError) -> None:
+    """Exits if the error is that of `config_flags` when a config is used whose file is missing."""
+    cause = str(error.__cause__)
+    if cause.startswith("Failed loading config file"):
+        reason = cause.splitlines()[-1].strip()
+        rule = "start at the root of the repository; its configs are configs/*.py"
+        _refuse(UserError(f"--config: {reason}; {rule}"))
