@@ -393,6 +393,14 @@ def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
     assert max(jax.tree.leaves(moved)) > 0
 
 
+def test_a_run_does_not_go_on_to_a_step_before_its_last(folder, whole):
+    config = make_config(folder)
+    config.steps = 2
+    # Not as a stopped run, which the caller would start again for ever.
+    with pytest.raises(ConfigError, match=r"config\.steps=2: the run in .* has taken 3; ask for"):
+        train(config, whole)
+
+
 def test_exporting_a_run_without_checkpoint_is_refused(folder):
     with pytest.raises(UserError, match="train first"):
         export(make_config(folder), folder / "empty")

@@ -106,9 +106,10 @@ class Checkpoints:
           mesh: the arrays come back cut by this mesh's rules.
 
         Raises:
-          CheckpointError: if it was written with another layout.
+          CheckpointError: if it was written with another layout, or holds other arrays.
         """
         progress, shardings = self.progress(step), param_shardings(state, mesh)
+        self._check_arrays(step, state, every=True)
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
         )
@@ -145,12 +146,13 @@ class Checkpoints:
           mesh: the arrays come back cut by this mesh's rules.
 
         Raises:
-          CheckpointError: if it was written with another layout.
+          CheckpointError: if it was written with another layout, or holds other arrays.
         """
         wanted = {"params": params}
         # A reference that follows the policy lies beside the state.
         beside = self.progress(step).get("reference")
         wanted = {"state": wanted} if beside else wanted
+        self._check_arrays(step, wanted, every=False)
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             wanted,
@@ -164,7 +166,41 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(state=part))["state"]
         return (found["state"] if beside else found)["params"]
 
+    def _check_arrays(self, step: int, wanted: Any, *, every: bool) -> None:
+        """Checks that a checkpoint holds arrays of the wanted paths and shapes.
+
+        Args:
+          step: of the checkpoint.
+          wanted: pytree of arrays or shapes.
+          every: it holds no others.
+
+        Raises:
+          CheckpointError: naming the first that differs.
+        """
+        folder = self._manager.directory / str(step)
+        there = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+        here = _shapes(wanted)
+        for path in sorted(here.keys() | there.keys() if every else here.keys()):
+            if here.get(path) != there.get(path):
+                raise CheckpointError(
+                    f"{folder}: {path} is {there.get(path, 'not there')}, and in this run "
+                    f"{here.get(path, 'not there')}; keep what the run began with: the policy, its "
+                    "adapters (policy.lora_*), policy.freeze_vision_tower, policy_update.rates and "
+                    "reference.kind; or take another workdir"
+                )
+
     def close(self) -> None:
         """Waits for what is being written."""
         with self._one_at_a_time:
             self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Returns path → shape of the arrays of a tree, whether its nodes are dicts or tuples."""
+
+    def name(key: Any) -> str:
+        found = (getattr(key, kind) for kind in ("key", "name", "idx") if hasattr(key, kind))
+        return str(next(found))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}

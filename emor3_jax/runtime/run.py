@@ -26,6 +26,7 @@ import jax
 from ml_collections import ConfigDict
 
 from emor3_jax import flops, prepare
+from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
 from emor3_jax.evaluation.evaluation import evaluate
 from emor3_jax.evaluation.records import Evaluation, from_json, prediction_file, to_json
@@ -153,6 +154,9 @@ class Run:
         if latest is not None:
             self._progress = self._checkpoints.progress(latest)
         self._step = latest or 0
+        if self._step > config.steps:
+            rule = f"the run in {workdir} has taken {self._step}; ask for more, or another workdir"
+            raise ConfigError("steps", config.steps, rule)
         first = self._step + (latest is not None)
         self._writer = MetricWriter(workdir, config.log.sinks, first_step=first)
         self.clock = StepClock(self._stop.check)

@@ -95,6 +95,32 @@ def test_a_checkpoint_of_another_layout_is_not_read(tmp_path, optimizer, monkeyp
     checkpoints.close()
 
 
+def test_a_checkpoint_of_other_arrays_is_refused_naming_the_first(tmp_path, optimizer):
+    state = make_state(optimizer)
+    checkpoints, mesh = Checkpoints(tmp_path), make_mesh()
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    wider = jax.tree.map(jnp.copy, state)
+    wider.params["model"]["norm"]["scale"] = jnp.ones(8)
+    rule = r"checkpoints/1: params/model/norm/scale is \(6,\), and in this run \(8,\); keep"
+    with pytest.raises(CheckpointError, match=rule):
+        checkpoints.restore(1, wider, mesh)
+    # Adapters in the place of the weights; more than was saved, and less.
+    with pytest.raises(CheckpointError, match="lora_a is not there, and in this run"):
+        params = {"model": {"lora_a": jnp.ones((4, 2))}}
+        checkpoints.restore_params(1, params, mesh)
+    with pytest.raises(CheckpointError, match=r"opt_state/.* is .*, and in this run not there"):
+        checkpoints.restore(1, state._replace(opt_state=()), mesh)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    # Reading a part of the parameters is no fault.
+    part = {"model": {"norm": state.params["model"]["norm"]}}
+    found = checkpoints.restore_params(1, part, mesh)
+    np.testing.assert_array_equal(found["model"]["norm"]["scale"], jnp.ones(6))
+    checkpoints.close()
+
+
 def test_only_the_newest_stay_also_across_runs(tmp_path, optimizer):
     state = make_state(optimizer)
     for steps in ((1, 2, 3), (5, 8)):
