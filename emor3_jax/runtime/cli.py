@@ -63,9 +63,9 @@ def local_folder(path: str) -> Path:
 def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     """Parses the command line and runs a program that only prints.
 
-    An unknown `--config.key` is refused by `config_flags`, which names the nearest key. A
-    `UserError`, of the program or of the config's file, or a `FileNotFoundError` of a path that the
-    user gave, ends the program with its message and exit status 2.
+    An unknown `--config.key` is refused by `config_flags`, which names the nearest key, with exit
+    status 2. A `UserError`, of the program or of the config's file, or a `FileNotFoundError` of a
+    path that the user gave, ends the program with its message and that status too.
 
     Args:
       program: takes the config.
@@ -105,8 +105,12 @@ def _parse(arguments: Sequence[str]) -> list[str]:
             cause = cause.__context__
         if refused is not None:
             _refuse(refused)
-    # Says what is wrong with a flag, and exits.
-    return app.parse_flags_with_usage(list(arguments))
+    try:
+        # Says what is wrong with a flag.
+        return app.parse_flags_with_usage(list(arguments))
+    except SystemExit:
+        # Not 1, by which a program that failed would be started again.
+        sys.exit(2)
 
 
 def _refuse_missing_config(error: OSError) -> None:

@@ -76,4 +76,12 @@ def test_a_config_file_that_is_not_there_is_told_in_one_line(arguments: list[str
 def test_a_fault_in_a_config_file_keeps_its_trace(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text("def get_config():\n    return int('no number')\n")
     ran = _account(f"--config={tmp_path / 'config.py'}")
-    assert ran.returncode == 1 and "line 2, in get_config" in ran.stderr
+    assert ran.returncode == 2 and "line 2, in get_config" in ran.stderr
+
+
+@pytest.mark.parametrize("flag", ["--config.stepz=3", "--config.steps=many", "--stepz=3"])
+def test_a_wrong_flag_has_the_status_of_what_the_user_can_mend(flag: str) -> None:
+    # tpu/watch.sh would start a program again that ended with another.
+    ran = _account("--config=configs/qwen2_5_vl_3b.py", flag)
+    assert ran.returncode == 2
+    assert "FATAL Flags parsing error" in ran.stderr and "Traceback" not in ran.stderr
