@@ -123,11 +123,14 @@ class Checkpoints:
         """Returns the progress of a checkpoint alone.
 
         Raises:
-          CheckpointError: if it was written with another layout.
+          CheckpointError: if it was written with another layout, or is not whole.
         """
         self.wait()
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        progress = self._manager.restore(step, args=args)["progress"]
+        try:
+            progress = self._manager.restore(step, args=args)["progress"]
+        except (KeyError, OSError, ValueError) as error:
+            raise self._not_whole(step) from error
         layout = progress.pop("layout", 1)
         if layout != LAYOUT:
             raise CheckpointError(
@@ -166,6 +169,14 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(state=part))["state"]
         return (found["state"] if beside else found)["params"]
 
+    def _not_whole(self, step: int) -> CheckpointError:
+        """Returns the error of a checkpoint that lacks files.
+
+        Such as one that was copied in part, or written to a bucket that cannot rename folders.
+        """
+        rule = "is not a whole checkpoint; delete it, and a run goes on from the one before it"
+        return CheckpointError(f"{self._manager.directory / str(step)}: {rule}")
+
     def _check_arrays(self, step: int, wanted: Any, *, every: bool) -> None:
         """Checks that a checkpoint holds arrays of the wanted paths and shapes.
 
@@ -178,7 +189,10 @@ class Checkpoints:
           CheckpointError: naming the first that differs.
         """
         folder = self._manager.directory / str(step)
-        there = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+        try:
+            there = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+        except (KeyError, OSError, ValueError) as error:
+            raise self._not_whole(step) from error
         here = _shapes(wanted)
         for path in sorted(here.keys() | there.keys() if every else here.keys()):
             if here.get(path) != there.get(path):

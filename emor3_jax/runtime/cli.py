@@ -53,11 +53,16 @@ def local_folder(path: str) -> Path:
     Raises:
       FileNotFoundError: if it is an address, such as gs://bucket/run, which would else become a
         folder of that name on this machine.
+      UserError: if it is a file, or lies under one.
     """
     if "://" in path:
         rule = "must be a folder; mount the bucket (gcsfuse), or start through tpu/launch.sh"
         raise FileNotFoundError(f"--workdir={path!r}: {rule}")
-    return Path(path)
+    folder = Path(path)
+    for each in (folder, *folder.parents):
+        if each.exists() and not each.is_dir():
+            raise UserError(f"--workdir={path!r}: {each} is a file; name a folder")
+    return folder
 
 
 def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:

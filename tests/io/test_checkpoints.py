@@ -1,5 +1,6 @@
 """Checkpoints of a train state: what comes back, what stays, what a killed run leaves."""
 
+import shutil
 import threading
 
 import jax
@@ -118,6 +119,20 @@ def test_a_checkpoint_of_other_arrays_is_refused_naming_the_first(tmp_path, opti
     part = {"model": {"norm": state.params["model"]["norm"]}}
     found = checkpoints.restore_params(1, part, mesh)
     np.testing.assert_array_equal(found["model"]["norm"]["scale"], jnp.ones(6))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("lost", ["", "state", "progress", "progress/metadata"])
+def test_half_a_checkpoint_is_refused_naming_it(tmp_path, optimizer, lost):
+    checkpoints, state = Checkpoints(tmp_path), make_state(optimizer)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    gone = tmp_path / "checkpoints/1" / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    (tmp_path / "checkpoints/1").mkdir(exist_ok=True)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match=r"checkpoints/1: is not a whole checkpoint; delete"):
+        checkpoints.restore(1, state, make_mesh())
     checkpoints.close()
 
 

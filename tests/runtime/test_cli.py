@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import emor3_jax
+from emor3_jax.errors import UserError
 from emor3_jax.runtime import cli
 
 ROOT = Path(emor3_jax.__file__).parents[1]
@@ -18,6 +19,13 @@ def test_a_bucket_is_no_folder() -> None:
     # As a folder it would be kept on the machine, and go with it.
     with pytest.raises(FileNotFoundError, match=r"--workdir='gs://box/a': must be a folder; mount"):
         cli.local_folder("gs://box/a")
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("")
+    for path in (tmp_path / "notes", tmp_path / "notes" / "run"):
+        with pytest.raises(UserError, match=r"--workdir=.*notes is a file; name a folder"):
+            cli.local_folder(str(path))
 
 
 def test_a_stopped_run_is_told_by_its_exit_status() -> None:
