@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import gpu, tpu_v4, tpu_v5e, tpu_v5p, tpu_v6e
 from emor3_jax.config import dataset
+from emor3_jax.errors import UserError
 
 MACHINES = {
     "v4-8": (tpu_v4, "chips=4"),
@@ -38,11 +39,11 @@ def get_config(options: str = "v5p-8") -> ConfigDict:
       options: one of `MACHINES`, and behind a comma one of `qwen_vl.POLICIES`; "3b" by default.
 
     Raises:
-      ValueError: if there is no such machine or policy.
+      UserError: if there is no such machine or policy.
     """
     machine, _, policy = options.partition(",")
     if machine not in MACHINES:
-        raise ValueError(f"machine {machine!r}: must be one of {', '.join(MACHINES)}")
+        raise UserError(f"machine {machine!r}: must be one of {', '.join(MACHINES)}")
     module, options = MACHINES[machine]
     config = module.get_config(",".join(filter(None, (options, policy))))
     config.data.train = dataset(kind="emoset", split="train", subset=2000)

@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 
 from configs import cpu_demo, table
 from emor3_jax.config import base_policy, dataset
+from emor3_jax.errors import UserError
 
 
 def get_config(row: str = "emo_r3") -> ConfigDict:
     """Returns the config of a row of `table.ROWS`; for "base", that of the base policy itself.
 
     Raises:
-      ValueError: if there is no such row.
+      UserError: if there is no such row.
     """
     if row == "base":
         config = base_policy()
@@ -44,7 +45,7 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
         config.rates.tower = 0.1
         return config
     if row not in table.ROWS:
-        raise ValueError(f"row {row!r}: must be one of {', '.join(table.ROWS)}")
+        raise UserError(f"row {row!r}: must be one of {', '.join(table.ROWS)}")
     config = cpu_demo.get_config()
     config.steps = 600
     # Named on the command line: the embedded policy knows drawn scenes, not faces.

@@ -18,6 +18,7 @@ has been run on these machines.
 from ml_collections import ConfigDict
 
 from configs.qwen_vl import POLICIES, choose_policy, read_options, single_host, use_adapters
+from emor3_jax.errors import UserError
 
 
 def get_config(options: str = "gpus=8") -> ConfigDict:
@@ -27,12 +28,12 @@ def get_config(options: str = "gpus=8") -> ConfigDict:
       options: see the module.
 
     Raises:
-      ValueError: if an option is unknown.
+      UserError: if an option is unknown.
     """
     chosen, numbers = read_options(options, ("lora", *POLICIES), {"gpus": 8, "memory": 80})
     gpus = numbers["gpus"]
     if gpus not in (1, 8) or numbers["memory"] not in (80, 141):
-        raise ValueError(f"--config=…:{options}: gpus must be 1 or 8, memory 80 or 141")
+        raise UserError(f"--config=…:{options}: gpus must be 1 or 8, memory 80 or 141")
     config = single_host(prompts=128 if gpus == 8 else 64, max_tokens=2048)
     choose_policy(config, next((name for name in POLICIES if name in chosen), "3b"))
     config.data.image_windows = (32, 48)

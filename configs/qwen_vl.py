@@ -24,6 +24,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from emor3_jax.config import dataset, default
+from emor3_jax.errors import UserError
 
 
 def get_config() -> ConfigDict:
@@ -101,7 +102,7 @@ def read_options(
       numbers: known keys → what they are by default.
 
     Raises:
-      ValueError: if an option is unknown.
+      UserError: if an option is unknown.
     """
     chosen, found = set(), dict(numbers)
     for option in filter(None, options.split(",")):
@@ -112,7 +113,7 @@ def read_options(
             found[key] = int(value)
         else:
             known = ", ".join([*words, *(f"{key}=…" for key in numbers)])
-            raise ValueError(f"--config=…:{option}: must be of {known}, joined by commas")
+            raise UserError(f"--config=…:{option}: must be of {known}, joined by commas")
     return chosen, found
 
 
@@ -171,7 +172,7 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
       layouts: size of the policy → how it lies.
 
     Raises:
-      ValueError: if an option is unknown, or the prompts do not divide over so many chips.
+      UserError: if an option is unknown, or the prompts do not divide over so many chips.
     """
     chosen, numbers = read_options(options, (*layouts, "lora"), {"chips": 0, "slices": 1})
     size = next((size for size in layouts if size in chosen), "3b")
@@ -179,10 +180,11 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     devices = (numbers["chips"] or layout.chips) * layout.devices
     parts = devices // layout.tensor
     config = get_config()
-    if parts < 1 or config.policy_update.prompts % parts:
-        raise ValueError(
-            f"chips={devices // layout.devices}: {parts} parts must divide the "
-            f"{config.policy_update.prompts} prompts of an update; take a power of two"
+    if devices % layout.tensor or config.policy_update.prompts % max(parts, 1) or not parts:
+        raise UserError(
+            f"chips={devices // layout.devices}: must be a power of two whose parts (devices "
+            f"over mesh.tensor={layout.tensor}) divide the "
+            f"{config.policy_update.prompts} prompts of an update"
         )
     choose_policy(config, size)
     copies = max(parts // numbers["slices"] // FSDP, 1)

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from configs import cpu_demo
+from emor3_jax.errors import UserError
 
 
 def _sft(config: ConfigDict) -> None:
@@ -116,10 +117,10 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
       row: one of `ROWS`.
 
     Raises:
-      ValueError: if there is no such row.
+      UserError: if there is no such row.
     """
     if row not in ROWS:
-        raise ValueError(f"row {row!r}: must be one of {', '.join(ROWS)}")
+        raise UserError(f"row {row!r}: must be one of {', '.join(ROWS)}")
     config = cpu_demo.get_config()
     config.steps = 60
     config.evaluate.every = 10

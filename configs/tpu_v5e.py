@@ -4,7 +4,7 @@ python -m emor3_jax.train --config=configs/tpu_v5e.py --workdir=DIR \\
     --config.data.train.path=TRAIN.parquet \\
     --config.evaluate.sets.validation.path=VALIDATION.parquet
 
-`--config=configs/tpu_v5e.py:7b,chips=32` takes the 7B on 32 chips.
+`--config=configs/tpu_v5e.py:7b,chips=256` takes the 7B on 256 chips.
 
 What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
 the 3B need at most 12.18 of 15.75 GiB a device on a v5e-16, those of the 7B 12.10 on a v5e-64. The

@@ -17,11 +17,11 @@ estimates the seconds of a step by phase on these devices, at mean lengths inste
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import jax
 from absl import flags
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from emor3_jax.config import uses_reference
@@ -30,7 +30,8 @@ from emor3_jax.flops import Cost, QuestionTokens, StepShapes, phase_costs, total
 from emor3_jax.flops.seconds import CHIPS, REASONS, Assumptions, Machine, Phase, phase_seconds
 from emor3_jax.models.family import Shapes
 from emor3_jax.parallel import topology
-from emor3_jax.prepare.checks import validate
+from emor3_jax.parallel.mesh import axis_sizes, check_policy
+from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.prepare.shapes import make_step_shapes, read_policy_shapes
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli
@@ -173,15 +174,17 @@ def estimate(
       compiled: file of `emor3_jax.compile --json`, whose collectives are taken.
 
     Raises:
-      ConfigError, TopologyError: if the config or the topology is wrong.
-      UserError: if the file is not there, or of other devices.
+      ConfigError, MeshError, TopologyError: if the config or the topology is wrong.
+      UserError: if the file is not there, of something else, or of other devices.
     """
     slices = topology.parse(name)
     mean = round(assumed.lengths.average)
     shapes, step, costs = step_costs(config, assumed.prompt_tokens, mean)
-    sizes = config.mesh.to_dict()
-    known = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {k: slices.device_count // known if v == -1 else v for k, v in sizes.items()}
+    found = f"are {slices.device_count} devices in {name}"
+    sizes = axis_sizes(config.mesh.to_dict(), slices.device_count, slices.slices, found)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_policy(mesh, shapes)
+    check_batches(mesh, config)
     slots = min(config.rollout.slots or step.prompts, step.prompts)
     machine = Machine(
         CHIPS[slices.kind],
@@ -205,10 +208,16 @@ def estimate(
 def _moved(file: Path, name: str) -> dict[str, float]:
     if not file.is_file():
         raise UserError(f"compiled={str(file)!r}: no such file; python -m emor3_jax.compile --json")
-    found = json.loads(file.read_text())
-    if found["topology"] != name:
-        raise UserError(f"compiled={str(file)!r}: is of {found['topology']}, not of on={name!r}")
-    return {x["name"]: x["calls"] * sum(x["moved"].values()) for x in found["programs"]}
+    try:
+        found = json.loads(file.read_text())
+        moved = {x["name"]: x["calls"] * sum(x["moved"].values()) for x in found["programs"]}
+        topology = found["topology"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        rule = "must be a file that python -m emor3_jax.compile --json wrote"
+        raise UserError(f"compiled={str(file)!r}: {rule}") from error
+    if topology != name:
+        raise UserError(f"compiled={str(file)!r}: is of {topology}, not of on={name!r}")
+    return moved
 
 
 def define_flags() -> None:
@@ -224,8 +233,15 @@ def main(config: ConfigDict) -> None:
     """Prints the cost of a step of a config."""
     given = flags.FLAGS
     if not given.on:
+        for flag in ("assume", "compiled"):
+            if value := given[flag].value:
+                raise UserError(f"{flag}={value!r}: is of an estimate; name devices, --on=v5e-64")
         print(report(*step_costs(config, given.prompt_tokens, given.response_tokens)))
         return
+    for flag in ("prompt_tokens", "response_tokens"):
+        if (value := given[flag].value) is not None:
+            rule = "an estimate takes mean lengths; --assume=prompt_tokens=1024,mean=265"
+            raise UserError(f"{flag}={value}: {rule}")
     assumed = Assumptions().changed(given.assume)
     compiled = Path(given.compiled) if given.compiled else None
     print(estimate(config, given.on, assumed, compiled).table())

@@ -207,7 +207,12 @@ def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[
 def main(config: ConfigDict) -> None:
     """Compiles, prints, and ends with status 1 if the step does not fit."""
     given = flags.FLAGS
+    if given.json and not Path(given.json).absolute().parent.is_dir():
+        raise UserError(f"json={given.json!r}: the folder is not there; make it first")
     if given.search:
+        if wrong := [name for name in ("only", "json") if given[name].value]:
+            rule = "--search compiles what it needs and prints what fits; leave this out"
+            raise UserError(f"{wrong[0]}={given[wrong[0]].value!r}: {rule}")
         for line in search(config, given.topology, compile_config):
             print(line, flush=True)
         return

@@ -4,6 +4,10 @@ A file in `configs/` starts from `default()` and sets what differs. `--config.ke
 on the command line; an unknown key is an error that names the nearest one (`ml_collections`).
 """
 
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from emor3_jax.errors import UserError
@@ -414,6 +418,52 @@ def base_policy() -> ConfigDict:
 def uses_reference(config: ConfigDict) -> bool:
     """Returns whether a step scores the responses under the reference."""
     return config.policy_update.kl != "off" and config.policy_update.kl_coef > 0
+
+
+def field_value(config: ConfigDict, field: str) -> Any:
+    """Returns the value of a field, named with its sections, as in "rollout.slots"."""
+    for key in field.split("."):
+        config = config[key]
+    return config
+
+
+def check_numbers(
+    config: ConfigDict,
+    at_least: Mapping[str, float],
+    over_0: Iterable[str],
+    unbounded: Iterable[str] = (),
+) -> None:
+    """Checks every number of a config by itself.
+
+    Args:
+      config: of a program.
+      at_least: field → the least that it may be.
+      over_0: fields that must be more than 0.
+      unbounded: fields that may be infinite, as no others may.
+
+    Raises:
+      ConfigError: for a number that is too small, infinite or not a number.
+    """
+    for field, value in _fields(config):
+        infinite = value == math.inf and field in unbounded
+        if isinstance(value, float) and not math.isfinite(value) and not infinite:
+            raise ConfigError(field, value, "must be a finite number")
+    for field in over_0:
+        if field_value(config, field) <= 0:
+            raise ConfigError(field, field_value(config, field), "must be over 0")
+    for field, least in at_least.items():
+        if field_value(config, field) < least:
+            rule = f"must be at least {least}" if least else "must be 0 or more"
+            raise ConfigError(field, field_value(config, field), rule)
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields the name of each field, with its sections in front, and its value."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def reward_terms(config: ConfigDict) -> tuple[Term, ...]:

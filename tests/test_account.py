@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import emor3_jax
-from configs import tpu_v5e
+from configs import gpu, tpu_v5e
 from emor3_jax import account
 from emor3_jax.config import ConfigError, default
 from emor3_jax.errors import UserError
 from emor3_jax.flops import ShapeError
 from emor3_jax.flops.seconds import Assumptions
+from emor3_jax.parallel.mesh import MeshError
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 
@@ -28,6 +29,9 @@ def test_the_program_refuses_what_it_cannot_know() -> None:
     config.policy.path = "Qwen/Qwen2.5-VL-3B-Instruct"
     with pytest.raises(ShapeError, match="prompt_tokens=170: the text of a prompt takes 170"):
         account.step_costs(config, 170, None)
+    for wrong in (0, -5):
+        with pytest.raises(ShapeError, match=f"response_tokens={wrong}: must be at least 1"):
+            account.step_costs(config, None, wrong)
 
 
 def test_the_program_prints_tables() -> None:
@@ -89,3 +93,35 @@ def test_an_estimate_refuses_the_collectives_of_other_devices(tmp_path: Path) ->
     assert found.phases["update"].links == pytest.approx(1.4)
     with pytest.raises(UserError, match="is of v5e-64, not of on='v4-8'"):
         account.estimate(config, "v4-8", Assumptions(), file)
+    for text in ("# a page", "[]", '{"topology": "v5e-64"}', '{"programs": [{"name": "update"}]}'):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"out\.json': must be a file that .*compile --json"):
+            account.estimate(config, "v5e-64", Assumptions(), file)
+
+
+def test_an_estimate_needs_devices_that_the_mesh_fits() -> None:
+    with pytest.raises(MeshError, match=r"mesh\.fsdp=8.*there are 1 devices in h100-1"):
+        account.estimate(gpu.get_config("gpus=8"), "h100-1", Assumptions())
+    config = tpu_v5e.get_config("3b,chips=8")
+    with pytest.raises(MeshError, match=r"config\.rollout\.refill=8: must be a multiple of"):
+        account.estimate(config, "v5e-64", Assumptions())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    (
+        (["--assume=padding=0.5"], "assume='padding=0.5': is of an estimate; name devices, --on"),
+        (["--compiled=x.json"], "compiled='x.json': is of an estimate; name devices, --on"),
+        (["--on=v5e-8", "--prompt_tokens=9"], "prompt_tokens=9: an estimate takes mean lengths"),
+    ),
+)
+def test_flags_without_effect_are_refused(flags: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "emor3_jax.account", "--config=configs/emoset.py:v5e-8"]
+    done = subprocess.run(
+        [*command, *flags],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and f"error: {said}" in done.stderr

@@ -38,6 +38,21 @@ def test_an_unknown_slice_is_refused_with_the_known_ones() -> None:
     assert "error: topology='v4-7': must be one of v4-8, v4-16" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    (
+        (["--json=no/such/folder/out.json"], "json='no/such/folder/out.json': the folder is not"),
+        (["--search", "--only=update"], "only='update': --search compiles what it needs"),
+        (["--search", "--json=out.json"], "json='out.json': --search compiles what it needs"),
+    ),
+)
+def test_flags_that_would_come_to_nothing_are_refused_before_a_compile(
+    flags: list[str], said: str
+) -> None:
+    done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", *flags)
+    assert done.returncode == 2 and f"error: {said}" in done.stderr
+
+
 @needs_compiler
 def test_a_mesh_that_the_slice_does_not_have_is_refused() -> None:
     done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", "--config.mesh.fsdp=3")
@@ -128,7 +143,7 @@ def test_a_config_follows_the_chips() -> None:
     [
         ("13b", "13b: must be of 3b, lora, chips=…, slices=…"),
         ("chips=0", "chips=0: must be of"),
-        ("chips=12", "chips=12: 6 parts must divide the 256 prompts"),
+        ("chips=12", "chips=12: must be a power of two .* divide the 256 prompts"),
     ],
 )
 def test_an_unknown_option_of_a_config_is_refused(options: str, message: str) -> None:

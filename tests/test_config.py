@@ -18,10 +18,21 @@ from configs import table
 from emor3_jax.config import ConfigError, base_policy, dataset, default, reward_term
 from emor3_jax.data.datasets.catalog import BUILDERS
 from emor3_jax.data.labels import label_set
+from emor3_jax.embedded.base_policy import train as train_base_policy
 from emor3_jax.prepare.checks import validate
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def _leaves(
+    config: ConfigDict, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 @pytest.fixture
@@ -183,7 +194,28 @@ WRONG = [
     ("reward.reflection", "none", "'both'"),
     ("reward.overlong_weight", -1.0, "0 or more"),
     ("rollout.resample", -1, "0 or more"),
-    ("policy.lora_rank", -1, "0 (none) or more"),
+    ("policy.lora_rank", -1, "0 or more"),
+    ("policy.lora_modules", (1,), "'q_proj'"),
+    ("seed", -1, "0 or more"),
+    ("seed", 2**32, "under 2**32"),
+    ("data.min_pixels", 200_704, "data.max_pixels=100352"),
+    ("data.prompt_lengths", (512.5,), "whole number"),
+    ("data.image_windows", ("64",), "whole number"),
+    ("data.workers", -1, "0 or more"),
+    ("data.train.subset", -1, "0 (all rows)"),
+    ("data.train.limit", -1, "0 (all rows)"),
+    ("evaluate.during", 0, "at least 1"),
+    ("evaluate.prompts", 0, "at least 1"),
+    ("evaluate.lanes", -1, "0 or more"),
+    ("rollout.lanes", -8, "0 or more"),
+    ("rollout.slots", 1024, "rollout.prompts=512"),
+    ("rollout.refill", 7, "the 512 slots"),
+    ("rollout.halvings", -1, "0 or more"),
+    ("policy_update.logprob_chunk", 0, "at least 1"),
+    ("policy_update.warmup_steps", -1, "0 or more"),
+    ("policy_update.max_grad_norm", 0.0, "over 0"),
+    ("policy_update.learning_rate", math.inf, "finite"),
+    ("policy_update.weight_decay", math.nan, "finite"),
     ("policy.lora_alpha", 0.0, "over 0"),
     ("policy_update.rates.tower", 0.0, "freeze_vision_tower"),
     ("reference.kind", "moving", "'average'"),
@@ -195,7 +227,8 @@ WRONG = [
     ("sft.responses", 0, "at least 1"),
     ("data.train.kind", "csv", "huggingface"),
     ("checkpoint.keep", 0, "at least 1"),
-    ("checkpoint.minutes", -1.0, "0 (none) or more"),
+    ("checkpoint.minutes", -1.0, "0 or more"),
+    ("checkpoint.minutes", math.inf, "finite"),
     ("checkpoint.stop_seconds", -1.0, "0 or more"),
     ("log.every", 0, "at least 1"),
     ("log.sinks", ("jsonl", "wandb"), "'tensorboard'"),
@@ -210,6 +243,8 @@ def test_an_error_names_field_value_and_rule(field: str, value: object, rule: st
     section = config
     for name in sections:
         section = section[name]
+    if field == "data.min_pixels":
+        config.data.max_pixels = 100_352
     with section.ignore_type():
         section[key] = value
     with pytest.raises(ConfigError) as error:
@@ -217,6 +252,46 @@ def test_an_error_names_field_value_and_rule(field: str, value: object, rule: st
     message = str(error.value)
     assert message.startswith(f"config.{field}={value!r}: ")
     assert rule in message
+
+
+def _numbers(config: ConfigDict) -> list[tuple[str, float]]:
+    return [
+        (".".join(path), value)
+        for path, value in _leaves(config)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+def _with(config: ConfigDict, field: str, value: object) -> ConfigDict:
+    *sections, key = field.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    return config
+
+
+@pytest.mark.parametrize("field", [field for field, _ in _numbers(default())])
+def test_no_number_may_be_negative_or_nan(field: str) -> None:
+    # The axes of the mesh are checked with the devices; -1 is "the rest" there.
+    wrong = [] if field.startswith("mesh.") else [-1]
+    # There -1 is the run's own seed.
+    wrong = [-2] if field.endswith("subset_seed") else wrong
+    if isinstance(dict(_numbers(default()))[field], float):
+        wrong.append(math.nan)
+    for value in wrong:
+        with pytest.raises(ConfigError, match=re.escape(field)):
+            validate(_with(default(), field, value))
+
+
+@pytest.mark.parametrize("field", [field for field, _ in _numbers(base_policy())])
+def test_no_number_of_the_base_policy_may_be_negative_or_nan(field: str, tmp_path: Path) -> None:
+    config = base_policy()
+    config.compile_cache = ""
+    wrong = (-1, math.nan) if isinstance(dict(_numbers(config))[field], float) else (-1,)
+    for value in wrong:
+        with pytest.raises(ConfigError, match=re.escape(field)):
+            train_base_policy(_with(config.copy_and_resolve_references(), field, value), tmp_path)
 
 
 TOGETHER = [
@@ -313,16 +388,6 @@ def test_a_wrong_value_ends_the_program_with_its_message_alone(tmp_path: Path) -
 # No key without a reader. A reader is an expression such as `config.policy_update.mean`, or
 # `c.mean` after `c = config.policy_update`. `validate` checks keys and does not count, nor do
 # assignments to a key.
-
-
-def _leaves(
-    config: ConfigDict, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], object]]:
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
 
 
 def _chain(node: ast.AST, aliases: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

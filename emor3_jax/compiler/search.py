@@ -41,9 +41,13 @@ def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]
     usable = first.topology.chip.usable
     beside = {r.name: r.needed - r.resident["cache"] for r in first.reports}
 
+    def lanes_of(slots: int) -> int:
+        share = slots * lanes // of_slots // first.parts * first.parts
+        # 0 would be a lane for every response.
+        return max(share, first.parts) if lanes else 0
+
     def slots_fit(slots: int) -> bool:
-        rollout.slots = slots
-        rollout.lanes = slots * lanes // of_slots // first.parts * first.parts
+        rollout.slots, rollout.lanes = slots, lanes_of(slots)
         tried = compile_config(config, topology, _CACHED)
         cache = max(r.resident["cache"] for r in tried.reports if r.name != "resize_ring")
         needed = [r.needed if r.made is not None else usable + 1 for r in tried.reports]
@@ -74,7 +78,7 @@ def search(config: ConfigDict, topology: str, compile_config: Callable[..., Any]
             smaller = (size for size in range(value // 2, 0, -1) if allowed(size))
             value = 2 * value if good else next(smaller, 0)
         section[key] = best or min(tried)
-        rollout.lanes = rollout.slots * lanes // of_slots // first.parts * first.parts
+        rollout.lanes = lanes_of(rollout.slots)
         found[field] = best
         if best is None:
             yield f"{field}: nothing fits, down to {min(tried)}"

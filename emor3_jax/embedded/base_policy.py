@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from emor3_jax.config import ConfigError
+from emor3_jax.config import ConfigError, check_numbers
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.dataset import PretrainDataset
 from emor3_jax.embedded.emoscenes.dataset import drawn_scenes
@@ -170,7 +170,39 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     return scores
 
 
+_AT_LEAST = {
+    "seed": 0,
+    "steps": 1,
+    "batch": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "data.limit": 1,
+    "data.size": 1,
+    "data.warp": 0,
+    "model.vocab_size": 1,
+    "model.patch": 1,
+    "model.window": 1,
+    "model.vision_width": 8,
+    "model.vision_layers": 1,
+    "model.vision_heads": 1,
+    "model.width": 1,
+    "model.layers": 1,
+    "model.heads": 1,
+    "model.kv_heads": 1,
+    "look.steps": 0,
+    "look.batch": 1,
+    "look.warmup_steps": 0,
+    "look.weight_decay": 0,
+    "look.mix": 0,
+    "look.erase": 0,
+}
+"""Field → the least that it may be."""
+
+_OVER_0 = ("learning_rate", "look.learning_rate", "rates.tower")
+
+
 def _check(config: ConfigDict) -> None:
+    check_numbers(config, _AT_LEAST, _OVER_0)
     if config.data.kind not in DATASETS:
         raise ConfigError("data.kind", config.data.kind, f"must be one of {', '.join(DATASETS)}")
     family = config.model.family
@@ -184,12 +216,8 @@ def _check(config: ConfigDict) -> None:
     if heads < 1 or width % (4 * heads) or width < 8 * heads:
         rule = f"must leave a head of model.vision_width={width} a multiple of 4, 8 or more"
         raise ConfigError("model.vision_heads", heads, rule)
-    if config.look.mix < 0:
-        raise ConfigError("look.mix", config.look.mix, "must be 0, for none, or more")
-    if not 0 <= config.look.erase <= 1:
+    if config.look.erase > 1:
         raise ConfigError("look.erase", config.look.erase, "must be a chance, from 0 to 1")
-    if config.rates.tower <= 0:
-        raise ConfigError("rates.tower", config.rates.tower, "must be over 0")
     for path, stage in (("", config), ("look.", config.look)):
         if stage.steps <= stage.warmup_steps and (stage.steps or not path):
             rule = f"must be over {path}warmup_steps={stage.warmup_steps}"

@@ -73,9 +73,11 @@ class Lengths(NamedTuple):
           ValueError: if no log-normal distribution has this mean and this cut.
         """
         # log(mean) = mu + sigma²/2 and log(most) = mu + z sigma give a square equation of sigma.
+        if not 0 < self.cut < 0.5 or self.mean >= self.most:
+            raise ValueError(f"{self}: cut must lie in (0, 0.5), and mean be under most")
         z = NormalDist().inv_cdf(1 - self.cut)
         inner = z**2 - 2 * math.log(self.most / self.mean)
-        if inner < 0 or z <= 0 or self.mean >= self.most:
+        if inner < 0:
             raise ValueError(f"{self}: no log-normal distribution has this mean and this cut")
         sigma = z - math.sqrt(inner)
         mu = math.log(self.most) - z * sigma
@@ -137,24 +139,33 @@ class Assumptions(NamedTuple):
             inner = new.lengths if field in Lengths._fields else new._replace(lengths=None)
             try:
                 number = type(getattr(inner, field))(float(value))
-            except (AttributeError, TypeError, ValueError):
+            except (AttributeError, TypeError, ValueError, OverflowError):
                 number = 0
-            if number <= 0:
+            most = 1 if field in _SHARES else math.inf
+            if not 0 < number <= most or number == math.inf:
                 known = [*(x for x in self._fields if x != "lengths"), *Lengths._fields]
                 raise AssumptionError(
                     f"assume={pair!r}: must be a positive number of {', '.join(known)}, as in "
-                    "padding=0.7"
+                    f"padding=0.7; {', '.join(_SHARES)} are at most 1"
                 )
             changed = inner._replace(**{field: number})
             if field in Lengths._fields:
                 new = new._replace(lengths=changed)
             else:
                 new = changed._replace(lengths=new.lengths)
+        try:
+            new.lengths.quantiles(1)
+        except ValueError as error:
+            raise AssumptionError(f"assume={text!r}: {error}") from error
         return new
 
 
+_SHARES = ("padding", "lanes", "fill", "flops_share", "memory_share", "links_share")
+"""Assumptions that are shares of a whole."""
+
+
 class AssumptionError(UserError):
-    """An assumption that there is not."""
+    """An assumption that there is not, or that cannot be."""
 
 
 REASONS = {

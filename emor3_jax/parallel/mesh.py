@@ -49,26 +49,9 @@ def make_mesh(
       MeshError: if the axes do not multiply to the number of devices, or `data` to that of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    free = [name for name, size in sizes.items() if size == -1]
-    known = math.prod(size for size in sizes.values() if size != -1)
-    unfit = any(size < 1 and size != -1 for size in sizes.values())
-    if unfit or len(free) > 1 or len(devices) % known or (not free and known != len(devices)):
-        raise MeshError(
-            f"{wanted}: the axes must multiply to the number of devices, and there "
-            f"{_describe(devices)}; set one axis to -1 for 'the rest', the others to divisors of "
-            f"{len(devices)}. A config for devices that are not here is checked by: {CHECK}"
-        )
-    if free:
-        sizes[free[0]] = len(devices) // known
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if sizes["data"] % slices:
-        raise MeshError(
-            f"{wanted}: there are {slices} slices, and mesh.data={sizes['data']} must be a "
-            f"multiple of that, since fsdp and tensor stay within a slice: let fsdp times tensor "
-            f"divide the {len(devices) // slices} devices of one"
-        )
+    wanted = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = axis_sizes(wanted, len(devices), slices, _describe(devices))
     inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     if slices > 1:
         placed = mesh_utils.create_hybrid_device_mesh(
@@ -77,6 +60,38 @@ def make_mesh(
     else:
         placed = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(wanted: dict[str, int], count: int, slices: int, found: str) -> dict[str, int]:
+    """Returns axis → size of a mesh, with "the rest" in the place of -1.
+
+    Args:
+      wanted: axis → size as in the config.
+      count: number of devices.
+      slices: that they are of.
+      found: says what devices there are, as in "are 8 devices".
+
+    Raises:
+      MeshError: if the axes do not multiply to the number of devices, or `data` to that of slices.
+    """
+    said = ", ".join(f"mesh.{name}={size}" for name, size in wanted.items())
+    free = [name for name, size in wanted.items() if size == -1]
+    known = math.prod(size for size in wanted.values() if size != -1)
+    unfit = any(size < 1 and size != -1 for size in wanted.values())
+    if unfit or len(free) > 1 or count % known or (not free and known != count):
+        raise MeshError(
+            f"{said}: the axes must multiply to the number of devices, and there {found}; set one "
+            f"axis to -1 for 'the rest', the others to divisors of {count}. A config for devices "
+            f"that are not here is checked by: {CHECK}"
+        )
+    sizes = wanted | {name: count // known for name in free}
+    if sizes["data"] % slices:
+        raise MeshError(
+            f"{said}: there are {slices} slices, and mesh.data={sizes['data']} must be a "
+            f"multiple of that, since fsdp and tensor stay within a slice: let fsdp times tensor "
+            f"divide the {count // slices} devices of one"
+        )
+    return sizes
 
 
 def _describe(devices: Sequence[jax.Device]) -> str:

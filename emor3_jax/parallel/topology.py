@@ -156,6 +156,8 @@ class Topology(NamedTuple):
         # Else it asks the network of Google Cloud where it runs, and lets one process in at a time.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        # Else it prints that it knows none.
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         from jax.experimental import topologies
 
         chip = self.chip

@@ -6,7 +6,14 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from emor3_jax.config import EMBEDDED, ConfigError, reward_terms, uses_reference
+from emor3_jax.config import (
+    EMBEDDED,
+    ConfigError,
+    check_numbers,
+    field_value,
+    reward_terms,
+    uses_reference,
+)
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import FAMILIES, is_hub_id
@@ -21,6 +28,68 @@ from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rl.kl import ESTIMATES
 from emor3_jax.rl.losses import MEANS, SURROGATES
 
+_AT_LEAST = {
+    "steps": 0,
+    "seed": 0,
+    "policy.lora_rank": 0,
+    "data.min_pixels": 0,
+    "data.max_pixels": 0,
+    "data.workers": 0,
+    "data.read_ahead": 1,
+    "rollout.prompts": 1,
+    "rollout.responses": 1,
+    "rollout.max_tokens": 1,
+    "rollout.slots": 0,
+    "rollout.refill": 0,
+    "rollout.lanes": 0,
+    "rollout.block": 1,
+    "rollout.halvings": 0,
+    "rollout.resample": 0,
+    "rollout.temperature": 0,
+    "reflect.temperature": 0,
+    "reflect.max_tokens": 1,
+    "reward.overlong_weight": 0,
+    "policy_update.warmup_steps": 0,
+    "policy_update.weight_decay": 0,
+    "policy_update.clip_high": 0,
+    "policy_update.kl_coef": 0,
+    "policy_update.kl_target": 0,
+    "policy_update.logprob_chunk": 1,
+    "reference.every": 1,
+    "reference.image_cache": 0,
+    "sft.responses": 1,
+    "evaluate.every": 1,
+    "evaluate.during": 1,
+    "evaluate.prompts": 1,
+    "evaluate.slots": 0,
+    "evaluate.refill": 0,
+    "evaluate.lanes": 0,
+    "evaluate.votes": 1,
+    "evaluate.temperature": 0,
+    "checkpoint.every": 1,
+    "checkpoint.minutes": 0,
+    "checkpoint.keep": 1,
+    "checkpoint.stop_seconds": 0,
+    "log.every": 1,
+    "log.samples_every": 1,
+    "log.profile_steps": 0,
+    "guard.warn_after": 0,
+    "guard.stop_after": 0,
+    "guard.max_kl": 0,
+}
+"""Field → the least that it may be."""
+
+_OVER_0 = (
+    "rollout.temperature",
+    "policy.lora_alpha",
+    "policy_update.learning_rate",
+    "policy_update.max_grad_norm",
+    "policy_update.kl_horizon",
+)
+
+_NO_BOUND = tuple(f"policy_update.{key}" for key in ("clip_high", "clip_dual", "max_grad_norm"))
+"""Fields that may be infinite: then they clip nothing."""
+
 
 def validate(config: ConfigDict) -> None:
     """Checks what can be checked without loading anything, before any compile.
@@ -31,12 +100,10 @@ def validate(config: ConfigDict) -> None:
 
     def need(ok: bool, field: str, rule: str) -> None:
         if not ok:
-            value = config
-            for key in field.split("."):
-                value = value[key]
-            raise ConfigError(field, value, rule)
+            raise ConfigError(field, field_value(config, field), rule)
 
-    need(config.steps >= 0, "steps", "must be 0 or more")
+    check_numbers(config, _AT_LEAST, _OVER_0, _NO_BOUND)
+    need(config.seed < 2**32, "seed", "must be under 2**32")
     need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
     dtypes = ("float32", "bfloat16")
     need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
@@ -74,20 +141,25 @@ def validate(config: ConfigDict) -> None:
             "must be a Hugging Face folder with a config.json, an id on the hub ('owner/name'), or "
             "'embedded'",
         )
-    for name in ("warn_after", "stop_after", "max_kl"):
-        need(config.guard[name] >= 0, f"guard.{name}", "must be 0, for never, or more")
-    for name in ("data.min_pixels", "data.max_pixels"):
-        need(config.data[name.split(".")[1]] >= 0, name, "must be 0 or more")
-    need(config.data.read_ahead >= 1, "data.read_ahead", "must be at least 1")
+    least, most = config.data.min_pixels, config.data.max_pixels
+    need(
+        not most or least <= most,
+        "data.min_pixels",
+        f"must not be over data.max_pixels={most}",
+    )
     rules = ("drop", "cut")
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
     for field, each in data_sets(config).values():
         check_kind(field, each)
+        for key in ("subset", "limit"):
+            need(each[key] >= 0, f"{field}.{key}", "must be 0 (all rows) or more")
+        seed = each.subset_seed
+        need(-1 <= seed < 2**32, f"{field}.subset_seed", "must be -1 (the run's seed) or more")
+        need(each.balance in ("", "class"), f"{field}.balance", "must be 'class', or '' for none")
+        need(each.weight > 0, f"{field}.weight", "must be over 0")
     trained = {"data.train": config.data.train}
     trained |= {f"data.mix.{name}": each for name, each in config.data.mix.items()}
     for field, each in trained.items():
-        need(each.balance in ("", "class"), f"{field}.balance", "must be 'class', or '' for none")
-        need(each.weight > 0, f"{field}.weight", "must be over 0")
         same = each.graded == config.data.train.graded
         need(same, f"{field}.graded", "must be that of data.train: rewards are graded or not")
     for name in config.data.mix:
@@ -97,17 +169,9 @@ def validate(config: ConfigDict) -> None:
     for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):
         _need_buckets(config, field)
     _need_buckets(config, "policy_update.response_lengths")
-    for name in ("rollout.prompts", "rollout.responses", "rollout.max_tokens"):
-        need(config.rollout[name.split(".")[1]] >= 1, name, "must be at least 1")
-    need(config.rollout.temperature > 0, "rollout.temperature", "must be over 0 to explore")
     for section in ("rollout", "reflect", "evaluate"):
-        need(config[section].temperature >= 0, f"{section}.temperature", "must be 0 or more")
         need(0 < config[section].top_p <= 1, f"{section}.top_p", "must lie in (0, 1]")
-    need(config.reflect.max_tokens >= 1, "reflect.max_tokens", "must be at least 1")
-    rollout = config.rollout
-    need(rollout.block >= 1, "rollout.block", "must be at least 1")
-    need(rollout.halvings >= 0, "rollout.halvings", "must be 0 or more")
-    _check_in_flight("rollout", rollout, need)
+    _check_in_flight("rollout", config.rollout, need)
     _check_in_flight("evaluate", config.evaluate, need)
     need(
         config.profile != "release" or config.rollout.responses >= 2,
@@ -137,11 +201,9 @@ def validate(config: ConfigDict) -> None:
         "policy_update.micro_prompts",
         f"must divide policy_update.prompts={update.prompts}",
     )
-    need(update.learning_rate > 0, "policy_update.learning_rate", "must be over 0")
     schedules = ("constant", "linear")
     need(update.schedule in schedules, "policy_update.schedule", f"must be one of {schedules}")
     need(0 <= update.clip_low <= 1, "policy_update.clip_low", "must lie in [0, 1]")
-    need(update.clip_high >= 0, "policy_update.clip_high", "must be 0 or more")
     need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1; inf is none")
     _check_algorithm(config, need)
     _check_reference(config, need)
@@ -152,15 +214,6 @@ def validate(config: ConfigDict) -> None:
     known = all(name in SINKS for name in config.log.sinks)
     need(known, "log.sinks", f"must be some of {', '.join(map(repr, SINKS))}")
     need("jsonl" in config.log.sinks, "log.sinks", "must hold 'jsonl', by which a run resumes")
-    need(config.log.profile_steps >= 0, "log.profile_steps", "must be 0 or more")
-    for name in ("evaluate.every", "checkpoint.every", "log.every", "log.samples_every"):
-        section, key = name.split(".")
-        need(config[section][key] >= 1, name, "must be at least 1")
-    need(config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
-    need(config.checkpoint.minutes >= 0, "checkpoint.minutes", "must be 0 (none) or more")
-    need(config.checkpoint.stop_seconds >= 0, "checkpoint.stop_seconds", "must be 0 or more")
-    need(config.evaluate.prompts >= 1, "evaluate.prompts", "must be at least 1")
-    need(config.evaluate.votes >= 1, "evaluate.votes", "must be at least 1")
     sets = tuple(config.evaluate.sets)
     for group, names in config.evaluate.groups.items():
         field = f"evaluate.groups.{group}"
@@ -204,14 +257,13 @@ def _check_in_flight(
     """Checks the prompts and responses in flight of the rollout or of evaluation."""
     prompts = section.prompts
     slots = section.slots or prompts
-    need(0 <= section.slots <= prompts, f"{name}.slots", f"must be 0 (all) to {name}.{prompts=}")
+    need(section.slots <= prompts, f"{name}.slots", f"must be 0 (all) to {name}.{prompts=}")
     refill = section.refill or slots
     need(
-        section.refill >= 0 and slots % refill == 0 and prompts % refill == 0,
+        slots % refill == 0 and prompts % refill == 0,
         f"{name}.refill",
         f"must be 0 (all slots) or divide both the {slots} slots and {name}.{prompts=}",
     )
-    need(section.lanes >= 0, f"{name}.lanes", "must be 0 (all responses of the slots) or more")
 
 
 def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
@@ -239,9 +291,6 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     surrogate = SURROGATES[update.ratio](update.clip_low, update.clip_high, update.clip_dual)
     conflict = surrogate.conflict(update.mean)
     need(conflict is None, "policy_update.ratio", conflict or "")
-    need(update.kl_coef >= 0, "policy_update.kl_coef", "must be 0 or more")
-    need(update.kl_target >= 0, "policy_update.kl_target", "must be 0 or more")
-    need(update.kl_horizon > 0, "policy_update.kl_horizon", "must be over 0")
     need(
         not update.kl_target or uses_reference(config),
         "policy_update.kl_target",
@@ -265,7 +314,6 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     reward, limit = config.reward, config.rollout.max_tokens
     rule = f"must be 0 (none) to rollout.max_tokens={limit}"
     need(0 <= reward.overlong <= limit, "reward.overlong", rule)
-    need(reward.overlong_weight >= 0, "reward.overlong_weight", "must be 0 or more")
     need(
         config.reflect.enabled or reward.reflection == "both",
         "reward.reflection",
@@ -286,8 +334,6 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     )
     targets = ("label", "response")
     need(config.sft.target in targets, "sft.target", f"must be one of {targets}")
-    need(config.sft.responses >= 1, "sft.responses", "must be at least 1")
-    need(config.rollout.resample >= 0, "rollout.resample", "must be 0 or more")
 
 
 def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
@@ -296,13 +342,13 @@ def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None])
     for name, rate in config.policy_update.rates.items():
         rule = "must be over 0; policy.freeze_vision_tower freezes the tower"
         need(rate > 0, f"policy_update.rates.{name}", rule)
-    need(policy.lora_rank >= 0, "policy.lora_rank", "must be 0 (none) or more")
-    need(policy.lora_alpha > 0, "policy.lora_alpha", "must be over 0")
     need(
         not policy.lora_rank or bool(policy.lora_modules),
         "policy.lora_rank",
         "needs modules to adapt, but policy.lora_modules=()",
     )
+    names = all(isinstance(name, str) for name in policy.lora_modules)
+    need(names, "policy.lora_modules", "must be names, such as 'q_proj' or 'visual/qkv'")
     tower = [name for name in policy.lora_modules if name.startswith(TOWER)]
     need(
         not (policy.lora_rank and policy.freeze_vision_tower and tower),
@@ -324,7 +370,6 @@ def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None])
         f"would need weights of its own, but with policy.lora_rank={policy.lora_rank} the "
         "reference is the base without adapters; set the kind to 'frozen'",
     )
-    need(reference.every >= 1, "reference.every", "must be at least 1")
     need(0 <= reference.decay < 1, "reference.decay", "must lie in [0, 1)")
     dtypes = ("", "float32", "bfloat16")
     need(reference.dtype in dtypes, "reference.dtype", f"must be one of {dtypes}")
@@ -339,7 +384,6 @@ def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None])
         f"would be a second copy of the base that policy.lora_rank={policy.lora_rank} shares; set "
         "it to 'float32'",
     )
-    need(reference.image_cache >= 0, "reference.image_cache", "must be 0 or more")
     need(
         not reference.image_cache or not follows or policy.freeze_vision_tower,
         "reference.image_cache",
@@ -351,5 +395,8 @@ def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None])
 def _need_buckets(config: ConfigDict, field: str) -> None:
     section, key = field.split(".")
     value = config[section][key]
-    if not value or min(value) < 1 or list(value) != sorted(set(value)):
-        raise ConfigError(field, value, "must be rising sizes, at least one, each over 0")
+    whole = all(isinstance(size, int) and size > 0 for size in value)
+    if not value or not whole or list(value) != sorted(set(value)):
+        raise ConfigError(
+            field, value, "must be rising sizes, at least one, each a whole number over 0"
+        )

@@ -120,7 +120,7 @@ def make_step_shapes(
       response_tokens: T; None takes `rollout.max_tokens`.
 
     Raises:
-      ShapeError: if the text of a prompt leaves no token for the image.
+      ShapeError: if the text of a prompt leaves no token for the image, or there is no response.
     """
     around = texts.before + texts.after
     if prompt_tokens is None and config.data.train.kind == "emoscenes":
@@ -134,6 +134,8 @@ def make_step_shapes(
         rule = f"the text of a prompt takes {around} tokens, and the image needs some; raise it"
         raise ShapeError("prompt_tokens", prompt_tokens, rule)
     t = config.rollout.max_tokens if response_tokens is None else response_tokens
+    if t < 1:
+        raise ShapeError("response_tokens", t, "must be at least 1")
     questions = {}
     for name, question in QUESTIONS.items() if config.reflect.enabled else ():
         head, tail = texts.questions[name]

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -52,19 +53,24 @@ def local_folder(path: str) -> Path:
     Raises:
       FileNotFoundError: if it is an address, such as gs://bucket/run, which would else become a
         folder of that name on this machine.
+      UserError: if it is a file, or lies under one.
     """
     if "://" in path:
         rule = "must be a folder; mount the bucket (gcsfuse), or start through tpu/launch.sh"
         raise FileNotFoundError(f"--workdir={path!r}: {rule}")
-    return Path(path)
+    folder = Path(path)
+    for each in (folder, *folder.parents):
+        if each.exists() and not each.is_dir():
+            raise UserError(f"--workdir={path!r}: {each} is a file; name a folder")
+    return folder
 
 
 def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     """Parses the command line and runs a program that only prints.
 
-    An unknown `--config.key` is refused by `config_flags`, which names the nearest key. A
-    `UserError`, or a `FileNotFoundError` of a path that the user gave, ends the program with its
-    message and exit status 2.
+    An unknown `--config.key` is refused by `config_flags`, which names the nearest key, with exit
+    status 2. A `UserError`, of the program or of the config's file, or a `FileNotFoundError` of a
+    path that the user gave, ends the program with its message and that status too.
 
     Args:
       program: takes the config.
@@ -76,7 +82,46 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
         try:
             program(config.value)
         except (UserError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(error)
+        except OSError as error:
+            _refuse_missing_config(error)
+            raise
 
-    app.run(main)
+    app.run(main, flags_parser=_parse)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+    """Parses the command line; what the config's file refuses is one line, without its trace."""
+    try:
+        return flags.FLAGS(list(arguments))
+    except OSError as error:
+        _refuse_missing_config(error)
+        raise
+    except flags.Error as error:
+        # `config_flags` wraps what a file raises, once with its trace as the message.
+        refused, cause = None, error.__context__
+        while cause is not None:
+            refused = cause if isinstance(cause, UserError) else refused
+            cause = cause.__context__
+        if refused is not None:
+            _refuse(refused)
+    try:
+        # Says what is wrong with a flag.
+        return app.parse_flags_with_usage(list(arguments))
+    except SystemExit:
+        # Not 1, by which a program that failed would be started again.
+        sys.exit(2)
+
+
+def _refuse_missing_config(error: OSError) -> None:
+    """Exits if the error is that of `config_flags` when a config is used whose file is missing."""
+    cause = str(error.__cause__)
+    if cause.startswith("Failed loading config file"):
+        reason = cause.splitlines()[-1].strip()
+        rule = "start at the root of the repository; its configs are configs/*.py"
+        _refuse(UserError(f"--config: {reason}; {rule}"))

@@ -135,6 +135,15 @@ def test_the_search_finds_the_largest_that_fit(start: int) -> None:
     )
 
 
+def test_the_search_never_comes_to_no_lanes_which_would_be_all() -> None:
+    config = default()
+    config.rollout.slots, config.rollout.refill, config.rollout.lanes = 256, 8, 4
+    config.policy_update.micro_prompts = 8
+    # A quarter of the slots have less than a lane for each of 4 parts.
+    assert "--config.rollout.slots=64 " in searched(config)[-1]
+    assert searched(config)[-1].endswith("--config.rollout.lanes=4")
+
+
 def test_the_search_tries_no_size_that_the_rules_refuse() -> None:
     config = default()
     config.rollout.prompts, config.policy_update.prompts = 240, 120

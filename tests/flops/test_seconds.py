@@ -119,7 +119,7 @@ def test_lengths_are_log_normal_and_cut() -> None:
     # A token of a long response attends to more: what lies behind a token drawn at random.
     assert lengths.age == pytest.approx((found * (found + 1) / 2).sum() / found.sum(), rel=1e-2)
     with pytest.raises(ValueError, match="no log-normal distribution"):
-        Lengths(2000, 0.5, 2048).quantiles()
+        Lengths(10, 0.01, 2048).quantiles()
 
 
 def test_assumptions_are_changed_by_name_and_all_have_a_reason() -> None:
@@ -129,6 +129,13 @@ def test_assumptions_are_changed_by_name_and_all_have_a_reason() -> None:
     assert Assumptions().changed("") == Assumptions()
     for wrong in ("paddding=0.5", "padding=much", "padding=0", "lengths=3", "padding"):
         with pytest.raises(AssumptionError, match=f"^assume='{wrong}': must be a positive number"):
+            Assumptions().changed(wrong)
+    # Shares of a whole, and numbers that no step has.
+    for wrong in ("padding=1.5", "links_share=2", "prompt_tokens=inf", "chunk=nan", "chunk=0.4"):
+        with pytest.raises(AssumptionError, match=f"^assume='{wrong}': .*padding, .*at most 1"):
+            Assumptions().changed(wrong)
+    for wrong in ("mean=5000", "cut=0.7", "most=100", "mean=10"):
+        with pytest.raises(AssumptionError, match=f"^assume='{wrong}': .*cut"):
             Assumptions().changed(wrong)
     assert set(REASONS) == set(Assumptions._fields)
 

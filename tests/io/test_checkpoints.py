@@ -103,6 +103,46 @@ def test_a_checkpoint_of_another_layout_is_not_read(tmp_path, optimizer, monkeyp
     checkpoints.close()
 
 
+def test_a_checkpoint_of_other_arrays_is_refused_naming_the_first(tmp_path, optimizer):
+    state = make_state(optimizer)
+    checkpoints, mesh = Checkpoints(tmp_path), make_mesh()
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    wider = jax.tree.map(jnp.copy, state)
+    wider.params["model"]["norm"]["scale"] = jnp.ones(8)
+    rule = r"1: has float32\[6\] as params/model/norm/scale, and this run needs float32\[8\]"
+    with pytest.raises(CheckpointError, match=rule):
+        checkpoints.restore(1, wider, mesh)
+    # Adapters in the place of the weights; more than was saved, and less.
+    with pytest.raises(CheckpointError, match="has nothing as params/model/lora_a, and this"):
+        params = {"model": {"lora_a": jnp.ones((4, 2))}}
+        checkpoints.restore_params(1, params, mesh)
+    with pytest.raises(CheckpointError, match=r"as opt_state/.*, and this run needs nothing"):
+        checkpoints.restore(1, state._replace(opt_state=()), mesh)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    # Reading a part of the parameters is no fault.
+    part = {"model": {"norm": state.params["model"]["norm"]}}
+    found = checkpoints.restore_params(1, part, mesh)
+    np.testing.assert_array_equal(found["model"]["norm"]["scale"], jnp.ones(6))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("lost", ["", "state", "progress", "progress/metadata"])
+def test_half_a_checkpoint_is_damaged(tmp_path, optimizer, lost):
+    checkpoints, state = Checkpoints(tmp_path), make_state(optimizer)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    gone = tmp_path / "checkpoints/1" / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    (tmp_path / "checkpoints/1").mkdir(exist_ok=True)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(DamagedError, match=r"checkpoints/1: cannot be read"):
+        checkpoints.restore(1, state, make_mesh())
+    checkpoints.close()
+
+
 def test_only_the_newest_stay_also_across_runs(tmp_path, optimizer):
     state = make_state(optimizer)
     for steps in ((1, 2, 3), (5, 8)):

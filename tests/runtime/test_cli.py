@@ -1,12 +1,17 @@
 """The command line of a program, beyond what its config checks."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import emor3_jax
+from emor3_jax.errors import UserError
 from emor3_jax.runtime import cli
+
+ROOT = Path(emor3_jax.__file__).parents[1]
 
 
 def test_a_bucket_is_no_folder() -> None:
@@ -14,6 +19,13 @@ def test_a_bucket_is_no_folder() -> None:
     # As a folder it would be kept on the machine, and go with it.
     with pytest.raises(FileNotFoundError, match=r"--workdir='gs://box/a': must be a folder; mount"):
         cli.local_folder("gs://box/a")
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("")
+    for path in (tmp_path / "notes", tmp_path / "notes" / "run"):
+        with pytest.raises(UserError, match=r"--workdir=.*notes is a file; name a folder"):
+            cli.local_folder(str(path))
 
 
 def test_a_stopped_run_is_told_by_its_exit_status() -> None:
@@ -45,3 +57,39 @@ def test_what_the_user_can_mend_is_told_in_one_line(kind: str, tmp_path: Path) -
     else:
         assert ran.returncode == 2
         assert ran.stderr == "error: steps=-1: must be 0 or more\n"
+
+
+def _account(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "emor3_jax.account", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_what_a_config_file_refuses_is_told_in_one_line() -> None:
+    ran = _account("--config=configs/emoset.py:v9")
+    assert ran.returncode == 2
+    assert re.fullmatch(r"error: machine 'v9': must be one of v4-8, .*\n", ran.stderr)
+    # Three chips are no two halves.
+    ran = _account("--config=configs/tpu_v5e.py:3b,chips=3")
+    assert ran.returncode == 2
+    assert re.fullmatch(r"error: chips=3: must be a power of two .*\n", ran.stderr)
+
+
+@pytest.mark.parametrize("arguments", ([], ["--config.steps=3"]))
+def test_a_config_file_that_is_not_there_is_told_in_one_line(arguments: list[str]) -> None:
+    ran = _account("--config=configs/none.py", *arguments)
+    assert ran.returncode == 2
+    assert re.fullmatch(r"error: --config: .*No such file.*'configs/none\.py'; .*\n", ran.stderr)
+
+
+def test_a_fault_in_a_config_file_keeps_its_trace(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text("def get_config():\n    return int('no number')\n")
+    ran = _account(f"--config={tmp_path / 'config.py'}")
+    assert ran.returncode == 2 and "line 2, in get_config" in ran.stderr
+
+
+@pytest.mark.parametrize("flag", ["--config.stepz=3", "--config.steps=many", "--stepz=3"])
+def test_a_wrong_flag_has_the_status_of_what_the_user_can_mend(flag: str) -> None:
+    # tpu/watch.sh would start a program again that ended with another.
+    ran = _account("--config=configs/qwen_vl.py", flag)
+    assert ran.returncode == 2
+    assert "FATAL Flags parsing error" in ran.stderr and "Traceback" not in ran.stderr

@@ -1,0 +1,91 @@
+"""Commands of the docs: their programs, configs, fields and flags are there."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import emor3_jax
+from configs.emoset import MACHINES
+from emor3_jax import account
+
+ROOT = Path(emor3_jax.__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "tpu/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+STANDS_FOR = {"MACHINE": "v5e-8", "configs/X.py": "configs/cpu_demo.py"}
+"""Placeholders of commands → a value of theirs."""
+
+OF_ALL = {"workdir", "help"}
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """Yields the words after "python -m" of each command in a block or between backticks."""
+    text = text.replace("\\\n", " ")
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.split("\n")
+    ]
+    for line in (*lines, *re.findall(r"`([^`\n]+)`", text)):
+        if "python -m " not in line or line.lstrip().startswith("#"):
+            continue
+        words = shlex.split(line.split("python -m ", 1)[1], comments=True)
+        yield [word for word in words if word not in ("&", "…")]
+
+
+FOUND = sorted(
+    {
+        (str(page.relative_to(ROOT)), *words)
+        for page in PAGES
+        for words in _commands(page.read_text())
+        if words[0].startswith(("emor3_jax", "benchmarks"))
+    }
+)
+
+
+def _config(words: list[str]) -> ConfigDict | None:
+    given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    if not given or given[0] == "FILE":
+        return None
+    path, *options = given[0].split(":", 1)
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    return module.get_config(*options)
+
+
+@pytest.mark.parametrize("command", FOUND, ids=lambda words: " ".join(words)[:120])
+def test_every_command_of_the_docs_can_be_given(command: tuple[str, ...]) -> None:
+    _, program, *words = command
+    for placeholder, value in STANDS_FOR.items():
+        words = [word.replace(placeholder, value) for word in words]
+    spec = importlib.util.find_spec(program)
+    assert spec is not None and spec.origin, program
+    source = Path(spec.origin).read_text()
+    if "account.define_flags()" in source:
+        source += Path(account.__file__).read_text()
+    config = _config(words)
+    for word in words:
+        name = word.split("=", 1)[0].removeprefix("--")
+        if not word.startswith("--") or name == "config" or name in OF_ALL:
+            continue
+        if name.startswith("config."):
+            assert config is not None, command
+            section: ConfigDict = config
+            *sections, key = name.split(".")[1:]
+            for each in sections:
+                section = section[each]
+            assert key in section, f"{name} of {command}"
+        else:
+            assert re.search(rf'["\-]{name}["{{]', source), f"--{name} of {command}"
+
+
+def test_the_commands_of_the_docs_are_found() -> None:
+    programs = {command[1] for command in FOUND}
+    assert len(FOUND) > 50
+    assert {"emor3_jax.train", "emor3_jax.compile", "emor3_jax.account"} <= programs
+
+
+def test_the_table_of_machines_has_them_all() -> None:
+    page = (ROOT / "docs/train_3b.md").read_text()
+    assert set(re.findall(r"^\|[^|]+\| `([^`]+)` \|", page, re.M)) == set(MACHINES)
