@@ -1,6 +1,7 @@
 """The command line of the programs: `--config`, mostly `--workdir`, and errors without a trace."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -102,6 +103,11 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     except OSError as error:
         _refuse_missing_config(error)
         raise
+    except (AttributeError, KeyError) as error:
+        # An override of no field; what the config's own file raises keeps its trace.
+        if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        _refuse(UserError(f"--config: no field {' '.join(str(error.args[0]).split())}"))
     except flags.Error as error:
         # `config_flags` wraps what a file raises, once with its trace as the message.
         refused, cause = None, error.__context__
