@@ -179,6 +179,12 @@ def score_jitted(
         else:
             terms[term.name] = texts[term.name]
         overall += term.weight * terms[term.name]
+    own = [term.name for term in reward.terms if not term.pattern]
+    if own:
+        # A group of which one term is no number teaches nothing: its rewards are all 0. The metric
+        # of the term, which is no number then, and a guard (runtime/guards.py) tell which it was.
+        usable = jnp.stack([jnp.isfinite(terms[name]).all(axis=-1) for name in own]).all(axis=0)
+        overall = jnp.where(usable[:, None], overall, 0.0)
     return Scores(overall, format_, accuracy, reflections, answer, inferred, terms)
 
 

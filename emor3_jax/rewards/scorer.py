@@ -14,6 +14,7 @@ from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.rules import LabelError, lowercase_labels
 from emor3_jax.rewards.tables import cut_spans, make_tables
+from emor3_jax.rewards.terms import TermError
 from emor3_jax.types import Batch, Replies, ReplyProbs, Samples, Scores
 
 Tokens = tuple[jax.Array, jax.Array]
@@ -171,7 +172,14 @@ class Scorer:
         for at in np.ndindex(lengths.shape):
             text = self.tokenizer.decode(tokens[at][: lengths[at]], skip_special_tokens=True)
             for term in terms:
-                scores[term.name][at] = term.text(text, self.labels[answers[at[0]]])
+                found = term.text(text, self.labels[answers[at[0]]])
+                try:
+                    scores[term.name][at] = float(found)
+                except (TypeError, ValueError) as error:
+                    raise TermError(
+                        f"reward.terms.{term.name}: its function returned {found!r} for the "
+                        f"response {text[:200]!r}; it must return a number"
+                    ) from error
         return scores
 
 

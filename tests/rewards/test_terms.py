@@ -1,9 +1,12 @@
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from emor3_jax import rewards
 from emor3_jax.config import ConfigError, default, reward_term, reward_terms
 from emor3_jax.prepare.checks import validate
-from emor3_jax.rewards.terms import make_term
+from emor3_jax.rewards.terms import TermError, make_term
+from emor3_jax.types import Samples
 
 
 def test_patterns_are_read_beside_the_rules(straddling, labels):
@@ -47,3 +50,33 @@ def test_a_term_that_cannot_be_used_is_named(name, fields, rule):
 
 def test_a_term_is_hashable():
     assert hash(make_term("a", 0.1, "x", "", "")) == hash(make_term("a", 0.1, "x", "", ""))
+
+
+def test_a_group_of_which_a_term_is_no_number_is_left_out(labels, straddling):
+    terms = (
+        rewards.Term("ratio", 1.0, text=lambda text, label: float("nan" if "b" in text else 1)),
+        rewards.Term("size", 0.0, function=lambda group: jnp.zeros(group.lengths.shape)),
+    )
+    scorer = rewards.Scorer(straddling.tokenizer, labels, reward=rewards.Reward(terms=terms))
+    tokens, lengths = scorer._spell(["a", "ab", "aa", "a"])
+    samples = Samples(
+        np.asarray(tokens).reshape(2, 2, -1),
+        np.zeros((2, 2, tokens.shape[1]), np.float32),
+        np.asarray(lengths).reshape(2, 2),
+        np.ones((2, 2), bool),
+    )
+    texts = scorer._score_texts(jnp.zeros(2, jnp.int32), samples)
+    grades = jnp.eye(len(labels))[:2]
+    answers = jnp.zeros(2, jnp.int32)
+    scores = scorer.reward(scorer.tables, answers, grades, samples, None, texts)
+    # The first group is worth nothing; the second has its term.
+    assert scores.overall.tolist() == [[0, 0], [1, 1]]
+    assert np.isnan(scores.terms["ratio"]).tolist() == [[False, True], [False, False]]
+
+
+@pytest.mark.parametrize("found", [None, "much", (1, 2)])
+def test_a_term_that_returns_no_number_is_named(labels, straddling, found):
+    terms = (rewards.Term("own", 1.0, text=lambda text, label: found),)
+    scorer = rewards.Scorer(straddling.tokenizer, labels, reward=rewards.Reward(terms=terms))
+    with pytest.raises(TermError, match=r"reward\.terms\.own: its function returned .* 'ab'"):
+        scorer.score_text(["ab"], answers=[labels[0]])
