@@ -196,12 +196,14 @@ def _render_set(
 
 
 def special_token_in(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
-    """Returns a special token that `text` spells out, None if there is none."""
+    """Returns a special token that `text` spells out, None if there is none.
+
+    Tokens that were added as text, such as `<think>`, are text.
+    """
     if "<" not in text:
         return None
-    return next(
-        (t.content for t in tokenizer.added_tokens_decoder.values() if t.content in text), None
-    )
+    added = tokenizer.added_tokens_decoder.values()
+    return next((t.content for t in added if t.special and t.content in text), None)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str, with_image: bool) -> str:

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from emor3_jax.config import reward_terms
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.prepare.data import load_templates
+from emor3_jax.prepare.reachable import check_reachable
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rewards.terms import Term
@@ -28,9 +29,12 @@ def make_rollout(
       policy: its policy and tokenizer.
       labels: the label set.
       mesh: of the devices.
+
+    Raises:
+      ConfigError, LabelError: for labels that no response could earn.
     """
     c = config.rollout
-    return Rollout(
+    rollout = Rollout(
         policy.policy,
         _scorer(config, policy, labels),
         suppressed_tokens(policy.shapes.vocab_size, policy.processor.tokenizer),
@@ -41,6 +45,8 @@ def make_rollout(
         ESTIMATORS[config.policy_update.advantage].greedy,
         mesh.shape["data"] * mesh.shape["fsdp"],
     )
+    check_reachable(config, rollout)
+    return rollout
 
 
 def make_evaluation_rollout(

@@ -16,7 +16,7 @@ NO_LABEL, NO_REPLY = -1, -2
 
 
 class LabelError(UserError):
-    """A label set that the rules cannot tell apart."""
+    """A label set that the rules cannot tell apart, or of which a label could not be earned."""
 
 
 def lowercase_labels(labels: Sequence[str]) -> tuple[str, ...]:

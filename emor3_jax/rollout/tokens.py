@@ -3,12 +3,15 @@
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+_VISION = ("<|image_pad|>", "<|video_pad|>", *(f"<|vision_{x}|>" for x in ("start", "end", "pad")))
+
 
 def suppressed_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Returns bool[V], ids that a response may never contain.
 
     These are the image and vision ids (a sampled image token has no image), the other special
-    tokens that do not end a turn, and the ids of a padded vocabulary that stand for nothing.
+    tokens that do not end a turn, and the ids of a padded vocabulary that stand for nothing. Tokens
+    that were added as text, such as Qwen3's `<think>`, are text.
 
     Args:
       vocab_size: V, rows of the policy's embedding.
@@ -16,7 +19,8 @@ def suppressed_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> np
     """
     suppressed = np.ones(vocab_size, bool)
     suppressed[: min(len(tokenizer), vocab_size)] = False
-    suppressed[list(tokenizer.added_tokens_decoder)] = True
+    for i, token in tokenizer.added_tokens_decoder.items():
+        suppressed[i] = token.special or token.content in _VISION
     suppressed[list(stop_ids(tokenizer))] = False
     return suppressed
 

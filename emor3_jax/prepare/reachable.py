@@ -1,0 +1,81 @@
+"""Whether each label can be earned: ideal responses, scored through the real tokenizer and tables.
+
+A label whose reply is cut short, or whose tokens the sampler cannot draw, would score 0 for ever,
+and nothing would say so.
+"""
+
+import copy
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from emor3_jax.config import ConfigError
+from emor3_jax.parallel import hosts
+from emor3_jax.rewards.questions import QUESTIONS
+from emor3_jax.rewards.rules import LabelError
+from emor3_jax.rewards.scorer import Scorer
+from emor3_jax.rollout.rollout import Rollout
+
+_IDEAL = (
+    "<step1> a still lake </step1> <step2> it feels calm </step2> <step3> so it is </step3> "
+    "\\boxed{{{label}}}"
+)
+_KNOWN = {"coherence", "consistency"}
+
+
+def check_reachable(config: ConfigDict, rollout: Rollout) -> None:
+    """Scores an ideal response to each label, and its ideal replies.
+
+    Args:
+      config: of the run.
+      rollout: of its steps.
+
+    Raises:
+      ConfigError: if `reflect.max_tokens` cuts an ideal reply.
+      LabelError: if a score is not 1, or the sampler cannot draw a token; naming the label.
+    """
+    scorer: Scorer = rollout.scorer
+    labels, tokenizer = scorer.labels, scorer.tokenizer
+
+    def spell(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+            for token in row:
+                if rollout.suppressed[token]:
+                    raise LabelError(
+                        f"label {labels[i]!r}: the sampler cannot draw the token "
+                        f"{tokenizer.convert_ids_to_tokens(token)!r} of {texts[i]!r}, since the "
+                        "tokenizer has it as a special one; take another tokenizer or label"
+                    )
+        return tokens, np.array([len(row) for row in rows], np.int32)
+
+    responses = spell([_IDEAL.format(label=label) for label in labels])
+    replies = {}
+    reflection = rollout.reflection
+    if reflection is not None and QUESTIONS.keys() == _KNOWN:
+        replies = {"coherence": spell(list(labels)), "consistency": spell(["yes"] * len(labels))}
+        for name, (_, lengths) in {} if reflection.soft else replies.items():
+            longest, most = int(lengths.max()), config.reflect.max_tokens
+            if longest >= most:
+                reply = "yes" if name == "consistency" else labels[int(lengths.argmax())]
+                rule = (
+                    f"cuts the reply {reply!r} of {name}, which takes {longest} tokens and its "
+                    f"end: it could never be right; give {longest + 1} or more"
+                )
+                raise ConfigError("reflect.max_tokens", most, rule)
+    plain = copy.copy(scorer)
+    plain.reward = dataclasses.replace(scorer.reward, terms=(), overlong=None)
+    given = {f"{name}_replies": reply for name, reply in replies.items()}
+    with hosts.on_own_devices():
+        scores = plain.score_tokens(*responses, labels, **given)
+    for name in ("format", "accuracy", *replies):
+        for label, score in zip(labels, np.asarray(scores[name]), strict=True):
+            if score != 1:
+                raise LabelError(
+                    f"label {label!r}: an ideal response to it has a {name} of {score:g}, not 1, "
+                    "by this tokenizer; no response could earn it: choose another spelling of the "
+                    "label (data.train.labels)"
+                )
