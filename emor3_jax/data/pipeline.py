@@ -18,8 +18,8 @@ what they have left out, the ids of their rows and the size that these need, so 
 same batch, cut, in the same shape as one host would.
 
 Deviations, numbered:
- 1. The release lets an over-long prompt or a damaged image stop the run or cuts it short; here
-    such rows are left out, or, with `cut_questions`, the end of the question.
+ 1. A damaged image stops the release; here its row is left out. Over-long prompts are left out as
+    there, or, with `cut_questions`, the end of their question.
  2. Images of a row must be exactly one; the release's schema allows a list.
 """
 
