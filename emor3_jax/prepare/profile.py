@@ -46,6 +46,14 @@ def listed_labels(config: ConfigDict, labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(labels) if config.profile == "release" else labels)
 
 
+def stated(config: ConfigDict) -> ConfigDict:
+    """Returns a copy that states the length of replies and the templates of its profile."""
+    filled = config.copy_and_resolve_references()
+    filled.reflect.max_tokens = reply_tokens(config)
+    filled.data.templates.update(template_names(config))
+    return filled
+
+
 def drops_last_batch(config: ConfigDict) -> bool:
     """Returns whether the last, incomplete training batch of an epoch is dropped."""
     return config.profile == "release"
