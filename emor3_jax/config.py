@@ -136,7 +136,8 @@ def default() -> ConfigDict:
     # and each micro-batch of scoring and update likewise.
     config.data.prompt_lengths = (512, 1024, 2048)
     config.data.image_windows = (64, 128, 256, 350)
-    # Images are scaled to have between so many pixels; 0 keeps what the policy's folder says.
+    # Images are scaled to have between so many pixels; 0 keeps what the policy's folder says. The
+    # release's profile does it in a resize of its own, before that of the folder.
     config.data.min_pixels = 0
     config.data.max_pixels = 0
     # Processes that decode images; 0 does it in the training process.
@@ -150,11 +151,12 @@ def default() -> ConfigDict:
     config.data.long_prompts = "drop"
     # Template files, or a built-in set by name: "qwen" or "tiny"; for `set` also "think", "direct"
     # and "tiny_direct", which have no steps (docs/data.md), and "confidence" and "valence_arousal",
-    # which ask for numbers too (docs/evaluation.md).
+    # which ask for numbers too (docs/evaluation.md). Questions about a response also "release", the
+    # same in the release's order; "" is the profile's: "qwen" in the paper's, else "release".
     config.data.templates = ConfigDict()
     config.data.templates.set = "qwen"
     for name in QUESTIONS:
-        config.data.templates[name] = "qwen"
+        config.data.templates[name] = ""
 
     config.rollout = ConfigDict()
     # B, prompts a step, and G, responses to each.
@@ -188,8 +190,9 @@ def default() -> ConfigDict:
     config.reflect.soft = False
     config.reflect.temperature = 0.6
     config.reflect.top_p = 0.95
-    # Replies are cut at so many tokens; a label and the end of sequence must fit.
-    config.reflect.max_tokens = 8
+    # Replies are cut at so many tokens; a label and the end of sequence must fit. 0 is the
+    # profile's: 8 in the paper's, `rollout.max_tokens` in the release's, whose cache is as long.
+    config.reflect.max_tokens = 0
     # Padded lengths of the judged text; a batch takes the smallest that fits its longest text.
     config.reflect.text_lengths = (128, 512, 2048)
 
@@ -300,9 +303,10 @@ def default() -> ConfigDict:
     config.evaluate.slots = 0
     config.evaluate.refill = 0
     config.evaluate.lanes = 0
-    # 0 is greedy.
-    config.evaluate.temperature = 0.0
-    config.evaluate.top_p = 1.0
+    # 0 is greedy; -1 is the profile's: 0 in the paper's, 0.6 in the release's.
+    config.evaluate.temperature = -1.0
+    # 0 is 1; where the profile sets the temperature, it is 0.95 in the release's.
+    config.evaluate.top_p = 0.0
     # Responses to each row; the label that most of them box is its answer.
     config.evaluate.votes = 1
     # The program evaluates the policy of a run's checkpoint instead of `policy.path`, which it must

@@ -135,7 +135,7 @@ def main(
                 ]
                 + _describe_balance(numbers),
                 "repeats": [],
-                "questions": _questions(policy, templates, labels),
+                "questions": _questions(policy, templates, prepare.listed_labels(config, labels)),
                 "samples": [_sample(seen, source, policy, encoder, i) for i in np.sort(picked)],
             }
         )

@@ -173,7 +173,8 @@ WRONG = [
     ("evaluate.top_p", 1.5, "(0, 1]"),
     ("evaluate.votes", 0, "at least 1"),
     ("evaluate.votes", 3, "all responses to a row are the same"),
-    ("reflect.max_tokens", 0, "at least 1"),
+    ("reflect.max_tokens", -1, "0 or more"),
+    ("evaluate.temperature", -0.5, "-1 (the profile's)"),
     ("reward.coherence_target", "image", "'answer'"),
     ("reward.lambda_reflect", -0.1, "reward.lambda_format"),
     ("policy_update.prompts", 100, "rollout.prompts=512"),
@@ -275,8 +276,8 @@ def _with(config: ConfigDict, field: str, value: object) -> ConfigDict:
 def test_no_number_may_be_negative_or_nan(field: str) -> None:
     # The axes of the mesh are checked with the devices; -1 is "the rest" there.
     wrong = [] if field.startswith("mesh.") else [-1]
-    # There -1 is the run's own seed.
-    wrong = [-2] if field.endswith("subset_seed") else wrong
+    # There -1 is the run's own seed, or the profile's temperature.
+    wrong = [-2] if field.endswith(("subset_seed", "evaluate.temperature")) else wrong
     if isinstance(dict(_numbers(default()))[field], float):
         wrong.append(math.nan)
     for value in wrong:

@@ -188,7 +188,7 @@ class _Maker:
             )
         return Rollout(
             *common,
-            sampling._replace(temperature=c.evaluate.temperature, top_p=c.evaluate.top_p),
+            prepare.make_evaluation_sampling(c, _STOP),
             c.evaluate.votes,
             reflection if asks else None,
             prepare.evaluation_plan(c),

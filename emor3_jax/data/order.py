@@ -133,6 +133,28 @@ class Windows:
         return batches[rng.permutation(BATCHES_OF_WINDOW)].reshape(-1)
 
 
+class WholeBatches:
+    """An endless order without the last, incomplete batch of each epoch, as in the release.
+
+    Another epoch leaves out other rows, since each is shuffled anew.
+    """
+
+    def __init__(self, order: Any, rows: int, batch_size: int) -> None:
+        """Reads nothing.
+
+        Args:
+          order: random access to int, `rows` of an epoch after those of another.
+          rows: at least `batch_size`.
+          batch_size: of a whole batch.
+        """
+        self._order, self._rows = order, rows
+        self._kept = rows // batch_size * batch_size
+
+    def __getitem__(self, index: int) -> int:
+        epoch, at = divmod(index, self._kept)
+        return int(self._order[epoch * self._rows + at])
+
+
 _NOT_SENT = ("_kept", "_lock")
 
 

@@ -18,8 +18,8 @@ what they have left out, the ids of their rows and the size that these need, so 
 same batch, cut, in the same shape as one host would.
 
 Deviations, numbered:
- 1. The release lets an over-long prompt or a damaged image stop the run or cuts it short; here
-    such rows are left out, or, with `cut_questions`, the end of the question.
+ 1. A damaged image stops the release; here its row is left out. Over-long prompts are left out as
+    there, or, with `cut_questions`, the end of their question.
  2. Images of a row must be exactly one; the release's schema allows a list.
 """
 
@@ -45,7 +45,7 @@ from emor3_jax.data.batch import Example, Prompts, collate, size_of, smallest
 from emor3_jax.data.encode import REASONS, Encoder, Skip, check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
-from emor3_jax.data.order import ShuffleGroup, Windows, make_groups, shuffled
+from emor3_jax.data.order import ShuffleGroup, WholeBatches, Windows, make_groups, shuffled
 from emor3_jax.data.sources import Source, sizes_of
 from emor3_jax.data.stats import RowStats
 from emor3_jax.models.errors import ImageError
@@ -78,6 +78,8 @@ class BatchSpec(NamedTuple):
       cut_questions: the end of a question that makes a prompt too long is cut; else its row is left
         out.
       read_ahead: rows that are decoded while a batch is used, at most a batch of them.
+      drop_last: in training, each epoch of a single shuffled group ends with its last whole batch;
+        groups that take turns have no common epoch, and nothing is dropped.
     """
 
     batch_size: int
@@ -89,6 +91,7 @@ class BatchSpec(NamedTuple):
     graded: bool = False
     cut_questions: bool = False
     read_ahead: int = READ_AHEAD
+    drop_last: bool = False
 
 
 class _Read(NamedTuple):
@@ -206,6 +209,12 @@ class _Rows:
         self.total, self.indices = len(usable), usable
         self.groups = make_groups(usable, answers, *self._parts)
         self._keys = self._sizes(usable, questions) if self._sort_by_size else None
+        self._drop_last = spec.drop_last and len(self.groups) == 1 and self.total >= self.batch_size
+        if spec.drop_last and not self._drop_last:
+            logger.warning(
+                "%s: no batch is dropped at the end of an epoch: %d rows in %d groups, %d a batch",
+                *(source.name, self.total, len(self.groups), self.batch_size),
+            )
         self.digest = self._digest()
 
     def _scan(self, labels: Sequence[str]) -> tuple[np.ndarray, list[int], list[int]]:
@@ -259,6 +268,8 @@ class _Rows:
             digest.update(f"{len(group.indices)} {group.weight}\n".encode())
         if self._sort_by_size:
             digest.update(f"by size, {self.batch_size}\n".encode())
+        if self._drop_last:
+            digest.update(f"whole batches, {self.batch_size}\n".encode())
         return digest.hexdigest()[:16]
 
     def endless(self, seed: int, start: int) -> Any:
@@ -269,6 +280,8 @@ class _Rows:
     def order(self, seed: int) -> Any:
         """Returns the endless order of rows, random access to int."""
         order: Any = shuffled(self.groups, seed)
+        if self._drop_last:
+            order = WholeBatches(order, self.total, self.batch_size)
         if self._keys is not None:
             order = Windows(order, self._keys, self.batch_size, seed)
         return order

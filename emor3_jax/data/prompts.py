@@ -40,6 +40,10 @@ Think freely first, answer at once, or think in SET's steps and state numbers be
 (docs/evaluation.md).
 """
 
+RELEASE_ORDER = BUILT_IN["qwen"] / "release"
+"""Folder of the reflections in the release's order, by the name "release": for coherence the text
+stands before the question; for consistency, behind image and question."""
+
 PLAIN_STYLES = frozenset({"think", "direct", "tiny_direct"})
 """Names of `set` templates that ask for no steps.
 
@@ -88,7 +92,7 @@ class PromptTemplates:
 
         Args:
           set: path, or a name of `BUILT_IN` or `SET_STYLES`.
-          coherence, consistency: path, or a name of `BUILT_IN`.
+          coherence, consistency: path, a name of `BUILT_IN`, or "release" (`RELEASE_ORDER`).
           **others: likewise, for each further question.
 
         Raises:
@@ -96,6 +100,11 @@ class PromptTemplates:
         """
         chosen = {"coherence": coherence, "consistency": consistency, **others}
         return cls(_read("set", set), {kind: _read(kind, x) for kind, x in chosen.items()})
+
+
+def has_release_order(kind: str) -> bool:
+    """Returns whether there is a template of a question in the release's order."""
+    return (RELEASE_ORDER / f"{kind}.txt").is_file()
 
 
 def fill(template: str, *, question: str = "", labels: Sequence[str] = (), text: str = "") -> str:
@@ -227,6 +236,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _read(kind: str, source: str | Path) -> str:
     styles = SET_STYLES if kind == "set" else {}
+    if has_release_order(kind):
+        styles = {"release": RELEASE_ORDER / f"{kind}.txt"}
     built_in = {name: folder / f"{kind}.txt" for name, folder in BUILT_IN.items()} | styles
     path = built_in.get(str(source), Path(source))
     if not path.is_file():

@@ -10,6 +10,8 @@ Deviations, numbered:
     does and the release does not. Of a moving image the first frame is read, as there.
  2. Grey images of 16 bits are scaled to 8. transformers cuts them off at 255, which leaves white.
     Grey images of 32 bits have no known range and are refused; there they turn black or white.
+ 3. Images become RGB before the first of two resizes (`first_resize`); the release converts between
+    them, and so resizes an image with a palette to the nearest pixels.
 """
 
 import dataclasses
@@ -47,6 +49,8 @@ class ImageSettings:
       merge_size: merge_size * merge_size patches become one token.
       mean, std: of each channel, after scaling to [0, 1].
       scale: factor on a byte.
+      first_resize: least and most pixels (0 for no limit) that an image is brought to by a bicubic
+        resize of its own, before that of this class, as in the release; None for one resize.
     """
 
     min_pixels: int = 56 * 56
@@ -57,6 +61,7 @@ class ImageSettings:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     scale: float = 1 / 255
+    first_resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
@@ -115,6 +120,21 @@ class ImageSettings:
             "size": {"longest_edge": self.max_pixels, "shortest_edge": self.min_pixels},
             "temporal_patch_size": self.temporal_patch_size,
         }
+
+    def first_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the size in pixels, (height, width), after `first_resize`, if there is one.
+
+        Args:
+          height, width: of the image in pixels.
+        """
+        least, most = self.first_resize or (0, 0)
+        for wanted, over in ((most, True), (least, False)):
+            pixels = height * width
+            if wanted and (pixels > wanted if over else pixels < wanted):
+                factor = math.sqrt(wanted / pixels)
+                # A side of 0 is left to `smart_resize`, which refuses images as thin as that.
+                height, width = (max(1, int(side * factor)) for side in (height, width))
+        return height, width
 
     def smart_resize(self, height: int, width: int) -> tuple[int, int]:
         """Returns the size in pixels, (height, width), to which an image is scaled.
@@ -199,6 +219,11 @@ class Processor:
         images = dataclasses.replace(self.images, min_pixels=least, max_pixels=most)
         return Processor(self.tokenizer, images, self.layout, self.dtype)
 
+    def with_first_resize(self, least: int, most: int) -> "Processor":
+        """Returns a processor that first brings images to between so many pixels; 0 is no limit."""
+        images = dataclasses.replace(self.images, first_resize=(least, most))
+        return Processor(self.tokenizer, images, self.layout, self.dtype)
+
     def with_dtype(self, dtype: DTypeLike) -> "Processor":
         """Returns a processor of still patches of a type, that of the policy's arithmetic."""
         return Processor(self.tokenizer, self.images, self.layout, dtype)
@@ -216,7 +241,7 @@ class Processor:
         Raises:
           ImageError: if it is too thin.
         """
-        size = self.images.smart_resize(height, width)
+        size = self.images.smart_resize(*self.images.first_size(height, width))
         rows, columns = (side // self.images.patch_size for side in size)
         tokens = rows * columns // self.images.merge_size**2
         return size, tokens, self.layout.bucket((1, rows, columns))
@@ -304,7 +329,10 @@ class Processor:
           image: as of `patches`, which says what is raised.
         """
         image = _to_rgb(decode(image) if isinstance(image, bytes) else image)
-        down, across = self.images.smart_resize(image.height, image.width)
+        first = self.images.first_size(image.height, image.width)
+        if first != (image.height, image.width):
+            image = image.resize(first[::-1], Image.BICUBIC)
+        down, across = self.images.smart_resize(*first)
         return np.asarray(image.resize((across, down), Image.BICUBIC))
 
 

@@ -26,9 +26,11 @@ from emor3_jax.prepare.policy import (
     trained_params,
     with_attention,
 )
+from emor3_jax.prepare.profile import listed_labels
 from emor3_jax.prepare.rollout import (
     evaluation_plan,
     make_evaluation_rollout,
+    make_evaluation_sampling,
     make_label_likelihood,
     make_reply_sampling,
     make_reward,
@@ -45,9 +47,11 @@ __all__ = [
     "decode_backend",
     "ensure_policy",
     "evaluation_plan",
+    "listed_labels",
     "load_policy",
     "load_templates",
     "make_evaluation_rollout",
+    "make_evaluation_sampling",
     "make_label_likelihood",
     "make_learner",
     "make_lora",

@@ -22,6 +22,7 @@ from emor3_jax.models.decode_attention import BLOCK
 from emor3_jax.models.lora import TOWER
 from emor3_jax.parallel.mesh import check_batch
 from emor3_jax.prepare.data import data_sets
+from emor3_jax.prepare.profile import evaluation_sampling
 from emor3_jax.prepare.sources import check_kind
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.advantages import ESTIMATORS
@@ -47,7 +48,7 @@ _AT_LEAST = {
     "rollout.resample": 0,
     "rollout.temperature": 0,
     "reflect.temperature": 0,
-    "reflect.max_tokens": 1,
+    "reflect.max_tokens": 0,
     "reward.overlong_weight": 0,
     "policy_update.warmup_steps": 0,
     "policy_update.weight_decay": 0,
@@ -65,7 +66,7 @@ _AT_LEAST = {
     "evaluate.refill": 0,
     "evaluate.lanes": 0,
     "evaluate.votes": 1,
-    "evaluate.temperature": 0,
+    "evaluate.temperature": -1,
     "checkpoint.every": 1,
     "checkpoint.minutes": 0,
     "checkpoint.keep": 1,
@@ -169,8 +170,12 @@ def validate(config: ConfigDict) -> None:
     for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):
         _need_buckets(config, field)
     _need_buckets(config, "policy_update.response_lengths")
-    for section in ("rollout", "reflect", "evaluate"):
+    for section in ("rollout", "reflect"):
         need(0 < config[section].top_p <= 1, f"{section}.top_p", "must lie in (0, 1]")
+    need(0 <= config.evaluate.top_p <= 1, "evaluate.top_p", "must lie in (0, 1], or be 0")
+    stated = config.evaluate.temperature
+    rule = "must be 0 (greedy) or more, or -1 (the profile's)"
+    need(stated == -1 or stated >= 0, "evaluate.temperature", rule)
     _check_in_flight("rollout", config.rollout, need)
     _check_in_flight("evaluate", config.evaluate, need)
     need(
@@ -221,9 +226,10 @@ def validate(config: ConfigDict) -> None:
         known = not isinstance(names, str) and len(names) > 0 and set(names) <= set(sets)
         need(known, field, f"must be a tuple of names of evaluate.sets: {', '.join(sets)}")
     need(
-        config.evaluate.votes == 1 or config.evaluate.temperature > 0,
+        config.evaluate.votes == 1 or evaluation_sampling(config)[0] > 0,
         "evaluate.votes",
-        "at evaluate.temperature=0 all responses to a row are the same; raise it, or ask once",
+        "at a temperature of 0 all responses to a row are the same; raise evaluate.temperature, or "
+        "ask once",
     )
 
 

@@ -25,6 +25,7 @@ from emor3_jax.data.views import SUBSETS, Joined, Relabelled, Subset, read_ids
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import host_rows
+from emor3_jax.prepare.profile import drops_last_batch, template_names
 from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def train_labels(config: ConfigDict) -> tuple[str, ...]:
 
 def load_templates(config: ConfigDict) -> PromptTemplates:
     """Reads the prompt templates of a config."""
-    return PromptTemplates.load(**config.data.templates.to_dict())
+    return PromptTemplates.load(**template_names(config))
 
 
 STATED_VALUES = ("valence", "arousal")
@@ -204,7 +205,9 @@ def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None
     return Data(
         train_batches(
             *rows("train"),
-            spec(config.rollout.prompts, config.data.train),
+            spec(config.rollout.prompts, config.data.train)._replace(
+                drop_last=drops_last_batch(config)
+            ),
             seed=config.seed,
             parts=parts,
             sort_by_size=config.data.sort_by_size,

@@ -17,6 +17,7 @@ from emor3_jax.parallel.mesh import (
     check_policy,
     param_shardings,
 )
+from emor3_jax.prepare.profile import resizes_twice
 
 
 def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> LoadedPolicy:
@@ -47,14 +48,22 @@ def read_policy(config: ConfigDict, say: Callable[[str], None]) -> LoadedPolicy:
 
 
 def _sized(config: ConfigDict, processor: Processor) -> Processor:
-    """Returns a processor with the config's image sizes, its patches in the compute type."""
+    """Returns a processor with the config's image sizes, its patches in the compute type.
+
+    In the release's profile the policy's folder decides the last size alone.
+    """
     folder = processor.images
     least = config.data.min_pixels or folder.min_pixels
     most = config.data.max_pixels or folder.max_pixels
     if least > most:
         rule = f"is over data.max_pixels={most} (0 takes what the policy's folder says)"
         raise ConfigError("data.min_pixels", least, rule)
-    return processor.with_pixels(least, most).with_dtype(jnp.dtype(config.policy.dtype))
+    if resizes_twice(config):
+        if config.data.min_pixels or config.data.max_pixels:
+            processor = processor.with_first_resize(config.data.min_pixels, config.data.max_pixels)
+    else:
+        processor = processor.with_pixels(least, most)
+    return processor.with_dtype(jnp.dtype(config.policy.dtype))
 
 
 def with_attention(policy: Policy, config: ConfigDict, platform: str) -> Policy:

@@ -8,7 +8,6 @@ import copy
 import dataclasses
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from emor3_jax.config import ConfigError
 from emor3_jax.parallel import hosts
@@ -24,12 +23,11 @@ _IDEAL = (
 _KNOWN = {"coherence", "consistency"}
 
 
-def check_reachable(config: ConfigDict, rollout: Rollout) -> None:
+def check_reachable(rollout: Rollout) -> None:
     """Scores an ideal response to each label, and its ideal replies.
 
     Args:
-      config: of the run.
-      rollout: of its steps.
+      rollout: of a run's steps.
 
     Raises:
       ConfigError: if `reflect.max_tokens` cuts an ideal reply.
@@ -58,7 +56,7 @@ def check_reachable(config: ConfigDict, rollout: Rollout) -> None:
     if reflection is not None and QUESTIONS.keys() == _KNOWN:
         replies = {"coherence": spell(list(labels)), "consistency": spell(["yes"] * len(labels))}
         for name, (_, lengths) in {} if reflection.soft else replies.items():
-            longest, most = int(lengths.max()), config.reflect.max_tokens
+            longest, most = int(lengths.max()), reflection.sampling.max_tokens
             if longest >= most:
                 reply = "yes" if name == "consistency" else labels[int(lengths.argmax())]
                 rule = (

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from emor3_jax.config import reward_terms
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.prepare.data import load_templates
+from emor3_jax.prepare.profile import evaluation_sampling, listed_labels, reply_tokens
 from emor3_jax.prepare.reachable import check_reachable
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.scorer import Scorer
@@ -45,7 +46,7 @@ def make_rollout(
         ESTIMATORS[config.policy_update.advantage].greedy,
         mesh.shape["data"] * mesh.shape["fsdp"],
     )
-    check_reachable(config, rollout)
+    check_reachable(rollout)
     return rollout
 
 
@@ -61,12 +62,11 @@ def make_evaluation_rollout(
       mesh: of the devices.
     """
     asks = config.reflect.enabled or config.evaluate.reflect
-    sampling = make_sampling(config, stop_ids(policy.processor.tokenizer))
     return Rollout(
         policy.policy,
         _scorer(config, policy, labels),
         suppressed_tokens(policy.shapes.vocab_size, policy.processor.tokenizer),
-        sampling._replace(temperature=config.evaluate.temperature, top_p=config.evaluate.top_p),
+        make_evaluation_sampling(config, stop_ids(policy.processor.tokenizer)),
         config.evaluate.votes,
         _reflection(config, policy, labels) if asks else None,
         evaluation_plan(config),
@@ -85,10 +85,15 @@ def make_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:
     return Sampling(c.max_tokens, c.temperature, c.top_p, stop)
 
 
+def make_evaluation_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:
+    """Returns the sampler's settings in evaluation, for the ids that end a response."""
+    return Sampling(config.rollout.max_tokens, *evaluation_sampling(config), stop)
+
+
 def make_reply_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:
     """Returns the sampler's settings for replies to the questions."""
     c = config.reflect
-    return Sampling(c.max_tokens, c.temperature, c.top_p, stop)
+    return Sampling(reply_tokens(config), c.temperature, c.top_p, stop)
 
 
 def make_reward(config: ConfigDict, terms: tuple[Term, ...] | None = None) -> Reward:
@@ -129,7 +134,7 @@ def _scorer(config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]) -
 def _reflection(config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]) -> Reflection:
     tokenizer = policy.processor.tokenizer
     return Reflection(
-        prompt_questions(tokenizer, load_templates(config), labels),
+        prompt_questions(tokenizer, load_templates(config), labels, listed_labels(config, labels)),
         make_reply_sampling(config, stop_ids(tokenizer)),
         tuple(config.reflect.text_lengths),
         config.reflect.soft,

@@ -19,6 +19,7 @@ from emor3_jax.flops import QuestionTokens, ShapeError, StepShapes
 from emor3_jax.models import Policy, published, read_config, read_processor
 from emor3_jax.models.family import Shapes
 from emor3_jax.prepare.data import load_templates, train_labels
+from emor3_jax.prepare.profile import listed_labels
 from emor3_jax.rewards.questions import QUESTIONS
 
 
@@ -67,7 +68,8 @@ def count_template_tokens(
     around, replies = {}, {}
     for name, question in QUESTIONS.items():
         template = templates.reflections[name]
-        head, tail = reflection_parts(tokenizer, template, labels, question.with_image)
+        listed = listed_labels(config, labels)
+        head, tail = reflection_parts(tokenizer, template, listed, question.with_image)
         around[name] = len(head), len(tail)
         meanings = question.meanings(labels)
         lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in meanings]

@@ -99,7 +99,10 @@ class Asked(NamedTuple):
 
 
 def prompt_questions(
-    tokenizer: PreTrainedTokenizerBase, templates: PromptTemplates, labels: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    templates: PromptTemplates,
+    labels: Sequence[str],
+    listed: Sequence[str] = (),
 ) -> tuple[PromptedQuestion, ...]:
     """Tokenises the questions of a label set.
 
@@ -107,11 +110,12 @@ def prompt_questions(
       tokenizer: of the policy.
       templates: of the questions.
       labels: the label set.
+      listed: the labels in the order in which the questions list them; that of `labels` if empty.
     """
     found = []
     for name, question in QUESTIONS.items():
         template = templates.reflections[name]
-        parts = reflection_parts(tokenizer, template, labels, with_image=question.with_image)
+        parts = reflection_parts(tokenizer, template, listed or labels, question.with_image)
         spellings = [[word.lower(), word.capitalize()] for word in question.meanings(labels)]
         head, tail = (np.asarray(part, np.int32) for part in parts)
         candidates = make_candidates(tokenizer, spellings)

@@ -1,5 +1,6 @@
 """Starting and recording a run."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -17,6 +18,7 @@ from emor3_jax.errors import UserError
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.devices import expected_platform, find_devices
 from emor3_jax.parallel.flags import set_flags
+from emor3_jax.prepare import profile
 from emor3_jax.prepare.data import data_sets, open_source
 
 
@@ -153,10 +155,13 @@ def check_settings(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"{path} is damaged: {error}; delete it to go on unchecked") from error
     now = json.loads(config.to_json_best_effort())
     old, new = dict(_flat(before)), dict(_flat(now))
+    stated_old, stated_new = _stated(before), _stated(now)
     changed = [
         f"  {key}: {json.dumps(old[key])} before, {json.dumps(new[key])} now"
         for key in sorted(old.keys() & new.keys())
-        if old[key] != new[key] and not key.startswith(_MAY_CHANGE)
+        if old[key] != new[key]
+        and stated_old[key] != stated_new[key]
+        and not key.startswith(_MAY_CHANGE)
     ]
     if changed and not config.checkpoint.resume_changed:
         raise UserError(
@@ -165,6 +170,14 @@ def check_settings(config: ConfigDict, workdir: Path) -> None:
             + "\ntake those or another folder, or go on with these by "
             "--config.checkpoint.resume_changed=true"
         )
+
+
+def _stated(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns field → value, where what a config leaves to its profile is said."""
+    # A config of another version may lack a field; it is compared by what it has.
+    with contextlib.suppress(AttributeError, KeyError):
+        settings = profile.stated(ConfigDict(settings)).to_dict()
+    return dict(_flat(settings))
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

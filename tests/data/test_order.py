@@ -3,7 +3,14 @@ import pickle
 
 import numpy as np
 
-from emor3_jax.data.order import BATCHES_OF_WINDOW, ShuffleGroup, Windows, make_groups, shuffled
+from emor3_jax.data.order import (
+    BATCHES_OF_WINDOW,
+    ShuffleGroup,
+    WholeBatches,
+    Windows,
+    make_groups,
+    shuffled,
+)
 
 
 def first(order, count: int) -> list[int]:
@@ -65,3 +72,24 @@ def test_windows_have_the_same_rows_sorted_by_size():
     # Any position by itself, and in another process.
     assert pickle.loads(pickle.dumps(windows))[size + 7] == rows[size + 7]
     assert [windows[i] for i in (5, 2 * size + 1, 0)] == [rows[5], rows[2 * size + 1], rows[0]]
+
+
+def test_the_last_batch_of_an_epoch_is_dropped():
+    # 10 rows in batches of 4: 8 rows an epoch, another 2 of them left out each time.
+    order = WholeBatches(shuffled([ShuffleGroup(np.arange(10), 1.0)], seed=0), 10, 4)
+    rows = first(pickle.loads(pickle.dumps(order)), 40)
+    epochs = [rows[i : i + 8] for i in range(0, 40, 8)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert set(rows) == set(range(10))
+
+
+def test_the_release_takes_sixty_steps_in_twenty_epochs():
+    # 2,000 rows, 512 prompts: step 60, from 0 on, is the first of epoch 20.
+    order = WholeBatches(range(20 * 2000 + 1), 2000, 512)
+    assert order[60 * 512] == 20 * 2000
+    assert order[3 * 512 - 1] == 1535 and order[3 * 512] == 2000
+
+
+def test_whole_batches_fit_without_a_rest():
+    order = shuffled([ShuffleGroup(np.arange(8), 1.0)], seed=0)
+    assert first(WholeBatches(order, 8, 4), 24) == first(order, 24)

@@ -136,6 +136,27 @@ def test_resume_repeats_exactly(train, source, done, request):
         jax.tree.map(np.testing.assert_array_equal, batch, other)
 
 
+def test_epochs_of_whole_batches_resume_exactly(train, clean):
+    # 11 rows in batches of 4: two batches an epoch.
+    batches = train(clean, batch_size=4, drop_last=True)
+    ids = ids_of(batches, 5)
+    epochs = [ids[:8], ids[8:16], ids[16:]]
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+    state, expected = batches.get_state(), ids_of(batches, 2)
+    again = train(clean, batch_size=4, drop_last=True)
+    again.set_state(state)
+    assert ids_of(again, 2) == expected
+    with pytest.raises(DataError, match="order"):
+        train(clean, batch_size=4).set_state(state)
+
+
+def test_nothing_is_dropped_from_less_than_a_batch_or_from_groups(train, clean, caplog):
+    assert ids_of(train(clean, batch_size=12, drop_last=True), 2) == ids_of(
+        train(clean, batch_size=12), 2
+    )
+    assert "no batch is dropped" in caplog.text and "11 rows" in caplog.text
+
+
 def test_resume_with_other_rows_or_seed_is_refused(train, clean, dirty, make, tmp_path):
     state = train(clean).get_state()
     with pytest.raises(DataError, match="seed=0, now it is 1"):

@@ -118,7 +118,7 @@ def test_a_missing_template_names_the_choices():
     with pytest.raises(DataError, match=r"set='quen'.*qwen, tiny, think, direct, tiny_direct"):
         PromptTemplates.load(set="quen")
     # Only the question about the emotion has other styles.
-    with pytest.raises(DataError, match=r"coherence='think'.*one of qwen, tiny$"):
+    with pytest.raises(DataError, match=r"coherence='think'.*one of qwen, tiny, release$"):
         PromptTemplates.load(coherence="think")
 
 

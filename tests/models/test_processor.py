@@ -95,6 +95,38 @@ def test_small_images_grow_to_min_pixels(tokenizer):
     assert grid == (1, 8, 8) and patches.shape == (64, 1176)
 
 
+@pytest.mark.parametrize(
+    ("limits", "size", "first"),
+    [
+        # Half as wide and high; twice; √(2/3) = 0.8165 of 30 x 50 is 24.49 x 40.82, cut off.
+        ((0, 10_000), (100, 400), (50, 200)),
+        ((160_000, 0), (100, 400), (200, 800)),
+        ((500, 1000), (30, 50), (24, 40)),
+        ((500, 1500), (30, 50), (30, 50)),
+    ],
+)
+def test_the_first_resize_brings_an_image_into_its_limits(limits, size, first):
+    settings = ImageSettings(first_resize=limits)
+    assert settings.first_size(*size) == first
+    assert ImageSettings().first_size(*size) == size
+
+
+def test_two_resizes_are_those_of_pil_and_of_transformers(tokenizer):
+    processor = Processor(tokenizer, ImageSettings(min_pixels=3136, max_pixels=50_176), LAYOUT)
+    twice = processor.with_first_resize(0, 12_544)
+    image = draw("RGB", 300, 200)
+    patches, grid = twice.patches(image)
+    # √(12,544 / 60,000) = 0.457 of 300 x 200; 137 x 91 rounds to 5 x 3 times 28.
+    by_pil = image.resize((91, 137), Image.BICUBIC)
+    assert grid == (1, 10, 6) and twice.read_sizes(300, 200)[0] == (140, 84)
+    reader = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=50_176)
+    theirs = reader(by_pil, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(patches, theirs, atol=1e-6, rtol=0)
+    assert not np.array_equal(patches, processor.with_pixels(3136, 12_544).patches(image)[0])
+    with pytest.raises(ImageError, match="too thin"):
+        twice.patches(draw("RGB", 1, 90_000))
+
+
 def test_encoded_images_are_turned_upright(tokenizer):
     image = draw("RGB", 56, 84)
     exif = Image.Exif()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AddedToken
 
-from emor3_jax.config import ConfigError, default
+from emor3_jax.config import ConfigError
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.prepare.reachable import check_reachable
 from emor3_jax.rewards import Reward, Scorer, Term
@@ -19,8 +19,8 @@ from emor3_jax.rollout.tokens import suppressed_tokens
 LABELS = ("joy", "a mild contentment")
 
 
-def make_rollout(tokenizer, *, soft: bool = False, **fields: object) -> Rollout:
-    sampling = Sampling(8, 1.0, 1.0, ())
+def make_rollout(tokenizer, reply: int = 32, *, soft: bool = False, **fields: object) -> Rollout:
+    sampling = Sampling(reply, 1.0, 1.0, ())
     return Rollout(
         None,
         Scorer(tokenizer, LABELS, reward=Reward(**fields)),
@@ -37,36 +37,30 @@ def tokenizer():
 
 @pytest.mark.parametrize("fields", [{}, {"profile": "release"}, {"format": "boxed"}])
 def test_ordinary_labels_can_be_earned(tokenizer, fields):
-    config = default()
-    config.reflect.max_tokens = 32
     term = Term("own", 1.0, text=lambda text, label: 1 / 0)
-    check_reachable(config, make_rollout(tokenizer, terms=(term,), **fields))
-    check_reachable(config, dataclasses.replace(make_rollout(tokenizer), reflection=None))
+    check_reachable(make_rollout(tokenizer, terms=(term,), **fields))
+    check_reachable(dataclasses.replace(make_rollout(tokenizer), reflection=None))
 
 
 def test_a_reply_that_is_cut_is_named_with_the_length_that_it_needs(tokenizer):
-    config = default()
-    config.reflect.max_tokens = needed = len(tokenizer.encode(LABELS[1]))
+    needed = len(tokenizer.encode(LABELS[1]))
     rule = rf"reflect.max_tokens={needed}: cuts the reply 'a mild .* give {needed + 1} or more"
     with pytest.raises(ConfigError, match=rule):
-        check_reachable(config, make_rollout(tokenizer))
+        check_reachable(make_rollout(tokenizer, needed))
     # Probabilities of replies need no room.
-    check_reachable(config, make_rollout(tokenizer, soft=True))
-    config.reflect.max_tokens = needed + 1
-    check_reachable(config, make_rollout(tokenizer))
+    check_reachable(make_rollout(tokenizer, needed, soft=True))
+    check_reachable(make_rollout(tokenizer, needed + 1))
 
 
 def test_a_label_that_the_sampler_cannot_spell_is_named(tokenizer):
     tokenizer.add_tokens([AddedToken("joy", special=True)])
     with pytest.raises(LabelError, match=r"label 'joy': the sampler cannot draw the token"):
-        check_reachable(default(), make_rollout(tokenizer))
+        check_reachable(make_rollout(tokenizer))
 
 
 def test_tags_that_are_tokens_added_as_text_can_be_earned(tokenizer):
-    config = default()
-    config.reflect.max_tokens = 32
     tags = [f"<{slash}step{i}>" for slash in ("", "/") for i in (1, 2, 3)]
     tokenizer.add_tokens([AddedToken(tag, special=False) for tag in tags])
     rollout = make_rollout(tokenizer)
     assert not np.any(rollout.suppressed[tokenizer.convert_tokens_to_ids(tags)])
-    check_reachable(config, rollout)
+    check_reachable(rollout)

@@ -62,6 +62,20 @@ def test_changed_settings_are_shown_and_need_a_word(tmp_path: Path) -> None:
     job.check_settings(config, tmp_path)
 
 
+def test_to_state_what_the_profile_decides_is_no_change(tmp_path: Path) -> None:
+    config = default()
+    config.reflect.max_tokens, config.data.templates.coherence = 8, "qwen"
+    job.keep_config(config, tmp_path)
+    config = default()
+    job.check_settings(config, tmp_path)
+    config.reflect.max_tokens = 9
+    with pytest.raises(UserError, match=r"settings\n  reflect.max_tokens: 8 before, 9 now\ntake"):
+        job.check_settings(config, tmp_path)
+    config.profile, config.reflect.max_tokens = "release", 0
+    with pytest.raises(UserError, match='coherence: "qwen" before, "" now\n  profile'):
+        job.check_settings(config, tmp_path)
+
+
 def test_what_an_older_version_did_not_know_is_no_change(tmp_path: Path) -> None:
     config = default()
     job.keep_config(config, tmp_path)
