@@ -6,7 +6,9 @@ and nothing would say so.
 
 import copy
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 
 from emor3_jax.config import ConfigError
@@ -67,8 +69,13 @@ def check_reachable(rollout: Rollout) -> None:
     plain = copy.copy(scorer)
     plain.reward = dataclasses.replace(scorer.reward, terms=(), overlong=None)
     given = {f"{name}_replies": reply for name, reply in replies.items()}
+
+    @jax.jit
+    def ideal_scores(responses: Any, given: Any) -> dict[str, jax.Array]:
+        return plain.score_tokens(*responses, labels, **given)
+
     with hosts.on_own_devices():
-        scores = plain.score_tokens(*responses, labels, **given)
+        scores = ideal_scores(responses, given)
     for name in ("format", "accuracy", *replies):
         for label, score in zip(labels, np.asarray(scores[name]), strict=True):
             if score != 1:

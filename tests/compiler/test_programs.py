@@ -18,6 +18,11 @@ BUILT_IN = {
     "true_divide",
     "write_layer",
     "copy",
+    "_is_finite",
+    # One response to each label, at the start (prepare/reachable.py).
+    "ideal_scores",
+    # Of a checkpoint: one number an array.
+    "checksums",
     # Eager operations on keys and scalars.
     "_threefry_fold_in",
     "_threefry_seed",
