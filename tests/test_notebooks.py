@@ -78,6 +78,7 @@ def settings(tmp_path_factory) -> dict:
     }
     for name in ("data.train", "evaluate.sets.emoscenes", "evaluate.sets.shifted"):
         fields |= {f"{name}.kind": "parquet", f"{name}.path": str(folder / "rows.parquet")}
+        fields[f"{name}.split"] = ""
     return fields
 
 
