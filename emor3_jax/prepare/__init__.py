@@ -27,6 +27,7 @@ from emor3_jax.prepare.policy import (
     with_attention,
 )
 from emor3_jax.prepare.profile import listed_labels
+from emor3_jax.prepare.reachable import check_reachable
 from emor3_jax.prepare.rollout import (
     evaluation_plan,
     make_evaluation_rollout,
@@ -43,6 +44,7 @@ __all__ = [
     "PARQUET_LABELS",
     "Data",
     "attention_backend",
+    "check_reachable",
     "data_sets",
     "decode_backend",
     "ensure_policy",

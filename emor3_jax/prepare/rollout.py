@@ -7,7 +7,6 @@ from emor3_jax.config import reward_terms
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.prepare.data import load_templates
 from emor3_jax.prepare.profile import evaluation_sampling, listed_labels, reply_tokens
-from emor3_jax.prepare.reachable import check_reachable
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rewards.terms import Term
@@ -30,12 +29,9 @@ def make_rollout(
       policy: its policy and tokenizer.
       labels: the label set.
       mesh: of the devices.
-
-    Raises:
-      ConfigError, LabelError: for labels that no response could earn.
     """
     c = config.rollout
-    rollout = Rollout(
+    return Rollout(
         policy.policy,
         _scorer(config, policy, labels),
         suppressed_tokens(policy.shapes.vocab_size, policy.processor.tokenizer),
@@ -46,8 +42,6 @@ def make_rollout(
         ESTIMATORS[config.policy_update.advantage].greedy,
         mesh.shape["data"] * mesh.shape["fsdp"],
     )
-    check_reachable(rollout)
-    return rollout
 
 
 def make_evaluation_rollout(

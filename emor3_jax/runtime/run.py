@@ -283,9 +283,13 @@ class Run:
           state: as before the first step.
           rollout: of the steps, whose FLOPs are counted and whose samples are shown.
           counters: returns counts at the time of logging.
+
+        Raises:
+          ConfigError, LabelError: for labels that no response could earn.
         """
         self._counters, self._rollout = counters, rollout
         if rollout is not None:
+            prepare.check_reachable(rollout)
             self._meter = prepare.make_meter(self.config, rollout)
         # State and reference alone hold parameters from here on.
         self.policy = dataclasses.replace(self.policy, params={})
