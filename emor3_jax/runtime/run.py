@@ -177,6 +177,7 @@ class Run:
         self.clock = StepClock(self._stop.check)
         self._finished: FinishedStep | None = None
         self._due, self._saved_at = False, time.monotonic()
+        self._told_stopped = False
         self._stop.rescue = self._rescue
         self._maintenance = MaintenanceWatch(self._stop.request)
         self._pending: StepRecord | None = None
@@ -235,10 +236,16 @@ class Run:
             self._lock.release()
 
     def _say_stopped(self) -> None:
-        """Says which step the run goes on from; waits until it is written."""
-        latest = self._checkpoints.latest()
-        saved = "before the first checkpoint" if latest is None else f"saved after step {latest}"
-        self.say(f"stopped as asked, {saved}; start again with this workdir to go on")
+        """Says once which step the run goes on from; waits until it is written."""
+        with self._logging:
+            if self._told_stopped:
+                return
+            self._told_stopped = True
+            latest = self._checkpoints.latest()
+            saved = (
+                "before the first checkpoint" if latest is None else f"saved after step {latest}"
+            )
+            self.say(f"stopped as asked, {saved}; start again with this workdir to go on")
 
     def _save_finished(self) -> None:
         """Saves the last step that was finished, where its state is there and not saved yet."""
