@@ -36,7 +36,6 @@ from emor3_jax.flops.cost import (
     decoder_flops,
     decoder_linear_flops,
     vision_flops,
-    vision_linear_flops,
 )
 from emor3_jax.flops.step import check_shapes, question_cost, training_cost
 from emor3_jax.models.family import Shapes
@@ -105,7 +104,7 @@ def _release(policy: Shapes, s: StepShapes, layout: str, remat: bool) -> dict[st
     score = (image + decoder_flops(policy, p + t, logits=p + t)).times(rows)
     recomputed = 0
     if remat:
-        layers = decoder_linear_flops(policy, p + t) + vision_linear_flops(policy.vision, s.patches)
+        layers = decoder_linear_flops(policy, p + t) + policy.vision.layer_flops(s.patches)
         recomputed = rows * layers + score.attention
     return {
         "vision": image.times(prompts),
