@@ -49,7 +49,7 @@ def label_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Returns whether a column holds texts, or nothing but nulls; a dictionary of texts counts."""
+    """Recognises columns of texts: plain, dictionary-encoded, or all null."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)

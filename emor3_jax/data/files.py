@@ -29,16 +29,16 @@ _STARTS = (
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a file or folder is no part of a data set.
+    """Recognises files and folders that are no part of a data set, by their names.
 
-    So are names with a dot before them, AppleDouble twins (`._x.jpg`) and `.DS_Store` among them,
+    These are names with a dot before them, AppleDouble twins (`._x.jpg`) and `.DS_Store` among them,
     and what archives of macOS and folders of Windows leave behind.
     """
     return name.startswith(".") or name.lower() in _LITTER
 
 
 def is_image(path: Path) -> bool:
-    """Returns whether a regular file is an image, by its extension, else by its first bytes."""
+    """Recognises image files by their extension, else by their first bytes."""
     if path.suffix.lower() in SUFFIXES:
         return True
     if not path.is_file():
@@ -64,7 +64,7 @@ def read_image(path: Path) -> bytes | None:
 
 
 def is_image_head(head: bytes) -> bool:
-    """Returns whether 16 bytes are the beginning of an image in one of the formats of `SUFFIXES`.
+    """Recognises the first 16 bytes of an image in one of the formats of `SUFFIXES`.
 
     A bitmap must also name its header's size, since two letters alone may be a text.
     """

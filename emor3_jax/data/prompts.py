@@ -103,7 +103,7 @@ class PromptTemplates:
 
 
 def has_release_order(kind: str) -> bool:
-    """Returns whether there is a template of a question in the release's order."""
+    """Looks for a question's template in the release's order; returns True if there is one."""
     return (RELEASE_ORDER / f"{kind}.txt").is_file()
 
 

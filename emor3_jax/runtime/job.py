@@ -117,7 +117,6 @@ _MAY_CHANGE = (
     "guard.",
     "evaluate.",
     "mesh.",
-    "compile_cache",
     "data.workers",
     "data.read_ahead",
     "data.folder",

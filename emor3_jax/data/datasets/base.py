@@ -573,7 +573,7 @@ class Folder:
         return ""
 
     def has_folder(self, folder: str) -> bool:
-        """Returns whether the root has such a folder."""
+        """Looks for a folder below the root; returns True if it is there."""
         return (self._root / folder).is_dir()
 
     def images(self, folder: str, levels: int = 0) -> list[str]:
@@ -599,7 +599,7 @@ class Folder:
 
 
 def _is_text(name: str) -> bool:
-    """Returns whether a file's name is UTF-8; records can hold no other."""
+    """Recognises file names in UTF-8, the only ones that records can hold."""
     return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 

@@ -54,7 +54,13 @@ class Emotic(Builder):
             raise checks.refuse(f"no {_FILE}. {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
         try:
             read = scipy.io.loadmat(path, squeeze_me=True, struct_as_record=False)
-        except (ValueError, NotImplementedError, TypeError, OSError) as error:
+        except NotImplementedError as error:
+            # What SciPy says of HDF5, which MATLAB writes since version 7.3; EMOTIC's is older.
+            raise checks.refuse(
+                f"{_FILE} is in MATLAB's format 7.3, which is not read; take the file that the "
+                "authors publish, or save it as version 7"
+            ) from error
+        except (ValueError, TypeError, OSError) as error:
             raise checks.refuse(f"{_FILE} is no MATLAB file: {error}; download it again") from error
         splits = {split: read[name] for name, split in _SPLITS.items() if name in read}
         if not splits:
@@ -102,7 +108,7 @@ def _people(image: Any, folder: Folder, checks: Checks) -> Iterator[Found]:
 
 
 def _votes(person: Any, row_id: str, checks: Checks) -> Counter[str]:
-    """Returns how many annotators gave each label, in the order of the data."""
+    """Counts the annotators of each label, in the order of the data."""
     given = [_texts(each) for each in _each(getattr(person, "annotations_categories", []))]
     combined = _texts(getattr(person, "combined_categories", []))
     votes: Counter[str] = Counter(dict.fromkeys(combined, 0))
