@@ -31,8 +31,8 @@ _STARTS = (
 def is_hidden(name: str) -> bool:
     """Recognises files and folders that are no part of a data set, by their names.
 
-    These are names with a dot before them, AppleDouble twins (`._x.jpg`) and `.DS_Store` among them,
-    and what archives of macOS and folders of Windows leave behind.
+    They begin with a dot, as AppleDouble twins (`._x.jpg`) and `.DS_Store` do, or are what archives
+    of macOS and folders of Windows leave behind.
     """
     return name.startswith(".") or name.lower() in _LITTER
 

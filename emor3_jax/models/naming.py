@@ -6,9 +6,12 @@ value, so that a device may have some of the heads; there all queries come first
 then all values.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from emor3_jax.models.shapes import Shapes
 
 
 class HubTensor(NamedTuple):
@@ -40,3 +43,36 @@ def by_part(x: np.ndarray, heads: int) -> np.ndarray:
 def is_kernel(path: str) -> bool:
     """Returns whether a parameter is the kernel of a product, which the hub keeps transposed."""
     return path.endswith("kernel")
+
+
+def hub_tensors(
+    path: str,
+    shape: tuple[int, ...],
+    shapes: Shapes,
+    stacks: Mapping[str, str],
+    rename: Callable[[str], str],
+) -> Iterator[HubTensor]:
+    """Yields the tensors that make up one parameter.
+
+    Args:
+      path: keys of the parameter, joined by "/".
+      shape: of the parameter.
+      shapes: the policy's shapes.
+      stacks: path of a scanned stack of layers → its name on the hub.
+      rename: from the path of a parameter outside of the stacks, without its last key, to its name.
+    """
+    base, kind = path.rsplit("/", 1)
+    suffix = "bias" if kind == "bias" else "weight"
+    for stack, name in stacks.items():
+        if base.startswith(stack + "/"):
+            inner = base.removeprefix(stack + "/").replace("/", ".")
+            heads = shapes.vision.num_heads if inner.endswith("qkv") else 0
+            for layer in range(shape[0]):
+                on_disk = shape[1:][::-1] if is_kernel(path) else shape[1:]
+                yield HubTensor(f"{name}.{layer}.{inner}.{suffix}", layer, on_disk, heads)
+            return
+    on_disk = shape[::-1] if is_kernel(path) else shape
+    if path == "visual/patch_embed/kernel":
+        v = shapes.vision
+        on_disk = (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+    yield HubTensor(f"{rename(base)}.{suffix}", None, on_disk)

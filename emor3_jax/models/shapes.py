@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from emor3_jax.models.decoder import DecoderShapes
@@ -70,6 +70,17 @@ class Shapes(abc.ABC):
     @abc.abstractmethod
     def decoder(self) -> DecoderShapes:
         """What the decoder is made of."""
+
+    def make_decoder(self, rope_axes: Iterable[int], **options: Any) -> DecoderShapes:
+        """Returns `decoder` with what the family decides.
+
+        Args:
+          rope_axes: see `DecoderShapes`.
+          **options: further fields of it.
+        """
+        names = {field.name for field in dataclasses.fields(self)} & set(DecoderShapes._fields)
+        common = {name: getattr(self, name) for name in names}
+        return DecoderShapes(**common, rope_axes=tuple(map(int, rope_axes)), **options)
 
     @abc.abstractmethod
     def to_hf(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The pieces of the vision towers of all families."""
 
 import abc
+import dataclasses
 
 import flax.linen as nn
 import jax
@@ -24,8 +25,9 @@ TOWER_FIELDS = (
 """Fields of `VisionShapes` that every `vision_config` has."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionShapes(abc.ABC):
-    """Sizes of a tower; those of a family are a frozen dataclass.
+    """Sizes of a tower; a family adds its own.
 
     Attributes:
       depth: number of layers.
@@ -46,7 +48,7 @@ class VisionShapes(abc.ABC):
     temporal_patch_size: int
     spatial_merge_size: int
     out_hidden_size: int
-    in_channels: int
+    in_channels: int = 3
 
     def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.num_heads):

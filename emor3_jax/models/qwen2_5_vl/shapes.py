@@ -16,33 +16,17 @@ from emor3_jax.models.shapes import Shapes, SmallSizes, common_fields, need, ref
 from emor3_jax.models.vision import TOWER_FIELDS, VisionShapes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen25VLVisionShapes(VisionShapes):
     """The vision tower.
 
     Attributes:
-      depth: number of layers.
-      hidden_size, intermediate_size, num_heads: widths of a layer.
-      patch_size: side of a patch in pixels.
-      temporal_patch_size: frames of a patch; a still image is repeated.
-      spatial_merge_size: m; m * m neighbouring patches become one token of the decoder.
       window_size: side of an attention window in pixels.
       fullatt_block_indexes: layers that attend to the whole image.
-      out_hidden_size: width of the decoder.
-      in_channels: colours of a pixel.
     """
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
     window_size: int
     fullatt_block_indexes: tuple[int, ...]
-    out_hidden_size: int
-    in_channels: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,18 +89,7 @@ class Qwen25VLShapes(Shapes):
     @property
     def decoder(self) -> DecoderShapes:
         """What the decoder is made of."""
-        return DecoderShapes(
-            self.vocab_size,
-            self.hidden_size,
-            self.intermediate_size,
-            self.num_layers,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.rms_norm_eps,
-            self.rope_theta,
-            rope_axes=tuple(np.repeat(np.arange(3), self.mrope_section).tolist()),
-        )
+        return self.make_decoder(np.repeat(np.arange(3), self.mrope_section))
 
     @classmethod
     def from_hf(cls, data: dict[str, Any]) -> "Qwen25VLShapes":

@@ -7,42 +7,28 @@ the first `model.`, as other programs write them, are read too. For the rest see
 import re
 from collections.abc import Iterator
 
-from emor3_jax.models.naming import HubTensor, is_kernel
+from emor3_jax.models import naming
 from emor3_jax.models.qwen3_vl.shapes import Qwen3VLShapes
 
-_LAYERS = {"visual/blocks": "visual.blocks", "model/layers": "language_model.layers"}
+_STACKS = {
+    "visual/blocks": "model.visual.blocks",
+    "model/layers": "model.language_model.layers",
+}
 
 
-def hub_tensors(path: str, shape: tuple[int, ...], shapes: Qwen3VLShapes) -> Iterator[HubTensor]:
-    """Yields the tensors that make up one parameter.
+def hub_tensors(
+    path: str, shape: tuple[int, ...], shapes: Qwen3VLShapes
+) -> Iterator[naming.HubTensor]:
+    """Yields the tensors that make up one parameter; see `naming.hub_tensors`."""
+    return naming.hub_tensors(path, shape, shapes, _STACKS, _rename)
 
-    Args:
-      path: keys of the parameter, joined by "/".
-      shape: of the parameter.
-      shapes: the policy's shapes.
-    """
-    base, kind = path.rsplit("/", 1)
-    suffix = "bias" if kind == "bias" else "weight"
-    for stack, name in _LAYERS.items():
-        if base.startswith(stack + "/"):
-            inner = base.removeprefix(stack + "/").replace("/", ".")
-            heads = shapes.vision.num_heads if inner.endswith("qkv") else 0
-            for layer in range(shape[0]):
-                on_disk = shape[1:][::-1] if is_kernel(path) else shape[1:]
-                full = f"model.{name}.{layer}.{inner}.{suffix}"
-                yield HubTensor(full, layer, on_disk, heads)
-            return
+
+def _rename(base: str) -> str:
     if base == "lm_head":
-        name = "lm_head"
-    else:
-        name = re.sub(r"^model/", "language_model/", base).replace("/", ".")
-        name = re.sub(r"deepstack_(\d+)", r"deepstack_merger_list.\1", name)
-        name = "model." + name.replace("patch_embed", "patch_embed.proj")
-    on_disk = shape[::-1] if is_kernel(path) else shape
-    if path == "visual/patch_embed/kernel":
-        v = shapes.vision
-        on_disk = (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    yield HubTensor(f"{name}.{suffix}", None, on_disk)
+        return base
+    name = re.sub(r"^model/", "language_model/", base).replace("/", ".")
+    name = re.sub(r"deepstack_(\d+)", r"deepstack_merger_list.\1", name)
+    return "model." + name.replace("patch_embed", "patch_embed.proj")
 
 
 def hub_name(key: str) -> str:

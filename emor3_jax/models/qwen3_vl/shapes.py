@@ -26,33 +26,17 @@ WINDOW_PATCHES = 64
 Qwen2.5-VL's, so that the sizes of a config fit both."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3VLVisionShapes(VisionShapes):
     """The vision tower.
 
     Attributes:
-      depth: number of layers.
-      hidden_size, intermediate_size, num_heads: widths of a layer.
-      patch_size: side of a patch in pixels.
-      temporal_patch_size: frames of a patch; a still image is repeated.
-      spatial_merge_size: m; m * m neighbouring patches become one token of the decoder.
       num_position_embeddings: rows of the learned table of positions, a square.
       deepstack_visual_indexes: layers whose results the first layers of the decoder also see.
-      out_hidden_size: width of the decoder.
-      in_channels: colours of a pixel.
     """
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
     num_position_embeddings: int
     deepstack_visual_indexes: tuple[int, ...]
-    out_hidden_size: int
-    in_channels: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,17 +112,8 @@ class Qwen3VLShapes(Shapes):
     @property
     def decoder(self) -> DecoderShapes:
         """What the decoder is made of."""
-        return DecoderShapes(
-            self.vocab_size,
-            self.hidden_size,
-            self.intermediate_size,
-            self.num_layers,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.rms_norm_eps,
-            self.rope_theta,
-            rope_axes=tuple(map(self._axis, range(self.head_dim // 2))),
+        return self.make_decoder(
+            map(self._axis, range(self.head_dim // 2)),
             qkv_bias=False,
             qk_norm=True,
             deepstack=len(self.vision.deepstack_visual_indexes),
