@@ -10,8 +10,9 @@ Checked against public code: the csv with quotes around names and header, and th
 import csv
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import WHOLE, Builder, Folder, Found, once, read_lines
+from emor3_jax.data.datasets.base import WHOLE, Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder, once, read_lines
 from emor3_jax.data.datasets.votes import label_of
 from emor3_jax.data.labels import LABEL_SETS, find_label, normalize
 

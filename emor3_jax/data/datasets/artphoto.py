@@ -5,8 +5,9 @@ Checked against public code: the names of the files, and the counts by label.
 
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import WHOLE, Builder, Folder, Found
+from emor3_jax.data.datasets.base import WHOLE, Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder
 from emor3_jax.data.labels import LABEL_SETS, find_label
 
 

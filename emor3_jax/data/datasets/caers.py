@@ -7,8 +7,9 @@ Checked against public code: the folders. Not checked: the number of frames of e
 
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import Builder, Found, folders, split_folders
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import folders, split_folders
 from emor3_jax.data.labels import LABEL_SETS
 
 

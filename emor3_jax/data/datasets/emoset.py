@@ -7,8 +7,9 @@ an image id in the second place, as its README shows them, are read too.
 import re
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import Builder, Folder, Found, once, read_json
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder, once, read_json
 from emor3_jax.data.labels import LABEL_SETS, normalize
 
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}

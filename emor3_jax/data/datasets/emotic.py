@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import scipy.io
 
-from emor3_jax.data.datasets.base import Builder, Folder, Found
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder
 from emor3_jax.data.labels import LABEL_SETS, find_label
 
 _FILE = "Annotations.mat"

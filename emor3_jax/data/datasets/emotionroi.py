@@ -8,8 +8,9 @@ Checked against public code: folders and lists, in `training_testing_split` and 
 
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import Builder, Folder, Found, once, read_lines
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder, once, read_lines
 from emor3_jax.data.labels import LABEL_SETS, find_label
 
 _LISTS = {"train": "training.txt", "test": "testing.txt"}

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from emor3_jax.data.datasets.base import Builder, Found, folders, split_folders
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import folders, split_folders
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import LABEL_SETS
 

@@ -15,9 +15,10 @@ majority of votes, single votes struck out) leaves other rows out.
 
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import Builder, Folder, Found, read_csv
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
 from emor3_jax.data.datasets.fer2013 import USAGE, face_png, find_csv, read_faces
+from emor3_jax.data.datasets.folders import Folder, read_csv
 from emor3_jax.data.datasets.votes import label_of
 from emor3_jax.data.labels import LABEL_SETS
 

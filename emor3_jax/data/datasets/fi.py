@@ -14,19 +14,17 @@ of the csv files (any in the folder or in `agg` are read), and how many files ar
 import csv
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import (
+from emor3_jax.data.datasets.base import WHOLE, Builder, Found
+from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import (
     SPLITS,
-    WHOLE,
-    Builder,
     Folder,
-    Found,
     class_folders,
     folders,
     once,
     read_lines,
     split_folders,
 )
-from emor3_jax.data.datasets.checks import Checks
 from emor3_jax.data.labels import LABEL_SETS, find_label
 
 _PLACES = ("{label}/{name}", "images/{label}/{name}", "images/{name}", "imgs/{label}/{name}")

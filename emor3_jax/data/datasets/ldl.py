@@ -11,8 +11,9 @@ have 11,150 rows (10,700 in part of the literature); another number is logged.
 import math
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import WHOLE, Builder, Folder, Found, once, read_lines
+from emor3_jax.data.datasets.base import WHOLE, Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder, once, read_lines
 from emor3_jax.data.datasets.votes import label_of
 from emor3_jax.data.labels import LABEL_SETS, find_label
 

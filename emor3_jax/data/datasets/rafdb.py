@@ -11,16 +11,9 @@ logged if they differ.
 
 from pathlib import Path, PurePosixPath
 
-from emor3_jax.data.datasets.base import (
-    Builder,
-    Folder,
-    Found,
-    folders,
-    once,
-    read_lines,
-    split_folders,
-)
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder, folders, once, read_lines, split_folders
 from emor3_jax.data.labels import LABEL_SETS
 
 _LISTS = ("EmoLabel/list_patition_label.txt", "EmoLabel/list_partition_label.txt")

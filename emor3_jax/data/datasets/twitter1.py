@@ -13,16 +13,9 @@ order could not be told.
 from collections.abc import Iterator
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import (
-    WHOLE,
-    Builder,
-    Folder,
-    Found,
-    once,
-    read_csv,
-    read_lines,
-)
+from emor3_jax.data.datasets.base import WHOLE, Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder, once, read_csv, read_lines
 
 _CSV = "amt_result.csv"
 _IMAGES = ("Agg_AMT_Candidates", "images")

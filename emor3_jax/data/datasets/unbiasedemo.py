@@ -8,8 +8,9 @@ above them; `images`, if it is the only one, is entered.
 
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import WHOLE, Builder, Found, class_folders, folders
+from emor3_jax.data.datasets.base import WHOLE, Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import class_folders, folders
 from emor3_jax.data.labels import LABEL_SETS
 
 

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from emor3_jax.data.datasets.base import Builder, Folder, Found, once, read_csv, read_lines
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import Folder, once, read_csv, read_lines
 from emor3_jax.data.labels import LABEL_SETS, find_label, label_set, normalize
 
 _FILE = "test_metadata.csv"

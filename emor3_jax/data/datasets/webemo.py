@@ -14,16 +14,9 @@ form of `category.txt`, of which only the order of the names is read.
 import re
 from pathlib import Path
 
-from emor3_jax.data.datasets.base import (
-    SPLITS,
-    Builder,
-    Folder,
-    Found,
-    folders,
-    read_lines,
-    split_folders,
-)
+from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
+from emor3_jax.data.datasets.folders import SPLITS, Folder, folders, read_lines, split_folders
 from emor3_jax.data.labels import LABEL_SETS, find_label
 
 _LABELS = LABEL_SETS["webemo25"]
