@@ -190,6 +190,10 @@ class Checkpoints:
                 ),
             )
 
+    def compile(self, state: Any) -> None:
+        """Compiles what `save` runs on these arrays, so that no step of the run waits for it."""
+        jax.block_until_ready(checksums(state))
+
     def wait(self) -> None:
         """Waits until what is being written is complete.
 

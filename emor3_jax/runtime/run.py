@@ -314,6 +314,7 @@ class Run:
             self._progress = {"before": to_json(before)}
             self._writer.write(0, evaluation_metrics(before))
             self.say(evaluation_line(before))
+            self._checkpoints.compile(learner.checkpoint(state))
         self.say(f"training to step {self.config.steps}; the first step compiles")
         self._pace, self._saved_at = Pace(self._step, self.config.steps), time.monotonic()
         self.clock.restart()
