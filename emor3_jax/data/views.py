@@ -10,6 +10,7 @@ import numpy as np
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.sources import Row, Source, Texts, sizes_of
+from emor3_jax.files import read_lines
 
 
 class Relabelled:
@@ -180,10 +181,7 @@ def read_ids(path: str | Path, source: Source) -> np.ndarray:
     Raises:
       DataError: if the file is missing or names a row that the source does not have.
     """
-    try:
-        names = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
-    except OSError as error:
-        raise DataError(f"ids={str(path)!r} cannot be read: {error.strerror}") from error
+    names = [line for line in read_lines(path, lambda why: DataError(f"ids: {why}")) if line]
     found, unknown = set(), []
     for name in names:
         try:

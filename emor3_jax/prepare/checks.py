@@ -19,6 +19,7 @@ from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import FAMILIES, is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
 from emor3_jax.models.decode_attention import BLOCK
+from emor3_jax.models.images import MOST_DECODED_PIXELS
 from emor3_jax.models.lora import TOWER
 from emor3_jax.parallel.mesh import check_batch
 from emor3_jax.prepare.data import data_sets
@@ -35,6 +36,7 @@ _AT_LEAST = {
     "policy.lora_rank": 0,
     "data.min_pixels": 0,
     "data.max_pixels": 0,
+    "data.max_decoded_pixels": 1,
     "data.workers": 0,
     "data.read_ahead": 1,
     "rollout.prompts": 1,
@@ -148,6 +150,9 @@ def validate(config: ConfigDict) -> None:
         "data.min_pixels",
         f"must not be over data.max_pixels={most}",
     )
+    decoded = config.data.max_decoded_pixels
+    rule = f"must be at most {MOST_DECODED_PIXELS}, what PIL opens"
+    need(decoded <= MOST_DECODED_PIXELS, "data.max_decoded_pixels", rule)
     rules = ("drop", "cut")
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
     for field, each in data_sets(config).values():

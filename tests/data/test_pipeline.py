@@ -46,6 +46,10 @@ def faulty_rows(make) -> dict[str, list[dict]]:
             make["row"](0, images=None),
             make["row"](0, images=[{"bytes": None, "path": "gone.png"}]),
         ],
+        "outside_file": [
+            make["row"](0, images=[{"bytes": None, "path": path}])
+            for path in ("../x.png", "/etc/passwd", "..\\x.png")
+        ],
         "several_images": [
             make["row"](0, images=[image, image]),
             make["row"](0, problem="<image><image>which ?"),
