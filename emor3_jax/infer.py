@@ -24,7 +24,7 @@ from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.errors import UserError
 from emor3_jax.files import read_bytes
 from emor3_jax.models import LoadedPolicy, load
-from emor3_jax.models.images import MAX_IMAGE_BYTES
+from emor3_jax.models.images import MAX_IMAGE_BYTES, open_image
 from emor3_jax.parallel.devices import expected_platform, find_devices
 from emor3_jax.parallel.flags import set_flags
 from emor3_jax.rewards.scorer import Scorer
@@ -59,9 +59,11 @@ def answer(
       dtype: of the arithmetic, "float32" or "bfloat16".
 
     Raises:
-      DataError: if the image cannot be decoded, or another argument is of no use; naming it.
+      DataError, ImageError: if the image cannot be decoded, or another argument is of no use.
     """
     _check(policy, question, max_tokens, temperature)
+    # Says more of an image that cannot be used than the reason for which a row is left out.
+    open_image(image, policy.processor.images.max_decoded_pixels)
     chosen = PromptTemplates.load(set=templates)
     row = Row([image], Texts(question, labels[0], "image"))
     processor, tokenizer = policy.processor, policy.processor.tokenizer

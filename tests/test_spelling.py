@@ -25,7 +25,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
     return train_tokenizer(["which emotion is this ? joy , fear yes or no"], 300)
 
@@ -41,15 +41,15 @@ def test_spellings_of_one_label_are_equal(label):
         assert log_score(stated, label) == log_score(stated, spelt) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("label", CASES)
-def test_the_tables_read_what_python_compares(tokenizer, label):
+def test_the_tables_read_what_python_compares(tokenizer):
     """However the label set is spelt, a response that spells a label like the data is right."""
-    for of_set in CASES[label]:
-        (own, _) = label_set(f"{of_set},fear")
-        scorer = rewards.Scorer(tokenizer, (own, "fear"))
-        spelt = [x for x in CASES[label] if "\u0301" not in x]
-        scores = scorer.score_text(["\\boxed{" + x + "}" for x in spelt], [label] * len(spelt))
-        assert scores["accuracy"].tolist() == [1.0] * len(spelt)
+    labels = label_set("Doubt / Confusion,cafe\u0301,Joy ")
+    assert labels == ("Doubt/Confusion", "café", "Joy")
+    # The tables compare characters as they come: a policy that writes é as two is not understood.
+    pairs = [(x, label) for label in CASES for x in CASES[label] if "\u0301" not in x]
+    scorer = rewards.Scorer(tokenizer, labels)
+    scores = scorer.score_text(["\\boxed{" + x + "}" for x, _ in pairs], [y for _, y in pairs])
+    assert scores["accuracy"].tolist() == [1.0] * len(pairs)
 
 
 def test_no_other_module_compares_in_a_way_of_its_own():

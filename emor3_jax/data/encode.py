@@ -22,7 +22,7 @@ REASONS = {
     "unknown_answer": "the answer is no label of the label set",
     "unknown_candidate": "a candidate is no label of the label set, or the answer no candidate",
     "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
-    "unreadable_image": "the image cannot be decoded or is too thin",
+    "unreadable_image": "the image cannot be decoded, is too thin, or over data.max_decoded_pixels",
     "large_image": "the image has more windows than the largest of data.image_windows",
     "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
 }

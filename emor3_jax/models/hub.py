@@ -82,7 +82,7 @@ def parse_config(data: dict) -> Policy:
         return Policy(family, family.shapes(data))
     except ShapesError:
         raise
-    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise ShapesError(
             f"config.json has a field of another type than it should be ({error}); download it "
             "again"

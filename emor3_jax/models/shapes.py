@@ -241,7 +241,7 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
 
     def text_id(name: str) -> int | None:
         value = text.get(name, data.get(name))
-        return value[0] if isinstance(value, list) else value
+        return value[0] if isinstance(value, list) and value else value
 
     where = "the decoder"
     num_heads = need(text, where, "num_attention_heads")
