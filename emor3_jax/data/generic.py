@@ -32,6 +32,7 @@ from emor3_jax.data.sources import (
     Row,
     RowGroups,
     Texts,
+    check_paths,
     is_of_split,
     read_row,
     read_texts,
@@ -353,6 +354,7 @@ class HuggingFaceSource:
             check_answers(str(root), each, self._label)
             if self._asked:
                 check_texts(str(root), each, self._asked)
+        check_paths(self._rows, self._image, self._folder, outside_files)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -216,6 +216,13 @@ def special_token_in(tokenizer: PreTrainedTokenizerBase, text: str) -> str | Non
     return next((t.content for t in added if t.special and t.content in text), None)
 
 
+def opened_tag(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns a tag, such as `<think>`, that the chat template opens before each response."""
+    tail = _chat(tokenizer, _TEXT_MARK, with_image=False).partition(_TEXT_MARK)[2]
+    found = re.search(r"<[A-Za-z_]\w*>\s*$", tail)
+    return found[0].strip() if found else None
+
+
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str, with_image: bool) -> str:
     content = [{"type": "text", "text": text}]
     if with_image:

@@ -8,6 +8,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,12 @@ from emor3_jax.data.columns import (
     check_responses,
     check_shares,
     check_texts,
+    is_text,
     label_names,
 )
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.files import is_hidden, read_image
-from emor3_jax.files import head_of, is_file, leaves_folder, open_regular
+from emor3_jax.files import head_of, is_file, leaves_folder, open_regular, show
 from emor3_jax.models.errors import ImageError
 from emor3_jax.models.images import MOST_DECODED_PIXELS, open_image, upright_size
 
@@ -39,6 +41,7 @@ MAX_GROUP_BYTES = 2**31
 """Of a row group of a parquet file, uncompressed."""
 
 _MAX_PARQUET_BYTES = 2**42
+_TRIED = 100
 
 
 class Texts(NamedTuple):
@@ -313,6 +316,7 @@ class ParquetSource:
         self._names = names if unique else [str(file) for file in self._files]
         wanted = ("question", "answer", "distribution", "response")
         self._text_columns = [self._columns[role] for role in wanted]
+        check_paths(self._rows, self._columns["image"], self._files[0].parent, outside_files)
         self._indices = self._split(split, "split" in (columns or {}))
 
     def __len__(self) -> int:
@@ -470,7 +474,44 @@ def _image_bytes(image: dict, folder: Path) -> bytes | None:
     """Returns the bytes of an {bytes, path}, None where it has neither bytes nor a file."""
     if image.get("bytes"):
         return image["bytes"]
-    return read_image(folder / image["path"]) if image.get("path") else None
+    path = image.get("path")
+    if not path:
+        return None
+    found = read_image(folder / path)
+    # A path as Windows writes it.
+    return read_image(folder / path.replace("\\", "/")) if found is None else found
+
+
+def check_paths(rows: RowGroups, column: str, folder: Path, outside_files: bool) -> None:
+    """Tries the first images of data whose images are files.
+
+    Args:
+      rows: of the data.
+      column: of paths; others are not looked at.
+      folder: to which they are relative.
+      outside_files: whether they may leave it.
+
+    Raises:
+      DataError: naming the first path, if none of a hundred is there, or it leaves the folder.
+    """
+    if not is_text(rows.schema.field(column).type):
+        return
+    first = [row[column] for row in itertools.islice(rows.rows([column]), _TRIED)]
+    first = [path for path in first if path]
+    if not first:
+        return
+    outside = [path for path in first if leaves_folder(path)]
+    if outside and not outside_files:
+        raise DataError(
+            f"{folder}: the image {outside[0][:200]!r} is absolute or leaves the folder of its "
+            "file; write paths relative to it, or allow this by outside_files=True"
+        )
+    tried = (folder / path.replace("\\", slash) for path in first for slash in ("\\", "/"))
+    if len(first) == _TRIED and not any(map(is_file, tried)):
+        raise DataError(
+            f"{folder}: none of the first {_TRIED} images is there; the first one tried was "
+            f"{show(folder / first[0])}. Paths must be relative to the folder of their file"
+        )
 
 
 def read_texts(

@@ -167,6 +167,8 @@ def validate(config: ConfigDict) -> None:
     trained |= {f"data.mix.{name}": each for name, each in config.data.mix.items()}
     for field, each in trained.items():
         same = each.graded == config.data.train.graded
+        rule = "is of evaluation sets alone; subset takes so many rows of a training set"
+        need(not each.limit, f"{field}.limit", rule)
         need(same, f"{field}.graded", "must be that of data.train: rewards are graded or not")
     for name in config.data.mix:
         need("/" not in name and name != "train", "data.mix", "names hold no '/', nor are 'train'")
