@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.data.errors import DataError
-from emor3_jax.files import MAX_TEMPLATE_BYTES, is_file, read_text
+from emor3_jax.files import MAX_TEMPLATE_BYTES, is_file, read_text, show
 
 BUILT_IN = {
     "qwen": Path(__file__).parent / "templates",
@@ -257,7 +257,7 @@ def _read(kind: str, source: str | Path) -> str:
     path = built_in.get(str(source), Path(source))
     if not is_file(path):
         raise DataError(
-            f"template {kind}={str(source)!r}: no such file; give the path of a text file or one "
+            f"template {kind}={show(source)!r}: no such file; give the path of a text file or one "
             f"of {', '.join(built_in)}"
         )
     template = read_text(path, DataError, MAX_TEMPLATE_BYTES).rstrip("\n")
@@ -266,7 +266,7 @@ def _read(kind: str, source: str | Path) -> str:
     known = ", ".join(f"{{{name}}}" for name in sorted(required | optional))
     if unknown := [name for name in names if name not in required | optional]:
         raise DataError(
-            f"{path}: unknown placeholder {{{unknown[0]}}}; a {kind} template knows {known}"
+            f"{path}: unknown placeholder {{{show(unknown[0])}}}; a {kind} template knows {known}"
         )
     for name in sorted(required | optional):
         if name in required and name not in names:

@@ -130,9 +130,12 @@ def read_predictions(path: Path, match: str = "exact") -> dict[str, Answered]:
                 f"{where} has no field {error}, as an older version writes it; "
                 f"{rule or 'evaluate again'}"
             ) from error
+        texts = (row_id, label, answer, said["response"] if said else "")
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{where} is no prediction (a field is no text); evaluate again")
         if row_id in rows:
             raise DataError(f"{where}: the row {row_id!r} occurs twice; its ids must be unique")
-        rows[row_id] = Answered(label, answer, said["response"] if said else "")
+        rows[row_id] = Answered(*texts[1:])
     return rows
 
 

@@ -27,7 +27,7 @@ def _number(value: float | None, spec: str = ".1f", missing: str = "–") -> str
     return missing if value is None else format(value, spec)
 
 
-def _cell(text: object) -> str:
+def cell(text: object) -> str:
     """Returns a text as it is written into a table of Markdown: on one line, without any HTML."""
     line = " ".join(str(text).split()).replace("|", "\\|")
     return str(markupsafe.escape(line))
@@ -44,5 +44,5 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters["number"] = _number
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = cell
     return environment

@@ -22,6 +22,8 @@ _SMALL_FILES = (_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
 # Where older folders keep the chat template, and where newer ones do.
 _CHAT_TEMPLATE_FILE = "chat_template.json"
 _TEMPLATE_FILE = "chat_template.jinja"
+# By which prompts find an image.
+_MARKS = ("<|image_pad|>", "<|vision_end|>", "<|im_end|>")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -76,6 +78,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except (jinja2.TemplateError, RecursionError) as error:
         if "generation" not in str(error):
             raise ProcessorError(f"{folder}: the chat template is damaged: {error}") from error
+    for token in _MARKS:
+        if tokenizer.encode(token, add_special_tokens=False) != [tokenizer.get_vocab().get(token)]:
+            raise ProcessorError(
+                f"{folder}: {token} is no token of the tokenizer; take the tokenizer of a Qwen-VL "
+                "policy"
+            )
     return tokenizer
 
 

@@ -176,7 +176,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         del dl_manager
         root = Path(self.builder_config.root)
         checks = Checks(self.name, root)
-        splits = {split: found for split, found in _scan(type(self), root, checks).items() if found}
+        splits = {
+            split: found for split, found in scan_folder(type(self), root, checks).items() if found
+        }
         total = sum(map(len, splits.values()))
         heads = {
             split: self._examine(root, split, found, checks) for split, found in splits.items()
@@ -367,7 +369,7 @@ def build_dataset(
     """
     root = check_root(builder, path)
     # The scan is repeated at each start, which takes seconds: so a changed folder is noticed.
-    splits = _scan(builder, root, Checks(builder.name, root))
+    splits = scan_folder(builder, root, Checks(builder.name, root))
     name = _fingerprint(root, copy, splits)
     config = FolderConfig(name=name, root=str(root), copy=copy)
     with _one_at_a_time(Path(data_dir) / f"{builder.name}.{name}.lock"):
@@ -424,8 +426,13 @@ def _log_once(name: str, checks: Path) -> None:
     log(name, json.loads(checks.read_text()))
 
 
-def _scan(builder: type[Builder], root: Path, checks: Checks) -> dict[str, list[Found]]:
-    """Reads what a folder says; a list of a form that nobody foresaw is an error of the data."""
+def scan_folder(builder: type[Builder], root: Path, checks: Checks) -> dict[str, list[Found]]:
+    """Reads what a folder says of its images; a list in a form that nobody foresaw is refused.
+
+    Args:
+      builder: of the data set.
+      root, checks: as of `Builder.scan`, which says what is returned and raised.
+    """
     try:
         return builder.scan(root, checks)
     except UserError:
