@@ -6,7 +6,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-SECONDS ?= 600
+FUZZ_SECONDS ?= 600
 WORKDIR ?= runs/cpu_demo
 SEED ?= 0
 
@@ -74,10 +74,10 @@ $(VENV)/installed-fuzz: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable '.[fuzz]'
 	touch $@
 
-# Ten minutes, or SECONDS=…: looks for inputs by which a door fails (tests/fuzz).
+# Ten minutes, or FUZZ_SECONDS=…: looks for inputs by which a door fails (tests/fuzz).
 fuzz: export JAX_PLATFORMS = cpu
 fuzz: $(VENV)/installed-fuzz
-	PYTHONPATH=tests:. $(RUN) -m fuzz.run --seconds=$(SECONDS)
+	PYTHONPATH=tests:. $(RUN) -m fuzz.run --seconds=$(FUZZ_SECONDS)
 
 # Most of the time goes to three tests of one file: they are shared out too.
 parity: $(VENV)/installed-parity

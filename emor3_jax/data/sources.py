@@ -42,6 +42,8 @@ MAX_GROUP_BYTES = 2**31
 
 _MAX_PARQUET_BYTES = 2**42
 _TRIED = 100
+# A column of texts may be encoded in far less than it takes in memory.
+_ROWS_AT_ONCE = 1024
 
 
 class Texts(NamedTuple):
@@ -225,7 +227,7 @@ class RowGroups:
         for number, file in enumerate(self._files):
             with self._naming(number), pq.ParquetFile(file) as reader:
                 there = [name for name in columns if name in reader.schema_arrow.names]
-                for batch in reader.iter_batches(columns=there):
+                for batch in reader.iter_batches(_ROWS_AT_ONCE, columns=there):
                     yield from batch.to_pylist()
 
     @contextlib.contextmanager

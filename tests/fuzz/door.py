@@ -7,7 +7,7 @@ import warnings
 
 import atheris
 
-with atheris.instrument_imports(include=["emor3_jax.data", "emor3_jax.models", "emor3_jax.files"]):
+with atheris.instrument_imports(include=["emor3_jax.data", "emor3_jax.files", "PIL"]):
     from fuzz.doors import BYTES
 
 from emor3_jax.errors import UserError

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -286,3 +287,45 @@ BYTES: dict[str, Callable[[bytes], None]] = {
 """Doors that take bytes, by name."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """Returns door → inputs that it takes, to begin with."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    images = []
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind)
+        images.append(file.getvalue())
+    row = {"images": [{"bytes": png(), "path": None}], "problem": "why ?", "answer": "joy"}
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([row] * 3), table)
+    tensor = {"model.norm.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    header = json.dumps(tensor).encode()
+    said = {"id": "a", "label": "joy", "answer": "joy", "lenient": "joy", "responses": []}
+    return {
+        "json_lines": [
+            b'{"image": "x.png", "answer": "joy", "distribution": {"joy": 3, "fear": 1}, "id": 3}',
+            b'{"image": "x.png", "label": "fear", "question": "why ?", "response": ["a"]}\r\n' * 2,
+        ],
+        "parquet": [table.getvalue()],
+        "csv": [
+            b"emotion,pixels,Usage\n0," + b" ".join([b"7"] * 2304) + b",Training\n",
+            b"happiness,http://a/b.jpg,1,4\nanger,http://a/c.jpg,4,1\n",
+            b"task,split,image_path,label\nfi-8,test,a.jpg,joy\nwebemo-2,test,../b.jpg,positive\n",
+            b"a/1.jpg 3 5 0.1 0 0.2 0.7 0 0 0\n",
+            b"http://a/b.jpg 3\nhttp://a/c.jpg 24\n",
+            b"train_0001.jpg 3\ntest_0001.jpg\n",
+            b'[["awe", "image/awe/a.jpg", "annotation/awe/a.json"], ["awe", "a", "../b.jpg", "c"]]',
+            b"name amusement awe contentment excitement anger disgust fear sadness\n"
+            b"a 1 1 1 1 1 1 1 1\n",
+            b"MATLAB 5.0 MAT-file" + bytes(105) + b"\x00\x01IM" + bytes(40),
+        ],
+        "image": images,
+        "safetensors": [struct.pack("<Q", len(header)) + header + bytes(8)],
+        "model_config": [json.dumps(_POLICY.shapes.to_hf()).encode()],
+        "preprocessor": [json.dumps(_IMAGES.to_hf()).encode()],
+        "template": [b"Say {question} of {labels}: \\boxed{label}\n"],
+        "ids": [b"0\n1\r\n2\n"],
+        "predictions": [json.dumps(said).encode()],
+    }

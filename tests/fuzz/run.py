@@ -22,15 +22,17 @@ def main() -> int:
     parser.add_argument("--doors", default="", help="names joined by commas; all")
     given = parser.parse_args()
 
-    from fuzz.doors import BYTES
+    from fuzz.doors import BYTES, seeds
 
     names = given.doors.split(",") if given.doors else list(BYTES)
     failed = []
     for name in names:
         inputs = FOLDER / name
         inputs.mkdir(parents=True, exist_ok=True)
+        for number, seed in enumerate(seeds()[name]):
+            (inputs / f"seed{number}").write_bytes(seed)
         command = [sys.executable, "-m", "fuzz.door", name, str(inputs)]
-        limits = ["-rss_limit_mb=3000", "-timeout=10", "-max_len=20000", "-print_final_stats=1"]
+        limits = ["-rss_limit_mb=3000", "-timeout=10", "-max_len=20000", "-verbosity=0"]
         seconds = f"-max_total_time={max(1, given.seconds // len(names))}"
         prefix = f"-artifact_prefix={FOLDER}/{name}-"
         print(f"{name}: {seconds}", flush=True)

@@ -4,25 +4,20 @@ The same examples at each run; `make fuzz` looks for others.
 """
 
 import contextlib
-import functools
-import io
 import json
 import math
 import struct
 import warnings
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from fuzz import doors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from emor3_jax.config import default
 from emor3_jax.errors import UserError
 
+SEEDS = doors.seeds()
 _SETTINGS = {
     "deadline": 10_000,
     "derandomize": True,
@@ -95,15 +90,11 @@ def damaged(draw, whole: list[bytes]) -> bytes:
     return bytes(data)
 
 
-JSON_LINES = [
-    b'{"image": "x.png", "answer": "joy", "distribution": {"joy": 3, "fear": 1}, "id": 3}\n',
-    b'{"image": "x.png", "label": "fear", "question": "<image>why ?", "response": ["a"]}\r\n' * 2,
-]
 ROW_FIELDS = ("image", "answer", "label", "question", "problem", "id", "distribution", "response")
 
 
 @many
-@given(damaged(JSON_LINES))
+@given(damaged(SEEDS["json_lines"]))
 def test_damaged_json_lines(data):
     _only_own_errors(doors.json_lines, data)
 
@@ -114,18 +105,10 @@ def test_json_lines_of_any_types(row, other):
     _only_own_errors(doors.json_lines, _dumps({"image": "x.png"} | row) + b"\n" + _dumps(other))
 
 
-@functools.cache
-def _parquet() -> bytes:
-    rows = [{"images": [{"bytes": doors.png(), "path": None}], "problem": "why ?", "answer": "joy"}]
-    file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows * 3), file)
-    return file.getvalue()
-
-
 @many
-@given(st.data())
+@given(damaged(SEEDS["parquet"]))
 def test_damaged_parquet(data):
-    _only_own_errors(doors.parquet, data.draw(damaged([_parquet()])))
+    _only_own_errors(doors.parquet, data)
 
 
 CELLS = st.one_of(ODD, st.binary(max_size=8), st.just({"bytes": doors.png(), "path": "x"}))
@@ -146,21 +129,8 @@ def test_parquet_of_any_types(columns):
     _only_own_errors(doors.parquet_columns, columns)
 
 
-CSV = [
-    b"emotion,pixels,Usage\n0," + b" ".join([b"7"] * 2304) + b",Training\n",
-    b"happiness,http://a/b.jpg,1,4\nanger,http://a/c.jpg,4,1\n",
-    b"task,split,image_path,label\nfi-8,test,a.jpg,joy\nwebemo-2,test,../b.jpg,positive\n",
-    b"a/1.jpg 3 5 0.1 0 0.2 0.7 0 0 0\n",
-    b"http://a/b.jpg 3\nhttp://a/c.jpg 24\n",
-    b"train_0001.jpg 3\ntest_0001.jpg\n",
-    b'[["awe", "image/awe/a.jpg", "annotation/awe/a.json"], ["awe", "a", "../b.jpg", "c.json"]]',
-    b"name amusement awe contentment excitement anger disgust fear sadness\na 1 1 1 1 1 1 1 1\n",
-    b"MATLAB 5.0 MAT-file" + bytes(105) + b"\x00\x01IM" + bytes(40),
-]
-
-
 @few
-@given(damaged(CSV))
+@given(damaged(SEEDS["csv"]))
 def test_damaged_lists_of_named_data_sets(data):
     _only_own_errors(doors.csv, data)
 
@@ -180,21 +150,10 @@ def test_class_folders_of_any_names(names):
     _only_own_errors(doors.class_folders, names)
 
 
-@functools.cache
-def _images() -> list[bytes]:
-    found = []
-    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"):
-        file = io.BytesIO()
-        pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(file, kind)
-        found.append(file.getvalue())
-    return found
-
-
 @many
-@given(st.data())
+@given(damaged(SEEDS["image"]))
 def test_damaged_images(data):
-    _only_own_errors(doors.image, data.draw(damaged(_images())))
+    _only_own_errors(doors.image, data)
 
 
 @pytest.mark.parametrize("name", doors.TOKENIZER_FILES)
@@ -236,7 +195,7 @@ def test_tensors_of_safetensors(offsets, shape, kind):
     _only_own_errors(doors.safetensors, struct.pack("<Q", len(header)) + header + bytes(128))
 
 
-CONFIG = doors._POLICY.shapes.to_hf()
+CONFIG = json.loads(SEEDS["model_config"][0])
 CONFIG_FIELDS = [
     *CONFIG,
     *(f"vision_config.{name}" for name in CONFIG["vision_config"]),
@@ -264,7 +223,7 @@ def test_parameters_of_model_configs(field, value):
 
 
 @many
-@given(damaged([json.dumps(CONFIG).encode()]))
+@given(damaged(SEEDS["model_config"]))
 def test_damaged_model_configs(data):
     _only_own_errors(doors.model_config, data)
 
@@ -277,18 +236,18 @@ def test_settings_of_images_of_any_types(changes):
 
 
 @many
-@given(damaged([b"Say {question} of {labels}: \\boxed{label}\n"]))
+@given(damaged(SEEDS["template"]))
 def test_templates(data):
     _only_own_errors(doors.template, data)
 
 
 @many
-@given(damaged([b"0\n1\r\n2\n"]))
+@given(damaged(SEEDS["ids"]))
 def test_lists_of_ids(data):
     _only_own_errors(doors.ids, data)
 
 
-PREDICTION = {"id": "a", "label": "joy", "answer": "joy", "lenient": "joy", "responses": []}
+PREDICTION = json.loads(SEEDS["predictions"][0])
 
 
 @many
