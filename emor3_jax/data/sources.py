@@ -169,7 +169,9 @@ class RowGroups:
                 metadata = pq.read_metadata(file)
                 self.schemas.append(metadata.schema.to_arrow_schema())
             except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-                why = head_of(file) or f"cannot be read as a parquet file: {error}"
+                what = head_of(file)
+                is_own = what is None or "a parquet file" in what
+                why = f"cannot be read as a parquet file: {error}" if is_own else what
                 raise DataError(f"{file} {why}") from error
             if not 0 <= metadata.num_rows <= size:
                 raise DataError(
