@@ -43,7 +43,15 @@ from emor3_jax.data.generic import in_test
 from emor3_jax.data.labels import label_set, normalize
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.errors import UserError
-from emor3_jax.files import is_file, is_folder, leaves_folder, open_regular, read_json
+from emor3_jax.files import (
+    expand_user,
+    is_file,
+    is_folder,
+    leaves_folder,
+    open_regular,
+    read_json,
+    show,
+)
 from emor3_jax.models.images import MAX_IMAGE_BYTES, open_image, upright_size
 
 logger = logging.getLogger(__name__)
@@ -345,12 +353,12 @@ def check_root(builder: type[Builder], path: str | Path) -> Path:
     Raises:
       DataError: if there is none, with the instructions to get it.
     """
-    root = Path(path).expanduser().resolve()
+    root = expand_user(path)
     if not path or not is_folder(root):
         raise DataError(
-            f"path={str(path)!r}: there is no such folder. {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+            f"path={show(path)!r}: there is no such folder. {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
         )
-    return root
+    return root.resolve()
 
 
 def build_dataset(
