@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from emor3_jax.data.pipeline import (
 from emor3_jax.data.prompts import PromptTemplates, opened_tag
 from emor3_jax.data.sources import Source, expand_files
 from emor3_jax.data.views import SUBSETS, Joined, Relabelled, Subset, read_ids
+from emor3_jax.files import expand_user
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import host_rows
@@ -266,10 +266,8 @@ def _warn_of_training_rows(config: ConfigDict, sources: dict[str, Source]) -> No
 
 def _origin(dataset: ConfigDict) -> set[tuple[str, str]]:
     """Returns the files or the folder of a data set, each with its kind."""
-    if dataset.kind == "parquet":
-        files = expand_files(dataset.path)
-    else:
-        files = [Path(dataset.path).expanduser()]
+    path = dataset.path
+    files = expand_files(path) if dataset.kind == "parquet" else [expand_user(path)]
     return {(dataset.kind, str(file.resolve())) for file in files}
 
 

@@ -400,7 +400,13 @@ def build_dataset(
 
 def read_notes(built: Builder) -> dict[str, list[str]]:
     """Returns kind of `checks.FAULTS` or `NOTES` → what was found when a data set was built."""
-    return json.loads((Path(built.data_dir) / "checks.json").read_text())
+    return _read_checks(Path(built.data_dir) / "checks.json")
+
+
+def _read_checks(path: Path) -> dict[str, list[str]]:
+    return read_json(
+        path, lambda why: DataError(f"{why}; delete {path.parent}, and it is built again"), dict
+    )
 
 
 @contextlib.contextmanager
@@ -431,7 +437,7 @@ def _quiet() -> Iterator[None]:
 @functools.cache
 def _log_once(name: str, checks: Path) -> None:
     """Says what the checks found, once in a process however many splits are opened."""
-    log(name, json.loads(checks.read_text()))
+    log(name, _read_checks(checks))
 
 
 def scan_folder(builder: type[Builder], root: Path, checks: Checks) -> dict[str, list[Found]]:
