@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from emor3_jax.rewards.shaping import overlong
-from emor3_jax.rl import advantages, kl, losses
+from emor3_jax.rl import advantages, kl, losses, surrogates
 
 B, G, T = 5, 4, 9
 
@@ -84,7 +84,7 @@ def our_loss(draw, advantage, loss, kl_coef):
     """Our loss and its gradient by the log-probabilities."""
     mask, new, old, reference, *_ = draw
     weights = loss.weights(jnp.asarray(mask), jnp.ones((B, G), bool))
-    given = losses.Tokens(
+    given = surrogates.Tokens(
         jnp.asarray(new),
         old=jnp.asarray(old),
         ref=jnp.asarray(reference),
@@ -99,11 +99,11 @@ def our_loss(draw, advantage, loss, kl_coef):
 @pytest.mark.parametrize(
     ("loss_type", "mean", "level", "ratio"),
     [
-        ("grpo", "seq", "token", "token"),
-        ("bnpo", "token", "token", "token"),
-        ("dapo", "token", "token", "token"),
-        ("dr_grpo", "constant", "token", "token"),
-        ("grpo", "seq", "sequence", "sequence"),
+        ("grpo", "seq", "token", "clip"),
+        ("bnpo", "token", "token", "clip"),
+        ("dapo", "token", "token", "clip"),
+        ("dr_grpo", "constant", "token", "clip"),
+        ("grpo", "seq", "sequence", "gspo"),
     ],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.05])
@@ -125,7 +125,7 @@ def test_grpo_losses(draw, compare, loss_type, mean, level, ratio, beta):
         beta=beta,
         **clips,
     )
-    surrogate = losses.SURROGATES[ratio](0.2, 0.28, float("inf"))
+    surrogate = surrogates.SURROGATES[ratio](0.2, 0.28, float("inf"))
     found = our_loss(draw, advantage, losses.PolicyLoss(surrogate, mean=mean), beta)
     case = f"TRL loss {loss_type}, ratio of a {level}, beta {beta}"
     compare(case, found[0], wanted[0], 1e-6)
@@ -142,7 +142,7 @@ def test_two_sided_clip(draw, compare):
     wanted = trl_loss(
         trl.GRPOTrainer, far, inputs, delta=2.0, importance_sampling_level="token", **options
     )
-    found = our_loss(far, advantage, losses.PolicyLoss(losses.Clip(clip_dual=2.0)), 0.0)
+    found = our_loss(far, advantage, losses.PolicyLoss(surrogates.Clip(clip_dual=2.0)), 0.0)
     for name, a, b in zip(("loss", "gradient"), found, wanted, strict=True):
         compare(f"TRL two-sided clip: {name}", a, b, 1e-6)
 
