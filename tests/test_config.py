@@ -310,6 +310,41 @@ TOGETHER = [
         "policy_update.clip_high=0.3",
     ),
     ({"policy_update.kl": "k1"}, "policy_update.kl_place='loss'"),
+    ({"policy_update.surrogate": "gmpo"}, "policy_update.mean='token'"),
+    ({"policy_update.correction": "token_mask"}, "policy_update.old_logprobs='sampler'"),
+    ({"policy_update.correction_low": 3.0}, "policy_update.correction_high=2.0"),
+    ({"policy_update.select": "top_entropy"}, "policy_update.old_logprobs"),
+    (
+        {
+            "policy_update.select": "kl_cov",
+            "policy_update.surrogate": "gmpo",
+            "policy_update.mean": "seq",
+        },
+        "policy_update.surrogate='gmpo'",
+    ),
+    ({"policy_update.select_low": 6.0}, "policy_update.select_high=5.0"),
+    ({"policy_update.kl_ratio": True, "policy_update.kl": "off"}, "policy_update.kl='off'"),
+    (
+        {"policy_update.entropy_coef": 2.0, "policy_update.entropy_target": 0.1},
+        "policy_update.entropy_most=1.0",
+    ),
+    ({"policy_update.advantage": "gdpo", "reward.overlong": 16}, "reward.overlong=16"),
+    (
+        {
+            "policy_update.advantage": "gdpo",
+            "policy_update.kl": "k2",
+            "policy_update.kl_place": "reward",
+        },
+        "policy_update.kl_place='reward'",
+    ),
+    (
+        {
+            "policy_update.advantage": "gdpo",
+            "reward.lambda_format": 0.0,
+            "reward.lambda_reflect": 0.0,
+        },
+        "accuracy alone has a weight",
+    ),
     ({"policy_update.kl_target": 0.1, "policy_update.kl": "off"}, "policy_update.kl='off'"),
     ({"policy_update.kl_target": 0.1, "policy_update.kl_coef": 0.0}, "policy_update.kl_coef=0.0"),
     ({"policy_update.kl_horizon": 10.0, "policy_update.kl_target": 0.1}, "rollout.prompts"),

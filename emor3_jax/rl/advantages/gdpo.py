@@ -31,10 +31,9 @@ def gdpo(rewards: RewardTerms, *, std: str = "population", epsilon: float = EPSI
     Raises:
       ValueError: if no term has a weight.
     """
-    weighted = {name: weight for name, weight in rewards.weights.items() if weight}
-    if not weighted:
+    if not rewards.weights:
         raise ValueError("gdpo needs at least one reward term with a weight, got none")
     total = jnp.zeros_like(rewards.rewards)
-    for name, weight in weighted.items():
+    for name, weight in rewards.weights.items():
         total += weight * grpo(rewards.terms[name], std=std, epsilon=epsilon)
     return grpo(total.reshape(1, -1), std=std, epsilon=epsilon).reshape(total.shape)

@@ -1,5 +1,6 @@
 """Each reward term normalised by itself, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ def terms(**weights):
     return RewardTerms(total, named, weights)
 
 
-def test_by_hand():
+@pytest.mark.parametrize("call", [gdpo, jax.jit(gdpo)])
+def test_by_hand(call):
     """Of the first group the sum is equal everywhere, but the terms are not."""
     # Each term of a group with two of each is ±1, and 0 where all are equal.
     signs = np.float32([[1, 1, -1, -1], [0, 0, 0, 0]]), np.float32([[-1, -1, 1, 1], [1, -1, -1, 1]])
     total = 2 * signs[0] + 1 * signs[1]
     wanted = (total - total.mean()) / total.std()
-    np.testing.assert_allclose(gdpo(terms(right=2.0, formed=1.0)), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(call(terms(right=2.0, formed=1.0)), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_one_term_is_group_and_batch_normalisation():
@@ -34,7 +36,7 @@ def test_one_term_is_group_and_batch_normalisation():
 def test_terms_without_weight_do_not_count():
     np.testing.assert_array_equal(gdpo(terms(right=1.0, formed=0.0)), gdpo(terms(right=1.0)))
     with pytest.raises(ValueError, match="at least one reward term"):
-        gdpo(terms(right=0.0))
+        gdpo(RewardTerms(RIGHT, {"right": RIGHT}, {}))
 
 
 def test_the_sample_deviation_is_an_option():
