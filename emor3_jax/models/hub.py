@@ -1,10 +1,11 @@
 """Folders of policies in Hugging Face's format, on disk or on the hub."""
 
-import json
+import os
 import re
 from pathlib import Path
 
-from emor3_jax.models.errors import ShapesError
+from emor3_jax.files import is_folder, read_json, show
+from emor3_jax.models.errors import ShapesError, refuse_code
 from emor3_jax.models.families import FAMILIES, NOT_YET
 from emor3_jax.models.policy import Policy
 
@@ -23,11 +24,13 @@ def find(name: str | Path) -> Path:
       FileNotFoundError: if it is neither.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     match = _HUB_ID.fullmatch(str(name))
     if match is None:
-        raise FileNotFoundError(f"there is no folder {name}, and an id on the hub is 'owner/name'")
+        raise FileNotFoundError(
+            f"there is no folder {show(name)}, and an id on the hub is 'owner/name'"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -59,32 +62,43 @@ def parse_config(data: dict) -> Policy:
     Raises:
       ShapesError: if its family is unknown, or it asks for something that is not implemented.
     """
+    refuse_code(data, "config.json", ShapesError)
     kind = data.get("model_type")
-    family = FAMILIES.get(kind)
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
-        name = f" ({NOT_YET[kind]})" if kind in NOT_YET else ""
-        yet = "is not supported yet" if kind in NOT_YET else "is not known"
+        known_relative = isinstance(kind, str) and kind in NOT_YET
+        name = f" ({NOT_YET[kind]})" if known_relative else ""
+        yet = "is not supported yet" if known_relative else "is not known"
         raise ShapesError(
             f"config.json has model_type={kind!r}{name}, which {yet}; only {known} policies can be "
             "loaded"
         )
-    if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method", "an unknown method")
+    if quantised := data.get("quantization_config"):
+        named = isinstance(quantised, dict)
+        method = quantised.get("quant_method", "an unknown method") if named else quantised
         raise ShapesError(
             f"config.json has a quantization_config ({method}): quantised weights cannot be "
             "trained; give the policy that they were made from, in bfloat16"
         )
-    return Policy(family, family.shapes(data))
+    try:
+        return Policy(family, family.shapes(data))
+    except ShapesError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ShapesError(
+            f"config.json has a field of another type than it should be ({error}); download it "
+            "again"
+        ) from error
 
 
 def read_config(folder: str | Path) -> Policy:
     """Reads the `config.json` of a folder; raises as `load`."""
     path = Path(folder) / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path} does not exist; give a folder in Hugging Face's format")
+    data = read_json(path, ShapesError, dict)
     try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ShapesError(f"{path} is not JSON: {error}") from error
-    return parse_config(data)
+        return parse_config(data)
+    except ShapesError as error:
+        raise ShapesError(f"{path}: {error}") from error

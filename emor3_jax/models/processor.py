@@ -15,27 +15,28 @@ Deviations, numbered:
 """
 
 import dataclasses
-import io
 import json
 import math
+import numbers
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-from PIL import Image, ImageOps
-from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from emor3_jax.models.errors import ImageError, ProcessorError
+from emor3_jax.files import is_file, read_json
+from emor3_jax.models.errors import ImageError, ProcessorError, refuse_code
+from emor3_jax.models.images import MAX_DECODED_PIXELS, decode
 from emor3_jax.models.layout import Encoded, ImageLayout
+from emor3_jax.models.tokenizer import read_tokenizer, save_tokenizer
 from emor3_jax.types import Array
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _MAX_ASPECT_RATIO = 200
 # What transformers 5 writes for a whole processor, with the image settings inside.
 _PROCESSOR_FILE = "processor_config.json"
-# Where older folders keep the chat template.
-_CHAT_TEMPLATE_FILE = "chat_template.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class ImageSettings:
       scale: factor on a byte.
       first_resize: least and most pixels (0 for no limit) that an image is brought to by a bicubic
         resize of its own, before that of this class, as in the release; None for one resize.
+      max_decoded_pixels: an image of more is refused before it is decoded.
     """
 
     min_pixels: int = 56 * 56
@@ -62,12 +64,25 @@ class ImageSettings:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     scale: float = 1 / 255
     first_resize: tuple[int, int] | None = None
+    max_decoded_pixels: int = MAX_DECODED_PIXELS
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_pixels <= self.max_pixels:
+        for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise ProcessorError(f"{name}={value!r} must be a whole number over 0")
+        if self.min_pixels > self.max_pixels:
             raise ProcessorError(
                 f"min_pixels={self.min_pixels} must be over 0 and at most "
                 f"max_pixels={self.max_pixels}"
+            )
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3 or not all(map(_is_finite, getattr(self, name))):
+                raise ProcessorError(f"image_{name}={getattr(self, name)!r} must be three numbers")
+        if not all(self.std) or not _is_finite(self.scale):
+            raise ProcessorError(
+                f"image_std={self.std!r} and rescale_factor={self.scale!r} must be finite numbers, "
+                "the first not 0"
             )
 
     @classmethod
@@ -88,18 +103,28 @@ class ImageSettings:
                 f"{PREPROCESSOR_FILE}: resample={data['resample']} is not implemented, only "
                 f"{int(Image.BICUBIC)} (bicubic)"
             )
+        refuse_code(data, PREPROCESSOR_FILE, ProcessorError)
         size = data.get("size") or {}
+        if not isinstance(size, dict):
+            raise ProcessorError(f"{PREPROCESSOR_FILE}: size={size!r} must be an object")
+        colours = {name: data.get(f"image_{name}") for name in ("mean", "std")}
+        for name, value in colours.items():
+            if value is not None and not isinstance(value, list):
+                raise ProcessorError(f"{PREPROCESSOR_FILE}: image_{name}={value!r} must be a list")
         given = {
             "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
             "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
             "patch_size": data.get("patch_size"),
             "temporal_patch_size": data.get("temporal_patch_size"),
             "merge_size": data.get("merge_size"),
-            "mean": data.get("image_mean") and tuple(data["image_mean"]),
-            "std": data.get("image_std") and tuple(data["image_std"]),
+            "mean": colours["mean"] and tuple(colours["mean"]),
+            "std": colours["std"] and tuple(colours["std"]),
             "scale": data.get("rescale_factor"),
         }
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ProcessorError as error:
+            raise ProcessorError(f"{PREPROCESSOR_FILE}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the contents of a `preprocessor_config.json`, without the processor's class."""
@@ -224,6 +249,11 @@ class Processor:
         images = dataclasses.replace(self.images, first_resize=(least, most))
         return Processor(self.tokenizer, images, self.layout, self.dtype)
 
+    def with_decode_limit(self, most: int) -> "Processor":
+        """Returns a processor that refuses images of more pixels than this, unread."""
+        images = dataclasses.replace(self.images, max_decoded_pixels=most)
+        return Processor(self.tokenizer, images, self.layout, self.dtype)
+
     def with_dtype(self, dtype: DTypeLike) -> "Processor":
         """Returns a processor of still patches of a type, that of the policy's arithmetic."""
         return Processor(self.tokenizer, self.images, self.layout, dtype)
@@ -260,16 +290,15 @@ class Processor:
             no chat template.
         """
         folder = Path(folder)
-        tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
-        older = folder / _CHAT_TEMPLATE_FILE
-        if older.exists():
-            tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
-        if not tokenizer.chat_template:
-            raise ProcessorError(f"{folder}: the tokenizer has no chat template; add one")
-        if (folder / PREPROCESSOR_FILE).exists():
-            data = json.loads((folder / PREPROCESSOR_FILE).read_text())
-        elif (folder / _PROCESSOR_FILE).exists():
-            data = json.loads((folder / _PROCESSOR_FILE).read_text()).get("image_processor", {})
+        tokenizer = read_tokenizer(folder)
+        if is_file(folder / PREPROCESSOR_FILE):
+            data = read_json(folder / PREPROCESSOR_FILE, ProcessorError, dict)
+        elif is_file(folder / _PROCESSOR_FILE):
+            data = read_json(folder / _PROCESSOR_FILE, ProcessorError, dict)
+            refuse_code(data, _PROCESSOR_FILE, ProcessorError)
+            data = data.get("image_processor") or {}
+            if not isinstance(data, dict):
+                raise ProcessorError(f"{folder / _PROCESSOR_FILE}: image_processor is no object")
         else:
             raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
         return cls(tokenizer, ImageSettings.from_hf(data), layout)
@@ -278,7 +307,7 @@ class Processor:
         """Writes tokenizer files and `preprocessor_config.json`, which transformers reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         data = self.images.to_hf() | {"processor_class": self.layout.processor_class}
         text = json.dumps(data, indent=2) + "\n"
         (folder / PREPROCESSOR_FILE).write_text(text)
@@ -328,7 +357,9 @@ class Processor:
         Args:
           image: as of `patches`, which says what is raised.
         """
-        image = _to_rgb(decode(image) if isinstance(image, bytes) else image)
+        image = _to_rgb(
+            decode(image, self.images.max_decoded_pixels) if isinstance(image, bytes) else image
+        )
         first = self.images.first_size(image.height, image.width)
         if first != (image.height, image.width):
             image = image.resize(first[::-1], Image.BICUBIC)
@@ -336,19 +367,8 @@ class Processor:
         return np.asarray(image.resize((across, down), Image.BICUBIC))
 
 
-def decode(encoded: bytes) -> Image.Image:
-    """Returns an image, turned as its EXIF tag says.
-
-    Raises:
-      ImageError: if it cannot be decoded.
-    """
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Exception as error:
-        # PIL's decoders raise OSError, SyntaxError, struct.error and others for damaged files.
-        raise ImageError(f"cannot decode an image of {len(encoded)} bytes: {error}") from error
+def _is_finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

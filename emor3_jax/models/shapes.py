@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from emor3_jax.models.checks import check_sizes
 from emor3_jax.models.decoder import DecoderShapes
 from emor3_jax.models.errors import ShapesError
 from emor3_jax.models.vision import VisionShapes
@@ -51,6 +52,7 @@ class Shapes(abc.ABC):
     max_position_embeddings: int
 
     def __post_init__(self) -> None:
+        check_sizes(self, "")
         if self.num_heads % self.num_kv_heads:
             raise ShapesError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -239,7 +241,7 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
 
     def text_id(name: str) -> int | None:
         value = text.get(name, data.get(name))
-        return value[0] if isinstance(value, list) else value
+        return value[0] if isinstance(value, list) and value else value
 
     where = "the decoder"
     num_heads = need(text, where, "num_attention_heads")
