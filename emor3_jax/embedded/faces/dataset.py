@@ -24,6 +24,7 @@ def labelled_faces(config: ConfigDict) -> PretrainDataset:
     source = ParquetSource(config.data.path)
     order = np.random.default_rng(config.seed).permutation(len(source))[: config.data.limit]
     rows = [source[int(i)] for i in order]
+    rows = [row for row in rows if row.images and row.images[0] is not None]
     rows = [row for row in rows if normalize(row.texts.answer or "") in tasks.LABELS]
     labels = [normalize(row.texts.answer) for row in rows]
     templates = PromptTemplates.load(set="tiny", coherence="tiny", consistency="tiny")
