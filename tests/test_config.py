@@ -299,6 +299,16 @@ TOGETHER = [
     # What is set, and the fields that the message names.
     ({"policy_update.advantage": "rloo", "rollout.responses": 1}, "rollout.responses=1"),
     ({"policy_update.advantage": "dr_grpo", "rollout.responses": 1}, "rollout.responses=1"),
+    ({"policy_update.advantage": "grpo", "rollout.responses": 1}, "rollout.responses=1"),
+    (
+        {
+            "policy_update.advantage": "reinforce_pp",
+            "policy_update.prompts": 1,
+            "rollout.responses": 1,
+            "rollout.prompts": 1,
+        },
+        "rollout.prompts=1: policy_update.advantage='reinforce_pp' compares",
+    ),
     ({"policy_update.ratio": "sequence"}, "policy_update.mean='token'"),
     ({"policy_update.ratio": "group", "policy_update.mean": "constant"}, "policy_update.mean"),
     (
@@ -357,11 +367,13 @@ def test_published_algorithms_are_valid() -> None:
 
 def test_the_sample_deviation_needs_two_responses() -> None:
     config = default()
-    config.rollout.responses = 1
+    config.rollout.responses, config.policy_update.advantage = 1, "reinforce_pp"
     validate(config)
     config.profile = "release"
     with pytest.raises(ConfigError, match=r"rollout\.responses=1: .*at least 2"):
         validate(config)
+    # Supervised fine-tuning compares nothing.
+    validate(config, imitate=True)
 
 
 def _train(*arguments: str) -> subprocess.CompletedProcess:

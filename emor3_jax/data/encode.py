@@ -24,6 +24,7 @@ REASONS = {
     "unreadable_image": "the image cannot be decoded or is too thin",
     "large_image": "the image has more windows than the largest of data.image_windows",
     "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
+    "no_response": "there is no response that can be learned (sft.target='response')",
 }
 """Why a row is left out."""
 

@@ -46,7 +46,7 @@ from emor3_jax.data.encode import REASONS, Encoder, Skip, check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
 from emor3_jax.data.order import ShuffleGroup, WholeBatches, Windows, make_groups, shuffled
-from emor3_jax.data.sources import Source, sizes_of
+from emor3_jax.data.sources import Source, Texts, sizes_of
 from emor3_jax.data.stats import RowStats
 from emor3_jax.models.errors import ImageError
 from emor3_jax.models.processor import Processor
@@ -80,6 +80,7 @@ class BatchSpec(NamedTuple):
       read_ahead: rows that are decoded while a batch is used, at most a batch of them.
       drop_last: in training, each epoch of a single shuffled group ends with its last whole batch;
         groups that take turns have no common epoch, and nothing is dropped.
+      learnable: whether a row has a response to learn; other rows are left out. None takes all.
     """
 
     batch_size: int
@@ -92,6 +93,7 @@ class BatchSpec(NamedTuple):
     cut_questions: bool = False
     read_ahead: int = READ_AHEAD
     drop_last: bool = False
+    learnable: Callable[[Texts], bool] | None = None
 
 
 class _Read(NamedTuple):
@@ -205,10 +207,12 @@ class _Rows:
         self._parts = parts or Parts((0, len(source)), (1.0,), (False,))
         self._sort_by_size = sort_by_size
         self._sizes_of_batch = tuple(spec.prompt_lengths), tuple(spec.image_windows)
+        self._learnable = spec.learnable
         usable, answers, questions = self._scan(labels)
         self.total, self.indices = len(usable), usable
         self.groups = make_groups(usable, answers, *self._parts)
         self._keys = self._sizes(usable, questions) if self._sort_by_size else None
+        self.stats.begin_reading()
         self._drop_last = spec.drop_last and len(self.groups) == 1 and self.total >= self.batch_size
         if spec.drop_last and not self._drop_last:
             logger.warning(
@@ -225,6 +229,8 @@ class _Rows:
         self._ids = hashlib.sha256()
         for index, texts in enumerate(self.source.texts()):
             fault = self._encoder.fault_of_texts(texts)
+            if fault is None and self._learnable is not None and not self._learnable(texts):
+                fault = "no_response"
             if fault is None:
                 usable.append(index)
                 answers.append(number[normalize(texts.answer)])
@@ -385,7 +391,8 @@ def _next(iterator: Any) -> Any:
     Processes that are started here leave the signals to this one: it ends them, after a stop signal
     to the whole group too.
     """
-    kept = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    stops = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
         return next(iterator, None)
     finally:
@@ -452,7 +459,8 @@ class TrainBatches:
 
     def get_state(self) -> dict[str, Any]:
         """Returns where the next batch begins, as plain data that fits JSON."""
-        return {"position": self._position, **self._fixed}
+        found = self.stats.found_in_reading()
+        return {"position": self._position, **self._fixed, **({"left_out": found} if found else {})}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `get_state` was called, so that the same batches follow.
@@ -469,6 +477,7 @@ class TrainBatches:
                 )
         self.close()
         self._position = state["position"]
+        self.stats.restore(state.get("left_out", {}))
         self._iterator = self._rows.endless(self._seed, self._position)
 
     def close(self) -> None:

@@ -92,8 +92,12 @@ _NO_BOUND = tuple(f"policy_update.{key}" for key in ("clip_high", "clip_dual", "
 """Fields that may be infinite: then they clip nothing."""
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     """Checks what can be checked without loading anything, before any compile.
+
+    Args:
+      config: of the run.
+      imitate: supervised fine-tuning, which samples nothing and compares nothing.
 
     Raises:
       ConfigError: naming the field, its value, the rule and the way out.
@@ -179,11 +183,6 @@ def validate(config: ConfigDict) -> None:
     _check_in_flight("rollout", config.rollout, need)
     _check_in_flight("evaluate", config.evaluate, need)
     need(
-        config.profile != "release" or config.rollout.responses >= 2,
-        "rollout.responses",
-        "profile='release' divides by the sample standard deviation and needs at least 2",
-    )
-    need(
         config.reward.coherence_target in ("label", "answer"),
         "reward.coherence_target",
         "must be 'label' or 'answer'",
@@ -211,6 +210,8 @@ def validate(config: ConfigDict) -> None:
     need(0 <= update.clip_low <= 1, "policy_update.clip_low", "must lie in [0, 1]")
     need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1; inf is none")
     _check_algorithm(config, need)
+    if not imitate:
+        _check_comparison(config, need)
     _check_reference(config, need)
     remats = ("none", "activations", "layers")
     need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
@@ -287,13 +288,6 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     for field, (value, known) in choices.items():
         need(value in known, field, f"must be one of {', '.join(map(repr, known))}")
 
-    least = ESTIMATORS[update.advantage].responses
-    need(
-        responses >= least,
-        "policy_update.advantage",
-        f"compares the responses of a group and needs at least {least}, but rollout.responses="
-        f"{responses}; raise it, or take 'reinforce_pp' or 'remax'",
-    )
     surrogate = SURROGATES[update.ratio](update.clip_low, update.clip_high, update.clip_dual)
     conflict = surrogate.conflict(update.mean)
     need(conflict is None, "policy_update.ratio", conflict or "")
@@ -340,6 +334,29 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     )
     targets = ("label", "response")
     need(config.sft.target in targets, "sft.target", f"must be one of {targets}")
+
+
+def _check_comparison(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """Checks that there are responses to compare: else all advantages are 0."""
+    name, rollout = config.policy_update.advantage, config.rollout
+    need(
+        config.profile != "release" or rollout.responses >= 2,
+        "rollout.responses",
+        "profile='release' divides by the sample standard deviation and needs at least 2",
+    )
+    least = ESTIMATORS[name].responses
+    need(
+        rollout.responses >= least,
+        "policy_update.advantage",
+        f"compares the responses of a group and needs at least {least}, but rollout.responses="
+        f"{rollout.responses}; raise it, or take 'reinforce_pp' or 'remax'",
+    )
+    need(
+        ESTIMATORS[name].greedy or rollout.prompts * rollout.responses >= 2,
+        "rollout.prompts",
+        f"policy_update.advantage={name!r} compares the responses of a step, but there is one; "
+        "raise it, or rollout.responses",
+    )
 
 
 def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
