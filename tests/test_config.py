@@ -302,12 +302,13 @@ TOGETHER = [
     ({"policy_update.advantage": "grpo", "rollout.responses": 1}, "rollout.responses=1"),
     (
         {
-            "policy_update.advantage": "reinforce_pp",
-            "policy_update.prompts": 1,
-            "rollout.responses": 1,
             "rollout.prompts": 1,
+            "rollout.responses": 1,
+            "policy_update.prompts": 1,
+            "policy_update.micro_prompts": 1,
+            "policy_update.advantage": "reinforce_pp",
         },
-        "rollout.prompts=1: policy_update.advantage='reinforce_pp' compares",
+        "policy_update.advantage='reinforce_pp' compares the responses of a step",
     ),
     ({"policy_update.ratio": "sequence"}, "policy_update.mean='token'"),
     ({"policy_update.ratio": "group", "policy_update.mean": "constant"}, "policy_update.mean"),

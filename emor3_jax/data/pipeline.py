@@ -310,6 +310,20 @@ class _Rows:
         size, own = self.batch_size, self.host_rows
         return _Reader(self.source, self._encoder, order, batch_size=size, host_rows=own, **options)
 
+    def of_rows(self, ids: Sequence[str]) -> Prompts:
+        """Returns a batch of rows by their ids, see `TrainBatches`."""
+        try:
+            indices = [self.source.find(row_id) for row_id in ids]
+        except KeyError as error:
+            raise DataError(
+                f"{self.source.name}: has no row {error}; is it the same data?"
+            ) from error
+        reader = self._reader(indices, end=len(indices))
+        made = self.assemble([reader.read(int(index)) for index in self.host_rows])
+        if made.prompts is None or len(ids) != self.batch_size:
+            raise DataError(f"{self.source.name}: rows {', '.join(ids)} are no batch of it")
+        return made.prompts
+
     def _batches(self, rows: _Reader) -> Any:
         """Returns grain's iterator of the reads of one batch after the other."""
         threads = min(4, os.cpu_count() or 1)
@@ -456,6 +470,14 @@ class TrainBatches:
         """Returns the rows of the first `count` batches, as if no image were damaged."""
         order, size = self._rows.order(self._seed), self._rows.batch_size
         return [[int(order[i * size + j]) for j in range(size)] for i in range(count)]
+
+    def of_rows(self, ids: Sequence[str]) -> Prompts:
+        """Returns the batch of these rows, as many as a batch has; it counts for nothing.
+
+        Raises:
+          DataError: if one of them is not there, or cannot be used.
+        """
+        return self._rows.of_rows(ids)
 
     def get_state(self) -> dict[str, Any]:
         """Returns where the next batch begins, as plain data that fits JSON."""

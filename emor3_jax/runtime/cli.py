@@ -1,8 +1,9 @@
 """The command line of the programs: `--config`, mostly `--workdir`, and errors without a trace."""
 
+import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,17 +84,24 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     flags.mark_flag_as_required("config")
 
     def main(_: Sequence[str]) -> None:
-        try:
+        with errors_told():
             program(config.value)
-        except (UserError, FileNotFoundError) as error:
-            _refuse(error)
-        except RunError as error:
-            _refuse(error, status=1)
-        except OSError as error:
-            _refuse_missing_config(error)
-            raise
 
     app.run(main, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def errors_told() -> Iterator[None]:
+    """Ends the process by one line on standard error, see `run_without_workdir`."""
+    try:
+        yield
+    except (UserError, FileNotFoundError) as error:
+        _refuse(error)
+    except RunError as error:
+        _refuse(error, status=1)
+    except OSError as error:
+        _refuse_missing_config(error)
+        raise
 
 
 def _refuse(error: Exception, status: int = 2) -> NoReturn:

@@ -49,8 +49,8 @@ from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.rollout import Rollout
-from emor3_jax.runtime import job
-from emor3_jax.runtime.guards import Watch
+from emor3_jax.runtime import job, replays
+from emor3_jax.runtime.guards import GuardError, Watch
 from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.step_log import StepRecord, progress_line
 from emor3_jax.runtime.stopping import MaintenanceWatch, Stopped, StopSignal
@@ -131,6 +131,7 @@ class Run:
         self._lock: job.WorkdirLock | None = None
         self._step = 0
         self.config, self.workdir, self.say = config, workdir, Console(program)
+        self._program = program
         try:
             self._open(config, workdir, imitate)
         except BaseException as error:
@@ -505,7 +506,11 @@ class Run:
             values |= flops.throughput(needed, seconds, device, self.mesh.devices.size)
         values["compile/count"] = float(self._compiles.count)
         self._writer.write(done.step, values)
-        for warning in self._guards.see(done.step, values):
+        try:
+            warnings = self._guards.see(done.step, values)
+        except GuardError as error:
+            raise self._with_replay(error, done) from None
+        for warning in warnings:
             self.say(warning)
         left = self._pace.left(done.step)
         if done.step % config.log.every == 0 or done.step == config.steps:
@@ -515,6 +520,19 @@ class Run:
             shown = done.read(self._rollout.scorer, report.SAMPLES)
             page = self.workdir / "samples" / f"{done.step:06d}.html"
             report.write_samples(page, done.step, shown, self.data.image("train"))
+
+    def _with_replay(self, error: GuardError, done: StepRecord) -> GuardError:
+        """Keeps the batch of the step that ends the run; returns the error, which says so."""
+        if not hosts.is_first():
+            return error
+        place = replays.write(
+            self.workdir,
+            done,
+            replays.Origin(self._program, str(error), self.data.labels["train"]),
+            self.key(done.step),
+            self.policy.processor.tokenizer,
+        )
+        return GuardError(f"{error}. To look into it: python -m emor3_jax.replay {place}")
 
     def _until_stopped(self, batches: Iterable[Prompts]) -> Iterator[Prompts]:
         """Yields the batches of an evaluation; raises Stopped between them if a signal came."""
