@@ -69,7 +69,10 @@ def test_a_term_that_is_no_number_is_found_in_its_row(folder):
 
 def test_weights_that_are_far_too_large_are_found_in_every_row(folder):
     policy = load(folder / "policy")
-    params = jax.tree.map(lambda x: x * 1e25, policy.params)
+    params = jax.tree.map(np.copy, policy.params)
+    # All finite, and yet no logit is.
+    params["model"]["norm"]["scale"] *= 3e38
+    params["model"]["embed_tokens"]["embedding"] *= 1e3
     save(dataclasses.replace(policy, params=params), folder / "huge")
     config, workdir = make_config(folder), folder / "weights"
     config.policy.path = str(folder / "huge")
