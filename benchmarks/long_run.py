@@ -63,7 +63,7 @@ def get_config():
     config.evaluate.prompts, config.evaluate.every, config.evaluate.during = 4, 200, 8
     config.steps, config.checkpoint.every = {steps}, 100
     config.log.every = config.log.samples_every = 100
-    config.log.compile_cache = "{folder}/compiled"
+    config.log.compile_cache = "{cache}"
     # A random policy never earns a reward: runs of this kind are what guards end.
     config.guard.warn_after = config.guard.stop_after = 0
     return config
@@ -128,7 +128,9 @@ def main() -> None:
         folder, root = Path(name), Path(__file__).parents[1]
         small_policy.write_policy(folder / "policy", changes=TINY)
         small_policy.write_rows(folder / "rows.parquet", 112, 32)
-        (folder / "config.py").write_text(CONFIG.format(folder=folder, steps=given.steps))
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder / "compiled")
+        text = CONFIG.format(folder=folder, steps=given.steps, cache=cache)
+        (folder / "config.py").write_text(text)
         command = [sys.executable, "-m", "emor3_jax.train", f"--config={folder / 'config.py'}"]
         command.append(f"--workdir={folder / 'run'}")
         started = time.monotonic()

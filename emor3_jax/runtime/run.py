@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from emor3_jax import flops, prepare
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
-from emor3_jax.errors import RunError, os_error_number, os_error_text
+from emor3_jax.errors import RunError, UserError, os_error_number, os_error_text
 from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.evaluation.records import (
     Evaluation,
@@ -147,9 +147,10 @@ class Run:
 
         But before the first step, a file that is not there is one that the user named.
         """
-        if isinstance(error, FileNotFoundError) and not self._begun:
+        users = (UserError,) if self._begun else (UserError, FileNotFoundError)
+        if error is None or isinstance(error, users):
             return
-        if error is not None and (number := os_error_number(error)) is not None:
+        if (number := os_error_number(error)) is not None:
             named = getattr(error, "filename", None) or str(error).splitlines()[0][:300]
             raise RunError(
                 f"{self.workdir}: the run was ended after step {self._step} by "
@@ -370,7 +371,7 @@ class Run:
         """Yields the number of each step and its prompts, to the last step or a stop signal."""
         if not self._last:
             self._upcoming = next(self.data.train)
-            self._begun = True
+        self._begun = True
         while not self._last:
             if self._step + 1 in self._traced[:1]:
                 start_trace(self.workdir / "profile")
@@ -525,13 +526,12 @@ class Run:
         """Keeps the batch of the step that ends the run; returns the error, which says so."""
         if not hosts.is_first():
             return error
-        place = replays.write(
-            self.workdir,
-            done,
-            replays.Origin(self._program, str(error), self.data.labels["train"]),
-            self.key(done.step),
-            self.policy.processor.tokenizer,
-        )
+        origin = replays.Origin(self._program, str(error), self.data.labels["train"])
+        key, tokenizer = self.key(done.step), self.policy.processor.tokenizer
+        try:
+            place = replays.write(self.workdir, done, origin, key, tokenizer)
+        except OSError as failed:
+            return GuardError(f"{error}. Its batch could not be kept: {failed}")
         return GuardError(f"{error}. To look into it: python -m emor3_jax.replay {place}")
 
     def _until_stopped(self, batches: Iterable[Prompts]) -> Iterator[Prompts]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emor3_jax.errors import RunError
+from emor3_jax.errors import RunError, UserError
 from emor3_jax.io import console
 from emor3_jax.runtime import policy_folder
 from emor3_jax.runtime import run as run_module
@@ -51,7 +51,7 @@ def test_a_late_error_of_the_file_system_ends_with_status_1(error: Exception, sa
 
 def test_only_before_the_first_step_a_missing_file_is_the_users() -> None:
     make_run(begun=False)._raise_failure(GONE)
-    for error in (None, ValueError("of the program's own")):
+    for error in (None, ValueError("of the program's own"), UserError("a file: (os error 2)")):
         make_run(begun=True)._raise_failure(error)
 
 
