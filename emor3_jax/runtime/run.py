@@ -108,7 +108,7 @@ class Run:
       clock: of the phases of a step.
     """
 
-    _begun = False
+    _begun, _evaluated = False, 0
 
     def __init__(
         self, program: str, config: ConfigDict, workdir: Path, *, imitate: bool = False
@@ -282,6 +282,8 @@ class Run:
         if any(x.is_deleted() for x in jax.tree.leaves(arrays)):
             return
         progress = self._progress | {"data": position} | learner.progress()
+        if self._evaluation_is_due(step) and self._evaluated != step:
+            progress["evaluation_is_owed"] = True
         self._checkpoints.save(step, arrays, progress)
         # A run that goes on keeps what was logged up to its checkpoint.
         self._flush()
@@ -333,6 +335,11 @@ class Run:
             del arrays
             self.data.train.set_state(self._progress["data"])
             self._stop.check()
+            if self._progress.pop("evaluation_is_owed", False) and self._step < self.config.steps:
+                self.say(f"evaluating after step {self._step}, which a stop had left out")
+                owed = self._evaluate_during(self._step, learner, state)
+                self._writer.amend(self._step, owed)
+                self._evaluated = self._step
         else:
             names = tuple(self.config.evaluate.sets)
             self.say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
@@ -432,17 +439,26 @@ class Run:
           state: after the step.
 
         Raises:
-          Stopped: if a signal came; the evaluation of this step is then left out for good.
+          Stopped: if a signal came; a start that goes on makes up for the evaluation.
         """
-        config = self.config
         self._finished = FinishedStep(step, learner, state, self._position)
-        names = tuple(config.evaluate.sets)[:1]
-        if step % config.evaluate.every or self._last or not names:
+        if self._last or not self._evaluation_is_due(step):
             return
-        now = self._evaluate(learner.params(state), names, step, config.evaluate.during)
-        self.say(evaluation_line(now))
-        self._flush(evaluation_metrics(now))
+        self._flush(self._evaluate_during(step, learner, state))
+        self._evaluated = step
         self.clock.restart()
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        config = self.config
+        due = step % config.evaluate.every == 0 and step < config.steps
+        return due and len(config.evaluate.sets) > 0
+
+    def _evaluate_during(self, step: int, learner: Learner, state: TrainState) -> dict[str, float]:
+        """Evaluates on rows of the first set; returns the metrics."""
+        names = tuple(self.config.evaluate.sets)[:1]
+        now = self._evaluate(learner.params(state), names, step, self.config.evaluate.during)
+        self.say(evaluation_line(now))
+        return evaluation_metrics(now)
 
     def save(self, step: int, learner: Learner, state: TrainState) -> None:
         """Begins to write a checkpoint where a step is due, and after the last one.
@@ -499,13 +515,14 @@ class Run:
 
     def _log(self, done: StepRecord, evaluations: dict[str, float]) -> None:
         config = self.config
-        values = done.metrics() | memory() | evaluations
+        values = done.metrics() | memory()
         if self._meter is not None:
             device = self.mesh.devices.flat[0].device_kind
             needed = self._meter(done.observed)
             seconds = values["time/step_s"]
             values |= flops.throughput(needed, seconds, device, self.mesh.devices.size)
         values["compile/count"] = float(self._compiles.count)
+        values |= evaluations
         self._writer.write(done.step, values)
         try:
             warnings = self._guards.see(done.step, values)

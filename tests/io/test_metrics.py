@@ -44,6 +44,26 @@ def test_the_file_is_closed_after_each_step(tmp_path):
         assert json.loads(line) == {"step": step, "policy/kl": step + 1.0}
 
 
+def test_what_is_made_up_for_is_added_to_the_last_step(tmp_path):
+    (tmp_path / "none").mkdir()
+    writer = MetricWriter(tmp_path, SINKS)
+    for step in range(2):
+        writer.write(step, {"policy/kl": 1.0})
+    writer.close()
+    for _ in range(2):
+        # The second time after a kill.
+        writer = MetricWriter(tmp_path, SINKS, first_step=2)
+        writer.amend(1, {"eval/test/f1": 0.5, "eval/test/uar": float("nan")})
+        writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert rows[1] == {"step": 1, "policy/kl": 1.0, "eval/test/f1": 0.5, "eval/test/uar": None}
+    assert len(rows) == 2 and scalars(tmp_path)[2:] == [(1, "eval/test/f1", 0.5)]
+    # Where somebody has taken the lines away.
+    MetricWriter(tmp_path / "none", ("jsonl",)).amend(2, {"eval/test/f1": 0.5})
+    line = (tmp_path / "none" / "metrics.jsonl").read_text()
+    assert json.loads(line) == {"step": 2, "eval/test/f1": 0.5}
+
+
 class ListSink:
     """Holds what was written, in place of a custom sink."""
 

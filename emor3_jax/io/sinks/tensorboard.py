@@ -52,6 +52,10 @@ class TensorBoardSink:
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._events.flush()
 
+    def amend(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Writes further values of a step, but for those that are there."""
+        self.write(step, values)
+
     def close(self) -> None:
         """Closes the events file."""
         self._events.close()
