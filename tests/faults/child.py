@@ -122,6 +122,7 @@ def make_config(folder: Path) -> ConfigDict:
     config = tiny_run.make_config(folder)
     config.steps, config.checkpoint.every, config.evaluate.every = 6, 2, 3
     config.reflect.enabled, config.policy_update.kl = False, "off"
+    config.log.compile_cache = config.log.compile_cache or str(folder / "compiled")
     config.reward.terms.length = reward_term(
         weight=0.05, function="support.tiny_run:share_of_length"
     )

@@ -100,6 +100,8 @@ class Table:
         for name, damage in DAMAGES.items():
             yield Row(f"newest checkpoint: {name}", tries=(partial(self._damaged, damage),))
         yield Row("two runs in one workdir", tries=(self._two,))
+        alone = [Fault("updating", 99, "kill", workers=2)]
+        yield Row("none, two data workers", alone, 0)
         orphaned = [Fault("updating", 7, "kill", workers=2)]
         yield Row("the parent of two data workers killed", orphaned)
 

@@ -123,7 +123,7 @@ class Trials:
             wrong.append(f"status {ended.status}, not {wanted}")
         wrong += [f"did not say {text!r}" for text in said if text not in ended.printed]
         if ended.status >= 0:
-            bad = ("Traceback", "KeyboardInterrupt", "leaked")
+            bad = ("Traceback", "KeyboardInterrupt", "leaked", "Exception ignored")
             wrong += [f"printed {text!r}" for text in bad if text in ended.printed]
             wrong += [f"left {path.name}" for path in leftovers(workdir)]
         if ended.left:
