@@ -376,8 +376,9 @@ def default() -> ConfigDict:
     config.checkpoint.resume_changed = False
 
     # Guards of a run (runtime/guards.py): updates all skipped, rewards all equal, responses all
-    # truncated, a KL that runs away, rewards or losses that are no numbers. Steps in a row after
-    # which one warns, and ends the run; 0 for never.
+    # truncated, a KL that runs away, rewards or losses that are no numbers. The batch of the step
+    # that ends a run is kept, and python -m emor3_jax.replay WORKDIR looks into it. Steps in a row
+    # after which one warns, and ends the run; 0 for never.
     config.guard = ConfigDict()
     config.guard.warn_after = 3
     config.guard.stop_after = 50

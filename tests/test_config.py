@@ -308,6 +308,17 @@ TOGETHER = [
     # What is set, and the fields that the message names.
     ({"policy_update.advantage": "rloo", "rollout.responses": 1}, "rollout.responses=1"),
     ({"policy_update.advantage": "dr_grpo", "rollout.responses": 1}, "rollout.responses=1"),
+    ({"policy_update.advantage": "grpo", "rollout.responses": 1}, "rollout.responses=1"),
+    (
+        {
+            "rollout.prompts": 1,
+            "rollout.responses": 1,
+            "policy_update.prompts": 1,
+            "policy_update.micro_prompts": 1,
+            "policy_update.advantage": "reinforce_pp",
+        },
+        "policy_update.advantage='reinforce_pp' compares the responses of a step",
+    ),
     ({"policy_update.surrogate": "gspo"}, "policy_update.mean='token'"),
     ({"policy_update.surrogate": "gepo", "policy_update.mean": "constant"}, "policy_update.mean"),
     (
@@ -404,11 +415,13 @@ def test_published_algorithms_are_valid() -> None:
 
 def test_the_sample_deviation_needs_two_responses() -> None:
     config = default()
-    config.rollout.responses = 1
+    config.rollout.responses, config.policy_update.advantage = 1, "reinforce_pp"
     validate(config)
     config.profile = "release"
     with pytest.raises(ConfigError, match=r"rollout\.responses=1: .*at least 2"):
         validate(config)
+    # Supervised fine-tuning compares nothing.
+    validate(config, imitate=True)
 
 
 def _train(*arguments: str) -> subprocess.CompletedProcess:
