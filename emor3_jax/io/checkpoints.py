@@ -9,8 +9,11 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ class DamagedError(UserError):
 
 
 _UNFINISHED = "*.orbax-checkpoint-tmp"
+_REMOVALS = 10
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -46,6 +50,15 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_not_orbax)
+
+
+def _hear_unraisable(tell: Callable[[Any], Any], unraisable: Any) -> None:
+    """Leaves out what tensorstore says to the loop of a checkpoint that has failed already."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        tell(unraisable)
+
+
+sys.unraisablehook = partial(_hear_unraisable, sys.unraisablehook)
 
 
 @jax.jit
@@ -123,6 +136,7 @@ class Checkpoints:
         self._one_at_a_time = threading.RLock()
         self._damaged: set[int] = set()
         self._writing: int | None = None
+        self._has_failed = False
         self._root = (workdir / "checkpoints").absolute()
         if keep is not None and hosts.is_first():
             self._remove_unfinished()
@@ -238,6 +252,7 @@ class Checkpoints:
             number = os_error_number(error)
             if number is None:
                 raise
+            self._has_failed = True
             if hosts.is_first():
                 self._remove_unfinished()
             there = sorted(int(path.name) for path in self._root.glob("*") if path.name.isdigit())
@@ -248,8 +263,11 @@ class Checkpoints:
             ) from error
 
     def _remove_unfinished(self) -> None:
-        for folder in self._root.glob(_UNFINISHED):
-            shutil.rmtree(folder, ignore_errors=True)
+        # Writers that have not heard of the failure yet make folders anew.
+        for _ in range(_REMOVALS if self._has_failed else 1):
+            for folder in self._root.glob(_UNFINISHED):
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05 * self._has_failed)
 
     def restore(self, step: int, state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, Any]]:
         """Returns the state and the progress of a checkpoint.
@@ -390,6 +408,8 @@ class Checkpoints:
                 self.wait()
             finally:
                 self._manager.close()
+                if self._has_failed and hosts.is_first():
+                    self._remove_unfinished()
 
 
 def _laid_out(state: Any, mesh: jax.sharding.Mesh) -> Any:

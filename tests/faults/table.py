@@ -87,7 +87,8 @@ class Table:
         said = "error: ", "could not be written: File too large; make room there, and start again"
         full = [Fault("saving", n, "full") for n in (1, 2)]
         yield Row("no room for a checkpoint", full, 1, said)
-        said = "error: ", "File too large; make room (", "start again with this workdir to go on"
+        # A checkpoint may be on its way then, and be told first.
+        said = "error: ", "File too large; make room", "start again"
         for name, moment, call in (
             ("metrics", "logging", 5),
             ("the policy", "writing the policy", 1),
@@ -123,16 +124,16 @@ class Table:
 
     def _tmpfs(self) -> Verdict:
         """A file takes all that is left of a small file system."""
-        workdir = self._trials.folder / "tmpfs" / "run"
-        workdir.parent.mkdir()
-        mounted = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(workdir.parent)]
+        workdir = self._trials.folder / "tmpfs"
+        workdir.mkdir()
+        mounted = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(workdir)]
         if subprocess.run(mounted, capture_output=True).returncode:
             raise NotTried("tmpfs cannot be mounted here")
         try:
             started = self._trials.start(Fault("saving", 2, "pause"), workdir)
-            files = workdir.with_name("run.files")
+            files = workdir.with_name("tmpfs.files")
             _wait_for(files / "paused")
-            filler = workdir.parent / "filler"
+            filler = workdir / "filler"
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while file.write(bytes(4096)):
                     pass
@@ -143,18 +144,19 @@ class Table:
             filler.unlink()
             return self._trials.judge(ended, 1, ("error: ", "No space left on device; make room"))
         finally:
-            subprocess.run(["umount", "-l", str(workdir.parent)], check=False)
+            subprocess.run(["umount", "-l", str(workdir)], check=False)
 
     def _damaged(self, damage: Callable[[Path], None]) -> Verdict:
         """The newest of two checkpoints of a killed run is damaged."""
         killed = self._trials.folder / "two checkpoints"
         if not killed.exists():
-            self._trials.end(*self._trials.start(Fault("updating", 11, "kill"), killed))
+            last = Fault("writing the policy", 1, "kill")
+            self._trials.end(*self._trials.start(last, killed))
         workdir = self._trials.folder / damage.__name__
         shutil.copytree(killed, workdir)
         step = newest(workdir)
         damage(workdir / "checkpoints" / str(step))
-        wrong, lost = self._trials.judge(Ended(workdir, -9, "", 5, False), -9)
+        wrong, lost = self._trials.judge(Ended(workdir, -9, "", 6, False), -9)
         set_aside = (workdir / "damaged" / str(step)).exists()
         # It goes on from the one before, two steps earlier.
         return Verdict(wrong if set_aside else (*wrong, "was not set aside"), lost + 2)

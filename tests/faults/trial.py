@@ -200,8 +200,9 @@ def cut_a_file(checkpoint: Path) -> None:
 
 def empty_the_progress(checkpoint: Path) -> None:
     """Leaves the JSON of the progress without content."""
-    (path,) = (p for p in (checkpoint / "progress").rglob("*") if p.is_file())
-    path.write_bytes(b"")
+    for path in (checkpoint / "progress").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
 
 
 def lose_the_state(checkpoint: Path) -> None:

@@ -30,7 +30,7 @@ class TensorBoardSink:
         """
         folder = workdir / "events"
         folder.mkdir(parents=True, exist_ok=True)
-        self._last = first_step - 1
+        self._last, self._closed = first_step - 1, False
         self._written = _names(folder, self._last)
         number = len(list(folder.iterdir()))
         self._events = EventsWriter(str(folder / "events"), f".{number:04d}")
@@ -57,8 +57,10 @@ class TensorBoardSink:
         self.write(step, values)
 
     def close(self) -> None:
-        """Closes the events file."""
-        self._events.close()
+        """Closes the events file; what is closed stays so."""
+        if not self._closed:
+            self._closed = True
+            self._events.close()
 
 
 def read_events(folder: Path) -> Iterator[Event]:
