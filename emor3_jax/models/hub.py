@@ -1,11 +1,11 @@
 """Folders of policies in Hugging Face's format, on disk or on the hub."""
 
-import json
 import re
 from pathlib import Path
 
 from emor3_jax.models.errors import ShapesError
 from emor3_jax.models.families import FAMILIES, NOT_YET
+from emor3_jax.models.json_files import read_object
 from emor3_jax.models.policy import Policy
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
@@ -60,31 +60,42 @@ def parse_config(data: dict) -> Policy:
       ShapesError: if its family is unknown, or it asks for something that is not implemented.
     """
     kind = data.get("model_type")
-    family = FAMILIES.get(kind)
+    family = FAMILIES.get(str(kind))
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
-        name = f" ({NOT_YET[kind]})" if kind in NOT_YET else ""
-        yet = "is not supported yet" if kind in NOT_YET else "is not known"
+        relative = next((name for name in NOT_YET if _is_part(str(kind), name)), None)
+        name = f" ({NOT_YET[relative]})" if relative else ""
+        yet = "is not supported yet" if relative else "is not known"
         raise ShapesError(
             f"config.json has model_type={kind!r}{name}, which {yet}; only {known} policies can be "
             "loaded"
         )
-    if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method", "an unknown method")
-        raise ShapesError(
-            f"config.json has a quantization_config ({method}): quantised weights cannot be "
-            "trained; give the policy that they were made from, in bfloat16"
-        )
+    for part in (data, data.get("text_config")):
+        for field in _QUANTISED & set(part if isinstance(part, dict) else ()):
+            if part[field]:
+                known = isinstance(part[field], dict) and part[field].get("quant_method")
+                raise ShapesError(
+                    f"config.json has a {field} ({known or 'an unknown method'}): quantised "
+                    "weights cannot be trained; give the policy that they were made from, in "
+                    "bfloat16"
+                )
     return Policy(family, family.shapes(data))
+
+
+_QUANTISED = {"quantization_config", "compression_config"}
+
+
+def _is_part(kind: str, relative: str) -> bool:
+    """Looks for a relative by its name, or by that of one of its parts."""
+    return kind == relative or kind in (f"{relative}_{part}" for part in ("text", "thinker"))
 
 
 def read_config(folder: str | Path) -> Policy:
     """Reads the `config.json` of a folder; raises as `load`."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a folder in Hugging Face's format")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ShapesError(f"{path} is not JSON: {error}") from error
-    return parse_config(data)
+        rule = "give a folder in Hugging Face's format"
+        if (Path(folder) / "adapter_config.json").exists():
+            rule = "the folder holds an adapter alone: merge it into its policy, and give that"
+        raise FileNotFoundError(f"{path} does not exist; {rule}")
+    return parse_config(read_object(path, ShapesError))

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
 from emor3_jax.models.errors import ImageError, ProcessorError
+from emor3_jax.models.json_files import read_object
 from emor3_jax.models.layout import Encoded, ImageLayout
 from emor3_jax.types import Array
 
@@ -88,17 +89,25 @@ class ImageSettings:
                 f"{PREPROCESSOR_FILE}: resample={data['resample']} is not implemented, only "
                 f"{int(Image.BICUBIC)} (bicubic)"
             )
-        size = data.get("size") or {}
         given = {
-            "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
+            "min_pixels": _pixels(data, "min_pixels", "shortest_edge"),
+            "max_pixels": _pixels(data, "max_pixels", "longest_edge"),
             "patch_size": data.get("patch_size"),
             "temporal_patch_size": data.get("temporal_patch_size"),
             "merge_size": data.get("merge_size"),
-            "mean": data.get("image_mean") and tuple(data["image_mean"]),
-            "std": data.get("image_std") and tuple(data["image_std"]),
-            "scale": data.get("rescale_factor"),
         }
+        for name, value in given.items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            _require(value is None or whole, name, value, "must be a whole number over 0")
+        for name, field in (("image_mean", "mean"), ("image_std", "std")):
+            value = data.get(name)
+            three = isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+            ok = value is None or (three and (name == "image_mean" or 0 not in value))
+            _require(ok, name, value, "must be three numbers, one a colour; of image_std, none 0")
+            given[field] = value and tuple(value)
+        scale = data.get("rescale_factor")
+        _require(scale is None or _is_number(scale), "rescale_factor", scale, "must be a number")
+        given["scale"] = scale
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def to_hf(self) -> dict[str, Any]:
@@ -189,6 +198,25 @@ class ImageSettings:
         return cut.reshape(*batch, rows * columns * merge**2, -1)
 
 
+def _pixels(data: dict[str, Any], name: str, edge: str) -> Any:
+    """Returns a bound of the pixels of an image, which `size` may hold too, under either name."""
+    size = data.get("size")
+    if data.get(name) is not None or size is None:
+        return data.get(name)
+    named = isinstance(size, dict) and (size.get(edge) or size.get(name))
+    _require(bool(named), "size", size, "must hold shortest_edge and longest_edge, in pixels")
+    return named
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(ok: bool, name: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise ProcessorError(f"{PREPROCESSOR_FILE}: {name}={value!r} {rule}")
+
+
 class Processor:
     """Reads text and images for a policy.
 
@@ -255,24 +283,38 @@ class Processor:
           layout: of the policy's images.
 
         Raises:
-          FileNotFoundError: if the image settings are missing.
-          ProcessorError: if they ask for something that is not implemented, or the tokenizer has
-            no chat template.
+          FileNotFoundError: if the image settings or the tokenizer are missing.
+          ProcessorError: if a file is damaged, asks for something that is not implemented, or
+            differs from `config.json`, or the tokenizer has no chat template.
         """
         folder = Path(folder)
-        tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
+        tokenizer = _read_tokenizer(folder)
         older = folder / _CHAT_TEMPLATE_FILE
         if older.exists():
-            tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
+            template = read_object(older, ProcessorError).get("chat_template")
+            if not isinstance(template, str):
+                raise ProcessorError(f"{older} has no chat_template; download it again")
+            tokenizer.chat_template = template
         if not tokenizer.chat_template:
             raise ProcessorError(f"{folder}: the tokenizer has no chat template; add one")
-        if (folder / PREPROCESSOR_FILE).exists():
-            data = json.loads((folder / PREPROCESSOR_FILE).read_text())
-        elif (folder / _PROCESSOR_FILE).exists():
-            data = json.loads((folder / _PROCESSOR_FILE).read_text()).get("image_processor", {})
-        else:
-            raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
-        return cls(tokenizer, ImageSettings.from_hf(data), layout)
+        data = None
+        # As transformers does: what is inside of the whole processor's file goes first.
+        if (folder / _PROCESSOR_FILE).exists():
+            data = read_object(folder / _PROCESSOR_FILE, ProcessorError).get("image_processor")
+        if data is None:
+            if not (folder / PREPROCESSOR_FILE).exists():
+                raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
+            data = read_object(folder / PREPROCESSOR_FILE, ProcessorError)
+        images = ImageSettings.from_hf(data)
+        vision = layout.shapes.vision
+        for name, here, there in (
+            ("patch_size", images.patch_size, vision.patch_size),
+            ("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size),
+            ("merge_size", images.merge_size, vision.spatial_merge_size),
+        ):
+            rule = f"differs from the {there} of config.json; both must be of the same policy"
+            _require(here == there, name, here, rule)
+        return cls(tokenizer, images, layout)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer files and `preprocessor_config.json`, which transformers reads."""
@@ -334,6 +376,22 @@ class Processor:
             image = image.resize(first[::-1], Image.BICUBIC)
         down, across = self.images.smart_resize(*first)
         return np.asarray(image.resize((across, down), Image.BICUBIC))
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer of a folder; raises as `Processor.from_folder`."""
+    if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        raise FileNotFoundError(
+            f"{folder} has neither tokenizer.json nor vocab.json; the download is incomplete"
+        )
+    try:
+        return Qwen2TokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        # The library raises errors of many kinds for damaged files.
+        raise ProcessorError(
+            f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error}); download "
+            "its files again"
+        ) from error
 
 
 def decode(encoded: bytes) -> Image.Image:

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from emor3_jax.models.errors import WeightsError
+from emor3_jax.models.json_files import read_object
 from emor3_jax.models.naming import HubTensor, by_head, by_part, is_kernel
 from emor3_jax.models.params import Params, leaves, parameter_overview
 from emor3_jax.models.policy import Policy
@@ -37,6 +38,15 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
 """Size at which the hub starts another file."""
+
+_HEAD = "lm_head.weight"
+_OF_QUANTISED = (
+    *(".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".absmax", ".quant_map", ".g_idx"),
+)
+"""Ends of names that tensors of AWQ, GPTQ, compressed-tensors, FP8 and bitsandbytes have."""
+_ROWS = 4096
+"""Rows of two matrices that are compared at once."""
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
@@ -168,14 +178,14 @@ class _Reader:
                     "%s has %s and %s; the first is read", folder, WEIGHTS_FILE, INDEX_FILE
                 )
         elif (folder / INDEX_FILE).exists():
-            try:
-                index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-                files = sorted(set(index.values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            index = read_object(folder / INDEX_FILE, WeightsError).get("weight_map")
+            named = isinstance(index, dict) and all(isinstance(x, str) for x in index.values())
+            if not named or not index:
                 raise WeightsError(
-                    f"{folder / INDEX_FILE} is damaged ({type(error).__name__}: {error}); download "
-                    "it again"
-                ) from error
+                    f"{folder / INDEX_FILE} is damaged: it has no weight_map from tensors to "
+                    "files; download it again"
+                )
+            files = sorted(set(index.values()))
         else:
             raise FileNotFoundError(
                 f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a folder in Hugging "
@@ -207,14 +217,18 @@ class _Reader:
         """Compares all names, shapes and types with those of the policy, before any is read."""
         policy = self._policy
         unused = {name for name in self._entries if not name.endswith("inv_freq")}
-        if policy.shapes.tie_word_embeddings:
-            unused.discard("lm_head.weight")
+        quantised = min((name for name in unused if name.endswith(_OF_QUANTISED)), default=None)
+        if quantised is not None:
+            raise WeightsError(
+                f"{self._folder} has a tensor {quantised}: quantised weights cannot be trained; "
+                "give the policy that they were made from, in bfloat16"
+            )
         for path, leaf in leaves(shapes):
             for tensor in policy.family.hub_tensors(path, leaf.shape, policy.shapes):
                 if tensor.name not in self._entries:
                     cause = (
                         "config.json says that the head is not tied (tie_word_embeddings)"
-                        if tensor.name == "lm_head.weight"
+                        if tensor.name == _HEAD
                         else "the download is incomplete or config.json is of a larger model"
                     )
                     raise WeightsError(
@@ -234,11 +248,39 @@ class _Reader:
                         f"{', '.join(_DTYPES)} can be read: give weights that are not quantised "
                         f"({self._folder})"
                     )
+        if policy.shapes.tie_word_embeddings:
+            unused.discard(_HEAD)
+            path = "model/embed_tokens/embedding"
+            (table,) = policy.family.hub_tensors(
+                path, dict(leaves(shapes))[path].shape, policy.shapes
+            )
+            self._check_tied(self._entries[table.name])
         if unused:
             raise WeightsError(
                 f"{self._folder} has {len(unused)} tensors that config.json has no place for, "
                 f"{min(unused)} among them; probably config.json is of a smaller model"
             )
+
+    def _check_tied(self, embedding: _Entry) -> None:
+        """Refuses a head of its own where `config.json` says that it is the embedding."""
+        head = self._entries.get(_HEAD)
+        if head is None:
+            return
+        with (
+            safe_open(head.file, framework="numpy") as first,
+            safe_open(embedding.file, framework="numpy") as second,
+        ):
+            pieces = first.get_slice(head.key), second.get_slice(embedding.key)
+            count = head.shape[0]
+            rows = (slice(row, min(row + _ROWS, count)) for row in range(0, count, _ROWS))
+            if head.shape == embedding.shape and all(
+                np.array_equal(*(piece[part] for piece in pieces)) for part in rows
+            ):
+                return
+        raise WeightsError(
+            f"{self._folder}: {_HEAD} differs from the embedding, but config.json says that they "
+            "are one (tie_word_embeddings); set that to false"
+        )
 
     def dtype(self, tensors: list[HubTensor]) -> Any:
         """Returns the narrowest type that holds what all these tensors are stored as."""

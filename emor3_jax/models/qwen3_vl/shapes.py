@@ -15,11 +15,14 @@ from emor3_jax.models.shapes import (
     Shapes,
     SmallSizes,
     common_fields,
-    need,
+    need_indexes,
+    need_section,
+    need_size,
     refuse_unless,
     rope_of,
+    tower_fields,
 )
-from emor3_jax.models.vision import TOWER_FIELDS, VisionShapes
+from emor3_jax.models.vision import VisionShapes
 
 WINDOW_PATCHES = 64
 """Patches of a window, in which images are padded; attention knows none. As many as the published
@@ -134,20 +137,23 @@ class Qwen3VLShapes(Shapes):
         Raises:
           ShapesError: if a field is missing or asks for something that is not implemented.
         """
-        text = need(data, "the file", "text_config")
-        vision = need(data, "the file", "vision_config")
+        text, vision = need_section(data, "text_config"), need_section(data, "vision_config")
         act = vision.get("hidden_act", "gelu_pytorch_tanh")
         refuse_unless(act == "gelu_pytorch_tanh", "vision hidden_act", act)
+        channels = vision.get("in_channels", 3)
+        refuse_unless(channels == 3, "vision in_channels", channels)
         bias = text.get("attention_bias")
         refuse_unless(not bias, "attention_bias", bias)
         # Without the field, transformers interleaves too.
         interleaved = rope_of(text).get("mrope_interleaved", True)
         refuse_unless(interleaved, "mrope_interleaved", interleaved)
-        names = (*TOWER_FIELDS, "num_position_embeddings", "deepstack_visual_indexes")
-        tower = {name: need(vision, "vision_config", name) for name in names}
-        tower["deepstack_visual_indexes"] = tuple(tower["deepstack_visual_indexes"])
-        tower = Qwen3VLVisionShapes(**tower, in_channels=vision.get("in_channels", 3))
-        head_dim = need(text, "the decoder", "head_dim")
+        tower = Qwen3VLVisionShapes(
+            **tower_fields(vision, "num_position_embeddings"),
+            deepstack_visual_indexes=need_indexes(
+                vision, "vision_config", "deepstack_visual_indexes"
+            ),
+        )
+        head_dim = need_size(text, "the decoder", "head_dim")
         return cls(vision=tower, head_dim=head_dim, **common_fields(data, text))
 
     def to_hf(self) -> dict[str, Any]:
