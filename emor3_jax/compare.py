@@ -164,6 +164,6 @@ def _program(arguments: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/compare", "Folder of compare.json and compare.html.")
     flags.DEFINE_enum("match", "exact", list(MATCHES), "The boxed label, or the first one named.")
-    flags.DEFINE_integer("seed", 0, "Of the bootstrap.")
+    flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
     flags.DEFINE_bool("images", True, "Show images; --noimages opens no data.")
     app.run(_program)

@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 from emor3_jax.config import (
     EMBEDDED,
     ConfigError,
+    check_complete,
     check_numbers,
+    default,
     field_value,
     reward_terms,
     uses_reference,
@@ -97,12 +99,14 @@ def validate(config: ConfigDict) -> None:
 
     Raises:
       ConfigError: naming the field, its value, the rule and the way out.
+      UserError: if a field is missing.
     """
 
     def need(ok: bool, field: str, rule: str) -> None:
         if not ok:
             raise ConfigError(field, field_value(config, field), rule)
 
+    check_complete(config, default)
     check_numbers(config, _AT_LEAST, _OVER_0, _NO_BOUND)
     need(config.seed < 2**32, "seed", "must be under 2**32")
     need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
