@@ -315,7 +315,8 @@ def default() -> ConfigDict:
     # Ask both reflections here even where `reflect.enabled` is false, for the metrics of reasoning.
     config.evaluate.reflect = False
     # Also weigh all labels behind each response's own reasoning: a confidence of its answer
-    # (docs/evaluation.md), for one more pass over prompts and responses.
+    # (docs/evaluation.md), for one more pass over prompts and responses. Not every
+    # `evaluate.every` steps.
     config.evaluate.likelihood = False
     # Name → names of sets whose means are reported together, such as in_domain=("emoset", "fi").
     config.evaluate.groups = ConfigDict()

@@ -147,6 +147,15 @@ OPTIONS = [
 ]
 
 
+def test_labels_that_are_none_name_their_data_set(policy: str) -> None:
+    for field in ("data.train", "evaluate.sets.emoscenes"):
+        config = importlib.import_module("configs.cpu_demo").get_config()
+        config.policy.path = policy
+        config.update_from_flattened_dict({f"{field}.labels": "nonsense"})
+        with pytest.raises(UserError, match=rf"config\.{field}: labels='nonsense' is no label set"):
+            validate(config)
+
+
 @pytest.mark.parametrize(("name", "options", "message"), OPTIONS, ids=lambda x: str(x)[:24])
 def test_wrong_options_of_a_file_are_refused_by_name(name: str, options: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):

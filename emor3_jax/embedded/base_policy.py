@@ -129,6 +129,13 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
     say("preparing the data and the tokenizer")
     dataset = DATASETS[config.data.kind](config)
+    count, kept = len(dataset.images), dataset.held_out
+    if count - kept < config.batch:
+        rule = (
+            f"leaves {max(count - kept, 0)} images to learn from, under batch={config.batch}: of "
+            f"{count} the last {kept} are held out"
+        )
+        raise ConfigError("data.limit", config.data.limit, rule)
     # The policy between the two stages, which a run that was stopped continues from.
     pretrained = folder / "looked" if config.look.steps else None
     before = load(pretrained) if pretrained and (pretrained / "config.json").exists() else None
