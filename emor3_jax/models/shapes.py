@@ -52,12 +52,6 @@ class Shapes(abc.ABC):
     max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        largest = max(getattr(self, name) for name in _IMAGE_IDS)
-        if largest >= self.vocab_size:
-            raise ShapesError(
-                f"the id of an image token is {largest}, but vocab_size={self.vocab_size}: ids go "
-                "from 0 to vocab_size - 1"
-            )
         if self.num_heads % self.num_kv_heads:
             raise ShapesError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -296,12 +290,17 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
         return _checked(ok, name, value, "must be the id of a token, or null")
 
     where = "the decoder"
+    vocab_size = need_size(text, where, "vocab_size")
+    ids = {name: _need_id(data, name) for name in _IMAGE_IDS}
+    rule = f"must be under vocab_size={vocab_size}"
+    for name, value in ids.items():
+        _checked(value < vocab_size, name, value, rule)
     num_heads = need_size(text, where, "num_attention_heads")
     given = text.get("num_key_value_heads") is not None
     num_kv_heads = need_size(text, where, "num_key_value_heads") if given else num_heads
     theta = rope if rope.get("rope_theta") is not None else text
     return {
-        "vocab_size": need_size(text, where, "vocab_size"),
+        "vocab_size": vocab_size,
         "hidden_size": need_size(text, where, "hidden_size"),
         "intermediate_size": need_size(text, where, "intermediate_size"),
         "num_layers": need_size(text, where, "num_hidden_layers"),
@@ -311,7 +310,7 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
         "rope_theta": need_positive(theta, where, "rope_theta"),
         "mrope_section": need_indexes(rope, "rope_scaling", "mrope_section"),
         "tie_word_embeddings": _is_tied(data, text),
-        **{name: _need_id(data, name) for name in _IMAGE_IDS},
+        **ids,
         "bos_token_id": text_id("bos_token_id"),
         "eos_token_id": text_id("eos_token_id"),
         "pad_token_id": text_id("pad_token_id"),

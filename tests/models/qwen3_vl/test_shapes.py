@@ -127,7 +127,11 @@ def test_every_third_frequency_follows_height_and_every_third_width():
         ("text_config", {"rope_scaling": "mrope"}, "rope_scaling='mrope', which must be an object"),
         ("text_config", {"rope_theta": -1}, "rope_theta=-1, which must be a number over 0"),
         ("text_config", {"eos_token_id": []}, "eos_token_id.*must be the id of a token"),
-        ("text_config", {"vocab_size": 100}, "id of an image token is 151656, but vocab_size=100"),
+        (
+            "text_config",
+            {"vocab_size": 100},
+            "image_token_id=151655, which must be under vocab_size=100",
+        ),
         ("text_config", {"quantization_config": {"quant_method": "awq"}}, r"config \(awq\)"),
         ("vision_config", {"num_heads": 0}, "num_heads=0, which must be a whole number over 0"),
         ("vision_config", {"deepstack_visual_indexes": 5}, "must be a list of whole numbers"),
