@@ -105,6 +105,11 @@ def find_predictions(run: Path) -> dict[str, Path]:
     return found
 
 
+def step_of(path: Path) -> int | None:
+    """Returns after how many steps a file of predictions was written, None of an evaluation."""
+    return int(path.parent.name) if path.parent.name.isdigit() else None
+
+
 def read_predictions(path: Path, match: str = "exact") -> dict[str, Answered]:
     """Returns row id → answer, of a file that an evaluation has written.
 
@@ -116,7 +121,9 @@ def read_predictions(path: Path, match: str = "exact") -> dict[str, Answered]:
       DataError: naming the file and the line that cannot be used.
     """
     rows: dict[str, Answered] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines, which also ends lines at characters that JSON allows in a text.
+    text = path.read_text(encoding="utf-8").removesuffix("\n")
+    for number, line in enumerate(text.split("\n") if text else (), start=1):
         where = f"line {number} of {path}"
         try:
             row = json.loads(line)
