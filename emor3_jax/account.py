@@ -16,7 +16,6 @@ estimates the seconds of a step by phase on these devices, at mean lengths inste
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -26,6 +25,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import uses_reference
 from emor3_jax.errors import UserError
+from emor3_jax.files import is_file, read_json
 from emor3_jax.flops import Cost, QuestionTokens, StepShapes, phase_costs, total
 from emor3_jax.flops.seconds import CHIPS, REASONS, Assumptions, Machine, Phase, phase_seconds
 from emor3_jax.models.family import Shapes
@@ -206,10 +206,10 @@ def estimate(
 
 
 def _moved(file: Path, name: str) -> dict[str, float]:
-    if not file.is_file():
+    if not is_file(file):
         raise UserError(f"compiled={str(file)!r}: no such file; python -m emor3_jax.compile --json")
+    found = read_json(file)
     try:
-        found = json.loads(file.read_text())
         moved = {x["name"]: x["calls"] * sum(x["moved"].values()) for x in found["programs"]}
         topology = found["topology"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -48,6 +48,9 @@ def dataset(**fields: object) -> ConfigDict:
     # "image:photo,answer:emotion"; roles are image, question, answer, distribution, response, id
     # and split.
     config.columns = ""
+    # Parquet, jsonl and huggingface: images may lie anywhere; else paths that are absolute or leave
+    # the folder of the data by ".." are refused.
+    config.outside_files = False
     # Asked of every image instead of the data set's own question; "" asks that.
     config.question = ""
     # Named data sets: copy the images into the records that are built (data/datasets/base.py).
@@ -136,6 +139,8 @@ def default() -> ConfigDict:
     # and each micro-batch of scoring and update likewise.
     config.data.prompt_lengths = (512, 1024, 2048)
     config.data.image_windows = (64, 128, 256, 350)
+    # Images of more pixels are left out, since decoding takes up to 8 bytes for each.
+    config.data.max_decoded_pixels = 2**26
     # Images are scaled to have between so many pixels; 0 keeps what the policy's folder says. The
     # release's profile does it in a resize of its own, before that of the folder.
     config.data.min_pixels = 0

@@ -1,11 +1,14 @@
 """Asks a policy about one image: its three steps and the emotion.
 
 python -m emor3_jax.infer --policy=runs/cpu_demo/policy --image=photo.jpg [--labels=mikels8]
+
+A wrong flag or file is one line on stderr and exit status 2.
 """
 
+import dataclasses
 import logging
+import math
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +16,15 @@ from absl import app, flags
 
 from emor3_jax.data.batch import collate
 from emor3_jax.data.encode import encode_row
+from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.errors import UserError
+from emor3_jax.files import read_bytes
 from emor3_jax.models import LoadedPolicy, load
+from emor3_jax.models.images import MAX_IMAGE_BYTES, open_image
 from emor3_jax.parallel.devices import expected_platform, find_devices
 from emor3_jax.parallel.flags import set_flags
 from emor3_jax.rewards.scorer import Scorer
@@ -53,8 +59,11 @@ def answer(
       dtype: of the arithmetic, "float32" or "bfloat16".
 
     Raises:
-      DataError: if the image cannot be decoded.
+      DataError, ImageError: if the image cannot be decoded, or another argument is of no use.
     """
+    _check(policy, question, max_tokens, temperature)
+    # Says more of an image that cannot be used than the reason for which a row is left out.
+    open_image(image, policy.processor.images.max_decoded_pixels)
     chosen = PromptTemplates.load(set=templates)
     row = Row([image], Texts(question, labels[0], "image"))
     processor, tokenizer = policy.processor, policy.processor.tokenizer
@@ -81,6 +90,42 @@ def answer(
     return text, labels[index] if index >= 0 else ""
 
 
+def _check(policy: LoadedPolicy, question: str, max_tokens: int, temperature: float) -> None:
+    most = policy.shapes.max_position_embeddings
+    if not 1 <= max_tokens <= most:
+        raise DataError(
+            f"max_tokens={max_tokens}: must be 1 to {most}, the positions that the policy has"
+        )
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise DataError(f"temperature={temperature}: must be 0 (greedy) or more")
+    if not question.strip():
+        raise DataError("question='': is empty; ask something of the image")
+
+
+MAX_PIXELS = 28 * 28 * 1280
+"""Of an image as the policy sees it, by default: some 1,280 tokens."""
+
+
+def with_pixel_cap(policy: LoadedPolicy, most: int) -> LoadedPolicy:
+    """Returns a policy that sees images with at most so many pixels.
+
+    Args:
+      policy: as `models.load` returns it.
+      most: pixels after scaling; 0 is what the policy's folder says, which for Qwen2.5-VL is
+        16,384 tokens.
+
+    Raises:
+      DataError: if it is negative.
+    """
+    if most < 0:
+        raise DataError(f"max_pixels={most}: must be 0 (what the policy's folder says) or more")
+    images = policy.processor.images
+    if not most or images.max_pixels <= most:
+        return policy
+    processor = policy.processor.with_pixels(min(images.min_pixels, most), most)
+    return dataclasses.replace(policy, processor=processor)
+
+
 def main(_: list[str]) -> None:
     """Runs the program."""
     # The parameter overview is of no interest to who asks about an image.
@@ -88,10 +133,12 @@ def main(_: list[str]) -> None:
     set_flags(expected_platform())
     try:
         print(find_devices(), file=sys.stderr, flush=True)
-        policy = load(FLAGS.policy, dtype=FLAGS.dtype)
+        # Before the weights, which take long.
+        image = read_bytes(FLAGS.image, MAX_IMAGE_BYTES)
+        policy = with_pixel_cap(load(FLAGS.policy, dtype=FLAGS.dtype), FLAGS.max_pixels)
         text, label = answer(
             policy,
-            Path(FLAGS.image).read_bytes(),
+            image,
             question=FLAGS.question,
             labels=label_set(FLAGS.labels),
             templates=FLAGS.templates,
@@ -100,7 +147,8 @@ def main(_: list[str]) -> None:
             dtype=FLAGS.dtype,
         )
     except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(text)
     print(f"\nemotion: {label or 'none of the labels'}")
 
@@ -115,7 +163,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("labels", "mikels8", "Label set by name, or labels joined by commas.")
     flags.DEFINE_string("question", QUESTION, "What is asked of the image.")
     flags.DEFINE_string("templates", "tiny", "As data.templates.set of a config, or a file.")
-    flags.DEFINE_integer("max_tokens", 128, "Length of the response.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
+    flags.DEFINE_integer("max_tokens", 128, "Length of the response.")
+    flags.DEFINE_integer(
+        "max_pixels", MAX_PIXELS, "Larger images are scaled down; 0 is the policy's own limit."
+    )
+    flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and arithmetic.")
     app.run(main)

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from emor3_jax import prepare
 from emor3_jax.data.datasets.base import read_notes
 from emor3_jax.data.encode import REASONS, Encoder, Skip
-from emor3_jax.data.labels import label_set
+from emor3_jax.data.labels import label_set, normalize
 from emor3_jax.data.leakage import fingerprints, repeated, shared
 from emor3_jax.data.pipeline import TrainBatches
 from emor3_jax.data.prompts import IMAGE_TOKEN, PromptTemplates, reflection_parts
@@ -262,7 +262,7 @@ def _describe_data(part: str, data: dict[str, Any]) -> list[str]:
     """Returns the lines of what a data set's own files say."""
     lines = [f"  noticed in {part}, {kind}: {n}" for kind, n in data.get("notes", {}).items()]
     lines += [f"    {text}" for text in data.get("counts", ())]
-    renamed = [x for x in data["labels"] if x["own"].strip().lower() != x["label"].strip().lower()]
+    renamed = [x for x in data["labels"] if normalize(x["own"]) != normalize(x["label"])]
     if renamed:
         lines.append(f"  labels of {part} that have another name here")
     for each in renamed[:_MAPPED]:

@@ -32,7 +32,7 @@ from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_whole
 from emor3_jax.prepare import Data
-from emor3_jax.rollout.tokens import suppressed_tokens
+from emor3_jax.prepare.responses import ResponseReader
 from emor3_jax.runtime import cli
 from emor3_jax.runtime.run import Results, Run
 from emor3_jax.runtime.step_log import observe
@@ -91,16 +91,16 @@ class Examples:
           ConfigError: if a label does not fit `rollout.max_tokens`.
           DataError: if no row has a response that can be learned.
         """
-        self._tokenizer = tokenizer = policy.processor.tokenizer
-        self._suppressed = suppressed_tokens(policy.shapes.vocab_size, tokenizer)
-        self._end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self._reader = ResponseReader(config, policy)
         self._limit, self._most = config.rollout.max_tokens, config.sft.responses
         self._counts = {"no_response": 0, "long_response": 0, "special_token_in_response": 0}
         self._of_row: dict[str, list[list[int]]] = {}
         self._of_label: list[list[int]] = []
         if config.sft.target == "label":
             self._most = 1
-            self._of_label = [self._encode(f"\\boxed{{{label}}}") for label in data.labels["train"]]
+            self._of_label = [
+                self._reader.encode(f"\\boxed{{{label}}}") for label in data.labels["train"]
+            ]
             longest = max(map(len, self._of_label))
             if longest > self._limit:
                 rule = f"a boxed label takes {longest} tokens; raise it"
@@ -116,19 +116,14 @@ class Examples:
                 "rows a 'response' (docs/data.md), raise rollout.max_tokens, or take 'label'"
             )
 
-    def _encode(self, text: str) -> list[int]:
-        return [*self._tokenizer.encode(text, add_special_tokens=False), self._end]
-
     def _usable(self, responses: Sequence[str]) -> list[list[int]]:
         """Returns the responses as tokens, those left out counted by reason."""
         self._counts["no_response"] += not responses
         found = []
         for text in responses:
-            tokens = self._encode(text)
-            if len(tokens) > self._limit:
-                self._counts["long_response"] += 1
-            elif self._suppressed[tokens].any():
-                self._counts["special_token_in_response"] += 1
+            tokens = self._reader.encode(text)
+            if reason := self._reader.fault(tokens):
+                self._counts[reason] += 1
             else:
                 found.append(tokens)
         return found

@@ -30,13 +30,13 @@ def _imports(file: Path) -> set[str]:
 
 BELOW = {
     "parallel": {"errors"},
-    "models": {"errors", "types", "parallel"},
-    "rewards": {"errors", "types", "parallel"},
+    "models": {"errors", "files", "types", "parallel"},
+    "rewards": {"errors", "spelling", "types", "parallel"},
     "rl": set(),
-    "data": {"errors", "types", "parallel", "models"},
+    "data": {"errors", "files", "spelling", "types", "parallel", "models"},
     "rollout": {"types", "parallel", "models", "data", "rewards", "rl"},
     "learner": {"types", "parallel", "models", "data", "rl"},
-    "evaluation": {"types", "parallel", "data", "rewards", "rollout"},
+    "evaluation": {"files", "types", "parallel", "data", "rewards", "rollout"},
     "io": {"errors", "parallel", "evaluation"},
     "flops": {"errors", "types", "models"},
     # The embedded base policy is a program of its own.
@@ -85,7 +85,8 @@ def test_only_models_know_a_family() -> None:
 
 def test_types_are_the_ground() -> None:
     assert _imports(PACKAGE / "types.py") == {"parallel"}
-    assert _imports(PACKAGE / "errors.py") == set()
+    assert _imports(PACKAGE / "errors.py") == _imports(PACKAGE / "spelling.py") == set()
+    assert _imports(PACKAGE / "files.py") == {"errors"}
 
 
 def _modules() -> dict[str, Path]:

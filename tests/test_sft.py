@@ -18,6 +18,7 @@ from emor3_jax.data.sources import Texts
 from emor3_jax.embedded.emoscenes import scene, words
 from emor3_jax.embedded.emoscenes.responses import PHRASINGS, right_responses
 from emor3_jax.models import load
+from emor3_jax.prepare.responses import row_fault
 from emor3_jax.sft import Examples, train
 from emor3_jax.types import Batch
 
@@ -116,6 +117,21 @@ def test_responses_of_rows(make_examples, tokenizer):
     )
     with pytest.raises(DataError, match="no row has a response to learn from \\(1 no_response"):
         make_examples("response", rows[1:2])
+
+
+def test_a_row_without_a_usable_response_is_left_out(folder):
+    config = make_sft_config(folder, "response")
+    config.sft.responses = 1
+    fault = row_fault(config, load(folder / "policy"))
+    said = {
+        None: ("sad",),
+        "no_response": (),
+        # The second one is not among those that are learned.
+        "long_response": ("sad " * 40, "sad"),
+        "special_token_in_response": ("sad<|image_pad|>",),
+    }
+    for reason, responses in said.items():
+        assert fault(Texts("?", "awe", "one", responses=responses)) == reason
 
 
 def test_a_right_response_names_every_cue_and_boxes_the_label():

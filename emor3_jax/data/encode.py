@@ -18,11 +18,15 @@ REASONS = {
     "several_images": "more than one image",
     "empty_question": "nothing is asked",
     "special_token": "the question spells out a special token of the policy",
+    "outside_file": "the image's path is absolute or leaves the data's folder (outside_files)",
     "unknown_answer": "the answer is no label of the label set",
     "unknown_candidate": "a candidate is no label of the label set, or the answer no candidate",
     "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
-    "unreadable_image": "the image cannot be decoded or is too thin",
+    "unreadable_image": "the image cannot be decoded, is too thin, or over data.max_decoded_pixels",
     "large_image": "the image has more windows than the largest of data.image_windows",
+    "no_response": "nothing to learn from: the row has no response",
+    "long_response": "no response of the row fits rollout.max_tokens",
+    "special_token_in_response": "each response of the row spells out a special token",
     "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
 }
 """Why a row is left out."""
@@ -102,6 +106,8 @@ class Encoder:
         """Encodes one row whose texts have no fault, given with its position."""
         position, row = element
         texts = row.texts
+        if row.fault:
+            return Skip(row.fault, texts.id)
         if len(row.images) != 1 or row.images[0] is None:
             reason = "several_images" if len(row.images) > 1 else "missing_field"
             return Skip(reason, texts.id)

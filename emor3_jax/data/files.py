@@ -1,31 +1,14 @@
 """Which files of a folder are images, and which are litter."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".avif",
-)
-"""Extensions of images, in any case; other files are images if their first bytes say so."""
+from emor3_jax.errors import UserError
+from emor3_jax.files import read_bytes
+from emor3_jax.models.images import MAX_IMAGE_BYTES, SUFFIXES, is_image_head
 
 _LITTER = ("__macosx", "thumbs.db", "desktop.ini")
-_STARTS = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
-    b"II*\x00",
-    b"MM\x00*",
-)
 
 
 def is_hidden(name: str) -> bool:
@@ -39,44 +22,43 @@ def is_hidden(name: str) -> bool:
 
 def is_image(path: Path) -> bool:
     """Recognises image files by their extension, else by their first bytes."""
+    if not os.path.isfile(path):
+        # A link that leads nowhere is an image that is missing; a folder or a pipe is none.
+        return path.suffix.lower() in SUFFIXES and not os.path.exists(path)
     if path.suffix.lower() in SUFFIXES:
         return True
-    if not path.is_file():
-        return False
     try:
         with path.open("rb") as file:
-            head = file.read(16)
+            return is_image_head(file.read(16))
     except OSError:
         return False
-    return is_image_head(head)
 
 
 def read_image(path: Path) -> bytes | None:
-    """Returns the bytes of a regular file; None where there is none, or nothing can be read.
+    """Returns the bytes of a regular file of at most `MAX_IMAGE_BYTES`.
 
-    A pipe or a device under the name of an image would be read for ever.
+    None where there is none, or nothing can be read. A pipe or a device under the name of an image
+    would be read for ever.
     """
     try:
-        return path.read_bytes() if path.is_file() else None
-    except (OSError, ValueError):
-        # ValueError: a NUL in the name.
+        return read_bytes(path, MAX_IMAGE_BYTES)
+    except (UserError, OSError):
         return None
 
 
-def is_image_head(head: bytes) -> bool:
-    """Recognises the first 16 bytes of an image in one of the formats of `SUFFIXES`.
+def walk(root: Path) -> Iterator[Path]:
+    """Yields the files below a folder in order, without what is hidden.
 
-    A bitmap must also name its header's size, since two letters alone may be a text.
+    Links to folders are not followed: they may lead in a circle.
     """
-    if head.startswith(b"BM"):
-        return len(head) > 15 and head[14:16] in (
-            b"\x28\x00",
-            b"\x0c\x00",
-            b"\x6c\x00",
-            b"\x7c\x00",
-        )
-    if head[:4] == b"RIFF":
-        return head[8:12] == b"WEBP"
-    if head[4:8] == b"ftyp":
-        return head[8:12] in (b"avif", b"avis", b"mif1")
-    return head.startswith(_STARTS)
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (Path(folder, name) for name in sorted(files) if not is_hidden(name))
+
+
+def leads_up(folder: Path) -> bool:
+    """Recognises links to a folder that they lie in, which would be read again within itself."""
+    if not folder.is_symlink():
+        return False
+    target, parent = os.path.realpath(folder), os.path.realpath(folder.parent)
+    return os.path.commonpath((target, parent)) == target

@@ -5,7 +5,6 @@ Nothing is built: each is opened as it lies. For parquet files in the release's 
 """
 
 import bisect
-import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,18 +14,40 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from emor3_jax.data.columns import features_of, label_names, shares_of, text_of
+from emor3_jax.data.columns import (
+    check_answers,
+    check_images,
+    check_texts,
+    features_of,
+    id_of,
+    label_names,
+    shares_of,
+    text_of,
+    texts_of,
+)
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.files import SUFFIXES, is_hidden, is_image, read_image
+from emor3_jax.data.files import is_hidden, is_image, leads_up, read_image, walk
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.sources import (
     Row,
     RowGroups,
     Texts,
-    image_bytes,
+    check_paths,
     is_of_split,
+    read_row,
     read_texts,
 )
+from emor3_jax.files import (
+    is_file,
+    is_folder,
+    leaves_folder,
+    open_regular,
+    parse_json,
+    read_json,
+    read_lines,
+    show,
+)
+from emor3_jax.models.images import SUFFIXES
 
 QUESTION = "Which emotion does this picture evoke?"
 """Asked where neither the data nor the config says what to ask."""
@@ -80,6 +101,7 @@ class FilesSource:
         return self._index[row_id]
 
 
+_MAX_ARROW_BYTES = 2**42
 _TRIED = 100
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
@@ -100,12 +122,12 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
       DataError: if there is no such folder, or no folders of images in it.
     """
     root = Path(path).expanduser()
-    if not path or not root.is_dir():
+    if not path or not is_folder(root):
         raise DataError(
             f"path={path!r}: there is no such folder; it must hold <split>/<label>/*.jpg or "
             "<label>/*.jpg"
         )
-    has_split = (root / split).is_dir()
+    has_split = is_folder(root / split) and not leaves_folder(split)
     base = root / split if has_split else root
     folders = sorted(p for p in base.iterdir() if p.is_dir() and not is_hidden(p.name))
     splits = [p.name for p in folders if p.name.lower() in _SPLIT_NAMES]
@@ -143,7 +165,7 @@ def _images(folder: Path, levels: int) -> Iterator[Path]:
     for path in sorted(p for p in folder.iterdir() if not is_hidden(p.name)):
         if is_image(path):
             yield path
-        elif levels and path.is_dir():
+        elif levels and path.is_dir() and not leads_up(path):
             yield from _images(path, levels - 1)
 
 
@@ -158,34 +180,37 @@ def open_json_lines(
     *,
     columns: Mapping[str, str] | None = None,
     split: str = "",
+    outside_files: bool = False,
 ) -> FilesSource:
     """Opens a file of JSON lines.
 
     A line is an object with `image`, an image's file relative to the list's folder (a path of
-    Windows is read as well); `answer` or
-    `label`; and, if wanted, `question` or `problem`, `id`, `distribution`, {label: share},
-    `response`, a text or a list of them to learn from, and `split`.
+    Windows is read as well); `answer` or `label`; and, if wanted, `question` or `problem`, `id`,
+    `distribution`, {label: share}, `response`, a text or a list of them to learn from, and `split`.
 
     Args:
       path: the file.
       question: asked where a line has none; "" asks `QUESTION`.
       columns: role → field, where the lines have other names.
       split: only the lines whose `split` is this; "" is all.
+      outside_files: whether paths of images may be absolute or leave the list's folder by "..".
 
     Raises:
       DataError: naming the line that is no such object, the split that no line has, or the first
         image, if none of a hundred is there.
     """
     file = Path(path).expanduser()
-    if not path or not file.is_file():
+    if not path or not os.path.lexists(str(file).replace("\0", "")):
         raise DataError(f"path={path!r}: there is no such file; give one of JSON lines")
     names = columns or {}
     files, texts, seen, splits = [], [], set(), set()
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(read_lines(file, DataError), start=1):
         if not line.strip():
             continue
         where = f"line {number} of {file}"
-        row = _json_object(line, where)
+        row = parse_json(line, where, DataError)
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is no object with a text 'image', the image's file")
         of_split = row.get(names.get("split", "split"))
         splits.add(None if of_split is None else str(of_split))
         if split and str(of_split) != split:
@@ -195,6 +220,11 @@ def open_json_lines(
             raise DataError(
                 f"{where} is no object with a text {names.get('image', 'image')!r}, the image's "
                 "file; name another field by columns=image:…"
+            )
+        if not outside_files and leaves_folder(image):
+            raise DataError(
+                f"{where}: the image {image[:200]!r} is absolute or leaves the folder of the list; "
+                "write paths relative to it, or allow this by outside_files=True"
             )
         texts.append(_json_texts(row, names, where, f"{file.name}:{number}", question or QUESTION))
         if texts[-1].id in seen:
@@ -216,47 +246,18 @@ def _existing(files: list[Path], of: Path) -> list[Path]:
       DataError: if none of the first ones is there, as on another machine than the list's.
     """
     first = files[:_TRIED]
-    if not first or any(map(_is_file, first)):
+    if not first or any(map(is_file, first)):
         return files
     changed = [Path(str(file).replace("\\", "/")) for file in files]
-    if any(map(_is_file, changed[:_TRIED])):
+    if any(map(is_file, changed[:_TRIED])):
         return changed
     if len(first) < _TRIED:
         # The pipeline counts and names so few rows.
         return files
     raise DataError(
-        f"{of}: none of its first {_TRIED} images is there; the first one tried was {first[0]}. "
-        "Paths must be relative to the folder of the list, or those of this machine"
+        f"{of}: none of its first {_TRIED} images is there; the first one tried was "
+        f"{show(first[0])}. Paths must be relative to the folder of the list"
     )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except ValueError:
-        # A NUL in the name.
-        return False
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        # Not splitlines, which also ends lines at characters that JSON allows in a text.
-        return file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is no UTF-8 text ({error.reason} at byte {error.start}), perhaps UTF-16 or "
-            "GBK; save it as UTF-8"
-        ) from error
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is no object with a text 'image', the image's file")
-    return row
 
 
 def _json_texts(
@@ -266,20 +267,17 @@ def _json_texts(
     for role, name in names.items():
         if name not in row:
             raise DataError(f"{where} has no field {name!r}, which columns names as {role}")
-    row_id = row.get(names.get("id", "id"))
+    row_id = id_of(row, names.get("id", "id"), where)
     asked = [names["question"]] if "question" in names else ["problem", "question"]
     answers = [names["answer"]] if "answer" in names else ["answer", "label"]
     asked = next((name for name in asked if name in row), None)
     answers = next((name for name in answers if name in row), answers[0])
-    said = row.get(names.get("response", "response"))
-    if not isinstance(said, str | list | None):
-        raise DataError(f"{where}: 'response' is neither a text nor a list of texts")
     return read_texts(
-        default_id if row_id is None else str(row_id),
+        default_id if row_id is None else row_id,
         text_of(row, asked, where) if asked else question,
         text_of(row, answers, where),
         shares_of(row, names.get("distribution", "distribution"), where),
-        said,
+        texts_of(row, names.get("response", "response"), where),
     )
 
 
@@ -304,6 +302,7 @@ class HuggingFaceSource:
         cache_bytes: int = 2**30,
         *,
         columns: Mapping[str, str] | None = None,
+        outside_files: bool = False,
     ) -> None:
         """Opens the files of a split; reads no images.
 
@@ -313,20 +312,21 @@ class HuggingFaceSource:
           question: asked where the data has no such column; "" asks `QUESTION`.
           cache_bytes: memory for row groups of parquet files, in each process that reads.
           columns: role (image, answer, question) → column, where they cannot be told.
+          outside_files: whether paths of images may be absolute or leave the folder by "..".
 
         Raises:
           DataError: if the folder has neither layout, the split is not there, or a column cannot be
             told.
         """
         root = Path(path).expanduser()
-        if not path or not root.is_dir():
+        if not path or not is_folder(root):
             raise DataError(f"path={path!r}: there is no such folder")
-        self.name = f"{root.name}/{split or 'train'}"
+        self.name, self._anywhere = f"{root.name}/{split or 'train'}", outside_files
         self._question = question or QUESTION
         arrow = _arrow_files(root, split)
         self._rows: _ArrowRows | RowGroups
         if arrow:
-            self._rows = _ArrowRows(arrow)
+            self._rows = _ArrowRows(arrow).check()
             self._folder = arrow[0].parent
         else:
             files = _parquet_files(root, split)
@@ -345,11 +345,16 @@ class HuggingFaceSource:
         asked = [name for name in ("problem", "question") if name in schema.names]
         self._asked = given.get("question") or (asked[0] if asked else None)
         self.labels = label_names(schema, self._label)
-        if pa.types.is_integer(schema.field(self._label).type) and not self.labels:
-            raise DataError(
-                f"{root}: the column {self._label!r} holds numbers and the data does not name "
-                "them; save it with a ClassLabel feature, or with texts"
-            )
+        for each in self._rows.schemas:
+            missing = [x for x in (self._image, *self._text_columns()) if x not in each.names]
+            if missing or label_names(each, self._label) != self.labels:
+                why = f"has no column {missing[0]!r}" if missing else "names other labels"
+                raise DataError(f"{root}: a file of split {split!r} {why}; join files of one form")
+            check_images(str(root), each, self._image)
+            check_answers(str(root), each, self._label)
+            if self._asked:
+                check_texts(str(root), each, self._asked)
+        check_paths(self._rows, self._image, self._folder, outside_files)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -357,9 +362,7 @@ class HuggingFaceSource:
     def __getitem__(self, index: int) -> Row:
         columns = [self._image, *self._text_columns()]
         row = self._rows.row(index, columns)
-        images = row[self._image]
-        images = images if isinstance(images, list) else [images]
-        return Row([image_bytes(image, self._folder) for image in images], self._texts(row, index))
+        return read_row(row[self._image], self._folder, self._anywhere, self._texts(row, index))
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order, without reading their images."""
@@ -394,10 +397,20 @@ class _ArrowRows:
     def _open(self) -> None:
         try:
             self._tables = [_map(file) for file in self._files]
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self._files[0].parent}: cannot be read: {error}") from error
         self._starts = np.cumsum([0, *(table.num_rows for table in self._tables)])
-        self.schema = self._tables[0].schema
+        self.schemas = [table.schema for table in self._tables]
+        self.schema = self.schemas[0]
+
+    def check(self) -> "_ArrowRows":
+        """Returns itself; raises DataError if an offset leads out of a file, as none is checked."""
+        for file, table in zip(self._files, self._tables, strict=True):
+            try:
+                table.validate(full=True)
+            except pa.ArrowException as error:
+                raise DataError(f"{file} is damaged: {error}; save the data again") from error
+        return self
 
     def __getstate__(self) -> dict:
         return {"_files": self._files}
@@ -423,27 +436,36 @@ class _ArrowRows:
 
 
 def _map(file: Path) -> pa.Table:
+    os.close(open_regular(file, _MAX_ARROW_BYTES, DataError))
     return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
 
 
 def _arrow_files(root: Path, split: str) -> list[Path]:
     """Returns the files of `save_to_disk`, [] where the folder has another layout."""
-    folder = root
-    if (root / "dataset_dict.json").is_file():
-        there = json.loads((root / "dataset_dict.json").read_text())["splits"]
+    folder, listed = root, root / "dataset_dict.json"
+    if is_file(listed):
+        there = read_json(listed, DataError, dict).get("splits")
+        if not isinstance(there, list) or not all(isinstance(x, str) for x in there) or not there:
+            raise DataError(f"{listed}: splits must be names; save the data again")
         split = split or (there[0] if len(there) == 1 else "train")
-        if split not in there:
+        if split not in there or leaves_folder(split):
             raise DataError(f"split={split!r}: {root} has {', '.join(there)}")
         folder = root / split
-    if not (folder / "state.json").is_file():
+    if not is_file(folder / "state.json"):
         return []
-    state = json.loads((folder / "state.json").read_text())
+    state = read_json(folder / "state.json", DataError, dict)
     own = state.get("_split")
     if folder == root and split and split != own:
         is_what = f"is the split {own}" if own else "names no split"
         raise DataError(f"split={split!r}: {root} holds a single one, which {is_what}; leave it ''")
-    files = [folder / each["filename"] for each in state["_data_files"]]
-    if missing := [file.name for file in files if not file.is_file()]:
+    parts = state.get("_data_files")
+    names = [x.get("filename") if isinstance(x, dict) else None for x in parts or ()]
+    if not names or not all(isinstance(x, str) and not leaves_folder(x) for x in names):
+        raise DataError(
+            f"{folder / 'state.json'}: _data_files must name files beside it; save the data again"
+        )
+    files = [folder / name for name in names]
+    if missing := [file.name for file in files if not is_file(file)]:
         raise DataError(f"{folder} lacks {', '.join(missing)}, which its state.json names")
     if state.get("_indices_data_files"):
         raise DataError(
@@ -454,11 +476,7 @@ def _arrow_files(root: Path, split: str) -> list[Path]:
 
 
 def _parquet_files(root: Path, split: str) -> list[Path]:
-    there = sorted(
-        path
-        for path in root.rglob("*.parquet")
-        if not any(map(is_hidden, path.relative_to(root).parts))
-    )
+    there = sorted(path for path in walk(root) if path.suffix == ".parquet")
     if not there:
         raise DataError(
             f"{root} holds neither a state.json (save_to_disk) nor parquet files; give the folder "

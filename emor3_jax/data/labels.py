@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from emor3_jax.data.errors import DataError
+from emor3_jax.spelling import normalize, tidy
 
 LABEL_SETS: dict[str, tuple[str, ...]] = {
     # EmoSet's order; also FI, ArtPhoto, Abstract and EmoScenes' "drawn" images.
@@ -279,7 +280,7 @@ def label_set(text: str) -> tuple[str, ...]:
     """
     if text in LABEL_SETS:
         return LABEL_SETS[text]
-    labels = tuple(label.strip() for label in text.split(","))
+    labels = tuple(map(tidy, text.split(",")))
     if len(labels) < 2:
         nearest = difflib.get_close_matches(text, LABEL_SETS, n=1, cutoff=0.0)
         raise DataError(
@@ -376,8 +377,3 @@ def label_grades(
     if not most:
         return None
     return np.asarray([found.get(i, 0.0) / most for i in range(len(index))], np.float32)
-
-
-def normalize(label: str) -> str:
-    """Returns a label or an answer as they are compared: stripped and lower-cased."""
-    return label.strip().lower()

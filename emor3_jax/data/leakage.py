@@ -9,7 +9,6 @@ bytes alone.
 
 import concurrent.futures
 import hashlib
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from emor3_jax.data.sources import Source
+from emor3_jax.models.images import MAX_DECODED_PIXELS, open_image
 
 MOST_BITS = 3
 """Maximum Hamming distance of the hashes of two candidates."""
@@ -77,10 +77,10 @@ def fingerprints(source: Source, decode: bool) -> dict[str, Fingerprint]:
         return {row_id: each for row_id, each in found if each is not None}
 
 
-def dhash(encoded: bytes) -> DHash | None:
+def dhash(encoded: bytes, most: int = MAX_DECODED_PIXELS) -> DHash | None:
     """Returns the difference hash of an image; None if it is flat or cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded, most) as image:
             # JPEGs are decoded at an eighth of their size where that is enough.
             image.draft("L", (72, 64))
             grey = image.convert("L")

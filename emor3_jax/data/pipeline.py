@@ -46,7 +46,7 @@ from emor3_jax.data.encode import REASONS, Encoder, Skip, check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
 from emor3_jax.data.order import ShuffleGroup, WholeBatches, Windows, make_groups, shuffled
-from emor3_jax.data.sources import Source, sizes_of
+from emor3_jax.data.sources import Source, Texts, sizes_of
 from emor3_jax.data.stats import RowStats
 from emor3_jax.models.errors import ImageError
 from emor3_jax.models.processor import Processor
@@ -80,6 +80,7 @@ class BatchSpec(NamedTuple):
       read_ahead: rows that are decoded while a batch is used, at most a batch of them.
       drop_last: in training, each epoch of a single shuffled group ends with its last whole batch;
         groups that take turns have no common epoch, and nothing is dropped.
+      fault: says of a row's texts why it is left out besides, one of `REASONS`; None for no more.
     """
 
     batch_size: int
@@ -92,6 +93,7 @@ class BatchSpec(NamedTuple):
     cut_questions: bool = False
     read_ahead: int = READ_AHEAD
     drop_last: bool = False
+    fault: Callable[[Texts], str | None] | None = None
 
 
 class _Read(NamedTuple):
@@ -189,6 +191,7 @@ class _Rows:
     ) -> None:
         check_fit(processor)
         self.source, self.batch_size, self.workers = source, spec.batch_size, spec.workers
+        self._fault_of_row = spec.fault
         rows = range(spec.batch_size) if spec.host_rows is None else spec.host_rows
         self.host_rows = list(map(int, rows))
         self._exchange, self._read_ahead = spec.exchange or hosts.exchange, spec.read_ahead
@@ -225,6 +228,8 @@ class _Rows:
         self._ids = hashlib.sha256()
         for index, texts in enumerate(self.source.texts()):
             fault = self._encoder.fault_of_texts(texts)
+            if fault is None and self._fault_of_row is not None:
+                fault = self._fault_of_row(texts)
             if fault is None:
                 usable.append(index)
                 answers.append(number[normalize(texts.answer)])

@@ -20,6 +20,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.data.errors import DataError
+from emor3_jax.files import MAX_TEMPLATE_BYTES, is_file, read_text, show
 
 BUILT_IN = {
     "qwen": Path(__file__).parent / "templates",
@@ -215,12 +216,26 @@ def special_token_in(tokenizer: PreTrainedTokenizerBase, text: str) -> str | Non
     return next((t.content for t in added if t.special and t.content in text), None)
 
 
+def opened_tag(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns a tag, such as `<think>`, that the chat template opens before each response."""
+    tail = _chat(tokenizer, _TEXT_MARK, with_image=False).partition(_TEXT_MARK)[2]
+    found = re.search(r"<[A-Za-z_]\w*>\s*$", tail)
+    return found[0].strip() if found else None
+
+
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str, with_image: bool) -> str:
     content = [{"type": "text", "text": text}]
     if with_image:
         content.insert(0, {"type": "image"})
     turns = [{"role": "user", "content": content}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # A template may raise whatever Python does where it computes.
+        raise DataError(
+            f"the tokenizer's chat template fails ({type(error).__name__}: {error}); use the "
+            "template of a Qwen2.5-VL tokenizer"
+        ) from error
     if rendered.count(IMAGE_TOKEN) != with_image or rendered.count(IMAGE_END) != with_image:
         raise DataError(
             f"the tokenizer's chat template renders {rendered.count(IMAGE_TOKEN)} {IMAGE_TOKEN} "
@@ -240,18 +255,18 @@ def _read(kind: str, source: str | Path) -> str:
         styles = {"release": RELEASE_ORDER / f"{kind}.txt"}
     built_in = {name: folder / f"{kind}.txt" for name, folder in BUILT_IN.items()} | styles
     path = built_in.get(str(source), Path(source))
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(
-            f"template {kind}={str(source)!r}: no such file; give the path of a text file or one "
+            f"template {kind}={show(source)!r}: no such file; give the path of a text file or one "
             f"of {', '.join(built_in)}"
         )
-    template = path.read_text(encoding="utf-8").rstrip("\n")
+    template = read_text(path, DataError, MAX_TEMPLATE_BYTES).rstrip("\n")
     names = [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
     required, optional = _PLACEHOLDERS.get(kind, _FURTHER_QUESTION)
     known = ", ".join(f"{{{name}}}" for name in sorted(required | optional))
     if unknown := [name for name in names if name not in required | optional]:
         raise DataError(
-            f"{path}: unknown placeholder {{{unknown[0]}}}; a {kind} template knows {known}"
+            f"{path}: unknown placeholder {{{show(unknown[0])}}}; a {kind} template knows {known}"
         )
     for name in sorted(required | optional):
         if name in required and name not in names:

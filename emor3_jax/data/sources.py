@@ -7,8 +7,9 @@ of all rows without the images, so that rows are checked before a run starts.
 import bisect
 import collections
 import concurrent.futures
-import glob
-import io
+import contextlib
+import itertools
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,17 +18,32 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import ExifTags, Image
 
-from emor3_jax.data.columns import is_text, label_names
+from emor3_jax.data.columns import (
+    check_answers,
+    check_images,
+    check_responses,
+    check_shares,
+    check_texts,
+    is_text,
+    label_names,
+)
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.files import read_image
+from emor3_jax.data.files import is_hidden, read_image
+from emor3_jax.files import head_of, is_file, leaves_folder, open_regular, show
+from emor3_jax.models.errors import ImageError
+from emor3_jax.models.images import MOST_DECODED_PIXELS, open_image, upright_size
 
 IMAGE_MARK = "<image>"
 """Stands in a row's `problem` for its image."""
 
 MAX_GROUP_BYTES = 2**31
 """Of a row group of a parquet file, uncompressed."""
+
+_MAX_PARQUET_BYTES = 2**42
+_TRIED = 100
+# A column of texts may be encoded in far less than it takes in memory.
+_ROWS_AT_ONCE = 1024
 
 
 class Texts(NamedTuple):
@@ -62,10 +78,12 @@ class Row(NamedTuple):
     Attributes:
       images: the encoded images; one of them None where it has neither bytes nor a file.
       texts: question, answer and id.
+      fault: why its images are not read, one of `encode.REASONS`; "" if they are.
     """
 
     images: list[bytes | None]
     texts: Texts
+    fault: str = ""
 
 
 class Source(Protocol):
@@ -86,12 +104,6 @@ class Source(Protocol):
         """Returns the index of the row with this id; raises KeyError if there is none."""
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Returns height and width in pixels once an image is turned as its EXIF says."""
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return image.size if turned else image.size[::-1]
-
-
 def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
     """Returns the sizes of images, from what the source knows or from the head of each image.
 
@@ -110,11 +122,12 @@ def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
     def size(index: int) -> tuple[int, int]:
         images = source[int(index)].images
         try:
-            with Image.open(io.BytesIO(images[0])) as image:
-                return upright_size(image)
-        except Exception:
-            # PIL raises many kinds of errors for a damaged head; there may also be no image.
-            return 0, 0
+            if images and images[0] is not None:
+                with open_image(images[0], MOST_DECODED_PIXELS) as image:
+                    return upright_size(image)
+        except ImageError:
+            pass
+        return 0, 0
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         return np.asarray(list(pool.map(size, rows)), np.int32).reshape(-1, 2)
@@ -128,6 +141,7 @@ class RowGroups:
 
     Attributes:
       schema: of the first file.
+      schemas: of all files.
       file_starts: int list, where the rows of each file begin.
     """
 
@@ -146,17 +160,26 @@ class RowGroups:
         self._groups: list[tuple[int, int]] = []
         self._starts = [0]
         self.file_starts: list[int] = []
+        self.schemas: list[pa.Schema] = []
         for number, file in enumerate(self._files):
+            handle = open_regular(file, _MAX_PARQUET_BYTES, DataError)
+            size = os.fstat(handle).st_size
+            os.close(handle)
             try:
                 metadata = pq.read_metadata(file)
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{file} cannot be read as a parquet file: {error}") from error
-            if not number:
-                self.schema = metadata.schema.to_arrow_schema()
+                self.schemas.append(metadata.schema.to_arrow_schema())
+            except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+                why = head_of(file) or f"cannot be read as a parquet file: {error}"
+                raise DataError(f"{file} {why}") from error
+            if not 0 <= metadata.num_rows <= size:
+                raise DataError(
+                    f"{file} says that it has {metadata.num_rows} rows in {size} bytes, which no "
+                    "file of images has; it is damaged"
+                )
             self.file_starts.append(self._starts[-1])
             for group in range(metadata.num_row_groups):
                 size = metadata.row_group(group).total_byte_size
-                if size >= MAX_GROUP_BYTES:
+                if not 0 <= size < MAX_GROUP_BYTES:
                     raise DataError(
                         f"{file}: row group {group} has {size / 2**30:.1f} GiB, over the "
                         f"{MAX_GROUP_BYTES / 2**30:.0f} that arrow reads at once; write the file "
@@ -164,6 +187,7 @@ class RowGroups:
                     )
                 self._groups.append((number, group))
                 self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
+        self.schema = self.schemas[0]
         self._open()
 
     def _open(self) -> None:
@@ -192,17 +216,30 @@ class RowGroups:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         group = bisect.bisect_right(self._starts, index) - 1
-        table = self._read(group, columns)
-        at = index - self._starts[group]
-        return {name: table[name][at].as_py() for name in columns if name in table.column_names}
+        with self._naming(self._groups[group][0]):
+            table = self._read(group, columns)
+            at = index - self._starts[group]
+            there = [name for name in columns if name in table.column_names]
+            return {name: table[name][at].as_py() for name in there}
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yields some columns of all rows, in order."""
-        for file in self._files:
-            with pq.ParquetFile(file) as reader:
+        for number, file in enumerate(self._files):
+            with self._naming(number), pq.ParquetFile(file) as reader:
                 there = [name for name in columns if name in reader.schema_arrow.names]
-                for batch in reader.iter_batches(columns=there):
+                for batch in reader.iter_batches(_ROWS_AT_ONCE, columns=there):
                     yield from batch.to_pylist()
+
+    @contextlib.contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
+        """Turns what arrow says of a damaged file into an error that names it."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError, MemoryError) as error:
+            raise DataError(
+                f"{self._files[number]} is damaged ({type(error).__name__}: {error}); write or "
+                "download it again"
+            ) from error
 
     def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
         with self._lock:
@@ -252,6 +289,7 @@ class ParquetSource:
         columns: Mapping[str, str] | None = None,
         split: str = "",
         question: str = "",
+        outside_files: bool = False,
     ) -> None:
         """Opens the files and checks their schema; reads no images.
 
@@ -262,23 +300,25 @@ class ParquetSource:
           split: only the rows whose column `split` holds this, or files that are named by it; "" is
             all rows.
           question: asked where the data has no such column; "" needs one.
+          outside_files: whether paths of images may be absolute or leave the folder by "..".
 
         Raises:
           DataError: if there is no such file, one is no parquet file of this schema, or the split
             cannot be told or has no rows.
         """
-        self.name = str(path)
+        self.name, self._anywhere = str(path), outside_files
         self._columns, self._question = {**_DEFAULT_COLUMNS, **(columns or {})}, question
         self._files = expand_files(self.name)
         self._rows = RowGroups(self._files, cache_bytes)
-        for file in self._files:
-            self._check_schema(file, columns or {})
+        self._labels = label_names(self._rows.schema, self._columns["answer"])
+        for file, schema in zip(self._files, self._rows.schemas, strict=True):
+            self._check_schema(file, schema, columns or {})
         names = [file.name for file in self._files]
         unique = len(set(names)) == len(names)
         self._names = names if unique else [str(file) for file in self._files]
-        self._labels = label_names(self._rows.schema, self._columns["answer"])
         wanted = ("question", "answer", "distribution", "response")
         self._text_columns = [self._columns[role] for role in wanted]
+        check_paths(self._rows, self._columns["image"], self._files[0].parent, outside_files)
         self._indices = self._split(split, "split" in (columns or {}))
 
     def __len__(self) -> int:
@@ -288,9 +328,9 @@ class ParquetSource:
         index = self._index(index)
         row = self._rows.row(index, (self._columns["image"], *self._text_columns))
         folder = self._files[self._rows.file_of(index)].parent
-        images = row[self._columns["image"]]
-        images = images if isinstance(images, list) else [] if images is None else [images]
-        return Row([image_bytes(image, folder) for image in images], self._texts(row, index))
+        return read_row(
+            row[self._columns["image"]], folder, self._anywhere, self._texts(row, index)
+        )
 
     def texts(self) -> Iterator[Texts]:
         """Yields the texts of all rows, in order, without reading their images."""
@@ -353,9 +393,9 @@ class ParquetSource:
         shares, said = row.get(columns["distribution"]), row.get(columns["response"])
         return read_texts(row_id, asked, answer, shares, said)
 
-    def _check_schema(self, file: Path, given: Mapping[str, str]) -> None:
+    def _check_schema(self, file: Path, schema: pa.Schema, given: Mapping[str, str]) -> None:
         """Checks the columns of one file; those that the config names must be there."""
-        schema, columns = pq.read_schema(file), self._columns
+        columns = self._columns
         needed = [role for role in _NEEDED if role != "question" or not self._question]
         for role in dict.fromkeys((*needed, *given)):
             if columns[role] not in schema.names:
@@ -364,59 +404,22 @@ class ParquetSource:
                     "need images (list of {bytes, path}), problem and answer, or other columns by "
                     "name, such as columns=image:photo,answer:emotion"
                 )
-        _check_image_type(file, columns["image"], schema.field(columns["image"]).type)
-        answers = schema.field(columns["answer"]).type
-        numbered = pa.types.is_integer(answers) and label_names(schema, columns["answer"])
-        if not is_text(answers) and not numbered:
+        where = str(file)
+        check_images(where, schema, columns["image"])
+        check_answers(where, schema, columns["answer"])
+        check_texts(where, schema, columns["question"])
+        check_responses(where, schema, columns["response"])
+        check_shares(where, schema, columns["distribution"])
+        if label_names(schema, columns["answer"]) != self._labels:
             raise DataError(
-                f"{file}: column {columns['answer']!r} is {answers}, not a text, and the file does "
-                "not name its numbers; save the labels as texts, or with a ClassLabel feature"
+                f"{file} names the numbers of {columns['answer']!r} otherwise than "
+                f"{self._files[0]}; open them as data sets of their own"
             )
-        if columns["question"] in schema.names:
-            questions = schema.field(columns["question"]).type
-            if not is_text(questions):
-                raise DataError(
-                    f"{file}: column {columns['question']!r} is {questions}, not a text"
-                )
-        _check_response_type(file, columns["response"], schema)
-        _check_shares_type(file, columns["distribution"], schema)
 
 
 def is_of_split(file: Path, split: str) -> bool:
     """Returns whether a file is named by a split, as on the hub: train.parquet, train-….parquet."""
     return file.stem == split or file.stem.startswith(f"{split}-") or file.parent.name == split
-
-
-def _check_image_type(file: Path, column: str, kind: pa.DataType) -> None:
-    many = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    one = kind.value_type if many else kind
-    struct = pa.types.is_struct(one) and one.get_field_index("bytes") >= 0
-    alone = pa.types.is_binary(one) or pa.types.is_large_binary(one) or pa.types.is_string(one)
-    if not struct and not alone:
-        raise DataError(
-            f"{file}: column {column!r} is {kind}, not a list of {{bytes, path}}, one such, bytes, "
-            "or the path of a file"
-        )
-
-
-def _check_response_type(file: Path, column: str, schema: pa.Schema) -> None:
-    if column not in schema.names:
-        return
-    said = schema.field(column).type
-    said = said.value_type if pa.types.is_list(said) or pa.types.is_large_list(said) else said
-    if not is_text(said):
-        raise DataError(f"{file}: column {column!r} is {said}, not a text or a list of texts")
-
-
-def _check_shares_type(file: Path, column: str, schema: pa.Schema) -> None:
-    if column not in schema.names:
-        return
-    shares = schema.field(column).type
-    fits = pa.types.is_list(shares) or pa.types.is_large_list(shares)
-    fits = fits and pa.types.is_struct(shares.value_type)
-    fits = fits and {f.name for f in shares.value_type} >= {"label", "share"}
-    if not fits:
-        raise DataError(f"{file}: column {column!r} is {shares}, not a list of {{label, share}}")
 
 
 def expand_files(path: str) -> list[Path]:
@@ -427,32 +430,90 @@ def expand_files(path: str) -> list[Path]:
     """
     files: list[Path] = []
     for part in path.split(","):
-        found = sorted(glob.glob(part.strip(), recursive=True)) if part.strip() else []
+        found = _glob(part.strip()) if part.strip() else []
         if not found:
             raise DataError(
                 f"path={path!r}: no file matches {part.strip()!r}; give a parquet file, a glob, or "
                 "several joined by commas"
             )
-        files.extend(Path(file) for file in found)
+        files.extend(found)
     return files
 
 
-def image_bytes(image: dict | bytes | str | None, folder: Path) -> bytes | None:
-    """Returns the bytes of an {bytes, path}, None where it has neither bytes nor a file.
+def _glob(pattern: str) -> list[Path]:
+    """Returns the paths that match; "**" does not follow links to folders, which may be circles."""
+    if is_file(pattern) or not any(letter in pattern for letter in "*?["):
+        return [Path(pattern)] if os.path.lexists(pattern.replace("\0", "")) else []
+    path = Path(pattern)
+    base, rest = (Path(path.anchor), path.parts[1:]) if path.anchor else (Path(), path.parts)
+    try:
+        found = base.glob("/".join(rest))
+        return sorted(x for x in found if not is_hidden(x.name) and not x.is_dir())
+    except (ValueError, OSError, NotImplementedError):
+        return []
+
+
+def read_row(found: Any, folder: Path, outside_files: bool, texts: Texts) -> Row:
+    """Returns a row with its images.
 
     Args:
-      image: as arrow gives it; bytes or a path alone will do.
+      found: as arrow gives them: {bytes, path}, bytes or a path alone, or a list of these.
       folder: to which a path is relative.
+      outside_files: whether a path may leave it.
+      texts: of the row.
     """
-    if isinstance(image, bytes):
-        return image or None
-    if isinstance(image, str):
-        image = {"path": image}
-    if image is None:
-        return None
+    images = found if isinstance(found, list) else [] if found is None else [found]
+    images = [{"path": x} if isinstance(x, str) else x for x in images]
+    images = [{"bytes": x} if isinstance(x, bytes) else x or {} for x in images]
+    for image in images:
+        path = image.get("path")
+        if not outside_files and not image.get("bytes") and path and leaves_folder(path):
+            return Row([], texts, "outside_file")
+    return Row([_image_bytes(image, folder) for image in images], texts)
+
+
+def _image_bytes(image: dict, folder: Path) -> bytes | None:
+    """Returns the bytes of an {bytes, path}, None where it has neither bytes nor a file."""
     if image.get("bytes"):
         return image["bytes"]
-    return read_image(folder / image["path"]) if image.get("path") else None
+    path = image.get("path")
+    if not path:
+        return None
+    found = read_image(folder / path)
+    # A path as Windows writes it.
+    return read_image(folder / path.replace("\\", "/")) if found is None else found
+
+
+def check_paths(rows: RowGroups, column: str, folder: Path, outside_files: bool) -> None:
+    """Tries the first images of data whose images are files.
+
+    Args:
+      rows: of the data.
+      column: of paths; others are not looked at.
+      folder: to which they are relative.
+      outside_files: whether they may leave it.
+
+    Raises:
+      DataError: naming the first path, if none of a hundred is there, or it leaves the folder.
+    """
+    if not is_text(rows.schema.field(column).type):
+        return
+    first = [row[column] for row in itertools.islice(rows.rows([column]), _TRIED)]
+    first = [path for path in first if path]
+    if not first:
+        return
+    outside = [path for path in first if leaves_folder(path)]
+    if outside and not outside_files:
+        raise DataError(
+            f"{folder}: the image {outside[0][:200]!r} is absolute or leaves the folder of its "
+            "file; write paths relative to it, or allow this by outside_files=True"
+        )
+    tried = (folder / path.replace("\\", slash) for path in first for slash in ("\\", "/"))
+    if len(first) == _TRIED and not any(map(is_file, tried)):
+        raise DataError(
+            f"{folder}: none of the first {_TRIED} images is there; the first one tried was "
+            f"{show(folder / first[0])}. Paths must be relative to the folder of their file"
+        )
 
 
 def read_texts(

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from emor3_jax.data.encode import REASONS, Encoder
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.prompts import render_prompt
 from emor3_jax.data.sources import Source, Texts, sizes_of
 from emor3_jax.models.errors import ImageError
+from emor3_jax.models.images import MOST_DECODED_PIXELS, open_image
 from emor3_jax.models.processor import Processor
 
 BARS = 8
@@ -272,7 +273,7 @@ def thumbnail(encoded: bytes, resized: tuple[int, int], side: int = 336) -> byte
       resized: height and width in pixels.
       side: of the result, at most.
     """
-    with Image.open(io.BytesIO(encoded)) as image:
+    with open_image(encoded, MOST_DECODED_PIXELS) as image:
         height, width = resized
         scale = min(1.0, side / max(height, width))
         upright = ImageOps.exif_transpose(image).convert("RGB")

@@ -10,6 +10,7 @@ import numpy as np
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.sources import Row, Source, Texts, sizes_of
+from emor3_jax.files import read_lines, show
 
 
 class Relabelled:
@@ -180,10 +181,7 @@ def read_ids(path: str | Path, source: Source) -> np.ndarray:
     Raises:
       DataError: if the file is missing or names a row that the source does not have.
     """
-    try:
-        names = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
-    except OSError as error:
-        raise DataError(f"ids={str(path)!r} cannot be read: {error.strerror}") from error
+    names = [line for line in read_lines(path, lambda why: DataError(f"ids: {why}")) if line]
     found, unknown = set(), []
     for name in names:
         try:
@@ -191,10 +189,10 @@ def read_ids(path: str | Path, source: Source) -> np.ndarray:
         except KeyError:
             unknown.append(name)
     if unknown or not found:
+        named = ", ".join(map(show, unknown[:3])) or "none at all"
         raise DataError(
             f"ids={str(path)!r} names {len(unknown)} rows of {len(names)} that {source.name} does "
-            f"not have, such as {', '.join(unknown[:3]) or 'none at all'}; give the data set that "
-            "the list was made of"
+            f"not have, such as {named}; give the data set that the list was made of"
         )
     return np.asarray(sorted(found), np.int64)
 

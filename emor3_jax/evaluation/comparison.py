@@ -1,6 +1,5 @@
 """Comparison of two runs by their files of predictions, row by row."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 
 from emor3_jax.data.errors import DataError
 from emor3_jax.evaluation.paired import Difference, differences, mcnemar
+from emor3_jax.files import parse_json, read_lines
 
 MATCHES = {"exact": "answer", "lenient": "lenient"}
 """How an answer is read → its field in a file of predictions."""
@@ -121,15 +121,13 @@ def read_predictions(path: Path, match: str = "exact") -> dict[str, Answered]:
       DataError: naming the file and the line that cannot be used.
     """
     rows: dict[str, Answered] = {}
-    # Not splitlines, which also ends lines at characters that JSON allows in a text.
-    text = path.read_text(encoding="utf-8").removesuffix("\n")
-    for number, line in enumerate(text.split("\n") if text else (), start=1):
+    for number, line in enumerate(read_lines(path, DataError), start=1):
         where = f"line {number} of {path}"
         try:
-            row = json.loads(line)
+            row = parse_json(line, where, DataError, dict)
             row_id, label, answer = row["id"], row["label"], row[MATCHES[match]]
             said = next((x for x in row["responses"] if x["answer"] == row["answer"]), None)
-        except (ValueError, TypeError) as error:
+        except (AttributeError, TypeError) as error:
             raise DataError(f"{where} is no prediction ({error}); evaluate again") from error
         except KeyError as error:
             rule = "evaluate again, or compare the exact answers" if match != "exact" else ""
@@ -137,9 +135,12 @@ def read_predictions(path: Path, match: str = "exact") -> dict[str, Answered]:
                 f"{where} has no field {error}, as an older version writes it; "
                 f"{rule or 'evaluate again'}"
             ) from error
+        texts = (row_id, label, answer, said["response"] if said else "")
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{where} is no prediction (a field is no text); evaluate again")
         if row_id in rows:
             raise DataError(f"{where}: the row {row_id!r} occurs twice; its ids must be unique")
-        rows[row_id] = Answered(label, answer, said["response"] if said else "")
+        rows[row_id] = Answered(*texts[1:])
     return rows
 
 

@@ -4,6 +4,7 @@ import base64
 import functools
 
 import jinja2
+import markupsafe
 
 
 def render(template: str, **values: object) -> str:
@@ -26,6 +27,12 @@ def _number(value: float | None, spec: str = ".1f", missing: str = "–") -> str
     return missing if value is None else format(value, spec)
 
 
+def cell(text: object) -> str:
+    """Returns a text as it is written into a table of Markdown: on one line, without any HTML."""
+    line = " ".join(str(text).split()).replace("|", "\\|")
+    return str(markupsafe.escape(line))
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -37,4 +44,5 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters["number"] = _number
+    environment.filters["cell"] = cell
     return environment

@@ -250,8 +250,12 @@ def to_svg(figure: "Figure", description: str) -> Markup:
         parts derive from it.
     """
     import matplotlib
+    from matplotlib.text import Text
 
     # Text stays text, so that a page can be searched and is small.
+    for text in figure.findobj(Text):
+        # A name may hold dollars.
+        text.set_parse_math(False)
     style = {"svg.fonttype": "none", "svg.hashsalt": f"emor3_jax: {description}"}
     out = io.StringIO()
     with matplotlib.rc_context(style):

@@ -138,7 +138,7 @@ def write_report(
     workdir.mkdir(parents=True, exist_ok=True)
     data = json.dumps(to_json(after), indent=2, ensure_ascii=False)
     (workdir / "evaluation.json").write_text(data + "\n", encoding="utf-8")
-    text = f"# {title}\n\n{markdown(before, after)}"
+    text = f"# {pages.cell(title)}\n\n{markdown(before, after)}"
     (workdir / "evaluation.md").write_text(text, encoding="utf-8")
     path = workdir / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emor3_jax.files import is_file
 from emor3_jax.models import weights
 from emor3_jax.models.families import FAMILIES
 from emor3_jax.models.hub import find, is_hub_id, parse_config, published, read_config
@@ -130,7 +131,7 @@ def _keep_files(source: Path, folder: Path) -> None:
     for pattern in _KEPT:
         for file in source.glob(pattern):
             place = folder / file.name
-            if file.is_file() and file.name not in _NOT_KEPT and not place.exists():
+            if is_file(file) and file.name not in _NOT_KEPT and not place.exists():
                 shutil.copyfile(file, place)
 
 

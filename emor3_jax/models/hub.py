@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from emor3_jax.models.errors import ShapesError
+from emor3_jax.files import read_json
+from emor3_jax.models.errors import ShapesError, refuse_code
 from emor3_jax.models.families import FAMILIES, NOT_YET
-from emor3_jax.models.json_files import read_object
 from emor3_jax.models.policy import Policy
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
@@ -59,8 +59,9 @@ def parse_config(data: dict) -> Policy:
     Raises:
       ShapesError: if its family is unknown, or it asks for something that is not implemented.
     """
+    refuse_code(data, "config.json", ShapesError)
     kind = data.get("model_type")
-    family = FAMILIES.get(str(kind))
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
         relative = next((name for name in NOT_YET if _is_part(str(kind), name)), None)
@@ -72,14 +73,23 @@ def parse_config(data: dict) -> Policy:
         )
     for part in (data, data.get("text_config")):
         for field in _QUANTISED & set(part if isinstance(part, dict) else ()):
-            if part[field]:
-                known = isinstance(part[field], dict) and part[field].get("quant_method")
+            quantised = part[field]
+            named = isinstance(quantised, dict)
+            method = quantised.get("quant_method", "an unknown method") if named else quantised
+            if quantised:
                 raise ShapesError(
-                    f"config.json has a {field} ({known or 'an unknown method'}): quantised "
-                    "weights cannot be trained; give the policy that they were made from, in "
-                    "bfloat16"
+                    f"config.json has a {field} ({method}): quantised weights cannot be trained; "
+                    "give the policy that they were made from, in bfloat16"
                 )
-    return Policy(family, family.shapes(data))
+    try:
+        return Policy(family, family.shapes(data))
+    except ShapesError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ShapesError(
+            f"config.json has a field of another type than it should be ({error}); download it "
+            "again"
+        ) from error
 
 
 _QUANTISED = {"quantization_config", "compression_config"}
@@ -98,4 +108,8 @@ def read_config(folder: str | Path) -> Policy:
         if (Path(folder) / "adapter_config.json").exists():
             rule = "the folder holds an adapter alone: merge it into its policy, and give that"
         raise FileNotFoundError(f"{path} does not exist; {rule}")
-    return parse_config(read_object(path, ShapesError))
+    data = read_json(path, ShapesError, dict)
+    try:
+        return parse_config(data)
+    except ShapesError as error:
+        raise ShapesError(f"{path}: {error}") from error

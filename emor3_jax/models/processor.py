@@ -15,28 +15,28 @@ Deviations, numbered:
 """
 
 import dataclasses
-import io
 import json
 import math
+import numbers
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-from PIL import Image, ImageOps
-from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from emor3_jax.models.errors import ImageError, ProcessorError
-from emor3_jax.models.json_files import read_object
+from emor3_jax.files import is_file, read_json
+from emor3_jax.models.errors import ImageError, ProcessorError, refuse_code
+from emor3_jax.models.images import MAX_DECODED_PIXELS, decode
 from emor3_jax.models.layout import Encoded, ImageLayout
+from emor3_jax.models.tokenizer import read_tokenizer, save_tokenizer
 from emor3_jax.types import Array
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _MAX_ASPECT_RATIO = 200
 # What transformers 5 writes for a whole processor, with the image settings inside.
 _PROCESSOR_FILE = "processor_config.json"
-# Where older folders keep the chat template.
-_CHAT_TEMPLATE_FILE = "chat_template.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class ImageSettings:
       scale: factor on a byte.
       first_resize: least and most pixels (0 for no limit) that an image is brought to by a bicubic
         resize of its own, before that of this class, as in the release; None for one resize.
+      max_decoded_pixels: an image of more is refused before it is decoded.
     """
 
     min_pixels: int = 56 * 56
@@ -63,12 +64,25 @@ class ImageSettings:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     scale: float = 1 / 255
     first_resize: tuple[int, int] | None = None
+    max_decoded_pixels: int = MAX_DECODED_PIXELS
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_pixels <= self.max_pixels:
+        for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise ProcessorError(f"{name}={value!r} must be a whole number over 0")
+        if self.min_pixels > self.max_pixels:
             raise ProcessorError(
                 f"min_pixels={self.min_pixels} must be over 0 and at most "
                 f"max_pixels={self.max_pixels}"
+            )
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3 or not all(map(_is_finite, getattr(self, name))):
+                raise ProcessorError(f"image_{name}={getattr(self, name)!r} must be three numbers")
+        if not all(self.std) or not _is_finite(self.scale):
+            raise ProcessorError(
+                f"image_std={self.std!r} and rescale_factor={self.scale!r} must be finite numbers, "
+                "the first not 0"
             )
 
     @classmethod
@@ -89,26 +103,25 @@ class ImageSettings:
                 f"{PREPROCESSOR_FILE}: resample={data['resample']} is not implemented, only "
                 f"{int(Image.BICUBIC)} (bicubic)"
             )
+        refuse_code(data, PREPROCESSOR_FILE, ProcessorError)
+        colours = {name: data.get(f"image_{name}") for name in ("mean", "std")}
+        for name, value in colours.items():
+            if value is not None and not isinstance(value, list):
+                raise ProcessorError(f"{PREPROCESSOR_FILE}: image_{name}={value!r} must be a list")
         given = {
             "min_pixels": _pixels(data, "min_pixels", "shortest_edge"),
             "max_pixels": _pixels(data, "max_pixels", "longest_edge"),
             "patch_size": data.get("patch_size"),
             "temporal_patch_size": data.get("temporal_patch_size"),
             "merge_size": data.get("merge_size"),
+            "mean": colours["mean"] and tuple(colours["mean"]),
+            "std": colours["std"] and tuple(colours["std"]),
+            "scale": data.get("rescale_factor"),
         }
-        for name, value in given.items():
-            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            _require(value is None or whole, name, value, "must be a whole number over 0")
-        for name, field in (("image_mean", "mean"), ("image_std", "std")):
-            value = data.get(name)
-            three = isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
-            ok = value is None or (three and (name == "image_mean" or 0 not in value))
-            _require(ok, name, value, "must be three numbers, one a colour; of image_std, none 0")
-            given[field] = value and tuple(value)
-        scale = data.get("rescale_factor")
-        _require(scale is None or _is_number(scale), "rescale_factor", scale, "must be a number")
-        given["scale"] = scale
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ProcessorError as error:
+            raise ProcessorError(f"{PREPROCESSOR_FILE}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the contents of a `preprocessor_config.json`, without the processor's class."""
@@ -201,20 +214,15 @@ class ImageSettings:
 def _pixels(data: dict[str, Any], name: str, edge: str) -> Any:
     """Returns a bound of the pixels of an image, which `size` may hold too, under either name."""
     size = data.get("size")
-    if data.get(name) is not None or size is None:
-        return data.get(name)
     named = isinstance(size, dict) and (size.get(edge) or size.get(name))
-    _require(bool(named), "size", size, "must hold shortest_edge and longest_edge, in pixels")
+    if size is None or (data.get(name) is not None and isinstance(size, dict)):
+        return data.get(name)
+    if not named:
+        raise ProcessorError(
+            f"{PREPROCESSOR_FILE}: size={size!r} must hold shortest_edge and longest_edge, in "
+            "pixels"
+        )
     return named
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require(ok: bool, name: str, value: Any, rule: str) -> None:
-    if not ok:
-        raise ProcessorError(f"{PREPROCESSOR_FILE}: {name}={value!r} {rule}")
 
 
 class Processor:
@@ -252,6 +260,11 @@ class Processor:
         images = dataclasses.replace(self.images, first_resize=(least, most))
         return Processor(self.tokenizer, images, self.layout, self.dtype)
 
+    def with_decode_limit(self, most: int) -> "Processor":
+        """Returns a processor that refuses images of more pixels than this, unread."""
+        images = dataclasses.replace(self.images, max_decoded_pixels=most)
+        return Processor(self.tokenizer, images, self.layout, self.dtype)
+
     def with_dtype(self, dtype: DTypeLike) -> "Processor":
         """Returns a processor of still patches of a type, that of the policy's arithmetic."""
         return Processor(self.tokenizer, self.images, self.layout, dtype)
@@ -283,28 +296,24 @@ class Processor:
           layout: of the policy's images.
 
         Raises:
-          FileNotFoundError: if the image settings or the tokenizer are missing.
+          FileNotFoundError: if the image settings are missing.
           ProcessorError: if a file is damaged, asks for something that is not implemented, or
             differs from `config.json`, or the tokenizer has no chat template.
         """
         folder = Path(folder)
-        tokenizer = _read_tokenizer(folder)
-        older = folder / _CHAT_TEMPLATE_FILE
-        if older.exists():
-            template = read_object(older, ProcessorError).get("chat_template")
-            if not isinstance(template, str):
-                raise ProcessorError(f"{older} has no chat_template; download it again")
-            tokenizer.chat_template = template
-        if not tokenizer.chat_template:
-            raise ProcessorError(f"{folder}: the tokenizer has no chat template; add one")
+        tokenizer = read_tokenizer(folder)
         data = None
         # As transformers does: what is inside of the whole processor's file goes first.
-        if (folder / _PROCESSOR_FILE).exists():
-            data = read_object(folder / _PROCESSOR_FILE, ProcessorError).get("image_processor")
+        if is_file(folder / _PROCESSOR_FILE):
+            data = read_json(folder / _PROCESSOR_FILE, ProcessorError, dict)
+            refuse_code(data, _PROCESSOR_FILE, ProcessorError)
+            data = data.get("image_processor")
+            if not isinstance(data, dict | None):
+                raise ProcessorError(f"{folder / _PROCESSOR_FILE}: image_processor is no object")
         if data is None:
-            if not (folder / PREPROCESSOR_FILE).exists():
+            if not is_file(folder / PREPROCESSOR_FILE):
                 raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
-            data = read_object(folder / PREPROCESSOR_FILE, ProcessorError)
+            data = read_json(folder / PREPROCESSOR_FILE, ProcessorError, dict)
         images = ImageSettings.from_hf(data)
         vision = layout.shapes.vision
         for name, here, there in (
@@ -312,15 +321,18 @@ class Processor:
             ("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size),
             ("merge_size", images.merge_size, vision.spatial_merge_size),
         ):
-            rule = f"differs from the {there} of config.json; both must be of the same policy"
-            _require(here == there, name, here, rule)
+            if here != there:
+                raise ProcessorError(
+                    f"{PREPROCESSOR_FILE}: {name}={here} differs from the {there} of config.json; "
+                    "both must be of the same policy"
+                )
         return cls(tokenizer, images, layout)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer files and `preprocessor_config.json`, which transformers reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         data = self.images.to_hf() | {"processor_class": self.layout.processor_class}
         text = json.dumps(data, indent=2) + "\n"
         (folder / PREPROCESSOR_FILE).write_text(text)
@@ -370,7 +382,9 @@ class Processor:
         Args:
           image: as of `patches`, which says what is raised.
         """
-        image = _to_rgb(decode(image) if isinstance(image, bytes) else image)
+        image = _to_rgb(
+            decode(image, self.images.max_decoded_pixels) if isinstance(image, bytes) else image
+        )
         first = self.images.first_size(image.height, image.width)
         if first != (image.height, image.width):
             image = image.resize(first[::-1], Image.BICUBIC)
@@ -378,35 +392,8 @@ class Processor:
         return np.asarray(image.resize((across, down), Image.BICUBIC))
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer of a folder; raises as `Processor.from_folder`."""
-    if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        raise FileNotFoundError(
-            f"{folder} has neither tokenizer.json nor vocab.json; the download is incomplete"
-        )
-    try:
-        return Qwen2TokenizerFast.from_pretrained(folder)
-    except Exception as error:
-        # The library raises errors of many kinds for damaged files.
-        raise ProcessorError(
-            f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error}); download "
-            "its files again"
-        ) from error
-
-
-def decode(encoded: bytes) -> Image.Image:
-    """Returns an image, turned as its EXIF tag says.
-
-    Raises:
-      ImageError: if it cannot be decoded.
-    """
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Exception as error:
-        # PIL's decoders raise OSError, SyntaxError, struct.error and others for damaged files.
-        raise ImageError(f"cannot decode an image of {len(encoded)} bytes: {error}") from error
+def _is_finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,13 +2,13 @@
 
 import abc
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from emor3_jax.models.checks import check_sizes
 from emor3_jax.models.decoder import DecoderShapes
 from emor3_jax.models.errors import ShapesError
-from emor3_jax.models.vision import TOWER_FIELDS, VisionShapes
+from emor3_jax.models.vision import VisionShapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Shapes(abc.ABC):
     max_position_embeddings: int
 
     def __post_init__(self) -> None:
+        check_sizes(self, "")
         if self.num_heads % self.num_kv_heads:
             raise ShapesError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -210,45 +211,11 @@ def need(source: Mapping[str, Any], where: str, *names: str) -> Any:
     raise ShapesError(f"config.json: {where} has no {' or '.join(names)}")
 
 
-def need_section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+def need_section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Returns a part of a `config.json`; raises ShapesError if it is missing or no object."""
     value = need(data, "the file", name)
-    return _checked(isinstance(value, dict), name, value, "must be an object")
-
-
-def need_size(source: Mapping[str, Any], where: str, name: str) -> int:
-    """Returns a number of things; raises ShapesError if there is none or it is none of 1, 2, …"""
-    value = need(source, where, name)
-    return _checked(_is_whole(value) and value > 0, name, value, "must be a whole number over 0")
-
-
-def need_indexes(source: Mapping[str, Any], where: str, name: str) -> tuple[int, ...]:
-    """Returns whole numbers; raises ShapesError if there are none or they are something else."""
-    value = need(source, where, name)
-    whole = isinstance(value, (list, tuple)) and all(_is_whole(each) for each in value)
-    return tuple(_checked(whole, name, value, "must be a list of whole numbers"))
-
-
-def need_positive(source: Mapping[str, Any], where: str, name: str) -> float:
-    """Returns a number; raises ShapesError if there is none or it is not finite and over 0."""
-    value = need(source, where, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    ok = number and math.isfinite(value) and value > 0
-    return float(_checked(ok, name, value, "must be a number over 0"))
-
-
-def tower_fields(vision: Mapping[str, Any], *names: str) -> dict[str, int]:
-    """Returns the sizes of a tower: those of all families, and some others by name."""
-    return {name: need_size(vision, "vision_config", name) for name in (*TOWER_FIELDS, *names)}
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _checked(ok: bool, name: str, value: Any, rule: str) -> Any:
-    if not ok:
-        raise ShapesError(f"config.json has {name}={value!r}, which {rule}")
+    if not isinstance(value, Mapping):
+        raise ShapesError(f"config.json has {name}={str(value)[:80]}, which must be an object")
     return value
 
 
@@ -260,10 +227,7 @@ def refuse_unless(ok: bool, what: str, value: Any) -> None:
 
 def rope_of(text: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of rope in either spelling; raises ShapesError for other kinds."""
-    rope = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        given = text.get(name) or {}
-        rope |= _checked(isinstance(given, dict), name, given, "must be an object")
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refuse_unless(kind in ("default", "mrope"), f"rope type {kind!r}", rope)
     return rope
@@ -285,52 +249,48 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
 
     def text_id(name: str) -> int | None:
         value = text.get(name, data.get(name))
-        value = value[0] if isinstance(value, list) and value else value
-        ok = value is None or (_is_whole(value) and value >= 0)
-        return _checked(ok, name, value, "must be the id of a token, or null")
+        return value[0] if isinstance(value, list) and value else value
 
     where = "the decoder"
-    vocab_size = need_size(text, where, "vocab_size")
-    ids = {name: _need_id(data, name) for name in _IMAGE_IDS}
-    rule = f"must be under vocab_size={vocab_size}"
+    ids = {name: need(data, "the file", name) for name in _IMAGE_IDS}
+    vocab_size = need(text, where, "vocab_size")
     for name, value in ids.items():
-        _checked(value < vocab_size, name, value, rule)
-    num_heads = need_size(text, where, "num_attention_heads")
-    given = text.get("num_key_value_heads") is not None
-    num_kv_heads = need_size(text, where, "num_key_value_heads") if given else num_heads
-    theta = rope if rope.get("rope_theta") is not None else text
+        if value >= vocab_size:
+            raise ShapesError(
+                f"config.json has {name}={value!r}, which must be under {vocab_size=}"
+            )
+    num_heads = need(text, where, "num_attention_heads")
     return {
         "vocab_size": vocab_size,
-        "hidden_size": need_size(text, where, "hidden_size"),
-        "intermediate_size": need_size(text, where, "intermediate_size"),
-        "num_layers": need_size(text, where, "num_hidden_layers"),
+        "hidden_size": need(text, where, "hidden_size"),
+        "intermediate_size": need(text, where, "intermediate_size"),
+        "num_layers": need(text, where, "num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "rms_norm_eps": need_positive(text, where, "rms_norm_eps"),
-        "rope_theta": need_positive(theta, where, "rope_theta"),
-        "mrope_section": need_indexes(rope, "rope_scaling", "mrope_section"),
+        "num_kv_heads": text.get("num_key_value_heads") or num_heads,
+        "rms_norm_eps": need(text, where, "rms_norm_eps"),
+        "rope_theta": float(rope.get("rope_theta") or need(text, where, "rope_theta")),
+        "mrope_section": tuple(need(rope, "rope_scaling", "mrope_section")),
         "tie_word_embeddings": _is_tied(data, text),
         **ids,
         "bos_token_id": text_id("bos_token_id"),
         "eos_token_id": text_id("eos_token_id"),
         "pad_token_id": text_id("pad_token_id"),
-        "max_position_embeddings": need_size(text, where, "max_position_embeddings"),
+        "max_position_embeddings": need(text, where, "max_position_embeddings"),
     }
 
 
 _IMAGE_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def _need_id(data: Mapping[str, Any], name: str) -> int:
-    value = need(data, "the file", name)
-    return _checked(_is_whole(value) and value >= 0, name, value, "must be the id of a token")
-
-
 def _is_tied(data: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
     """Returns whether the head is the embedding; the outer field decides, as in transformers 5."""
     for part in (data, text):
         value = part.get("tie_word_embeddings")
+        if isinstance(value, bool):
+            return value
         if value is not None:
-            rule = "must be true or false"
-            return _checked(isinstance(value, bool), "tie_word_embeddings", value, rule)
+            raise ShapesError(
+                f"config.json has tie_word_embeddings={str(value)[:80]!r}, which must be true or "
+                "false"
+            )
     return False

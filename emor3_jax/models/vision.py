@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from emor3_jax.models import rope
 from emor3_jax.models.attention import Own, attend, slots_last
+from emor3_jax.models.checks import check_sizes
 from emor3_jax.models.errors import ShapesError
 from emor3_jax.models.layers import Compute, Dense
 
@@ -51,6 +52,7 @@ class VisionShapes(abc.ABC):
     in_channels: int = 3
 
     def __post_init__(self) -> None:
+        check_sizes(self, "vision ")
         if self.hidden_size % (4 * self.num_heads):
             raise ShapesError(
                 f"vision hidden_size={self.hidden_size} over num_heads={self.num_heads} must give "

@@ -13,6 +13,7 @@ Deviations, numbered:
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from emor3_jax.files import head_of, is_file, open_regular, read_json
 from emor3_jax.models.errors import WeightsError
-from emor3_jax.models.json_files import read_object
 from emor3_jax.models.naming import HubTensor, by_head, by_part, is_kernel
 from emor3_jax.models.params import Params, leaves, parameter_overview
 from emor3_jax.models.policy import Policy
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_MAX_WEIGHTS_BYTES = 2**40
 MAX_FILE_BYTES = 5 * 10**9
 """Size at which the hub starts another file."""
 
@@ -170,7 +172,7 @@ class _Reader:
 
     def __init__(self, folder: Path, policy: Policy) -> None:
         self._policy = policy
-        if (folder / WEIGHTS_FILE).exists():
+        if is_file(folder / WEIGHTS_FILE):
             # As transformers does where an index lies beside it.
             files = [WEIGHTS_FILE]
             if (folder / INDEX_FILE).exists():
@@ -178,18 +180,11 @@ class _Reader:
                     "%s has %s and %s; the first is read", folder, WEIGHTS_FILE, INDEX_FILE
                 )
         elif (folder / INDEX_FILE).exists():
-            index = read_object(folder / INDEX_FILE, WeightsError).get("weight_map")
-            named = isinstance(index, dict) and all(isinstance(x, str) for x in index.values())
-            if not named or not index:
-                raise WeightsError(
-                    f"{folder / INDEX_FILE} is damaged: it has no weight_map from tensors to "
-                    "files; download it again"
-                )
-            files = sorted(set(index.values()))
+            files = _shards(folder / INDEX_FILE)
         else:
             raise FileNotFoundError(
-                f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a folder in Hugging "
-                "Face's format with weights as safetensors"
+                f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{_pickles(folder)}; give a "
+                "folder in Hugging Face's format with weights as safetensors"
             )
         self._folder = folder
         self._entries: dict[str, _Entry] = {}
@@ -199,6 +194,7 @@ class _Reader:
                     f"{folder / name} does not exist, but {INDEX_FILE} names it; the download is "
                     "incomplete"
                 )
+            os.close(open_regular(folder / name, _MAX_WEIGHTS_BYTES, WeightsError))
             try:
                 with safe_open(folder / name, framework="numpy") as file:
                     for key in file.keys():  # noqa: SIM118
@@ -206,12 +202,11 @@ class _Reader:
                         shape = tuple(part.get_shape())
                         entry = _Entry(folder / name, key, shape, part.get_dtype())
                         self._entries[policy.family.hub_name(key)] = entry
-            except OSError:
-                raise
             except Exception as error:
-                raise WeightsError(
-                    f"{folder / name} is not a whole safetensors file ({error}); download it again"
-                ) from error
+                # The header says where each tensor lies; the library checks it against the size of
+                # the file before anything is read.
+                what = head_of(folder / name) or f"is not a whole safetensors file ({error})"
+                raise WeightsError(f"{folder / name} {what}; download it again") from error
 
     def check(self, shapes: Params) -> None:
         """Compares all names, shapes and types with those of the policy, before any is read."""
@@ -271,7 +266,7 @@ class _Reader:
             safe_open(embedding.file, framework="numpy") as second,
         ):
             pieces = first.get_slice(head.key), second.get_slice(embedding.key)
-            count = head.shape[0]
+            count = embedding.shape[0]
             rows = (slice(row, min(row + _ROWS, count)) for row in range(0, count, _ROWS))
             if head.shape == embedding.shape and all(
                 np.array_equal(*(piece[part] for piece in pieces)) for part in rows
@@ -300,6 +295,33 @@ class _Reader:
             else:
                 part = file.get_slice(entry.key)[index]
         return part.astype(np.float32) if part.dtype == np.float64 else part
+
+
+def _shards(index: Path) -> list[str]:
+    """Returns the files that an index names, which must lie beside it."""
+    found = read_json(index, WeightsError, dict).get("weight_map")
+    names = found.values() if isinstance(found, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+            raise WeightsError(
+                f"{index} is damaged: its weight_map must name safetensors files beside it, not "
+                f"{str(name)[:80]!r}; download it again"
+            )
+    return sorted(set(names))
+
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def _pickles(folder: Path) -> str:
+    """Returns what to say of weights in a format that can run code when it is read."""
+    there = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if not there:
+        return ""
+    return (
+        f", only {there[0]}, a pickle, which can run code and is never read (convert it with "
+        "transformers' save_pretrained)"
+    )
 
 
 def _read_param(

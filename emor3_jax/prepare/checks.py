@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from emor3_jax.config import (
     EMBEDDED,
     ConfigError,
-    check_complete,
     check_numbers,
+    dataset,
     default,
     field_value,
+    reward_term,
     reward_terms,
     uses_reference,
 )
@@ -23,6 +24,7 @@ from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import FAMILIES, is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
 from emor3_jax.models.decode_attention import BLOCK
+from emor3_jax.models.images import MOST_DECODED_PIXELS
 from emor3_jax.models.lora import TOWER
 from emor3_jax.parallel.mesh import check_batch
 from emor3_jax.prepare.data import PARQUET_LABELS, data_sets
@@ -39,6 +41,7 @@ _AT_LEAST = {
     "policy.lora_rank": 0,
     "data.min_pixels": 0,
     "data.max_pixels": 0,
+    "data.max_decoded_pixels": 1,
     "data.workers": 0,
     "data.read_ahead": 1,
     "rollout.prompts": 1,
@@ -109,7 +112,7 @@ def validate(config: ConfigDict) -> None:
         if not ok:
             raise ConfigError(field, field_value(config, field), rule)
 
-    check_complete(config, default)
+    _check_types(config, default(), "")
     check_numbers(config, _AT_LEAST, _OVER_0, _NO_BOUND)
     need(config.seed < 2**32, "seed", "must be under 2**32")
     need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
@@ -155,6 +158,9 @@ def validate(config: ConfigDict) -> None:
         "data.min_pixels",
         f"must not be over data.max_pixels={most}",
     )
+    decoded = config.data.max_decoded_pixels
+    rule = f"must be at most {MOST_DECODED_PIXELS}, what PIL opens"
+    need(decoded <= MOST_DECODED_PIXELS, "data.max_decoded_pixels", rule)
     rules = ("drop", "cut")
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
     for field, each in data_sets(config).values():
@@ -173,6 +179,8 @@ def validate(config: ConfigDict) -> None:
     trained |= {f"data.mix.{name}": each for name, each in config.data.mix.items()}
     for field, each in trained.items():
         same = each.graded == config.data.train.graded
+        rule = "is of evaluation sets alone; subset takes so many rows of a training set"
+        need(not each.limit, f"{field}.limit", rule)
         need(same, f"{field}.graded", "must be that of data.train: rewards are graded or not")
     for name in config.data.mix:
         need("/" not in name and name != "train", "data.mix", "names hold no '/', nor are 'train'")
@@ -234,7 +242,8 @@ def validate(config: ConfigDict) -> None:
     for group, names in config.evaluate.groups.items():
         field = f"evaluate.groups.{group}"
         need(group not in sets, field, "has the name of a set; give the group another")
-        known = not isinstance(names, str) and len(names) > 0 and set(names) <= set(sets)
+        known = isinstance(names, tuple | list) and len(names) > 0
+        known = known and all(isinstance(name, str) and name in sets for name in names)
         need(known, field, f"must be a tuple of names of evaluate.sets: {', '.join(sets)}")
     need(
         config.evaluate.votes == 1 or evaluation_sampling(config)[0] > 0,
@@ -242,6 +251,46 @@ def validate(config: ConfigDict) -> None:
         "at a temperature of 0 all responses to a row are the same; raise evaluate.temperature, or "
         "ask once",
     )
+
+
+_FREE = {"data.mix": dataset(), "evaluate.sets": dataset(), "reward.terms": reward_term()}
+"""Sections whose fields have any names, and what each is described by."""
+
+
+def _check_types(config: ConfigDict, defaults: ConfigDict, prefix: str) -> None:
+    """Checks that each field has the type that its default has.
+
+    Raises:
+      ConfigError: naming the field, its value and the type.
+    """
+    for key, usual in defaults.items():
+        field = f"{prefix}{key}"
+        if key not in config:
+            raise ConfigError(field, None, "is missing; start from emor3_jax.config.default()")
+        value = config[key]
+        if isinstance(usual, ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise ConfigError(field, value, "must be a section of fields, a ConfigDict")
+            if field in _FREE:
+                for name, each in value.items():
+                    if not isinstance(each, ConfigDict):
+                        raise ConfigError(f"{field}.{name}", each, "must be a description")
+                    _check_types(each, _FREE[field], f"{field}.{name}.")
+            elif field != "evaluate.groups":
+                _check_types(value, usual, f"{field}.")
+        elif not isinstance(value, _types_of(usual)) or (
+            isinstance(value, bool) and not isinstance(usual, bool)
+        ):
+            named = " or ".join(dict.fromkeys(x.__name__ for x in _types_of(usual)))
+            raise ConfigError(field, value, f"must be of type {named}")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(field, "a number of over 63 bits", "must be smaller")
+
+
+def _types_of(usual: object) -> tuple[type, ...]:
+    if isinstance(usual, float):
+        return float, int
+    return (tuple, list) if isinstance(usual, tuple) else (type(usual),)
 
 
 _BATCHES = {

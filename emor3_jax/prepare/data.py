@@ -19,13 +19,14 @@ from emor3_jax.data.pipeline import (
     eval_batches,
     train_batches,
 )
-from emor3_jax.data.prompts import PromptTemplates
+from emor3_jax.data.prompts import PromptTemplates, opened_tag
 from emor3_jax.data.sources import Source, expand_files
 from emor3_jax.data.views import SUBSETS, Joined, Relabelled, Subset, read_ids
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import host_rows
 from emor3_jax.prepare.profile import drops_last_batch, template_names
+from emor3_jax.prepare.responses import row_fault
 from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
 
 logger = logging.getLogger(__name__)
@@ -164,18 +165,32 @@ def stated_values(config: ConfigDict, source: Source) -> dict[str, dict[str, flo
     return {row_id: values for row_id, values in found.items() if values}
 
 
-def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None) -> Data:
+def open_data(
+    config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None, *, imitate: bool = False
+) -> Data:
     """Opens the training data and all evaluation sets.
 
     Args:
       config: of the run.
       policy: its processor shapes the batches.
       mesh: says which rows of each batch this host reads; None is all.
+      imitate: responses of the rows are learned, where `sft.target` says so: training rows without
+        one are left out.
 
     Raises:
       ConfigError, DataError: naming the field or file, the value and the way out.
     """
     template = load_templates(config).set
+    if tag := opened_tag(policy.processor.tokenizer):
+        logger.warning(
+            "the policy's chat template opens %s for each response: a response that begins there "
+            "has no format score, and no reflection finds its steps; take a template without it "
+            "(chat_template.jinja in the policy's folder)",
+            tag,
+        )
+    fault = None
+    if imitate and config.sft.target == "response":
+        fault = row_fault(config, policy)
     sources, named = {}, {}
     # What is built is there for the other hosts.
     with hosts.first_goes_first():
@@ -206,7 +221,7 @@ def open_data(config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None
         train_batches(
             *rows("train"),
             spec(config.rollout.prompts, config.data.train)._replace(
-                drop_last=drops_last_batch(config)
+                drop_last=drops_last_batch(config), fault=fault
             ),
             seed=config.seed,
             parts=parts,

@@ -63,6 +63,7 @@ def _sized(config: ConfigDict, processor: Processor) -> Processor:
             processor = processor.with_first_resize(config.data.min_pixels, config.data.max_pixels)
     else:
         processor = processor.with_pixels(least, most)
+    processor = processor.with_decode_limit(config.data.max_decoded_pixels)
     return processor.with_dtype(jnp.dtype(config.policy.dtype))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -10,6 +11,7 @@ from emor3_jax.config import ConfigError
 from emor3_jax.data import generic
 from emor3_jax.data.columns import parse_columns
 from emor3_jax.data.datasets.catalog import BUILDERS, open_dataset
+from emor3_jax.data.errors import DataError
 from emor3_jax.data.sources import ParquetSource, Source
 from emor3_jax.data.views import SUBSETS
 from emor3_jax.embedded.emoscenes import builder, words
@@ -54,8 +56,8 @@ def _open_parquet(dataset: ConfigDict, run: SourceContext) -> Opened:
         rule = "name parquet files, a glob, or several joined by commas"
         raise ConfigError(f"{run.field}.path", dataset.path, rule)
     names = parse_columns(dataset.columns)
-    asked = dataset.question
-    return ParquetSource(dataset.path, columns=names, split=dataset.split, question=asked), ""
+    options = {"question": dataset.question, "outside_files": dataset.outside_files}
+    return ParquetSource(dataset.path, columns=names, split=dataset.split, **options), ""
 
 
 def _open_named(kind: str, dataset: ConfigDict, run: SourceContext) -> Opened:
@@ -67,19 +69,30 @@ def _open_named(kind: str, dataset: ConfigDict, run: SourceContext) -> Opened:
 
 def _open_folders(dataset: ConfigDict, _: SourceContext) -> Opened:
     source = generic.open_folders(dataset.path, _split(dataset), dataset.question)
-    return source, ",".join(source.labels)
+    return source, _joined(source)
 
 
 def _open_json_lines(dataset: ConfigDict, _: SourceContext) -> Opened:
     names = parse_columns(dataset.columns)
-    options = {"columns": names, "split": dataset.split}
+    options = {"columns": names, "split": dataset.split, "outside_files": dataset.outside_files}
     return generic.open_json_lines(dataset.path, dataset.question, **options), ""
 
 
 def _open_hugging_face(dataset: ConfigDict, _: SourceContext) -> Opened:
     names = parse_columns(dataset.columns)
-    source = generic.HuggingFaceSource(dataset.path, dataset.split, dataset.question, columns=names)
-    return source, ",".join(source.labels)
+    options = {"columns": names, "outside_files": dataset.outside_files}
+    source = generic.HuggingFaceSource(dataset.path, dataset.split, dataset.question, **options)
+    return source, _joined(source)
+
+
+def _joined(source: Any) -> str:
+    """Returns the labels that data says itself, as `label_set` takes them."""
+    for label in source.labels:
+        if "," in label:
+            raise DataError(
+                f"{source.name}: the label {label!r} holds a comma, which parts labels; rename it"
+            )
+    return ",".join(source.labels)
 
 
 SOURCES: dict[str, Callable[[ConfigDict, SourceContext], Opened]] = {
@@ -110,6 +123,9 @@ def check_kind(field: str, dataset: ConfigDict) -> None:
     if dataset.columns and kind not in named:
         rule = f"names columns, which only {', '.join(named)} have, not {kind}; leave it ''"
         raise ConfigError(f"{field}.columns", dataset.columns, rule)
+    if dataset.outside_files and kind not in named:
+        rule = f"allows paths that a list names, which only {', '.join(named)} have, not {kind}"
+        raise ConfigError(f"{field}.outside_files", dataset.outside_files, rule)
     if dataset.label and kind not in BUILDERS:
         rule = f"chooses a label rule of a named data set, not of {kind}; leave it ''"
         raise ConfigError(f"{field}.label", dataset.label, rule)

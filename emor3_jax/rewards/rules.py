@@ -9,6 +9,7 @@ from typing import Any
 
 from emor3_jax.errors import UserError
 from emor3_jax.rewards.automaton import OTHER, SPACES, Rule
+from emor3_jax.spelling import normalize
 
 _DELIMITERS = "<>/"
 STEPS = ("<step1>", "</step1>", "<step2>", "</step2>", "<step3>", "</step3>", "\\boxed{", "}")
@@ -20,12 +21,12 @@ class LabelError(UserError):
 
 
 def lowercase_labels(labels: Sequence[str]) -> tuple[str, ...]:
-    """Returns the labels in lower case.
+    """Returns the labels in the form in which they are compared (`spelling.normalize`).
 
     Raises:
       LabelError: if there is none, two are equal in lower case, or one could not be boxed.
     """
-    lowered = tuple(label.lower() for label in labels)
+    lowered = tuple(map(normalize, labels))
     if not lowered:
         raise LabelError("labels=(): at least one label is needed")
     for i, label in enumerate(lowered):
@@ -36,7 +37,7 @@ def lowercase_labels(labels: Sequence[str]) -> tuple[str, ...]:
             raise LabelError(
                 f"{name} contains a brace, an angle bracket, a backslash or an invalid character"
             )
-        if not label or " ".join(label.split()) != label:
+        if not label or " ".join(label.split()) != label or labels[i] != labels[i].strip():
             raise LabelError(f"{name} must have words joined by single spaces")
         if label == "none":
             raise LabelError(f"{name} is what a missing answer reads as; choose another word")

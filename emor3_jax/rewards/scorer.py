@@ -15,6 +15,7 @@ from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.rules import LabelError, lowercase_labels
 from emor3_jax.rewards.tables import cut_spans, make_tables
 from emor3_jax.rewards.terms import TermError
+from emor3_jax.spelling import normalize
 from emor3_jax.types import Batch, Replies, ReplyProbs, Samples, Scores
 
 Tokens = tuple[jax.Array, jax.Array]
@@ -111,9 +112,9 @@ class Scorer:
             raise ValueError(f"{counts}: give as many of each")
         indices = []
         for answer in answers:
-            if answer.strip().lower() not in self.labels:
+            if normalize(answer) not in self.labels:
                 raise LabelError(f"answer {answer!r} is not one of {', '.join(self.labels)}")
-            indices.append(self.labels.index(answer.strip().lower()))
+            indices.append(self.labels.index(normalize(answer)))
         replies = None
         if given:
             spans = cut_spans(self.tables, tokens, lengths)

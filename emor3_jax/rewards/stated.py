@@ -14,6 +14,8 @@ accuracy; bound and scale are this project's own.
 import math
 import re
 
+from emor3_jax.spelling import normalize
+
 LEAST = 0.01
 """A stated confidence counts as at least so much, and as at most 1 less it."""
 
@@ -55,7 +57,7 @@ def log_score(response: str, label: str) -> float:
     confidence, boxes = stated_confidence(response), _BOX.findall(response)
     if math.isnan(confidence) or not boxes:
         return 0.0
-    right = boxes[-1].strip().lower() == label.strip().lower()
+    right = normalize(boxes[-1]) == normalize(label)
     held = min(max(confidence if right else 1 - confidence, LEAST), 1 - LEAST)
     lowest, highest = math.log(LEAST), math.log(1 - LEAST)
     return (math.log(held) - lowest) / (highest - lowest)

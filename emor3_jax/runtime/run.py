@@ -155,7 +155,7 @@ class Run:
         self.policy = prepare.load_policy(config, self.say, self.mesh)
         self._stop.check()
         self.say("opening the data")
-        self.data = prepare.open_data(config, self.policy, self.mesh)
+        self.data = prepare.open_data(config, self.policy, self.mesh, imitate=program == "sft")
         self._stop.check()
         job.keep_config(config, workdir)
         self.say("building the reward tables")

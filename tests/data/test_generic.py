@@ -10,10 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from emor3_jax.config import dataset
 from emor3_jax.data.columns import parse_columns
 from emor3_jax.data.errors import DataError
-from emor3_jax.data.files import is_image_head
 from emor3_jax.data.generic import QUESTION, HuggingFaceSource, open_folders, open_json_lines
+from emor3_jax.data.sources import expand_files
+from emor3_jax.models.images import is_image_head
+from emor3_jax.prepare.sources import SOURCES
 
 
 def lines(path, rows: list) -> str:
@@ -55,6 +58,20 @@ def test_json_lines(tmp_path, make):
             '{"image": "x", "distribution": {"joy": "0.5"}}',
             "line 1 .*: the share of 'joy' in 'distribution' is '0.5', no number",
         ),
+        (
+            '{"image": "x", "distribution": {"joy": 1' + "0" * 400 + "}}",
+            "line 1 .*: the share of 'joy' in 'distribution' is 1000.*, no number",
+        ),
+        ('{"image": "x", "distribution": {"joy": 1e400}}', "line 1 .* the number 1e400 is too lar"),
+        ('{"image": "x", "distribution": {"joy": NaN}}', "line 1 .* NaN is no number of JSON"),
+        ('{"image": "x", "label": 1' + "0" * 5000 + "}", "line 1 .* is no JSON: .*digits"),
+        ("[" * 100_000, "line 1 .* is no JSON: too many brackets"),
+        ('{"image": "x", "label": "\\ud83d"}', "line 1 .* escapes half of a character"),
+        ('{"image": "x", "label": {"a": 1}}', "line 1 .*: 'label' is .*, not a text"),
+        ('{"image": "x", "id": ["a"]}', "line 1 .*: 'id' is .*, neither a whole number nor"),
+        ('{"image": "x", "id": "a\\nb"}', "line 1 .*: 'id' is .*, neither a whole number nor"),
+        ('{"image": "x", "response": [3]}', "line 1 .*: 'response' is .3., neither a text nor"),
+        ('{"image": {"bytes": "x"}}', "line 1 .* no object with a text 'image'"),
     ],
 )
 def test_a_faulty_line_is_named(tmp_path, text, message):
@@ -190,7 +207,7 @@ def test_faulty_folders_of_datasets_are_named(tmp_path, make, change):
         "nothing": "holds neither a state.json .* nor parquet files",
         "shard": r"lacks data-00001-of-00002\.arrow, which its state\.json names",
         "indices": "call flatten_indices",
-        "numbers": "the column 'emotion' holds numbers and the data does not name them",
+        "numbers": "column 'emotion' is int64, not a text, and the file does not name its numbers",
         "image": "no column of kind Image can be told among picture, emotion, question",
     }[change]
     if change == "nothing":
@@ -211,7 +228,9 @@ def test_responses_of_json_lines(tmp_path, make):
     rows.append({"image": "a.png", "label": "joy"})
     found = list(open_json_lines(lines(tmp_path / "a.jsonl", rows)).texts())
     assert [texts.responses for texts in found] == [("x",), ("x", "y"), (), ()]
-    with pytest.raises(DataError, match=r"line 1 of .*: 'response' is neither a text nor a list"):
+    with pytest.raises(
+        DataError, match=r"line 1 of .*: 'response' is 3, neither a text nor a list"
+    ):
         open_json_lines(lines(tmp_path / "b.jsonl", [rows[0] | {"response": 3}]))
 
 
@@ -223,7 +242,7 @@ def test_json_lines_of_other_tools(tmp_path):
     assert [t.id for t in found] == ["a.jsonl:1", "a.jsonl:2"] and found[0].answer == "joy\u2028"
     for encoding in ("utf-16", "gbk"):
         (tmp_path / "b.jsonl").write_text('{"image": "喜怒哀乐.png"}', encoding=encoding)
-        with pytest.raises(DataError, match=r"b\.jsonl is no UTF-8 text .* save it as UTF-8"):
+        with pytest.raises(DataError, match=r"b\.jsonl is (no|a) .*text.* save it as UTF-8"):
             open_json_lines(str(tmp_path / "b.jsonl"))
 
 
@@ -328,11 +347,54 @@ def test_paths_of_windows_or_of_another_machine(tmp_path, make):
     (tmp_path / "train" / "x.png").write_bytes(make["png"](1))
     rows = [{"image": "train\\x.png", "label": "joy"}] * 2
     assert open_json_lines(lines(tmp_path / "a.jsonl", rows))[1].images == [make["png"](1)]
-    rows = [{"image": f"D:\\data\\{i}.png", "label": "joy"} for i in range(200)]
-    with pytest.raises(
-        DataError, match=r"none of its first 100 images is there; .* tried was .*0\.png"
-    ):
+    rows = [{"image": f"D:\\data\\{i}.png", "label": "joy"} for i in range(20_000)]
+    with pytest.raises(DataError, match=r"line 1 of .* 'D:.*0\.png' is absolute or leaves"):
         open_json_lines(lines(tmp_path / "b.jsonl", rows))
+    gone = [{"image": f"train/{i}.png", "label": "joy"} for i in range(200)]
+    for anywhere, listed in ((True, rows), (False, gone)):
+        with pytest.raises(
+            DataError, match=r"none of its first 100 images is there; .* tried was .*0\.png"
+        ):
+            open_json_lines(lines(tmp_path / "b.jsonl", listed), outside_files=anywhere)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../etc/passwd", "a/../../x.png", "C:\\x.png"])
+def test_paths_leave_the_folder_only_where_the_config_says_so(tmp_path, make, name):
+    rows = [{"image": name, "label": "joy"}]
+    path = lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"line 1 .* leaves the folder .* outside_files=True"):
+        open_json_lines(path)
+    assert len(open_json_lines(path, outside_files=True)) == 1
+    (tmp_path / "outside.png").write_bytes(make["png"](1))
+    (tmp_path / "in").mkdir()
+    rows = [{"image": "../outside.png", "label": "joy"}]
+    source = open_json_lines(lines(tmp_path / "in" / "a.jsonl", rows), outside_files=True)
+    assert source[0].images == [make["png"](1)]
+
+
+def test_links_in_a_circle_are_passed_over(tmp_path, make):
+    folders(tmp_path, make)
+    for name in ("loop", "again"):
+        (tmp_path / "Calm" / name).symlink_to(tmp_path / "Calm")
+        (tmp_path / "tense" / name).symlink_to(tmp_path)
+    (tmp_path / "tense" / "self.png").symlink_to(tmp_path / "tense" / "self.png")
+    found = [t.id for t in open_folders(str(tmp_path), "whole").texts()]
+    assert found == ["Calm/0.PNG", "Calm/1.PNG", "tense/0.PNG", "tense/1.PNG", "tense/self.png"]
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "data" / name).symlink_to(tmp_path)
+    make["parquet"](tmp_path / "train.parquet", [make["row"](0)])
+    # Three links of which each leads up would be 3 ** 40 paths.
+    assert expand_files(str(tmp_path / "**" / "*.parquet")) == [tmp_path / "train.parquet"]
+    with pytest.raises(DataError, match="no file matches"):
+        expand_files(str(tmp_path / "data" / "**" / "*.parquet"))
+
+
+def test_a_label_with_a_comma_is_refused(tmp_path, make):
+    folders(tmp_path, make, ("joy, calm", "tense"))
+    described = dataset(kind="folders", path=str(tmp_path), split="whole")
+    with pytest.raises(DataError, match=r"label 'joy, calm' holds a comma"):
+        SOURCES["folders"](described, None)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "nul", "folder"])

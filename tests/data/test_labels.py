@@ -129,6 +129,9 @@ def test_all_spellings_of_a_set():
 
 
 def test_folders_of_other_spellings_lose_no_class():
+    # Folders of some of a set's labels, in other words.
+    some = {"angry": "anger", "happy": "happiness", "sad": "sadness"}
+    assert label_map("angry,happy,sad", "fer7") == some
     own = "angry,disgust,fear,happy,neutral,sad,surprise"
     assert set(label_map(own, "fer7").values()) == set(LABEL_SETS["fer7"])
 

@@ -46,6 +46,10 @@ def faulty_rows(make) -> dict[str, list[dict]]:
             make["row"](0, images=None),
             make["row"](0, images=[{"bytes": None, "path": "gone.png"}]),
         ],
+        "outside_file": [
+            make["row"](0, images=[{"bytes": None, "path": path}])
+            for path in ("../x.png", "/etc/passwd")
+        ],
         "several_images": [
             make["row"](0, images=[image, image]),
             make["row"](0, problem="<image><image>which ?"),
@@ -65,7 +69,7 @@ def faulty_rows(make) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def dirty(tmp_path_factory, make):
-    """11 usable rows among 16 others."""
+    """11 usable rows among 18 others."""
     bad = list(itertools.chain.from_iterable(faulty_rows(make).values()))
     rows = [make["row"](i) for i in range(GOOD)]
     rows[3:3] = bad[:9]
@@ -185,6 +189,9 @@ def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
     expected["bad_distribution"] = 0
     # Only rows of VECBench have candidates.
     expected["unknown_candidate"] = 0
+    # Only of supervised fine-tuning.
+    for reason in ("no_response", "long_response", "special_token_in_response"):
+        expected[reason] = 0
     assert batches.stats.counts() == expected
     bad = {row_id for reason in encode.REASONS for row_id in batches.stats.ids(reason)}
     assert len(bad) == sum(expected.values())

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from emor3_jax.data.errors import DataError
@@ -7,6 +9,7 @@ from emor3_jax.data.prompts import (
     SET_STYLES,
     PromptTemplates,
     fill,
+    opened_tag,
     reflection_parts,
     render_prompt,
     shared_length,
@@ -63,6 +66,15 @@ def test_coherence_question_has_its_system_turn_and_no_image(tokenizer):
     head, tail = reflection_parts(tokenizer, "of {labels} : {text}", LABELS, False)
     assert tokenizer.decode(head) == SYSTEM + "of joy, fear : "
     assert tokenizer.decode(tail) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("opened", "tag"), [("", None), ("<think>\\n", "<think>")])
+def test_a_tag_that_the_chat_template_opens_is_found(tokenizer, opened, tag):
+    thinking = copy.copy(tokenizer)
+    before = tokenizer.chat_template
+    thinking.chat_template = before.replace("assistant\\n'", f"assistant\\n{opened}'")
+    assert (thinking.chat_template == before) == (not opened)
+    assert opened_tag(thinking) == tag
 
 
 def test_filled_in_values_are_not_read_as_placeholders():

@@ -136,7 +136,9 @@ def test_responses_that_are_no_texts_are_refused(tmp_path, make):
     make["parquet"](tmp_path / "a.parquet", [make["row"](0)])
     table = pq.read_table(tmp_path / "a.parquet")
     pq.write_table(table.append_column("response", pa.array([[3]])), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"'response' is int64, not a text or a list of texts"):
+    with pytest.raises(
+        DataError, match=r"'response' is list<.*int64>, not a text or a list of texts"
+    ):
         ParquetSource(tmp_path / "a.parquet")
 
 

@@ -99,7 +99,7 @@ def test_ids_are_read_from_a_file(source, tmp_path):
     path.write_text("r7\nother\n")
     with pytest.raises(DataError, match="names 1 rows of 2 that nine does not have, such as other"):
         read_ids(path, source)
-    with pytest.raises(DataError, match=r"gone\.txt' cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"gone\.txt cannot be read: No such file"):
         read_ids(tmp_path / "gone.txt", source)
 
 

@@ -95,6 +95,18 @@ def test_what_a_policy_says_is_escaped(tmp_path: Path) -> None:
     assert "data:image/jpeg;base64," in page
 
 
+def test_names_are_escaped_in_every_page(tmp_path: Path, evaluations) -> None:
+    nasty = "<script>a|b</script>"
+    _, after = evaluations
+    renamed = {nasty: next(iter(after.values()))}
+    images = {nasty: lambda _: None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, f"reward/{nasty}": 0.5}) + "\n")
+    page = report.write_report(tmp_path, nasty, {}, renamed, images).read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page
+    table = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert "<script" not in table and "&lt;script&gt;a\\|b" in table
+
+
 def test_steps_begin_on_lines_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "gallery.html"
     report.write_samples(path, 3, [_sample()], lambda _: None)
@@ -144,9 +156,10 @@ def test_markdown_has_every_number(counted) -> None:
         "| scenes | accuracy | 25.0 | 75.0 | 50.0 to 87.5 |\n| scenes | rows | – | 8 | |\n\n"
         "## scenes\n\n| label | rows | precision | recall | F1 |\n|---|---:|---:|---:|---:|\n"
         # joy: 5 of 6 said, 5 of 6 true. <fear>: 1 of 1 said, 1 of 2 true.
-        "| joy | 6 | 83.3 | 83.3 | 83.3 |\n| <fear> | 2 | 100.0 | 50.0 | 66.7 |\n\n"
-        "Rows by true label and by answer:\n\n| | joy | <fear> | none |\n|---|---:|---:|---:|\n"
-        "| joy | 5 | 0 | 1 |\n| <fear> | 1 | 1 | 0 |\n"
+        "| joy | 6 | 83.3 | 83.3 | 83.3 |\n| &lt;fear&gt; | 2 | 100.0 | 50.0 | 66.7 |\n\n"
+        "Rows by true label and by answer:\n\n| | joy | &lt;fear&gt; | none |\n"
+        "|---|---:|---:|---:|\n"
+        "| joy | 5 | 0 | 1 |\n| &lt;fear&gt; | 1 | 1 | 0 |\n"
     )
 
 

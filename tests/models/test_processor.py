@@ -278,11 +278,6 @@ def test_chat_template_in_the_file_of_older_folders(tokenizer, tmp_path):
         ({"size": 224}, "size=224 must hold shortest_edge and longest_edge"),
         ({"size": {"height": 224, "width": 224}}, "must hold shortest_edge"),
         ({"size": {"shortest_edge": 224}}, "must hold shortest_edge and longest_edge"),
-        ({"max_pixels": "9"}, "max_pixels='9' must be a whole number over 0"),
-        ({"patch_size": 0}, "patch_size=0 must be a whole number over 0"),
-        ({"image_mean": [0.5]}, r"image_mean=\[0.5\] must be three numbers"),
-        ({"image_std": [0.5, 0, 0.5]}, "of image_std, none 0"),
-        ({"rescale_factor": "1/255"}, "rescale_factor='1/255' must be a number"),
     ],
 )
 def test_settings_that_are_not_implemented_are_refused(data, message):
@@ -290,7 +285,7 @@ def test_settings_that_are_not_implemented_are_refused(data, message):
         ImageSettings.from_hf(data)
 
 
-def test_damaged_and_foreign_files_of_a_folder_are_named(tokenizer, tmp_path):
+def test_settings_of_another_policy_are_named(tokenizer, tmp_path):
     Processor(tokenizer, SETTINGS, LAYOUT).save(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     whole = json.loads(file.read_text())
@@ -298,19 +293,3 @@ def test_damaged_and_foreign_files_of_a_folder_are_named(tokenizer, tmp_path):
         file.write_text(json.dumps(whole | {name: value}))
         with pytest.raises(ProcessorError, match=f"{name}={value} differs from the .* config.json"):
             Processor.from_folder(tmp_path, LAYOUT)
-    file.write_text("[]")
-    with pytest.raises(ProcessorError, match=r"preprocessor_config\.json holds a list"):
-        Processor.from_folder(tmp_path, LAYOUT)
-    file.write_bytes(b'{"a": "\xe9"}')
-    with pytest.raises(ProcessorError, match=r"preprocessor_config\.json is not JSON"):
-        Processor.from_folder(tmp_path, LAYOUT)
-    (tmp_path / "chat_template.json").write_text("{}")
-    with pytest.raises(ProcessorError, match=r"chat_template\.json has no chat_template"):
-        Processor.from_folder(tmp_path, LAYOUT)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ProcessorError, match="the tokenizer cannot be read"):
-        Processor.from_folder(tmp_path, LAYOUT)
-    # Without it, transformers makes one that knows no words.
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor vocab\.json"):
-        Processor.from_folder(tmp_path, LAYOUT)

@@ -178,7 +178,7 @@ def test_missing_files_are_named(tmp_path, policy):
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
         weights.read_params(tmp_path, policy)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ShapesError, match="not JSON"):
+    with pytest.raises(ShapesError, match="is no JSON"):
         models.read_config(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(loaded, tmp_path,
 
 def test_a_damaged_index_is_named(loaded, tmp_path):
     models.save(loaded, tmp_path, max_file_bytes=20_000)
-    for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+    for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../x.safetensors"}}'):
         (tmp_path / weights.INDEX_FILE).write_text(text)
-        with pytest.raises(WeightsError, match=r"index.json (is|holds)"):
+        with pytest.raises(WeightsError, match=r"index.json (is damaged|is no JSON|must hold)"):
             weights.read_params(tmp_path, loaded.policy)

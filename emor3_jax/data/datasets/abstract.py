@@ -7,12 +7,11 @@ whose most votes are shared by several emotions are left out, as the field does:
 Checked against public code: the csv with quotes around names and header, and the 229.
 """
 
-import csv
 from pathlib import Path
 
 from emor3_jax.data.datasets.base import WHOLE, Builder, Found
 from emor3_jax.data.datasets.checks import Checks
-from emor3_jax.data.datasets.folders import Folder, once, read_lines
+from emor3_jax.data.datasets.folders import Folder, is_count, once, read_rows
 from emor3_jax.data.datasets.votes import label_of
 from emor3_jax.data.labels import LABEL_SETS, find_label, normalize
 
@@ -38,8 +37,7 @@ class Abstract(Builder):
         path = root / _FILE
         if not path.is_file():
             raise checks.refuse(f"no {_FILE}. {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
-        lines = csv.reader(read_lines(path, checks))
-        rows = [[x.strip().strip("'") for x in row] for row in lines if row]
+        rows = [[x.strip("'") for x in row] for row in read_rows(path, checks)]
         header = [normalize(name) for name in rows[0]] if rows else []
         names = [find_label(name, labels) or name for name in header[1:]]
         if sorted(names) != sorted(labels):
@@ -50,7 +48,7 @@ class Abstract(Builder):
         folder = Folder(root, checks)
         found = []
         for number, row in enumerate(rows[1:], start=2):
-            if len(row) != len(header) or not all(x.isdecimal() for x in row[1:]):
+            if len(row) != len(header) or not all(map(is_count, row[1:])):
                 raise checks.refuse(
                     f"line {number} of {_FILE} is {','.join(row)!r}, not a file and "
                     f"{len(labels)} numbers of votes"

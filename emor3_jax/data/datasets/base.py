@@ -35,14 +35,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from emor3_jax.data.datasets.checks import Checks, log
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.files import read_image
 from emor3_jax.data.generic import in_test
 from emor3_jax.data.labels import label_set, normalize
-from emor3_jax.data.sources import Row, Texts, upright_size
+from emor3_jax.data.sources import Row, Texts
+from emor3_jax.errors import UserError
+from emor3_jax.files import is_file, leaves_folder, open_regular, read_json
+from emor3_jax.models.images import MAX_IMAGE_BYTES, open_image, upright_size
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +176,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         del dl_manager
         root = Path(self.builder_config.root)
         checks = Checks(self.name, root)
-        splits = {split: found for split, found in self.scan(root, checks).items() if found}
+        splits = {
+            split: found for split, found in scan_folder(type(self), root, checks).items() if found
+        }
         total = sum(map(len, splits.values()))
         heads = {
             split: self._examine(root, split, found, checks) for split, found in splits.items()
@@ -273,28 +277,27 @@ def _head(root: Path, found: Found, builder: Builder) -> _Head:
     if not builder.IMAGES_IN_FILES:
         data = builder.image(root, found)
         if data is not None:
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(data) as image:
                 height, width = upright_size(image)
             key = (len(data), zlib.crc32(data))
-    elif found.file and (root / found.file).is_file():
+    elif found.file and is_file(root / found.file):
         try:
-            with open(root / found.file, "rb") as file:
+            with open(open_regular(root / found.file, MAX_IMAGE_BYTES), "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - _TAIL))
                 key = (size, zlib.crc32(file.read()))
                 file.seek(0)
-                with Image.open(file) as image:
+                with open_image(file) as image:
                     height, width = upright_size(image)
-        except Exception:
-            # PIL raises many kinds of errors for a damaged head.
+        except (UserError, OSError):
             height = width = 0
     attributes, emotion = "", ""
-    if found.annotation:
+    if found.annotation and not leaves_folder(found.annotation):
         try:
-            read = json.loads((root / found.annotation).read_text(encoding="utf-8"))
+            read = read_json(root / found.annotation, kind=dict)
             emotion = str(read.pop("emotion", "") or "")
             attributes = json.dumps(read, ensure_ascii=False, sort_keys=True)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, UserError):
             attributes = ""
     return _Head(height, width, key, attributes, emotion)
 
@@ -366,7 +369,7 @@ def build_dataset(
     """
     root = check_root(builder, path)
     # The scan is repeated at each start, which takes seconds: so a changed folder is noticed.
-    splits = builder.scan(root, Checks(builder.name, root))
+    splits = scan_folder(builder, root, Checks(builder.name, root))
     name = _fingerprint(root, copy, splits)
     config = FolderConfig(name=name, root=str(root), copy=copy)
     with _one_at_a_time(Path(data_dir) / f"{builder.name}.{name}.lock"):
@@ -421,6 +424,24 @@ def _quiet() -> Iterator[None]:
 def _log_once(name: str, checks: Path) -> None:
     """Says what the checks found, once in a process however many splits are opened."""
     log(name, json.loads(checks.read_text()))
+
+
+def scan_folder(builder: type[Builder], root: Path, checks: Checks) -> dict[str, list[Found]]:
+    """Reads what a folder says of its images; a list in a form that nobody foresaw is refused.
+
+    Args:
+      builder: of the data set.
+      root, checks: as of `Builder.scan`, which says what is returned and raised.
+    """
+    try:
+        return builder.scan(root, checks)
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise checks.refuse(
+            f"its lists cannot be read ({type(error).__name__}: {error}); take them as they were "
+            "downloaded"
+        ) from error
 
 
 def _fingerprint(root: Path, copy: bool, splits: dict[str, list[Found]]) -> str:

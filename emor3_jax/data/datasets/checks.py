@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 FAULTS = {
     "missing_file": "an image is named but not there; the row stays and is left out of batches",
     "unreadable": "not the file of an image; the row stays and is left out of batches",
+    "outside": "an image's path is absolute or leaves the folder; it is not opened",
     "other_label": "folder or annotation name another emotion than the list; the list was taken",
 }
 """What a few rows may have; more than `tolerated` of one kind means that the folder is wrong."""

@@ -97,6 +97,6 @@ def _find(info: object, key: str) -> dict | None:
     for holder in (info, info.get("emotion") if isinstance(info, dict) else None):
         if isinstance(holder, dict) and isinstance(holder.get(key), dict):
             values = holder[key]
-            if all(re.fullmatch(r"\d+", str(value)) for value in values.values()):
+            if all(re.fullmatch(r"\d{1,9}", str(value)) for value in values.values()):
                 return {name: int(value) for name, value in values.items()}
     return None

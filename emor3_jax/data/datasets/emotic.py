@@ -15,6 +15,7 @@ Checked against public code: the fields, in both forms, and the folders of the i
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import scipy.io
 
+from emor3_jax import files
 from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
 from emor3_jax.data.datasets.folders import Folder
@@ -53,6 +55,7 @@ class Emotic(Builder):
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise checks.refuse(f"no {_FILE}. {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+        os.close(files.open_regular(path, files.MAX_TEXT_BYTES, checks.refuse))
         try:
             read = scipy.io.loadmat(path, squeeze_me=True, struct_as_record=False)
         except NotImplementedError as error:
@@ -61,7 +64,8 @@ class Emotic(Builder):
                 f"{_FILE} is in MATLAB's format 7.3, which is not read; take the file that the "
                 "authors publish, or save it as version 7"
             ) from error
-        except (ValueError, TypeError, OSError) as error:
+        except Exception as error:
+            # SciPy raises many kinds of errors for a damaged file, also those of zlib and struct.
             raise checks.refuse(f"{_FILE} is no MATLAB file: {error}; download it again") from error
         splits = {split: read[name] for name, split in _SPLITS.items() if name in read}
         if not splits:

@@ -28,7 +28,7 @@ from emor3_jax.data.datasets.base import WHOLE, Builder, Found
 from emor3_jax.data.datasets.checks import Checks
 from emor3_jax.data.datasets.folders import Folder, once, read_lines
 from emor3_jax.data.datasets.votes import label_of
-from emor3_jax.data.labels import LABEL_SETS, find_label
+from emor3_jax.data.labels import LABEL_SETS, find_label, normalize
 
 _FILE = "ground_truth.txt"
 _NAMES = LABEL_SETS["emotion7"]
@@ -84,7 +84,7 @@ class Emotion6(Builder):
         except ValueError:
             values = []
         shares = dict(zip(_NAMES, values[2:], strict=False))
-        usable = all(math.isfinite(share) and share >= 0 for share in shares.values())
+        usable = all(map(math.isfinite, values)) and all(share >= 0 for share in shares.values())
         if len(fields) != _COLUMNS or len(values) != _COLUMNS - 1 or not usable:
             raise checks.refuse(
                 f"line {number} of {_FILE} is {line!r}, not a file and {_COLUMNS - 1} numbers "
@@ -130,7 +130,7 @@ class Emotion6Keyword(Emotion6):
 
 def _check_header(line: str, checks: Checks) -> None:
     """Refuses another order of the emotions, where the header names them."""
-    names = [name.strip().lower() for name in line.replace("[", " ").replace("]", " ").split()]
+    names = [normalize(name) for name in line.replace("[", " ").replace("]", " ").split()]
     labels = LABEL_SETS["emotion6"]
     order = [name for name in names if name in labels]
     if len(order) == len(labels) and tuple(order) != labels:

@@ -7,7 +7,6 @@ or from folders `<split>/<expression>/*`, where the images stay.
 Checked against public code: both csv files (the second has spaces after its commas), the folders.
 """
 
-import csv
 import functools
 import io
 from collections import Counter
@@ -19,9 +18,8 @@ from PIL import Image
 
 from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
-from emor3_jax.data.datasets.folders import folders, split_folders
-from emor3_jax.data.errors import DataError
-from emor3_jax.data.labels import LABEL_SETS
+from emor3_jax.data.datasets.folders import folders, read_rows, split_folders
+from emor3_jax.data.labels import LABEL_SETS, normalize
 
 SIDE = 48
 CSV_NAMES = ("fer2013.csv", "icml_face_data.csv")
@@ -125,41 +123,30 @@ def read_faces(path: Path, checks: Checks) -> Iterator[tuple[int, tuple[str, str
     Raises:
       DataError: naming line and rule, or that the file is no such csv.
     """
-    try:
-        yield from _rows(path, checks)
-    except (csv.Error, UnicodeDecodeError) as error:
+    # Rows of pixels are short of the 128 KiB at which the csv module refuses a field.
+    reader = read_rows(path, checks)
+    first = next(reader, [])
+    header = [normalize(name) for name in first]
+    if sorted(header) != sorted(_COLUMNS):
+        shown = ascii(",".join(first))[:80]
         raise checks.refuse(
-            f"{path.name} is no text ({error}), such as an archive under this name; unpack it"
-        ) from error
-
-
-def _rows(path: Path, checks: Checks) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    # The csv module refuses fields of more than 128 KiB, which no row of pixels has.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        first = next(reader, [])
-        header = [name.strip().lower() for name in first]
-        if sorted(header) != sorted(_COLUMNS):
-            shown = ascii(",".join(first))[:80]
+            f"the header of {path.name} is {shown}, not emotion, pixels and Usage in any order"
+        )
+    at = [header.index(name) for name in _COLUMNS]
+    for line, row in enumerate(reader, start=2):
+        if len(row) != len(header):
+            raise checks.refuse(f"line {line} of {path.name} has {len(row)} fields, not 3")
+        emotion, pixels, usage = (row[i] for i in at)
+        if usage not in USAGE:
             raise checks.refuse(
-                f"the header of {path.name} is {shown}, not emotion, pixels and Usage in any order"
+                f"line {line} of {path.name} has the Usage {usage!r}, not one of {', '.join(USAGE)}"
             )
-        at = [header.index(name) for name in _COLUMNS]
-        for line, row in enumerate(reader, start=2):
-            if len(row) != len(header):
-                raise checks.refuse(f"line {line} of {path.name} has {len(row)} fields, not 3")
-            emotion, pixels, usage = (row[i].strip() for i in at)
-            if usage not in USAGE:
-                raise checks.refuse(
-                    f"line {line} of {path.name} has the Usage {usage!r}, not one of "
-                    f"{', '.join(USAGE)}"
-                )
-            count = pixels.count(" ") + 1
-            if count != SIDE * SIDE:
-                raise checks.refuse(
-                    f"line {line} of {path.name} has {count} pixels, not {SIDE} x {SIDE}"
-                )
-            yield line, (emotion, pixels, usage)
+        count = pixels.count(" ") + 1
+        if count != SIDE * SIDE:
+            raise checks.refuse(
+                f"line {line} of {path.name} has {count} pixels, not {SIDE} x {SIDE}"
+            )
+        yield line, (emotion, pixels, usage)
 
 
 def face_png(root: Path, row_id: str) -> bytes | None:
@@ -176,10 +163,7 @@ def face_png(root: Path, row_id: str) -> bytes | None:
 @functools.lru_cache(maxsize=1)
 def _pixels(path: Path) -> list[np.ndarray | None]:
     """Returns uint8[48, 48] of each row, None where a value is no byte; 83 MB for all of them."""
-    try:
-        return [_face(row[1]) for _, row in _rows(path, Checks("fer2013", path.parent))]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} has changed while it was read: {error}") from error
+    return [_face(row[1]) for _, row in read_faces(path, Checks("fer2013", path.parent))]
 
 
 def _face(pixels: str) -> np.ndarray | None:

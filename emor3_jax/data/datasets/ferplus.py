@@ -18,7 +18,7 @@ from pathlib import Path
 from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
 from emor3_jax.data.datasets.fer2013 import USAGE, face_png, find_csv, read_faces
-from emor3_jax.data.datasets.folders import Folder, read_csv
+from emor3_jax.data.datasets.folders import Folder, is_count, read_csv
 from emor3_jax.data.datasets.votes import label_of
 from emor3_jax.data.labels import LABEL_SETS
 
@@ -54,7 +54,7 @@ class FerPlusCsv(Builder):
         for number, row in enumerate(rows, start=2):
             usage, name = row[columns["usage"]], row[columns["image name"]]
             counts = [row[columns[each]] for each in names]
-            if usage not in USAGE or not all(count.isdecimal() for count in counts):
+            if usage not in USAGE or not all(map(is_count, counts)):
                 raise checks.refuse(
                     f"row {number} of {_FILE} is {','.join(row)!r}: Usage must be one of "
                     f"{', '.join(USAGE)}, and the votes numbers"

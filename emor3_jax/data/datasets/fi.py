@@ -11,7 +11,6 @@ Checked against public code: both folder layouts and the columns of the csv. Not
 of the csv files (any in the folder or in `agg` are read), and how many files are placeholders.
 """
 
-import csv
 from pathlib import Path
 
 from emor3_jax.data.datasets.base import WHOLE, Builder, Found
@@ -21,8 +20,9 @@ from emor3_jax.data.datasets.folders import (
     Folder,
     class_folders,
     folders,
+    is_count,
     once,
-    read_lines,
+    read_rows,
     split_folders,
 )
 from emor3_jax.data.labels import LABEL_SETS, find_label
@@ -63,12 +63,11 @@ class Fi(Builder):
 def _votes(path: Path, root: Path, checks: Checks) -> list[Found]:
     """Reads one csv file of votes."""
     labels, folder, found = LABEL_SETS[Fi.LABELS], Folder(root, checks), []
-    for number, row in enumerate(csv.reader(read_lines(path, checks)), start=1):
-        fields = [field.strip() for field in row]
+    for number, fields in enumerate(read_rows(path, checks), start=1):
         label = find_label(fields[0], labels) if len(fields) == 4 else None
-        if label is None or not all(field.isdecimal() for field in fields[2:]):
+        if label is None or not all(map(is_count, fields[2:])):
             raise checks.refuse(
-                f"line {number} of {path.name} is {','.join(row)!r}, not an emotion of "
+                f"line {number} of {path.name} is {','.join(fields)!r}, not an emotion of "
                 f"{', '.join(labels)}, an address, and the raters who disagree and who agree"
             )
         name, against, agreeing = fields[1].rpartition("/")[2], int(fields[2]), int(fields[3])

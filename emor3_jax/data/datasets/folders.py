@@ -1,15 +1,14 @@
 """What builders of data sets read a folder with: class folders, lists, csv and JSON files."""
 
-import csv
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emor3_jax import files
 from emor3_jax.data.datasets.base import Found
 from emor3_jax.data.datasets.checks import Checks, shortened
-from emor3_jax.data.files import SUFFIXES, is_hidden, is_image
+from emor3_jax.data.files import is_hidden, is_image, leads_up
 from emor3_jax.data.labels import find_label, normalize
 
 
@@ -30,7 +29,7 @@ class Folder:
     def _names(self, folder: str) -> tuple[set[str], dict[str, str]]:
         if folder not in self._lists:
             path = self._root / folder
-            there = sorted(os.listdir(path)) if path.is_dir() else []
+            there = sorted(os.listdir(path)) if os.path.isdir(path) else []
             there = [name for name in there if not is_hidden(name)]
             if not all(map(_is_text, there)):
                 for name in there:
@@ -43,6 +42,9 @@ class Folder:
 
     def find(self, file: str) -> str:
         """Returns a file of the root as it is written on disk, "" if there is none."""
+        if files.leaves_folder(file):
+            self._checks.note("outside", file)
+            return ""
         folder, _, name = file.rpartition("/")
         exact, lowered = self._names(folder)
         if name in exact:
@@ -66,10 +68,8 @@ class Folder:
         found = []
         for name in sorted(self._names(folder)[0]):
             path = f"{folder}/{name}" if folder else name
-            if name.lower().endswith(SUFFIXES):
-                found.append(path)
-            elif (self._root / path).is_dir():
-                if levels:
+            if (self._root / path).is_dir():
+                if levels and not leads_up(self._root / path):
                     found += self.images(path, levels - 1)
             elif is_image(self._root / path):
                 found.append(path)
@@ -168,12 +168,12 @@ def split_folders(
 
 def read_lines(path: Path, checks: Checks) -> list[str]:
     """Returns the lines of a text file, or raises `DataError` that names it."""
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise checks.refuse(f"{path.name} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise checks.refuse(f"{path.name} is no UTF-8 text: {error}; download it again") from error
+    return files.read_lines(path, checks.refuse)
+
+
+def read_rows(path: Path, checks: Checks) -> Iterator[list[str]]:
+    """Yields the rows of a csv file, stripped, or raises `DataError` that names it."""
+    return files.read_rows(path, checks.refuse)
 
 
 def read_csv(path: Path, checks: Checks) -> tuple[dict[str, int], list[list[str]]]:
@@ -182,7 +182,7 @@ def read_csv(path: Path, checks: Checks) -> tuple[dict[str, int], list[list[str]
     Raises:
       DataError: naming the file, if it has no header or a row has another number of fields.
     """
-    rows = [[field.strip() for field in row] for row in csv.reader(read_lines(path, checks)) if row]
+    rows = list(read_rows(path, checks))
     if not rows:
         raise checks.refuse(f"{path.name} is empty; download it again")
     columns = {normalize(name): number for number, name in enumerate(rows[0])}
@@ -196,12 +196,12 @@ def read_csv(path: Path, checks: Checks) -> tuple[dict[str, int], list[list[str]
 
 def read_json(path: Path, checks: Checks) -> Any:
     """Returns a JSON file's contents, or raises `DataError` that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise checks.refuse(f"{path.name} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise checks.refuse(f"{path.name} is no JSON: {error}; download it again") from error
+    return files.read_json(path, checks.refuse)
+
+
+def is_count(text: str) -> bool:
+    """Recognises whole numbers of 0 or more, of at most nine digits."""
+    return text.isdecimal() and len(text) < 10
 
 
 def once(found: Iterable[Found], split: str, checks: Checks) -> list[Found]:

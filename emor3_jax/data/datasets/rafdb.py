@@ -69,7 +69,7 @@ class RafDb(Builder):
             if not line.strip():
                 continue
             # Some copies have the split between them.
-            name, *_, label = line.split()
+            name, label = line.split()[0], line.split()[-1]
             split = name.partition("_")[0]
             if split not in splits or label not in _NUMBERS:
                 raise checks.refuse(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from emor3_jax.data.datasets.base import WHOLE, Builder, Found
 from emor3_jax.data.datasets.checks import Checks
-from emor3_jax.data.datasets.folders import Folder, once, read_csv, read_lines
+from emor3_jax.data.datasets.folders import Folder, is_count, once, read_csv, read_lines
 
 _CSV = "amt_result.csv"
 _IMAGES = ("Agg_AMT_Candidates", "images")
@@ -94,7 +94,7 @@ def _voted(path: Path, agree: int, checks: Checks) -> Iterator[_Rated]:
             )
         at[label] = named[0]
     for number, row in enumerate(rows, start=2):
-        if not all(row[i].isdecimal() for i in at.values()):
+        if not all(is_count(row[i]) for i in at.values()):
             raise checks.refuse(f"row {number} of {path.name} is {','.join(row)!r}: no votes")
         votes = {label: float(row[i]) for label, i in at.items()}
         label = max(votes, key=votes.__getitem__)

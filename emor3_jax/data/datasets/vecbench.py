@@ -15,7 +15,6 @@ counts, and that lines hold `task` and `candidates`. Not checked: the name of th
 the field of their image (`image_path`, `image`, or that of the conversation), and the train split.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from emor3_jax.data.datasets.base import Builder, Found
 from emor3_jax.data.datasets.checks import Checks
 from emor3_jax.data.datasets.folders import Folder, once, read_csv, read_lines
 from emor3_jax.data.labels import LABEL_SETS, find_label, label_set, normalize
+from emor3_jax.files import parse_json
 
 _FILE = "test_metadata.csv"
 _COLUMNS = ("task", "split", "image_path", "label")
@@ -138,13 +138,13 @@ def _candidates(folder: Path, checks: Checks) -> dict[tuple[str, str], tuple[str
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(read_lines(path, checks), start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except ValueError as error:
-                raise checks.refuse(f"line {number} of {path.name} is no JSON: {error}") from error
+            where = f"line {number} of {path.name}"
+            row = parse_json(line, where, checks.refuse) if line.strip() else {}
             named = row.get("candidates") if isinstance(row, dict) else None
             task = _task(str(row.get("task", ""))) if named else ""
             image = next(_images(row), "") if task in TASKS else ""
+            if image and not isinstance(named, list):
+                raise checks.refuse(f"{where}: its candidates are {named!r}, not a list of labels")
             if image:
                 own = label_set(TASKS[task].labels)
                 labels = [find_label(str(name), own) for name in named]
@@ -162,7 +162,8 @@ def _images(row: dict[str, Any]) -> Iterator[str]:
     for name in ("image_path", "image"):
         if isinstance(row.get(name), str):
             yield row[name]
-    for turn in row.get("conversations") or ():
+    turns = row.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
         content = turn.get("content") if isinstance(turn, dict) else None
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and isinstance(part.get("image"), str):

@@ -16,13 +16,11 @@ from emor3_jax.models.shapes import (
     Shapes,
     SmallSizes,
     common_fields,
-    need_indexes,
+    need,
     need_section,
-    need_size,
     refuse_unless,
-    tower_fields,
 )
-from emor3_jax.models.vision import VisionShapes
+from emor3_jax.models.vision import TOWER_FIELDS, VisionShapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,18 +114,14 @@ class Qwen25VLShapes(Shapes):
         refuse_unless(act == "silu", "vision hidden_act", act)
         sliding = text.get("use_sliding_window")
         refuse_unless(not sliding, "use_sliding_window", sliding)
-        layers = need_indexes(vision, "vision_config", "fullatt_block_indexes")
+        names = (*TOWER_FIELDS, "window_size", "fullatt_block_indexes")
+        tower = {name: need(vision, "vision_config", name) for name in names}
+        tower["fullatt_block_indexes"] = tuple(tower["fullatt_block_indexes"])
         channels = vision.get("in_channels", vision.get("in_chans", 3))
         refuse_unless(channels == 3, "vision in_channels", channels)
         fields = common_fields(data, text)
-        given = text.get("head_dim") is not None
-        head_dim = need_size(text, "the decoder", "head_dim") if given else 0
-        head_dim = head_dim or fields["hidden_size"] // fields["num_heads"]
-        tower = Qwen25VLVisionShapes(
-            **tower_fields(vision, "window_size"),
-            fullatt_block_indexes=layers,
-            in_channels=channels,
-        )
+        head_dim = text.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
+        tower = Qwen25VLVisionShapes(**tower)
         return cls(vision=tower, head_dim=head_dim, **fields)
 
     def to_hf(self) -> dict[str, Any]:

@@ -15,14 +15,12 @@ from emor3_jax.models.shapes import (
     Shapes,
     SmallSizes,
     common_fields,
-    need_indexes,
+    need,
     need_section,
-    need_size,
     refuse_unless,
     rope_of,
-    tower_fields,
 )
-from emor3_jax.models.vision import VisionShapes
+from emor3_jax.models.vision import TOWER_FIELDS, VisionShapes
 
 WINDOW_PATCHES = 64
 """Patches of a window, in which images are padded; attention knows none. As many as the published
@@ -147,13 +145,11 @@ class Qwen3VLShapes(Shapes):
         # Without the field, transformers interleaves too.
         interleaved = rope_of(text).get("mrope_interleaved", True)
         refuse_unless(interleaved, "mrope_interleaved", interleaved)
-        tower = Qwen3VLVisionShapes(
-            **tower_fields(vision, "num_position_embeddings"),
-            deepstack_visual_indexes=need_indexes(
-                vision, "vision_config", "deepstack_visual_indexes"
-            ),
-        )
-        head_dim = need_size(text, "the decoder", "head_dim")
+        names = (*TOWER_FIELDS, "num_position_embeddings", "deepstack_visual_indexes")
+        tower = {name: need(vision, "vision_config", name) for name in names}
+        tower["deepstack_visual_indexes"] = tuple(tower["deepstack_visual_indexes"])
+        tower = Qwen3VLVisionShapes(**tower)
+        head_dim = need(text, "the decoder", "head_dim")
         return cls(vision=tower, head_dim=head_dim, **common_fields(data, text))
 
     def to_hf(self) -> dict[str, Any]:

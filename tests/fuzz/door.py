@@ -1,0 +1,31 @@
+"""One door under atheris: `python -m fuzz.door NAME FOLDER [options of libFuzzer]`."""
+
+import contextlib
+import logging
+import sys
+import warnings
+
+import atheris
+
+with atheris.instrument_imports(include=["emor3_jax.data", "emor3_jax.files", "PIL"]):
+    from fuzz.doors import BYTES
+
+from emor3_jax.errors import UserError
+
+
+def main() -> None:
+    """Runs the program; ends with it."""
+    door = BYTES[sys.argv.pop(1)]
+
+    def one(data: bytes) -> None:
+        with contextlib.suppress(UserError, FileNotFoundError):
+            door(data)
+
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
