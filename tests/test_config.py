@@ -183,7 +183,7 @@ def test_what_one_gpu_cannot_hold_is_trained_by_adapters() -> None:
 
 
 def test_a_config_of_another_program_is_refused_by_the_field_that_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no field .*starts from emor3_jax.config.default\(\)"):
+    with pytest.raises(UserError, match=r"is missing; start from emor3_jax.config.default\(\)"):
         validate(base_policy())
     with pytest.raises(UserError, match=r"no field batch,.*from emor3_jax.config.base_policy\(\)"):
         train_base_policy(default(), tmp_path)
