@@ -239,10 +239,12 @@ def head_of(path: str | Path) -> str | None:
     """
     with open(path, "rb") as file:
         head = file.read(512)
-    what = "is an empty file" if not head else None
+    if not head:
+        return "is an empty file"
     if head.startswith(_LFS) or head[:20].lstrip().lower().startswith(_HTML):
-        what = f"is {_recognise(head)}"
-    return what
+        return f"is {_recognise(head)}"
+    what = next((what for magic, what in _MAGIC if head.startswith(magic)), None)
+    return what and f"is {what} under another name"
 
 
 def show(path: object) -> str:

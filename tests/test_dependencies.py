@@ -43,7 +43,7 @@ BELOW = {
     "embedded": {"types", "config", "models", "data", "rl", "io", "runtime"},
     "prepare": {
         *("types", "config", "parallel", "models", "data", "rewards", "rl", "rollout", "learner"),
-        *("io", "flops", "embedded"),
+        *("files", "io", "flops", "embedded"),
     },
     "runtime": {
         *("errors", "types", "config", "parallel", "models", "data", "rewards", "rl", "rollout"),

@@ -21,12 +21,15 @@ def is_hidden(name: str) -> bool:
 
 
 def is_image(path: Path) -> bool:
-    """Recognises image files by their extension, else by their first bytes."""
-    if not os.path.isfile(path):
-        # A link that leads nowhere is an image that is missing; a folder or a pipe is none.
-        return path.suffix.lower() in SUFFIXES and not os.path.exists(path)
+    """Recognises image files by their extension, else by their first bytes.
+
+    By the extension alone nothing is asked of the disk, which may be slow at many files: a folder
+    or a pipe of such a name becomes a row without an image.
+    """
     if path.suffix.lower() in SUFFIXES:
         return True
+    if not os.path.isfile(path):
+        return False
     try:
         with path.open("rb") as file:
             return is_image_head(file.read(16))

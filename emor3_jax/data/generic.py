@@ -5,6 +5,7 @@ Nothing is built: each is opened as it lies. For parquet files in the release's 
 """
 
 import bisect
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +48,9 @@ from emor3_jax.files import (
     read_lines,
     show,
 )
-from emor3_jax.models.images import SUFFIXES
+from emor3_jax.models.images import FORMATS, SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 QUESTION = "Which emotion does this picture evoke?"
 """Asked where neither the data nor the config says what to ask."""
@@ -103,6 +106,7 @@ class FilesSource:
 
 _MAX_ARROW_BYTES = 2**42
 _TRIED = 100
+_NAMED = 10
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
 
@@ -138,9 +142,9 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
             f"split={split!r}: {there}; without folders of splits, choose 'whole', 'train' or "
             "'test'"
         )
-    files, texts, labels = [], [], []
+    files, texts, labels, others = [], [], [], []
     for folder in folders:
-        images = list(_images(folder, levels=1))
+        images = list(_images(folder, 1, others))
         if not images:
             raise DataError(
                 f"{folder} holds no images ({', '.join(SUFFIXES)}); every folder of {base} must "
@@ -157,16 +161,32 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
                 texts.append(Texts(question or QUESTION, label, row_id))
     if not labels:
         raise DataError(f"{base} holds no folders; it must hold one for each label")
+    if others:
+        logger.warning(
+            "%s: %d files are none of the images that are read (%s): %s",
+            base,
+            len(others),
+            ", ".join(FORMATS),
+            ", ".join(map(show, others[:_NAMED])) + (", …" if len(others) > _NAMED else ""),
+        )
     return FilesSource(f"{root.name}/{split}", files, texts, labels)
 
 
-def _images(folder: Path, levels: int) -> Iterator[Path]:
-    """Yields the images of a folder in order, and of as many levels of folders in it."""
+def _images(folder: Path, levels: int, others: list[Path]) -> Iterator[Path]:
+    """Yields the images of a folder in order, and of as many levels of folders in it.
+
+    Args:
+      folder: the folder.
+      levels: of folders below it.
+      others: takes the files that are no images.
+    """
     for path in sorted(p for p in folder.iterdir() if not is_hidden(p.name)):
         if is_image(path):
             yield path
         elif levels and path.is_dir() and not leads_up(path):
-            yield from _images(path, levels - 1)
+            yield from _images(path, levels - 1, others)
+        elif not path.is_dir():
+            others.append(path)
 
 
 def _printable(name: str) -> str:

@@ -169,7 +169,9 @@ class RowGroups:
                 metadata = pq.read_metadata(file)
                 self.schemas.append(metadata.schema.to_arrow_schema())
             except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-                why = head_of(file) or f"cannot be read as a parquet file: {error}"
+                what = head_of(file)
+                is_own = what is None or "a parquet file" in what
+                why = f"cannot be read as a parquet file: {error}" if is_own else what
                 raise DataError(f"{file} {why}") from error
             if not 0 <= metadata.num_rows <= size:
                 raise DataError(
@@ -442,13 +444,22 @@ def expand_files(path: str) -> list[Path]:
 
 def _glob(pattern: str) -> list[Path]:
     """Returns the paths that match; "**" does not follow links to folders, which may be circles."""
-    if is_file(pattern) or not any(letter in pattern for letter in "*?["):
+
+    def is_plain(part: str) -> bool:
+        return not any(letter in part for letter in "*?[")
+
+    if is_file(pattern) or is_plain(pattern):
         return [Path(pattern)] if os.path.lexists(pattern.replace("\0", "")) else []
-    path = Path(pattern)
-    base, rest = (Path(path.anchor), path.parts[1:]) if path.anchor else (Path(), path.parts)
+    parts = Path(pattern).parts
+    plain = list(itertools.takewhile(is_plain, parts))
+    base = Path(*plain)
     try:
-        found = base.glob("/".join(rest))
-        return sorted(x for x in found if not is_hidden(x.name) and not x.is_dir())
+        found = base.glob("/".join(parts[len(plain) :]))
+        return sorted(
+            path
+            for path in found
+            if not any(map(is_hidden, path.relative_to(base).parts)) and not path.is_dir()
+        )
     except (ValueError, OSError, NotImplementedError):
         return []
 

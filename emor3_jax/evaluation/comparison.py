@@ -124,7 +124,7 @@ def read_predictions(path: Path, match: str = "exact") -> dict[str, Answered]:
     for number, line in enumerate(read_lines(path, DataError), start=1):
         where = f"line {number} of {path}"
         try:
-            row = parse_json(line, where, DataError, dict)
+            row = parse_json(line, where, DataError)
             row_id, label, answer = row["id"], row["label"], row[MATCHES[match]]
             said = next((x for x in row["responses"] if x["answer"] == row["answer"]), None)
         except (AttributeError, TypeError) as error:

@@ -1,9 +1,10 @@
 """Folders of policies in Hugging Face's format, on disk or on the hub."""
 
+import os
 import re
 from pathlib import Path
 
-from emor3_jax.files import read_json
+from emor3_jax.files import is_folder, read_json, show
 from emor3_jax.models.errors import ShapesError, refuse_code
 from emor3_jax.models.families import FAMILIES, NOT_YET
 from emor3_jax.models.policy import Policy
@@ -23,11 +24,13 @@ def find(name: str | Path) -> Path:
       FileNotFoundError: if it is neither.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     match = _HUB_ID.fullmatch(str(name))
     if match is None:
-        raise FileNotFoundError(f"there is no folder {name}, and an id on the hub is 'owner/name'")
+        raise FileNotFoundError(
+            f"there is no folder {show(name)}, and an id on the hub is 'owner/name'"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -103,7 +106,7 @@ def _is_part(kind: str, relative: str) -> bool:
 def read_config(folder: str | Path) -> Policy:
     """Reads the `config.json` of a folder; raises as `load`."""
     path = Path(folder) / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         rule = "give a folder in Hugging Face's format"
         if (Path(folder) / "adapter_config.json").exists():
             rule = "the folder holds an adapter alone: merge it into its policy, and give that"

@@ -18,7 +18,14 @@ from emor3_jax.models.errors import ProcessorError, refuse_code
 
 _TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
-_SMALL_FILES = (_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
+_SMALL_FILES = (
+    _CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    # Not read here, but kept at export.
+    "generation_config.json",
+)
 # Where older folders keep the chat template, and where newer ones do.
 _CHAT_TEMPLATE_FILE = "chat_template.json"
 _TEMPLATE_FILE = "chat_template.jinja"

@@ -1,5 +1,6 @@
 """Rules for the values of a config and their combinations, checked before any compile."""
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from emor3_jax.config import (
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PLAIN_STYLES
+from emor3_jax.files import is_file
 from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import FAMILIES, is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
@@ -146,8 +148,8 @@ def validate(config: ConfigDict) -> None:
     if config.policy.path != EMBEDDED:
         path = Path(config.policy.path)
         need(
-            (path / "config.json").is_file()
-            or (not path.exists() and is_hub_id(config.policy.path)),
+            is_file(path / "config.json")
+            or (not os.path.exists(path) and is_hub_id(config.policy.path)),
             "policy.path",
             "must be a Hugging Face folder with a config.json, an id on the hub ('owner/name'), or "
             "'embedded'",
@@ -239,6 +241,8 @@ def validate(config: ConfigDict) -> None:
     need(known, "log.sinks", f"must be some of {', '.join(map(repr, SINKS))}")
     need("jsonl" in config.log.sinks, "log.sinks", "must hold 'jsonl', by which a run resumes")
     sets = tuple(config.evaluate.sets)
+    for name in sets:
+        need("/" not in name, "evaluate.sets", "names are those of files and hold no '/'")
     for group, names in config.evaluate.groups.items():
         field = f"evaluate.groups.{group}"
         need(group not in sets, field, "has the name of a set; give the group another")

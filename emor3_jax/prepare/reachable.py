@@ -6,6 +6,7 @@ and nothing would say so.
 
 import copy
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -18,10 +19,13 @@ from emor3_jax.rewards.rules import LabelError
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rollout.rollout import Rollout
 
+logger = logging.getLogger(__name__)
+
 _IDEAL = (
     "<step1> a still lake </step1> <step2> it feels calm </step2> <step3> so it is </step3> "
     "\\boxed{{{label}}}"
 )
+_SHORTEST = "<step1>a</step1><step2>a</step2><step3>a</step3>\\boxed{{{label}}}"
 _KNOWN = {"coherence", "consistency"}
 
 
@@ -52,6 +56,16 @@ def check_reachable(rollout: Rollout) -> None:
                     )
         return tokens, np.array([len(row) for row in rows], np.int32)
 
+    shortest = spell([_SHORTEST.format(label=label) for label in labels])[1]
+    longest = int(shortest.max()) + 1
+    if scorer.reward.format == "set" and longest > rollout.sampling.max_tokens:
+        logger.warning(
+            "rollout.max_tokens=%d: the three steps, the box and the end of a response take %d "
+            "tokens at least, so that no response to %r can have a format score; raise it",
+            rollout.sampling.max_tokens,
+            longest,
+            labels[int(shortest.argmax())],
+        )
     responses = spell([_IDEAL.format(label=label) for label in labels])
     replies = {}
     reflection = rollout.reflection

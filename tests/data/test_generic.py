@@ -293,7 +293,7 @@ def test_columns_are_pairs_of_role_and_name(text, found):
         assert parse_columns(text) == found
 
 
-def test_class_folders_as_other_systems_leave_them(tmp_path, make):
+def test_class_folders_as_other_systems_leave_them(tmp_path, make, caplog):
     folders(tmp_path, make)
     for name in ("._0.PNG", ".DS_Store"):
         (tmp_path / "Calm" / name).write_bytes(b"x")
@@ -315,6 +315,8 @@ def test_class_folders_as_other_systems_leave_them(tmp_path, make):
         "tense/caf\\xe9.png",
     ]
     assert source[6].images == [make["png"](9)]
+    assert "1 files are none of the images that are read" in caplog.text
+    assert "notes.txt" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"])

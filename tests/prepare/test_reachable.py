@@ -36,9 +36,12 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("fields", [{}, {"profile": "release"}, {"format": "boxed"}])
-def test_ordinary_labels_can_be_earned(tokenizer, fields):
+def test_ordinary_labels_can_be_earned(tokenizer, fields, caplog):
     term = Term("own", 1.0, text=lambda text, label: 1 / 0)
     check_reachable(make_rollout(tokenizer, terms=(term,), **fields))
+    # 32 tokens are too few for three steps and a box.
+    said = "rollout.max_tokens=32: the three steps" in caplog.text
+    assert said == (fields.get("format") != "boxed")
     check_reachable(dataclasses.replace(make_rollout(tokenizer), reflection=None))
 
 

@@ -43,7 +43,7 @@ from emor3_jax.data.generic import in_test
 from emor3_jax.data.labels import label_set, normalize
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.errors import UserError
-from emor3_jax.files import is_file, leaves_folder, open_regular, read_json
+from emor3_jax.files import is_file, is_folder, leaves_folder, open_regular, read_json
 from emor3_jax.models.images import MAX_IMAGE_BYTES, open_image, upright_size
 
 logger = logging.getLogger(__name__)
@@ -346,7 +346,7 @@ def check_root(builder: type[Builder], path: str | Path) -> Path:
       DataError: if there is none, with the instructions to get it.
     """
     root = Path(path).expanduser().resolve()
-    if not path or not root.is_dir():
+    if not path or not is_folder(root):
         raise DataError(
             f"path={str(path)!r}: there is no such folder. {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
         )

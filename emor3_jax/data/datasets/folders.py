@@ -68,11 +68,11 @@ class Folder:
         found = []
         for name in sorted(self._names(folder)[0]):
             path = f"{folder}/{name}" if folder else name
-            if (self._root / path).is_dir():
+            if is_image(self._root / path):
+                found.append(path)
+            elif (self._root / path).is_dir():
                 if levels and not leads_up(self._root / path):
                     found += self.images(path, levels - 1)
-            elif is_image(self._root / path):
-                found.append(path)
             else:
                 self._checks.note("not_a_picture", path)
         return found
