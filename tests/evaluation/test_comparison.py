@@ -55,7 +55,7 @@ def test_predictions_are_read_with_the_response_that_answers(tmp_path: Path) -> 
         ([_row("x", "joy", "joy")] * 2, "exact", "line 2 of .* the row 'x' occurs twice"),
         ([_row("x", "joy", "joy")], "lenient", "no field 'lenient'.* or compare the exact"),
         ([{"id": "x"}], "exact", "line 1 of .* no field 'label'"),
-        (["?"], "exact", "line 1 of .* must hold an object"),
+        (["?"], "exact", "line 1 of .* is no prediction"),
     ],
 )
 def test_files_that_cannot_be_compared_are_named(tmp_path, rows, match, said) -> None:
