@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
+from emor3_jax.config import check_complete, default
 from emor3_jax.errors import UserError
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
@@ -33,8 +34,9 @@ def export(config: ConfigDict, workdir: Path) -> Path:
       The folder.
 
     Raises:
-      UserError: if the run has no checkpoint.
+      UserError: if the run has no checkpoint, or a field of the config is missing.
     """
+    check_complete(config, default)
     say = Console("export")
     job.start_jax(config.log.compile_cache)
     checkpoints = None

@@ -248,9 +248,11 @@ class _Rows:
             logger.info("%s: the image was put first in %d rows", name, stats.images_moved)
         if not usable:
             found = stats.describe() or "it has no rows"
+            way_out = "give other labels or another path"
+            if stats.counts().get("bad_distribution"):
+                way_out += ", or graded=False, which needs no shares"
             raise DataError(
-                f"{name}: no usable row for the labels {', '.join(labels)}: {found}; give other "
-                "labels or another path"
+                f"{name}: no usable row for the labels {', '.join(labels)}: {found}; {way_out}"
             )
         return np.asarray(usable, np.int64), answers, questions
 

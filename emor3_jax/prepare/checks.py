@@ -18,6 +18,8 @@ from emor3_jax.config import (
     reward_terms,
     uses_reference,
 )
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.files import is_file
 from emor3_jax.io.sinks import SINKS
@@ -28,7 +30,7 @@ from emor3_jax.models.images import MOST_DECODED_PIXELS
 from emor3_jax.models.lora import TOWER
 from emor3_jax.parallel.mesh import check_batch
 from emor3_jax.prepare.algorithm import make_surrogate
-from emor3_jax.prepare.data import data_sets
+from emor3_jax.prepare.data import PARQUET_LABELS, data_sets
 from emor3_jax.prepare.profile import evaluation_sampling
 from emor3_jax.prepare.rollout import make_reward
 from emor3_jax.prepare.sources import check_kind
@@ -132,6 +134,8 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
 
     Raises:
       ConfigError: naming the field, its value, the rule and the way out.
+      DataError: naming the data set whose labels are none.
+      UserError: if a field is missing.
     """
 
     def need(ok: bool, field: str, rule: str) -> None:
@@ -191,6 +195,10 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
     for field, each in data_sets(config).values():
         check_kind(field, each)
+        try:
+            label_set(each.labels or PARQUET_LABELS)
+        except DataError as error:
+            raise DataError(f"config.{field}: {error}") from error
         for key in ("subset", "limit"):
             need(each[key] >= 0, f"{field}.{key}", "must be 0 (all rows) or more")
         seed = each.subset_seed

@@ -125,6 +125,10 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         # `config_flags` wraps what a file raises, once with its trace as the message.
         refused, cause = None, error.__context__
         while cause is not None:
+            if _takes_no_options(cause):
+                refused = UserError(
+                    "--config: this file takes nothing behind a colon; leave it out"
+                )
             refused = cause if isinstance(cause, UserError) else refused
             cause = cause.__context__
         if refused is not None:
@@ -135,6 +139,13 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     except SystemExit:
         # Not 1, by which a program that failed would be started again.
         sys.exit(2)
+
+
+def _takes_no_options(error: BaseException) -> bool:
+    """Looks for the call of a config's `get_config` that has no parameter."""
+    return isinstance(error, TypeError) and str(error).startswith(
+        "get_config() takes 0 positional arguments"
+    )
 
 
 def _refuse_missing_config(error: OSError) -> None:

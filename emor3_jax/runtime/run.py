@@ -566,10 +566,13 @@ class Run:
           params: of the policy.
           names: of the evaluation sets.
           step: steps done.
-          limit: at most so many rows of each; 0 is all.
+          limit: at most so many rows of each, which are watched without the labels' likelihood; 0
+            is all.
         """
         found = {}
         for name in names:
+            extras = self._extras[name]
+            extras = extras._replace(likelihood=None) if limit else extras
             path = self.workdir / "predictions" / f"{step:06d}" / f"{name}.jsonl"
             rows = self.data.evaluate[name]
             with prediction_file(path) as record:
@@ -582,7 +585,7 @@ class Run:
                     keep=report.SAMPLES,
                     graded=self.config.evaluate.sets[name].graded,
                     record=record,
-                    extras=self._extras[name],
+                    extras=extras,
                 )
         return with_groups(found, self.config.evaluate.groups)
 

@@ -69,6 +69,9 @@ def test_what_a_config_file_refuses_is_told_in_one_line() -> None:
     ran = _account("--config=configs/emoset.py:v9")
     assert ran.returncode == 2
     assert re.fullmatch(r"error: machine 'v9': must be one of v4-8, .*\n", ran.stderr)
+    ran = _account("--config=configs/qwen_vl.py:3b")
+    assert ran.returncode == 2
+    assert ran.stderr == "error: --config: this file takes nothing behind a colon; leave it out\n"
     # Three chips are no two halves.
     ran = _account("--config=configs/tpu_v5e.py:3b,chips=3")
     assert ran.returncode == 2
