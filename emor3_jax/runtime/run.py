@@ -455,8 +455,9 @@ class Run:
 
     def _evaluate_during(self, step: int, learner: Learner, state: TrainState) -> dict[str, float]:
         """Evaluates on rows of the first set; returns the metrics."""
-        names = tuple(self.config.evaluate.sets)[:1]
-        now = self._evaluate(learner.params(state), names, step, self.config.evaluate.during)
+        config = self.config
+        names = tuple(config.evaluate.sets)[:1]
+        now = self._evaluate(learner.params(state), names, step, config.evaluate.during)
         self.say(evaluation_line(now))
         return evaluation_metrics(now)
 
