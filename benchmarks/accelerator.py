@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import whole_step
+from benchmarks.options import whole
 from emor3_jax import models
 from emor3_jax.flops import Cost, StepShapes, peak_flops, phase_costs
 from emor3_jax.flops.cost import decoder_flops
@@ -517,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--remat", default="layers", choices=("layers", "activations", "none"))
     parser.add_argument("--dry", action="store_true", help="compile and run each once only")
     for field in ("slots", "micro", "parts", "runs"):
-        parser.add_argument(f"--{field}", type=int, help="see `Sizes`")
+        parser.add_argument(f"--{field}", type=whole(1), help="see `Sizes`")
     options = parser.parse_args(argv)
     names = options.only.split(",")
     if unknown := set(names) - {STEP, *PROGRAMS}:

@@ -14,6 +14,8 @@ import time
 from datetime import date
 from pathlib import Path
 
+from benchmarks.options import whole
+
 SCORES = ("accuracy", "macro_f1", "format", "coherence", "consistency", "decoupling")
 
 
@@ -42,7 +44,7 @@ def run(seed: int, folder: Path, arguments: list[str]) -> tuple[dict, dict, floa
 def main() -> None:
     """Runs the seeds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/demo_seeds"))
     options, rest = parser.parse_known_args()
     runs = {seed: run(seed, options.folder, rest) for seed in options.seeds}

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import small_policy
+from benchmarks.options import whole
 from benchmarks.peers import Peer
 from benchmarks.step import PRECISIONS, Ours, batch_of, make_config, question
 from emor3_jax.models.params import cast_for_decoding
@@ -146,8 +147,8 @@ def main() -> None:
     """Writes policy and images, runs the cases, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="keep policy and images here")
-    parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
+    parser.add_argument("--runs", type=whole(1), default=RUNS)
+    parser.add_argument("--cases", type=whole(0), nargs="*", default=range(len(CASES)))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

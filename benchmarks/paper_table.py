@@ -26,6 +26,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import whole
 from emor3_jax.runtime import cli
 
 PAGE = Path("docs/results/paper_table.md")
@@ -366,7 +367,7 @@ def _each_seed(cells: Cells, seeds: Sequence[int]) -> list[str]:
 def main() -> None:
     """Runs the cells that are not there yet, and writes the page after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--folder", type=Path, default=Path("runs/paper_table"))
     parser.add_argument("--page", action="store_true", help="only write the page")

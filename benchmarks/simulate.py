@@ -26,6 +26,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import simulate_padding
+from benchmarks.options import whole
 from benchmarks.simulate_padding import draw_lengths
 from emor3_jax.models.decode_attention import places_read
 from emor3_jax.rollout import engine
@@ -228,8 +229,8 @@ def rows(seed: int) -> Iterator[str]:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--steps", type=whole(1), default=30)
     args = parser.parse_args()
     for row in rows(args.seed):
         print(row, flush=True)

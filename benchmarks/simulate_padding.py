@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.options import whole
 from configs import tpu_v5e
 from emor3_jax import prepare
 from emor3_jax.learner.learner import plan_spec
@@ -85,7 +86,7 @@ def simulate_padding(config: ConfigDict, chips: int, attention: str, steps: int)
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=whole(1), default=30)
     print_table(parser.parse_args().steps)
 
 

@@ -40,6 +40,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import small_policy
+from benchmarks.options import whole
 from benchmarks.peers import Peer
 from emor3_jax import prepare
 from emor3_jax.config import default, reward_term
@@ -362,11 +363,11 @@ def main() -> None:
     """Writes policy and images, runs the cases, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="keep policy and images here")
-    parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
+    parser.add_argument("--runs", type=whole(1), default=RUNS)
+    parser.add_argument("--cases", type=whole(0), nargs="*", default=range(len(CASES)))
     parser.add_argument("--peers", nargs="*", default=PEER_PRECISIONS, choices=PEER_PRECISIONS)
     parser.add_argument("--cache", default="", help="TRL's cache_implementation")
-    parser.add_argument("--micro", type=int, default=0, help="responses of a TRL micro-batch")
+    parser.add_argument("--micro", type=whole(0), default=0, help="responses of a TRL micro-batch")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

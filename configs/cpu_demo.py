@@ -47,6 +47,8 @@ def get_config(family: str = "qwen2_5_vl") -> ConfigDict:
     config.evaluate.sets.shifted = dataset(split="shifted_test", labels="emotion6")
     # As in training: how often the policy does the right thing, not only its likeliest response.
     config.evaluate.temperature = 1.0
+    # A confidence of each answer, before and after training.
+    config.evaluate.likelihood = True
     config.evaluate.every = 20
     config.evaluate.during = 200
     config.evaluate.prompts = 100

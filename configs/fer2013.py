@@ -59,5 +59,6 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
     config.evaluate.every = 100
     config.evaluate.during = 500
     config.evaluate.reflect = True
+    config.evaluate.likelihood = False
     table.ROWS[row](config)
     return config

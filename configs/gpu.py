@@ -8,7 +8,9 @@ python -m emor3_jax.train --config=configs/gpu.py:gpus=1 --workdir=DIR \\
 |---|---|---:|
 | `gpus=8`, the default | all parameters | 128 |
 | `gpus=1` | adapters: the optimizer of all parameters alone would take 30 of 80 GB | 64 |
-| `gpus=1,memory=141` | all parameters | 64 |
+| `gpus=1,memory=141` | all parameters; of Qwen2.5-VL-7B and Qwen3-VL-8B adapters (1) | 64 |
+
+1. Their training would take 18 bytes a parameter: 149 and 158 GB.
 
 `lora` behind a comma takes adapters anyway. Of the release's settings, prompts a step (512) and
 image size differ. What XLA's compiler for GPUs says of the memory is in docs/train_3b.md; nothing
@@ -35,14 +37,15 @@ def get_config(options: str = "gpus=8") -> ConfigDict:
     if gpus not in (1, 8) or numbers["memory"] not in (80, 141):
         raise UserError(f"--config=…:{options}: gpus must be 1 or 8, memory 80 or 141")
     config = single_host(prompts=128 if gpus == 8 else 64, max_tokens=2048)
-    choose_policy(config, next((name for name in POLICIES if name in chosen), "3b"))
+    policy = next((name for name in POLICIES if name in chosen), "3b")
+    choose_policy(config, policy)
     config.data.image_windows = (32, 48)
     config.mesh.fsdp = gpus
     if gpus == 1:
         config.rollout.slots, config.rollout.refill = 32, 8
         config.policy_update.micro_prompts = 2
         config.evaluate.prompts = 8
-        if numbers["memory"] == 80:
+        if numbers["memory"] == 80 or policy in ("7b", "qwen3_vl_8b"):
             chosen.add("lora")
     if "lora" in chosen:
         use_adapters(config)

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from configs import emoset
 from emor3_jax.config import dataset
+from emor3_jax.errors import UserError
 
 STEPS = 60
 PROMPTS = 512
@@ -45,7 +46,7 @@ def get_config(options: str = "emoset") -> ConfigDict:
         v5p-8 without.
 
     Raises:
-      ValueError: if there is no such set or machine.
+      UserError: if there is no such set or machine.
     """
     trained, _, machine = options.partition(",")
     train = {
@@ -53,7 +54,7 @@ def get_config(options: str = "emoset") -> ConfigDict:
         "emotion6": dataset(kind="emotion6", split="train", label="keyword"),
     }
     if trained not in train:
-        raise ValueError(f"--config=…:{options}: {trained!r} must be one of {', '.join(train)}")
+        raise UserError(f"--config=…:{options}: {trained!r} must be one of {', '.join(train)}")
     config = emoset.get_config(machine) if machine else emoset.get_config()
     config.steps = STEPS * PROMPTS // config.rollout.prompts
     config.data.train = train[trained]

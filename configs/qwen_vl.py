@@ -102,11 +102,15 @@ def read_options(
       numbers: known keys → what they are by default.
 
     Raises:
-      UserError: if an option is unknown.
+      UserError: if an option is unknown, given twice, or there are several policies.
     """
-    chosen, found = set(), dict(numbers)
+    chosen, found, given = set(), dict(numbers), []
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
+        kind = "the policy" if option in POLICIES else key
+        if kind in given:
+            raise UserError(f"--config=…:{option}: {kind} is given twice; give it once")
+        given.append(kind)
         if option in words:
             chosen.add(option)
         elif key in numbers and value.isdigit() and int(value):
@@ -180,6 +184,12 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     devices = (numbers["chips"] or layout.chips) * layout.devices
     parts = devices // layout.tensor
     config = get_config()
+    slices = numbers["slices"]
+    if parts % slices:
+        raise UserError(
+            f"slices={slices}: must divide the {parts} parts that {devices // layout.devices} "
+            f"chips cut a batch into (mesh.tensor={layout.tensor})"
+        )
     if devices % layout.tensor or config.policy_update.prompts % max(parts, 1) or not parts:
         raise UserError(
             f"chips={devices // layout.devices}: must be a power of two whose parts (devices "
@@ -187,8 +197,8 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
             f"{config.policy_update.prompts} prompts of an update"
         )
     choose_policy(config, size)
-    copies = max(parts // numbers["slices"] // FSDP, 1)
-    config.mesh.data, config.mesh.fsdp = numbers["slices"] * copies, -1
+    copies = max(parts // slices // FSDP, 1)
+    config.mesh.data, config.mesh.fsdp = slices * copies, -1
     config.mesh.tensor = layout.tensor
     config.rollout.slots = min(layout.slots * parts, config.rollout.prompts)
     config.rollout.refill = min(layout.refill * parts, config.rollout.slots)

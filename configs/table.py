@@ -126,5 +126,6 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
     config.evaluate.every = 10
     config.checkpoint.every = 20
     config.evaluate.reflect = True
+    config.evaluate.likelihood = False
     ROWS[row](config)
     return config

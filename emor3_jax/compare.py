@@ -28,6 +28,7 @@ from emor3_jax.evaluation.comparison import (
     compare,
     find_predictions,
     read_predictions,
+    step_of,
     to_json,
 )
 from emor3_jax.files import read_json
@@ -60,7 +61,7 @@ def main(
       As written to compare.json: one entry a data set and pair.
 
     Raises:
-      DataError: if there are fewer than two runs, or they have no data set in common.
+      DataError: if there are fewer than two runs, or they have no data set or no row in common.
     """
     if len(runs) < 2:
         raise DataError(f"runs={', '.join(runs)!r}: give the folders of at least two runs")
@@ -76,18 +77,30 @@ def main(
             rows = tuple(read_predictions(path, match) for path in paths)
             image = _images(paths, name, say) if images else _no_image
             pair = runs[0], run
-            found.append(Compared(name, pair, rows, compare(*rows, seed), image))
+            steps = step_of(paths[0]), step_of(paths[1])
+            found.append(Compared(name, pair, rows, compare(*rows, seed), image, steps))
     if not found:
         sets = "; ".join(f"{run}: {', '.join(x)}" for run, x in zip(runs, files, strict=True))
         raise DataError(f"the runs have no data set in common ({sets}); evaluate them on one")
+    if not any(each.found.rows for each in found):
+        raise DataError(
+            f"runs={', '.join(runs)!r}: no row of {', '.join(sorted({x.data_set for x in found}))} "
+            "is in two of them, by id and label; evaluate them on the same data"
+        )
     for each in found:
         for line in (
-            f"\nfirst: {each.runs[0]}, second: {each.runs[1]}",
+            f"\nfirst: {each.names[0]}, second: {each.names[1]}",
             *comparison.lines(each)[1:],
         ):
             print(line)
     data = [
-        {"data_set": each.data_set, "runs": list(each.runs), "match": match, **to_json(each.found)}
+        {
+            "data_set": each.data_set,
+            "runs": list(each.runs),
+            "steps": list(each.steps),
+            "match": match,
+            **to_json(each.found),
+        }
         for each in found
     ]
     workdir.mkdir(parents=True, exist_ok=True)
@@ -165,6 +178,6 @@ def _program(arguments: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/compare", "Folder of compare.json and compare.html.")
     flags.DEFINE_enum("match", "exact", list(MATCHES), "The boxed label, or the first one named.")
-    flags.DEFINE_integer("seed", 0, "Of the bootstrap.")
+    flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
     flags.DEFINE_bool("images", True, "Show images; --noimages opens no data.")
     app.run(_program)

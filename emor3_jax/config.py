@@ -5,7 +5,7 @@ on the command line; an unknown key is an error that names the nearest one (`ml_
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -352,7 +352,8 @@ def default() -> ConfigDict:
     # Ask both reflections here even where `reflect.enabled` is false, for the metrics of reasoning.
     config.evaluate.reflect = False
     # Also weigh all labels behind each response's own reasoning: a confidence of its answer
-    # (docs/evaluation.md), for one more pass over prompts and responses.
+    # (docs/evaluation.md), for one more pass over prompts and responses. Not every
+    # `evaluate.every` steps.
     config.evaluate.likelihood = False
     # Name → names of sets whose means are reported together, such as in_domain=("emoset", "fi").
     config.evaluate.groups = ConfigDict()
@@ -376,8 +377,9 @@ def default() -> ConfigDict:
     config.checkpoint.resume_changed = False
 
     # Guards of a run (runtime/guards.py): updates all skipped, rewards all equal, responses all
-    # truncated, a KL that runs away, rewards or losses that are no numbers. Steps in a row after
-    # which one warns, and ends the run; 0 for never.
+    # truncated, a KL that runs away, rewards or losses that are no numbers. The batch of the step
+    # that ends a run is kept, and python -m emor3_jax.replay WORKDIR looks into it. Steps in a row
+    # after which one warns, and ends the run; 0 for never.
     config.guard = ConfigDict()
     config.guard.warn_after = 3
     config.guard.stop_after = 50
@@ -454,6 +456,25 @@ def base_policy() -> ConfigDict:
     # Folder of compiled programs; "" keeps none.
     config.compile_cache = "runs/compile_cache"
     return config
+
+
+def check_complete(config: ConfigDict, made: Callable[[], ConfigDict]) -> None:
+    """Checks that a config has all fields that its program reads.
+
+    Args:
+      config: of a program.
+      made: the function of this module that makes a whole one.
+
+    Raises:
+      UserError: naming the first field that is missing.
+    """
+    have = {field for field, _ in _fields(config)}
+    missing = next((field for field, _ in _fields(made()) if field not in have), None)
+    if missing is not None:
+        raise UserError(
+            f"--config: has no field {missing}, so it is not for this program; a config for it "
+            f"starts from emor3_jax.config.{made.__name__}()"
+        )
 
 
 def uses_reference(config: ConfigDict) -> bool:

@@ -220,7 +220,7 @@ class Observed(NamedTuple):
     Attributes:
       ids: of the prompts of all hosts.
       batch: this host's prompts, as host arrays.
-      experience: samples, replies and scores of all hosts, without log-probabilities.
+      experience: samples, replies, scores and advantages of all hosts, without log-probabilities.
       answers: int32[B], index of the label, of all hosts.
       rewards: float32[B, G], of all hosts; None without scores.
     """

@@ -71,6 +71,23 @@ def test_more_runs_are_each_compared_with_the_first(runs, tmp_path) -> None:
     assert found[2]["scores"]["accuracy"]["change"] == 0.0
 
 
+def test_a_response_may_hold_what_python_takes_for_the_end_of_a_line(runs, tmp_path) -> None:
+    file = tmp_path / "two" / "predictions" / "test.jsonl"
+    file.write_text(file.read_text(encoding="utf-8").replace("<b> is", "a\u2028b\x85c"), "utf-8")
+    found = compare.main(runs, tmp_path / "out", images=False)
+    assert found[0]["rows"] == 5
+
+
+def test_the_step_of_each_set_of_a_run_is_said(runs, tmp_path, capsys) -> None:
+    """A run that goes on has evaluated its first set later than the others."""
+    folder = tmp_path / "two" / "predictions"
+    (folder / "000060").mkdir()
+    (folder / "test.jsonl").rename(folder / "000060" / "test.jsonl")
+    (found,) = compare.main(runs, tmp_path / "out", images=False)
+    assert found["steps"] == [None, 60]
+    assert f"first: {runs[0]}, second: {runs[1]} (step 60)\n" in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared_is_said(runs, tmp_path) -> None:
     with pytest.raises(DataError, match="at least two runs"):
         compare.main(runs[:1], tmp_path / "out")
@@ -79,3 +96,7 @@ def test_what_cannot_be_compared_is_said(runs, tmp_path) -> None:
     )
     with pytest.raises(DataError, match=r"no data set in common .*one: other, test.*renamed"):
         compare.main(runs, tmp_path / "out")
+    for run in ("one", "two"):
+        (tmp_path / run / "predictions" / "renamed.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"no row of renamed is in two of them"):
+        compare.main(runs, tmp_path / "out", images=False)

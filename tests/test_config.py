@@ -14,11 +14,13 @@ import pytest
 from ml_collections import ConfigDict
 
 import emor3_jax
-from configs import table
+from configs import gpu, qwen_vl, table
 from emor3_jax.config import ConfigError, base_policy, dataset, default, reward_term
 from emor3_jax.data.datasets.catalog import BUILDERS
 from emor3_jax.data.labels import label_set
 from emor3_jax.embedded.base_policy import train as train_base_policy
+from emor3_jax.errors import UserError
+from emor3_jax.models import published
 from emor3_jax.prepare.checks import validate
 
 ROOT = Path(emor3_jax.__file__).parents[1]
@@ -129,6 +131,62 @@ def test_every_row_of_the_table_is_a_config(row: str) -> None:
 def test_an_unknown_row_of_the_table_is_refused() -> None:
     with pytest.raises(ValueError, match="'ppo': must be one of base, sft, cold_start, grpo"):
         table.get_config("ppo")
+
+
+OPTIONS = [
+    ("tpu_v5e", "4b", "--config=…:4b: must be of 3b, 7b, qwen3_vl_2b"),
+    ("tpu_v5e", "qwen3_vl_4b,3b", "--config=…:3b: the policy is given twice"),
+    ("tpu_v5e", "chips=64,chips=16", "chips=16: chips is given twice"),
+    ("tpu_v5e", "qwen3_vl_4b,slices=3", "slices=3: must divide the 4 parts that 16 chips"),
+    ("tpu_v7x", "chips=0", "--config=…:chips=0"),
+    ("gpu", "7b,lora,3b", "the policy is given twice"),
+    ("gpu", "gpus=2", "gpus must be 1 or 8"),
+    ("emoset", "v5e-64,4b", "--config=…:4b"),
+    ("paper", "webemo", "'webemo' must be one of emoset, emotion6"),
+    ("paper", "emoset,qwen3_vl_4b", "machine 'qwen3_vl_4b'"),
+]
+
+
+def test_labels_that_are_none_name_their_data_set(policy: str) -> None:
+    for field in ("data.train", "evaluate.sets.emoscenes"):
+        config = importlib.import_module("configs.cpu_demo").get_config()
+        config.policy.path = policy
+        config.update_from_flattened_dict({f"{field}.labels": "nonsense"})
+        with pytest.raises(UserError, match=rf"config\.{field}: labels='nonsense' is no label set"):
+            validate(config)
+
+
+@pytest.mark.parametrize(("name", "options", "message"), OPTIONS, ids=lambda x: str(x)[:24])
+def test_wrong_options_of_a_file_are_refused_by_name(name: str, options: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        importlib.import_module(f"configs.{name}").get_config(options)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("tpu", "gpu"))])
+def test_every_policy_has_a_config_of_every_machine(name: str) -> None:
+    module = importlib.import_module(f"configs.{name}")
+    for policy, path in qwen_vl.POLICIES.items():
+        for options in (policy, f"{policy},lora"):
+            config = module.get_config(options)
+            validate(config)
+            assert config.policy.path == path and bool(config.policy.lora_rank) == ("," in options)
+            shapes = published(path).shapes
+            assert not any(size % config.mesh.tensor for size in shapes.cut_by_tensor.values())
+
+
+def test_what_one_gpu_cannot_hold_is_trained_by_adapters() -> None:
+    ranks = {name: gpu.get_config(f"gpus=1,memory=141,{name}") for name in qwen_vl.POLICIES}
+    assert [name for name, config in ranks.items() if config.policy.lora_rank] == [
+        "7b",
+        "qwen3_vl_8b",
+    ]
+
+
+def test_a_config_of_another_program_is_refused_by_the_field_that_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is missing; start from emor3_jax.config.default\(\)"):
+        validate(base_policy())
+    with pytest.raises(UserError, match=r"no field batch,.*from emor3_jax.config.base_policy\(\)"):
+        train_base_policy(default(), tmp_path)
 
 
 def test_every_data_set_of_the_docs_is_a_config() -> None:
@@ -308,6 +366,17 @@ TOGETHER = [
     # What is set, and the fields that the message names.
     ({"policy_update.advantage": "rloo", "rollout.responses": 1}, "rollout.responses=1"),
     ({"policy_update.advantage": "dr_grpo", "rollout.responses": 1}, "rollout.responses=1"),
+    ({"policy_update.advantage": "grpo", "rollout.responses": 1}, "rollout.responses=1"),
+    (
+        {
+            "rollout.prompts": 1,
+            "rollout.responses": 1,
+            "policy_update.prompts": 1,
+            "policy_update.micro_prompts": 1,
+            "policy_update.advantage": "reinforce_pp",
+        },
+        "policy_update.advantage='reinforce_pp' compares the responses of a step",
+    ),
     ({"policy_update.surrogate": "gspo"}, "policy_update.mean='token'"),
     ({"policy_update.surrogate": "gepo", "policy_update.mean": "constant"}, "policy_update.mean"),
     (
@@ -404,11 +473,13 @@ def test_published_algorithms_are_valid() -> None:
 
 def test_the_sample_deviation_needs_two_responses() -> None:
     config = default()
-    config.rollout.responses = 1
+    config.rollout.responses, config.policy_update.advantage = 1, "reinforce_pp"
     validate(config)
     config.profile = "release"
     with pytest.raises(ConfigError, match=r"rollout\.responses=1: .*at least 2"):
         validate(config)
+    # Supervised fine-tuning compares nothing.
+    validate(config, imitate=True)
 
 
 def _train(*arguments: str) -> subprocess.CompletedProcess:

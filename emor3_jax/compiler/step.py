@@ -46,11 +46,15 @@ from emor3_jax.rewards.spans import SpanTables
 from emor3_jax.rewards.tables import Tables
 from emor3_jax.rl.advantages import ESTIMATORS, RewardTerms
 from emor3_jax.rl.update import TrainState
+from emor3_jax.rollout.label_likelihood import LabelLikelihood
 from emor3_jax.rollout.likelihood import Candidates
 from emor3_jax.rollout.reflect import PromptedQuestion, Reflection
 from emor3_jax.rollout.resample import compare_groups
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.types import Batch, Prompt
+
+_BOXED_LABEL = 8
+"""Tokens of a boxed label and the end of the turn."""
 
 _STOP = (151645, 151643)
 """Ids that end a response; the compiler ignores their values."""
@@ -119,7 +123,11 @@ def step_programs(
     evaluated = maker.batch(config.evaluate.prompts)
     kept = {**sampling, "data": [evaluated, following, rollout.scorer.tables]}
     evaluation = maker.rollout(training=False).programs(params, evaluated, key)
-    yield from along(evaluation, kept, "evaluate")
+    answered = yield from along(evaluation, kept, "evaluate")
+    if config.evaluate.likelihood:
+        weighed = maker.label_likelihood().programs(params, evaluated, answered.samples)
+        kept["data"] = [*kept["data"], answered.samples]
+        yield from along(weighed, kept, "evaluate")
 
 
 class _Maker:
@@ -196,6 +204,11 @@ class _Maker:
             num_shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
         )
 
+    def label_likelihood(self) -> LabelLikelihood:
+        """Returns what weighs the labels in evaluation, with two spellings of each."""
+        candidates = _candidates(2 * self.labels, self.labels, _BOXED_LABEL)
+        return LabelLikelihood(self.policy, candidates, self.labels, self.suppressed)
+
     def _question(self, name: str) -> PromptedQuestion:
         head, tail = (np.zeros(n, np.int32) for n in self.texts[name])
         meanings = len(QUESTIONS[name].meanings(("",) * self.labels))
@@ -245,8 +258,7 @@ def abstract_tables(vocabulary: int, patterns: tuple[str, ...] = ()) -> Tables:
     return Tables(automaton(169, 167, 181, *[20] * len(patterns)), replies, spans)
 
 
-def _candidates(n: int, meanings: int) -> Candidates:
-    length = 4
+def _candidates(n: int, meanings: int, length: int = 4) -> Candidates:
     return Candidates(
         np.zeros((n, length), np.int32),
         np.full(n, length, np.int32),

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from emor3_jax.config import ConfigError, check_numbers
+from emor3_jax import config as configs
+from emor3_jax.config import ConfigError, check_complete, check_numbers
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.dataset import PretrainDataset
 from emor3_jax.embedded.emoscenes.dataset import drawn_scenes
@@ -123,11 +124,18 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
       ConfigError: if a field cannot be used.
     """
     say = Console("base policy")
+    _check(config)
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
-    _check(config)
     say("preparing the data and the tokenizer")
     dataset = DATASETS[config.data.kind](config)
+    count, kept = len(dataset.images), dataset.held_out
+    if count - kept < config.batch:
+        rule = (
+            f"leaves {max(count - kept, 0)} images to learn from, under batch={config.batch}: of "
+            f"{count} the last {kept} are held out"
+        )
+        raise ConfigError("data.limit", config.data.limit, rule)
     # The policy between the two stages, which a run that was stopped continues from.
     pretrained = folder / "looked" if config.look.steps else None
     before = load(pretrained) if pretrained and (pretrained / "config.json").exists() else None
@@ -202,6 +210,7 @@ _OVER_0 = ("learning_rate", "look.learning_rate", "rates.tower")
 
 
 def _check(config: ConfigDict) -> None:
+    check_complete(config, configs.base_policy)
     check_numbers(config, _AT_LEAST, _OVER_0)
     if config.data.kind not in DATASETS:
         raise ConfigError("data.kind", config.data.kind, f"must be one of {', '.join(DATASETS)}")

@@ -105,6 +105,11 @@ def find_predictions(run: Path) -> dict[str, Path]:
     return found
 
 
+def step_of(path: Path) -> int | None:
+    """Returns after how many steps a file of predictions was written, None of an evaluation."""
+    return int(path.parent.name) if path.parent.name.isdigit() else None
+
+
 def read_predictions(path: Path, match: str = "exact") -> dict[str, Answered]:
     """Returns row id → answer, of a file that an evaluation has written.
 

@@ -147,10 +147,12 @@ def confidence_scores(
     scores, curves = {}, {}
     for source in SOURCES:
         sure = data.get(f"{source}_confidence")
-        if sure is None or np.isnan(sure).all():
+        asked = f"{source}_shares" in data
+        if sure is None or (np.isnan(sure).all() and not asked):
             continue
-        found, curves[source] = calibration(sure, data["accuracy"].astype(bool))
-        if graded and f"{source}_shares" in data:
+        found, curve = calibration(sure, data["accuracy"].astype(bool))
+        curves |= {} if curve is None else {source: curve}
+        if graded and asked:
             found |= distribution_distances(data["grades"], data[f"{source}_shares"])
         scores |= {f"{source}_{name}": value for name, value in found.items()}
     return scores, curves

@@ -22,6 +22,7 @@ class Compared(NamedTuple):
       rows: row id → answer, of each.
       found: their comparison.
       image: from a row id to its encoded image, or None.
+      steps: steps of training behind each, None of an evaluation.
     """
 
     data_set: str
@@ -29,6 +30,13 @@ class Compared(NamedTuple):
     rows: tuple[Mapping[str, Answered], Mapping[str, Answered]]
     found: Comparison
     image: Callable[[str], bytes | None]
+    steps: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the two for people to read, with their steps."""
+        pairs = zip(self.runs, self.steps, strict=True)
+        return tuple(run if step is None else f"{run} (step {step})" for run, step in pairs)
 
 
 class _Shown(NamedTuple):
@@ -70,7 +78,7 @@ def lines(compared: Compared) -> list[str]:
 
 def notes(compared: Compared) -> list[str]:
     """Returns a line for each kind of row that is not compared, with its number and examples."""
-    found, (first, second) = compared.found, compared.runs
+    found, (first, second) = compared.found, compared.names
     kinds = {
         f"rows not answered by {first}": found.missing_first,
         f"rows not answered by {second}": found.missing_second,
@@ -94,13 +102,13 @@ def write_page(path: Path, title: str, compared: Sequence[Compared]) -> None:
     sections = [
         {
             "data_set": each.data_set,
-            "runs": each.runs,
+            "runs": each.names,
             "found": each.found,
             "notes": notes(each),
             "only": [
                 {"run": run, "rows": list(_shown(each, ids)), "all": len(ids)}
                 for run, ids in zip(
-                    each.runs, (each.found.only_first, each.found.only_second), strict=True
+                    each.names, (each.found.only_first, each.found.only_second), strict=True
                 )
             ],
         }

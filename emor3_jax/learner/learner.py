@@ -13,7 +13,7 @@ The programs of an update are in `learner.gradients`, the plan of its micro-batc
 `learner.micro_batches`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from emor3_jax.data.batch import Prompts
@@ -340,26 +341,46 @@ class Learner:
           The new state and metrics: those of the loss, `grad_norm`, `skipped`, and `entropy` if
           asked for. All but the loss are means over the tokens that count.
         """
-        coefs = Coefficients(
-            self.kl_coef if self.step.adapt_kl else None,
-            self.bonus.applied if self.step.adapt_entropy else None,
-        )
-        policy = None if self.lora else self.spec.policy
-        trained, _ = partition(state.params, self.spec.frozen)
-        grads, metrics = no_gradients(trained, policy=policy), None
+        grads, metrics = self._no_gradients(state), None
         for micro in part.micro_batches:
-            grads, found = add_micro_batch(
-                grads,
-                state.params,
-                part.cut(micro),
-                self.suppressed,
-                coefs,
-                self.lora,
-                spec=self.spec,
-                shape=micro.shape,
-            )
+            grads, found = self._add_gradients(grads, state, part, micro)
             metrics = found if metrics is None else add_metrics(metrics, found)
         return apply_update(state, grads, metrics, part.total_weight, spec=self.spec)
+
+    def contributions(
+        self, state: TrainState, part: UpdatePart
+    ) -> Iterator[tuple[MicroBatch, jax.Array]]:
+        """Yields each micro-batch of an update with the norm of its part of the gradient.
+
+        Args:
+          state: before the update; not donated.
+          part: as of `update`.
+        """
+        for micro in part.micro_batches:
+            grads, _ = self._add_gradients(self._no_gradients(state), state, part, micro)
+            yield micro, optax.tree.norm(grads)
+
+    def _no_gradients(self, state: TrainState) -> dict:
+        trained, _ = partition(state.params, self.spec.frozen)
+        return no_gradients(trained, policy=None if self.lora else self.spec.policy)
+
+    def _add_gradients(
+        self, grads: dict, state: TrainState, part: UpdatePart, micro: MicroBatch
+    ) -> tuple[dict, Metrics]:
+        """Returns gradients with those of a micro-batch added, and its metrics; donates `grads`."""
+        return add_micro_batch(
+            grads,
+            state.params,
+            part.cut(micro),
+            self.suppressed,
+            Coefficients(
+                self.kl_coef if self.step.adapt_kl else None,
+                self.bonus.applied if self.step.adapt_entropy else None,
+            ),
+            self.lora,
+            spec=self.spec,
+            shape=micro.shape,
+        )
 
     def programs(
         self,

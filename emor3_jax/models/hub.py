@@ -67,20 +67,23 @@ def parse_config(data: dict) -> Policy:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
-        known_relative = isinstance(kind, str) and kind in NOT_YET
-        name = f" ({NOT_YET[kind]})" if known_relative else ""
-        yet = "is not supported yet" if known_relative else "is not known"
+        relative = next((name for name in NOT_YET if _is_part(str(kind), name)), None)
+        name = f" ({NOT_YET[relative]})" if relative else ""
+        yet = "is not supported yet" if relative else "is not known"
         raise ShapesError(
             f"config.json has model_type={kind!r}{name}, which {yet}; only {known} policies can be "
             "loaded"
         )
-    if quantised := data.get("quantization_config"):
-        named = isinstance(quantised, dict)
-        method = quantised.get("quant_method", "an unknown method") if named else quantised
-        raise ShapesError(
-            f"config.json has a quantization_config ({method}): quantised weights cannot be "
-            "trained; give the policy that they were made from, in bfloat16"
-        )
+    for part in (data, data.get("text_config")):
+        for field in _QUANTISED & set(part if isinstance(part, dict) else ()):
+            quantised = part[field]
+            named = isinstance(quantised, dict)
+            method = quantised.get("quant_method", "an unknown method") if named else quantised
+            if quantised:
+                raise ShapesError(
+                    f"config.json has a {field} ({method}): quantised weights cannot be trained; "
+                    "give the policy that they were made from, in bfloat16"
+                )
     try:
         return Policy(family, family.shapes(data))
     except ShapesError:
@@ -92,11 +95,22 @@ def parse_config(data: dict) -> Policy:
         ) from error
 
 
+_QUANTISED = {"quantization_config", "compression_config"}
+
+
+def _is_part(kind: str, relative: str) -> bool:
+    """Looks for a relative by its name, or by that of one of its parts."""
+    return kind == relative or kind in (f"{relative}_{part}" for part in ("text", "thinker"))
+
+
 def read_config(folder: str | Path) -> Policy:
     """Reads the `config.json` of a folder; raises as `load`."""
     path = Path(folder) / "config.json"
     if not os.path.lexists(path):
-        raise FileNotFoundError(f"{path} does not exist; give a folder in Hugging Face's format")
+        rule = "give a folder in Hugging Face's format"
+        if (Path(folder) / "adapter_config.json").exists():
+            rule = "the folder holds an adapter alone: merge it into its policy, and give that"
+        raise FileNotFoundError(f"{path} does not exist; {rule}")
     data = read_json(path, ShapesError, dict)
     try:
         return parse_config(data)

@@ -104,16 +104,13 @@ class ImageSettings:
                 f"{int(Image.BICUBIC)} (bicubic)"
             )
         refuse_code(data, PREPROCESSOR_FILE, ProcessorError)
-        size = data.get("size") or {}
-        if not isinstance(size, dict):
-            raise ProcessorError(f"{PREPROCESSOR_FILE}: size={size!r} must be an object")
         colours = {name: data.get(f"image_{name}") for name in ("mean", "std")}
         for name, value in colours.items():
             if value is not None and not isinstance(value, list):
                 raise ProcessorError(f"{PREPROCESSOR_FILE}: image_{name}={value!r} must be a list")
         given = {
-            "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
+            "min_pixels": _pixels(data, "min_pixels", "shortest_edge"),
+            "max_pixels": _pixels(data, "max_pixels", "longest_edge"),
             "patch_size": data.get("patch_size"),
             "temporal_patch_size": data.get("temporal_patch_size"),
             "merge_size": data.get("merge_size"),
@@ -214,6 +211,20 @@ class ImageSettings:
         return cut.reshape(*batch, rows * columns * merge**2, -1)
 
 
+def _pixels(data: dict[str, Any], name: str, edge: str) -> Any:
+    """Returns a bound of the pixels of an image, which `size` may hold too, under either name."""
+    size = data.get("size")
+    named = isinstance(size, dict) and (size.get(edge) or size.get(name))
+    if size is None or (data.get(name) is not None and isinstance(size, dict)):
+        return data.get(name)
+    if not named:
+        raise ProcessorError(
+            f"{PREPROCESSOR_FILE}: size={size!r} must hold shortest_edge and longest_edge, in "
+            "pixels"
+        )
+    return named
+
+
 class Processor:
     """Reads text and images for a policy.
 
@@ -286,22 +297,36 @@ class Processor:
 
         Raises:
           FileNotFoundError: if the image settings are missing.
-          ProcessorError: if they ask for something that is not implemented, or the tokenizer has
-            no chat template.
+          ProcessorError: if a file is damaged, asks for something that is not implemented, or
+            differs from `config.json`, or the tokenizer has no chat template.
         """
         folder = Path(folder)
         tokenizer = read_tokenizer(folder)
-        if is_file(folder / PREPROCESSOR_FILE):
-            data = read_json(folder / PREPROCESSOR_FILE, ProcessorError, dict)
-        elif is_file(folder / _PROCESSOR_FILE):
+        data = None
+        # As transformers does: what is inside of the whole processor's file goes first.
+        if is_file(folder / _PROCESSOR_FILE):
             data = read_json(folder / _PROCESSOR_FILE, ProcessorError, dict)
             refuse_code(data, _PROCESSOR_FILE, ProcessorError)
-            data = data.get("image_processor") or {}
-            if not isinstance(data, dict):
+            data = data.get("image_processor")
+            if not isinstance(data, dict | None):
                 raise ProcessorError(f"{folder / _PROCESSOR_FILE}: image_processor is no object")
-        else:
-            raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
-        return cls(tokenizer, ImageSettings.from_hf(data), layout)
+        if data is None:
+            if not is_file(folder / PREPROCESSOR_FILE):
+                raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
+            data = read_json(folder / PREPROCESSOR_FILE, ProcessorError, dict)
+        images = ImageSettings.from_hf(data)
+        vision = layout.shapes.vision
+        for name, here, there in (
+            ("patch_size", images.patch_size, vision.patch_size),
+            ("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size),
+            ("merge_size", images.merge_size, vision.spatial_merge_size),
+        ):
+            if here != there:
+                raise ProcessorError(
+                    f"{PREPROCESSOR_FILE}: {name}={here} differs from the {there} of config.json; "
+                    "both must be of the same policy"
+                )
+        return cls(tokenizer, images, layout)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer files and `preprocessor_config.json`, which transformers reads."""

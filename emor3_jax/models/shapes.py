@@ -211,6 +211,14 @@ def need(source: Mapping[str, Any], where: str, *names: str) -> Any:
     raise ShapesError(f"config.json: {where} has no {' or '.join(names)}")
 
 
+def need_section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a part of a `config.json`; raises ShapesError if it is missing or no object."""
+    value = need(data, "the file", name)
+    if not isinstance(value, Mapping):
+        raise ShapesError(f"config.json has {name}={str(value)[:80]}, which must be an object")
+    return value
+
+
 def refuse_unless(ok: bool, what: str, value: Any) -> None:
     """Raises ShapesError, by its name and value, if something is not implemented."""
     if not ok:
@@ -244,9 +252,16 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
         return value[0] if isinstance(value, list) and value else value
 
     where = "the decoder"
+    ids = {name: need(data, "the file", name) for name in _IMAGE_IDS}
+    vocab_size = need(text, where, "vocab_size")
+    for name, value in ids.items():
+        if value >= vocab_size:
+            raise ShapesError(
+                f"config.json has {name}={value!r}, which must be under {vocab_size=}"
+            )
     num_heads = need(text, where, "num_attention_heads")
     return {
-        "vocab_size": need(text, where, "vocab_size"),
+        "vocab_size": vocab_size,
         "hidden_size": need(text, where, "hidden_size"),
         "intermediate_size": need(text, where, "intermediate_size"),
         "num_layers": need(text, where, "num_hidden_layers"),
@@ -255,20 +270,27 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
         "rms_norm_eps": need(text, where, "rms_norm_eps"),
         "rope_theta": float(rope.get("rope_theta") or need(text, where, "rope_theta")),
         "mrope_section": tuple(need(rope, "rope_scaling", "mrope_section")),
-        "tie_word_embeddings": bool(
-            data.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-        ),
-        **{
-            name: need(data, "the file", name)
-            for name in (
-                "image_token_id",
-                "video_token_id",
-                "vision_start_token_id",
-                "vision_end_token_id",
-            )
-        },
+        "tie_word_embeddings": _is_tied(data, text),
+        **ids,
         "bos_token_id": text_id("bos_token_id"),
         "eos_token_id": text_id("eos_token_id"),
         "pad_token_id": text_id("pad_token_id"),
         "max_position_embeddings": need(text, where, "max_position_embeddings"),
     }
+
+
+_IMAGE_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def _is_tied(data: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """Returns whether the head is the embedding; the outer field decides, as in transformers 5."""
+    for part in (data, text):
+        value = part.get("tie_word_embeddings")
+        if isinstance(value, bool):
+            return value
+        if value is not None:
+            raise ShapesError(
+                f"config.json has tie_word_embeddings={str(value)[:80]!r}, which must be true or "
+                "false"
+            )
+    return False

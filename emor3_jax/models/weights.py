@@ -41,6 +41,15 @@ _MAX_WEIGHTS_BYTES = 2**40
 MAX_FILE_BYTES = 5 * 10**9
 """Size at which the hub starts another file."""
 
+_HEAD = "lm_head.weight"
+_OF_QUANTISED = (
+    *(".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".absmax", ".quant_map", ".g_idx"),
+)
+"""Ends of names that tensors of AWQ, GPTQ, compressed-tensors, FP8 and bitsandbytes have."""
+_ROWS = 4096
+"""Rows of two matrices that are compared at once."""
+
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
@@ -203,14 +212,18 @@ class _Reader:
         """Compares all names, shapes and types with those of the policy, before any is read."""
         policy = self._policy
         unused = {name for name in self._entries if not name.endswith("inv_freq")}
-        if policy.shapes.tie_word_embeddings:
-            unused.discard("lm_head.weight")
+        quantised = min((name for name in unused if name.endswith(_OF_QUANTISED)), default=None)
+        if quantised is not None:
+            raise WeightsError(
+                f"{self._folder} has a tensor {quantised}: quantised weights cannot be trained; "
+                "give the policy that they were made from, in bfloat16"
+            )
         for path, leaf in leaves(shapes):
             for tensor in policy.family.hub_tensors(path, leaf.shape, policy.shapes):
                 if tensor.name not in self._entries:
                     cause = (
                         "config.json says that the head is not tied (tie_word_embeddings)"
-                        if tensor.name == "lm_head.weight"
+                        if tensor.name == _HEAD
                         else "the download is incomplete or config.json is of a larger model"
                     )
                     raise WeightsError(
@@ -230,11 +243,39 @@ class _Reader:
                         f"{', '.join(_DTYPES)} can be read: give weights that are not quantised "
                         f"({self._folder})"
                     )
+        if policy.shapes.tie_word_embeddings:
+            unused.discard(_HEAD)
+            path = "model/embed_tokens/embedding"
+            (table,) = policy.family.hub_tensors(
+                path, dict(leaves(shapes))[path].shape, policy.shapes
+            )
+            self._check_tied(self._entries[table.name])
         if unused:
             raise WeightsError(
                 f"{self._folder} has {len(unused)} tensors that config.json has no place for, "
                 f"{min(unused)} among them; probably config.json is of a smaller model"
             )
+
+    def _check_tied(self, embedding: _Entry) -> None:
+        """Refuses a head of its own where `config.json` says that it is the embedding."""
+        head = self._entries.get(_HEAD)
+        if head is None:
+            return
+        with (
+            safe_open(head.file, framework="numpy") as first,
+            safe_open(embedding.file, framework="numpy") as second,
+        ):
+            pieces = first.get_slice(head.key), second.get_slice(embedding.key)
+            count = embedding.shape[0]
+            rows = (slice(row, min(row + _ROWS, count)) for row in range(0, count, _ROWS))
+            if head.shape == embedding.shape and all(
+                np.array_equal(*(piece[part] for piece in pieces)) for part in rows
+            ):
+                return
+        raise WeightsError(
+            f"{self._folder}: {_HEAD} differs from the embedding, but config.json says that they "
+            "are one (tie_word_embeddings); set that to false"
+        )
 
     def dtype(self, tensors: list[HubTensor]) -> Any:
         """Returns the narrowest type that holds what all these tensors are stored as."""

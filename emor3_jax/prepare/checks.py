@@ -18,6 +18,8 @@ from emor3_jax.config import (
     reward_terms,
     uses_reference,
 )
+from emor3_jax.data.errors import DataError
+from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.files import is_file
 from emor3_jax.io.sinks import SINKS
@@ -28,7 +30,7 @@ from emor3_jax.models.images import MOST_DECODED_PIXELS
 from emor3_jax.models.lora import TOWER
 from emor3_jax.parallel.mesh import check_batch
 from emor3_jax.prepare.algorithm import make_surrogate
-from emor3_jax.prepare.data import data_sets
+from emor3_jax.prepare.data import PARQUET_LABELS, data_sets
 from emor3_jax.prepare.profile import evaluation_sampling
 from emor3_jax.prepare.rollout import make_reward
 from emor3_jax.prepare.sources import check_kind
@@ -123,11 +125,17 @@ _NO_BOUND = tuple(
 """Fields that may be infinite: then they clip nothing."""
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     """Checks what can be checked without loading anything, before any compile.
+
+    Args:
+      config: of the run.
+      imitate: supervised fine-tuning, which samples nothing and compares nothing.
 
     Raises:
       ConfigError: naming the field, its value, the rule and the way out.
+      DataError: naming the data set whose labels are none.
+      UserError: if a field is missing.
     """
 
     def need(ok: bool, field: str, rule: str) -> None:
@@ -187,6 +195,10 @@ def validate(config: ConfigDict) -> None:
     need(config.data.long_prompts in rules, "data.long_prompts", f"must be one of {rules}")
     for field, each in data_sets(config).values():
         check_kind(field, each)
+        try:
+            label_set(each.labels or PARQUET_LABELS)
+        except DataError as error:
+            raise DataError(f"config.{field}: {error}") from error
         for key in ("subset", "limit"):
             need(each[key] >= 0, f"{field}.{key}", "must be 0 (all rows) or more")
         seed = each.subset_seed
@@ -216,11 +228,6 @@ def validate(config: ConfigDict) -> None:
     _check_in_flight("rollout", config.rollout, need)
     _check_in_flight("evaluate", config.evaluate, need)
     need(
-        config.profile != "release" or config.rollout.responses >= 2,
-        "rollout.responses",
-        "profile='release' divides by the sample standard deviation and needs at least 2",
-    )
-    need(
         config.reward.coherence_target in ("label", "answer"),
         "reward.coherence_target",
         "must be 'label' or 'answer'",
@@ -248,6 +255,8 @@ def validate(config: ConfigDict) -> None:
     need(0 <= update.clip_low <= 1, "policy_update.clip_low", "must lie in [0, 1]")
     need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1; inf is none")
     _check_algorithm(config, need)
+    if not imitate:
+        _check_comparison(config, need)
     _check_reference(config, need)
     remats = ("none", "activations", "layers")
     need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
@@ -369,13 +378,6 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     for field, (value, known) in choices.items():
         need(value in known, field, f"must be one of {', '.join(map(repr, known))}")
 
-    least = ESTIMATORS[update.advantage].responses
-    need(
-        responses >= least,
-        "policy_update.advantage",
-        f"compares the responses of a group and needs at least {least}, but rollout.responses="
-        f"{responses}; raise it, or take 'reinforce_pp' or 'remax'",
-    )
     conflict = make_surrogate(config).conflict(update.mean)
     need(conflict is None, "policy_update.surrogate", conflict or "")
     _check_tokens(config, need)
@@ -492,6 +494,29 @@ def _check_tokens(config: ConfigDict, need: Callable[[bool, str, str], None]) ->
         "policy_update.advantage",
         "normalises each reward term by itself, but policy_update.kl_place='reward' takes the KL "
         "off their sum; set it to 'loss', or take another advantage",
+    )
+
+
+def _check_comparison(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """Checks that there are responses to compare: else all advantages are 0."""
+    name, rollout = config.policy_update.advantage, config.rollout
+    need(
+        config.profile != "release" or rollout.responses >= 2,
+        "rollout.responses",
+        "profile='release' divides by the sample standard deviation and needs at least 2",
+    )
+    least = ESTIMATORS[name].responses
+    need(
+        rollout.responses >= least,
+        "policy_update.advantage",
+        f"compares the responses of a group and needs at least {least}, but rollout.responses="
+        f"{rollout.responses}; raise it, or take 'reinforce_pp' or 'remax'",
+    )
+    need(
+        ESTIMATORS[name].greedy or rollout.prompts * rollout.responses >= 2,
+        "rollout.prompts",
+        f"policy_update.advantage={name!r} compares the responses of a step, but there is one; "
+        "raise it, or rollout.responses",
     )
 
 

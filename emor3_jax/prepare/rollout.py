@@ -70,7 +70,7 @@ def make_evaluation_rollout(
 
 def make_label_likelihood(config: ConfigDict, rollout: Rollout) -> LabelLikelihood | None:
     """Returns what weighs the labels behind the responses of an evaluation; None if not asked."""
-    return LabelLikelihood(rollout) if config.evaluate.likelihood else None
+    return LabelLikelihood.of_rollout(rollout) if config.evaluate.likelihood else None
 
 
 def make_sampling(config: ConfigDict, stop: tuple[int, ...]) -> Sampling:

@@ -1,9 +1,20 @@
 """The simulation drives the engine's own loop, and counts what it takes."""
 
-import numpy as np
+import argparse
 
+import numpy as np
+import pytest
+
+from benchmarks.options import whole
 from benchmarks.simulate import Case, simulate
 from emor3_jax.rollout.engine import Plan
+
+
+def test_a_seed_is_a_whole_number_of_at_least_0() -> None:
+    assert whole(0)("3") == 3
+    for text in ("-1", "1.5", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number of at least"):
+            whole(0)(text)
 
 
 def test_counts_of_a_few_responses_are_those_by_hand() -> None:

@@ -87,3 +87,15 @@ def test_what_cannot_be_is_refused_before_anything_is_read(
     wrong.data.path = "nowhere.parquet"
     with pytest.raises(ConfigError, match=named):
         base_policy.train(wrong, tmp_path)
+
+
+def test_images_that_are_all_held_out_leave_nothing_to_learn_from(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = base_policy.DATASETS[config.data.kind](config)
+    less = dataset._replace(held_out=len(dataset.images) - 1)
+    monkeypatch.setitem(base_policy.DATASETS, config.data.kind, lambda config: less)
+    with pytest.raises(
+        ConfigError, match=r"data\.limit.*leaves 1 images to learn from, under batch"
+    ):
+        base_policy.train(config, tmp_path)

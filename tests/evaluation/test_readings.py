@@ -46,6 +46,18 @@ def test_a_source_without_any_confidence_has_no_scores() -> None:
     assert scores["votes_covered"] == 0.5 and not any(x.startswith("stated") for x in scores)
 
 
+def test_a_source_that_was_asked_and_covers_no_row_says_so() -> None:
+    answers = np.array([[-1, -1], [-1, -1]])
+    likely = np.full((2, 2, 2), 0.5)
+    data = read_shares(answers, np.array([0, 0]), likely, 2)
+    data |= {"accuracy": np.array([False, False]), "grades": np.array([[0.5, 0.5], [1.0, 0.0]])}
+    scores, curves = confidence_scores(data, graded=True)
+    assert curves == {} and scores["votes_covered"] == scores["likelihood_covered"] == 0.0
+    # The likelihood of the labels needs no answer: it is 0 from the first row's shares, 0.5 from
+    # the second's.
+    assert scores["likelihood_chebyshev"] == 0.25 and "votes_kl" not in scores
+
+
 def test_numbers_are_scored_over_the_rows_that_have_one() -> None:
     values = {"a": {"valence": 2.0}, "c": {"valence": 8.0}}
     texts = {0: "<valence>3</valence>", 1: "<valence>9</valence>", 2: "no number"}

@@ -51,3 +51,9 @@ def test_a_folder_of_the_name_wins(cache, tmp_path, monkeypatch):
     (tmp_path / "Someone" / "Tiny-VL").mkdir(parents=True)
     (tmp_path / "Someone" / "Tiny-VL" / "config.json").write_text(json.dumps({}))
     assert str(models.find("Someone/Tiny-VL")) == "Someone/Tiny-VL"
+
+
+def test_a_folder_with_an_adapter_alone_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="holds an adapter alone: merge it"):
+        models.read_config(tmp_path)

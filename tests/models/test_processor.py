@@ -16,6 +16,7 @@ from emor3_jax.models.errors import ImageError, ProcessorError
 from emor3_jax.models.processor import ImageSettings, Processor
 
 LAYOUT = tiny.make_policy().layout
+SETTINGS = ImageSettings(patch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +224,7 @@ def test_thin_images_are_refused(tokenizer):
 
 
 def test_folder_round_trip_in_the_files_of_the_hub(tokenizer, tmp_path):
-    settings = ImageSettings(min_pixels=12544, max_pixels=25088, mean=(0.1, 0.2, 0.3))
+    settings = ImageSettings(12544, 25088, patch_size=4, mean=(0.1, 0.2, 0.3))
     Processor(tokenizer, settings, LAYOUT).save(tmp_path)
     again = Processor.from_folder(tmp_path, LAYOUT)
     assert again.images == settings
@@ -240,21 +241,26 @@ def test_settings_in_the_ways_that_the_hub_and_transformers_write_them():
     assert ImageSettings.from_hf(hub) == ImageSettings(3136, 12845056, mean=(0.5, 0.5, 0.5))
     newer = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}
     assert ImageSettings.from_hf(newer) == ImageSettings(3136, 12845056)
+    oldest = {"size": {"min_pixels": 3136, "max_pixels": 12845056}}
+    assert ImageSettings.from_hf(oldest) == ImageSettings(3136, 12845056)
     assert ImageSettings.from_hf({}) == ImageSettings()
 
 
 def test_settings_inside_a_processor_file(tokenizer, tmp_path):
-    Processor(tokenizer, ImageSettings(), LAYOUT).save(tmp_path)
+    Processor(tokenizer, SETTINGS, LAYOUT).save(tmp_path)
     data = (tmp_path / "preprocessor_config.json").read_text()
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
         Processor.from_folder(tmp_path, LAYOUT)
     (tmp_path / "processor_config.json").write_text(f'{{"image_processor": {data}}}')
-    assert Processor.from_folder(tmp_path, LAYOUT).images == ImageSettings()
+    assert Processor.from_folder(tmp_path, LAYOUT).images == SETTINGS
+    # transformers reads that file first.
+    Processor(tokenizer, ImageSettings(9, 99, patch_size=4), LAYOUT).save(tmp_path)
+    assert Processor.from_folder(tmp_path, LAYOUT).images == SETTINGS
 
 
 def test_chat_template_in_the_file_of_older_folders(tokenizer, tmp_path):
-    Processor(tokenizer, ImageSettings(), LAYOUT).save(tmp_path)
+    Processor(tokenizer, SETTINGS, LAYOUT).save(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ProcessorError, match="no chat template"):
         Processor.from_folder(tmp_path, LAYOUT)
@@ -269,8 +275,21 @@ def test_chat_template_in_the_file_of_older_folders(tokenizer, tmp_path):
         ({"do_convert_rgb": False}, "do_convert_rgb=false"),
         ({"resample": 2}, "resample=2"),
         ({"min_pixels": 9, "max_pixels": 8}, "min_pixels=9"),
+        ({"size": 224}, "size=224 must hold shortest_edge and longest_edge"),
+        ({"size": {"height": 224, "width": 224}}, "must hold shortest_edge"),
+        ({"size": {"shortest_edge": 224}}, "must hold shortest_edge and longest_edge"),
     ],
 )
 def test_settings_that_are_not_implemented_are_refused(data, message):
     with pytest.raises(ProcessorError, match=message):
         ImageSettings.from_hf(data)
+
+
+def test_settings_of_another_policy_are_named(tokenizer, tmp_path):
+    Processor(tokenizer, SETTINGS, LAYOUT).save(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    whole = json.loads(file.read_text())
+    for name, value in (("patch_size", 14), ("merge_size", 3), ("temporal_patch_size", 1)):
+        file.write_text(json.dumps(whole | {name: value}))
+        with pytest.raises(ProcessorError, match=f"{name}={value} differs from the .* config.json"):
+            Processor.from_folder(tmp_path, LAYOUT)

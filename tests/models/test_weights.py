@@ -126,6 +126,10 @@ def test_a_tied_checkpoint_may_repeat_its_head(policy, params, tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     assert _equal(weights.read_params(tmp_path, policy), params)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"lm_head.weight differs from the embedding.*to false"):
+        weights.read_params(tmp_path, policy)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,10 @@ def test_quantised_weights_are_refused(policy, params, tmp_path):
     tensors[name] = tensors[name].astype(np.int8)
     save_file(tensors, tmp_path / weights.WEIGHTS_FILE)
     with pytest.raises(WeightsError, match=f"{name} is stored as I8; only F64, F32"):
+        weights.read_params(tmp_path, policy)
+    tensors["model.layers.0.mlp.up_proj.qweight"] = tensors.pop(name)
+    save_file(tensors, tmp_path / weights.WEIGHTS_FILE)
+    with pytest.raises(WeightsError, match=r"a tensor .*up_proj\.qweight: quantised weights"):
         weights.read_params(tmp_path, policy)
 
 

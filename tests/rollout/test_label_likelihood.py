@@ -36,13 +36,13 @@ def test_labels_are_read_as_responses_that_go_on_with_them(setting) -> None:
     )
     found = np.asarray(
         read_labels(
-            setting.policy,
             setting.params,
             setting.batch,
             tokens,
             cut,
             candidates,
             setting.suppressed,
+            policy=setting.policy,
             count=2,
             size=4,
         )

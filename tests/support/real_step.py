@@ -36,6 +36,7 @@ def everything_else(config: ConfigDict) -> None:
     config.reference.kind = "average"
     config.policy.freeze_vision_tower = True
     config.reference.image_cache = 2**20
+    config.evaluate.likelihood = True
 
 
 def adapters(config: ConfigDict) -> None:

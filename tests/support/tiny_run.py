@@ -95,6 +95,7 @@ def make_config(folder: Path) -> ConfigDict:
     config.evaluate.sets = ConfigDict()
     config.evaluate.sets.test = dataset(kind="parquet", path=str(folder / "test.parquet"))
     config.evaluate.prompts, config.evaluate.every, config.evaluate.during = 4, 2, 4
+    config.evaluate.likelihood = False
     config.steps = 3
     config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 4, 3, 8
     config.policy_update.prompts, config.policy_update.micro_prompts = 2, 1

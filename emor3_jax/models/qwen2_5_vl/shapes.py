@@ -12,7 +12,14 @@ import numpy as np
 
 from emor3_jax.models.decoder import DecoderShapes
 from emor3_jax.models.errors import ShapesError
-from emor3_jax.models.shapes import Shapes, SmallSizes, common_fields, need, refuse_unless
+from emor3_jax.models.shapes import (
+    Shapes,
+    SmallSizes,
+    common_fields,
+    need,
+    need_section,
+    refuse_unless,
+)
 from emor3_jax.models.vision import TOWER_FIELDS, VisionShapes
 
 
@@ -101,8 +108,8 @@ class Qwen25VLShapes(Shapes):
         Raises:
           ShapesError: if a field is missing or asks for something that is not implemented.
         """
-        text = {**data, **(data.get("text_config") or {})}
-        vision = dict(data.get("vision_config") or {})
+        inner = need_section(data, "text_config") if data.get("text_config") is not None else {}
+        text, vision = {**data, **inner}, need_section(data, "vision_config")
         act = vision.get("hidden_act", "silu")
         refuse_unless(act == "silu", "vision hidden_act", act)
         sliding = text.get("use_sliding_window")
@@ -111,9 +118,10 @@ class Qwen25VLShapes(Shapes):
         tower = {name: need(vision, "vision_config", name) for name in names}
         tower["fullatt_block_indexes"] = tuple(tower["fullatt_block_indexes"])
         channels = vision.get("in_channels", vision.get("in_chans", 3))
+        refuse_unless(channels == 3, "vision in_channels", channels)
         fields = common_fields(data, text)
         head_dim = text.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
-        tower = Qwen25VLVisionShapes(**tower, in_channels=channels)
+        tower = Qwen25VLVisionShapes(**tower)
         return cls(vision=tower, head_dim=head_dim, **fields)
 
     def to_hf(self) -> dict[str, Any]:

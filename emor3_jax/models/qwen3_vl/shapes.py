@@ -16,6 +16,7 @@ from emor3_jax.models.shapes import (
     SmallSizes,
     common_fields,
     need,
+    need_section,
     refuse_unless,
     rope_of,
 )
@@ -134,10 +135,11 @@ class Qwen3VLShapes(Shapes):
         Raises:
           ShapesError: if a field is missing or asks for something that is not implemented.
         """
-        text = need(data, "the file", "text_config")
-        vision = need(data, "the file", "vision_config")
+        text, vision = need_section(data, "text_config"), need_section(data, "vision_config")
         act = vision.get("hidden_act", "gelu_pytorch_tanh")
         refuse_unless(act == "gelu_pytorch_tanh", "vision hidden_act", act)
+        channels = vision.get("in_channels", 3)
+        refuse_unless(channels == 3, "vision in_channels", channels)
         bias = text.get("attention_bias")
         refuse_unless(not bias, "attention_bias", bias)
         # Without the field, transformers interleaves too.
@@ -146,7 +148,7 @@ class Qwen3VLShapes(Shapes):
         names = (*TOWER_FIELDS, "num_position_embeddings", "deepstack_visual_indexes")
         tower = {name: need(vision, "vision_config", name) for name in names}
         tower["deepstack_visual_indexes"] = tuple(tower["deepstack_visual_indexes"])
-        tower = Qwen3VLVisionShapes(**tower, in_channels=vision.get("in_channels", 3))
+        tower = Qwen3VLVisionShapes(**tower)
         head_dim = need(text, "the decoder", "head_dim")
         return cls(vision=tower, head_dim=head_dim, **common_fields(data, text))
 

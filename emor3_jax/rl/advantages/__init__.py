@@ -88,7 +88,7 @@ def _combined(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 ESTIMATORS = {
-    "grpo": Estimator(_combined(grpo), std=True),
+    "grpo": Estimator(_combined(grpo), responses=2, std=True),
     "dr_grpo": Estimator(_combined(dr_grpo), responses=2),
     "rloo": Estimator(_combined(rloo), responses=2),
     "reinforce_pp": Estimator(_combined(reinforce_pp)),

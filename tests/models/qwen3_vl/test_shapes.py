@@ -89,6 +89,13 @@ def test_what_transformers_5_writes_reads_the_same():
     assert parse_config(HUB_4B | {"text_config": text}) == parse_config(HUB_4B)
 
 
+def test_of_two_fields_about_the_head_the_outer_one_decides_as_in_transformers():
+    for outer, inner, tied in ((False, True, False), (True, False, True), (None, True, True)):
+        text = HUB_4B["text_config"] | {"tie_word_embeddings": inner}
+        data = HUB_4B | {"text_config": text, "tie_word_embeddings": outer}
+        assert parse_config(data).shapes.tie_word_embeddings is tied
+
+
 def test_round_trip_through_json():
     untied = tiny.make_policy("qwen3_vl", tie_word_embeddings=False).shapes
     for shapes in (Qwen3VLShapes.from_hf(HUB_4B), untied):
@@ -115,6 +122,16 @@ def test_every_third_frequency_follows_height_and_every_third_width():
         ("text_config", {"rope_scaling": {"mrope_section": [16, 24, 24]}}, "every third"),
         ("text_config", {"head_dim": None}, "no head_dim"),
         ("text_config", {"num_hidden_layers": 2}, "num_hidden_layers=2"),
+        ("text_config", {"num_attention_heads": "32"}, "num_heads='32' must be a whole number"),
+        ("text_config", {"rope_theta": -1}, "rope_theta=-1.0 must be a finite number over 0"),
+        (
+            "text_config",
+            {"vocab_size": 100},
+            "image_token_id=151655, which must be under vocab_size=100",
+        ),
+        ("text_config", {"quantization_config": {"quant_method": "awq"}}, r"config \(awq\)"),
+        ("vision_config", {"num_heads": 0}, "vision num_heads=0 must be a whole number"),
+        ("vision_config", {"in_channels": 4}, "in_channels"),
         ("vision_config", {"hidden_act": "silu"}, "vision hidden_act"),
         ("vision_config", {"num_position_embeddings": 2000}, "must be a square"),
         ("vision_config", {"deepstack_visual_indexes": [5, 24]}, "depth - 1 = 23"),
@@ -135,7 +152,12 @@ def test_what_cannot_run_is_refused_by_name(part, changes, message):
         ({"model_type": "qwen3_5"}, r"Qwen3\.5\), which is not supported yet"),
         ({"model_type": "qwen3_omni_moe"}, r"Qwen3-Omni\), which is not supported yet"),
         ({"model_type": "mllama"}, "not known; only 'qwen2_5_vl', 'qwen3_vl' policies"),
+        ({"model_type": "qwen3_omni_moe_thinker"}, r"\(Qwen3-Omni\), which is not supported yet"),
+        ({"model_type": ["qwen3_vl"]}, "not known"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
+        ({"quantization_config": "fp8"}, r"quantization_config \(fp8\)"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes', which must be true or false"),
+        ({"text_config": []}, r"text_config=\[\], which must be an object"),
         ({"vision_config": None}, "the file has no vision_config"),
     ],
 )
