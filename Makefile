@@ -1,7 +1,9 @@
 # make demo: set up and run the main job      make test: set up and pass the tests
 # make parity: compare with transformers and torch      make bench: print the benchmark tables
 # make bench-step: a training step beside TRL, generation beside transformers
-# make fuzz: look for inputs that break a door      make compile-matrix: what fits on which TPU slice, by the TPU's compiler
+# make fuzz: look for inputs that break a door
+# make faults: kill, stop and damage tiny runs in all ways, and print the table
+# make compile-matrix: what fits on which TPU slice, by the TPU's compiler
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -21,7 +23,7 @@ export MALLOC_TRIM_THRESHOLD_ = 536870912
 # Compiled programs, kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test parity fuzz bench bench-step compile-matrix lint setup clean
+.PHONY: demo test parity fuzz faults bench bench-step compile-matrix lint setup clean
 
 setup: $(VENV)/installed
 
@@ -82,6 +84,10 @@ fuzz: $(VENV)/installed-fuzz
 # Most of the time goes to three tests of one file: they are shared out too.
 parity: $(VENV)/installed-parity
 	$(PYTEST) --dist worksteal tests/parity
+
+# Minutes on 2 cores. `make test` tries a few of its rows.
+faults: $(VENV)/installed-test
+	$(RUN) -m tests.faults
 
 bench: setup
 	$(RUN) -m benchmarks.grouped

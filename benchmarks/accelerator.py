@@ -45,6 +45,7 @@ from emor3_jax import models
 from emor3_jax.flops import Cost, StepShapes, peak_flops, phase_costs
 from emor3_jax.flops.cost import decoder_flops
 from emor3_jax.learner.gradients import (
+    Coefficients,
     Cut,
     Metrics,
     UpdateSpec,
@@ -53,13 +54,15 @@ from emor3_jax.learner.gradients import (
     apply_update,
     no_gradients,
     weigh,
+    weighed,
 )
 from emor3_jax.learner.logprobs import LogprobSpec, planned_logprobs
 from emor3_jax.learner.micro_batches import MicroBatch, Shape, StepPlan
 from emor3_jax.models import Policy
 from emor3_jax.models.cache import KV
 from emor3_jax.models.params import unroll, weight_sync
-from emor3_jax.rl.losses import Clip, PolicyLoss
+from emor3_jax.rl.losses import PolicyLoss
+from emor3_jax.rl.surrogates import Clip
 from emor3_jax.rl.update import TrainState, make_optimizer
 from emor3_jax.rollout.rollout import prefill
 from emor3_jax.rollout.sampling import Sampling
@@ -325,7 +328,8 @@ def reference(
 ) -> jax.Array:
     """Returns the log-probabilities of responses, all micro-batches in one program."""
     plan = plan_of(batch, samples, parts)
-    return planned_logprobs(params, batch, samples, plan, suppressed, policy=policy, spec=LOGPROBS)
+    found = planned_logprobs(params, batch, samples, plan, suppressed, policy=policy, spec=LOGPROBS)
+    return found.logprobs
 
 
 @partial(jax.jit, static_argnames=("spec", "parts"), donate_argnums=0)
@@ -340,12 +344,12 @@ def update(
     """Takes an optimizer step, all micro-batches in one program."""
     batch, samples = experience.batch, experience.samples
     plan = plan_of(batch, samples, parts)
-    weights, (total,) = weigh(samples, plan.rows(1), loss=spec.loss)
+    weights, (total,) = weigh(weighed(experience, spec.loss), plan.rows(1), loss=spec.loss)
     grads, metrics = no_gradients(state.params, policy=spec.policy), None
     for micro in plan.updates[0]:
         cut = Cut(experience, weights, micro.rows, None)
         grads, found = add_micro_batch(
-            grads, state.params, cut, suppressed, None, None, spec=spec, shape=micro.shape
+            grads, state.params, cut, suppressed, Coefficients(), None, spec=spec, shape=micro.shape
         )
         metrics = found if metrics is None else add_metrics(metrics, found)
     return apply_update(state, grads, metrics, total, spec=spec)

@@ -156,7 +156,7 @@ def main(_: list[str]) -> None:
                     rollout.suppressed,
                     policy=learner.spec.policy,
                     spec=learner.spec.logprobs._replace(temperature=rollout.sampling.temperature),
-                )
+                ).logprobs
                 difference = found - given.samples.logprobs
                 differences.append(np.asarray(difference)[np.asarray(given.samples.mask)])
             differences = np.concatenate(differences)

@@ -167,7 +167,7 @@ class Ours:
             self.learner.suppressed,
             policy=spec.policy,
             spec=spec.logprobs,
-        )
+        ).logprobs
 
     def update(self, experience: Experience, plan: StepPlan) -> dict[str, jax.Array]:
         """Takes one optimizer step."""

@@ -238,20 +238,30 @@ def default() -> ConfigDict:
     config.policy_update.max_grad_norm = 1.0
     # In which AdamW's first moment is kept: "bfloat16" takes 2 bytes a parameter less.
     config.policy_update.mu_dtype = "float32"
-    # "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline" or "remax", which answers
-    # each prompt once more, greedily (rl/advantages.py).
+    # "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "maxrl", "opo" or
+    # "remax", which answers each prompt once more, greedily (rl/advantages/).
     config.policy_update.advantage = "grpo"
-    # "token", "sequence" (GSPO) or "group" (GEPO), see rl/losses.py.
-    config.policy_update.ratio = "token"
-    # A `clip_low` of 1 and infinite others clip nothing.
+    # "clip", "gspo", "gepo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl" or "ipo"
+    # (rl/surrogates/).
+    config.policy_update.surrogate = "clip"
+    # Bounds of most surrogates, each in its own way. Of "clip", a `clip_low` of 1 and infinite
+    # others clip nothing.
     config.policy_update.clip_low = 0.2
     config.policy_update.clip_high = 0.3
     config.policy_update.clip_dual = 3.0
+    # Temperatures of "sapo" for good and for bad responses.
+    config.policy_update.sapo_positive = 1.0
+    config.policy_update.sapo_negative = 1.05
     # "token": mean over all response tokens; "seq": within each response first; "constant": each
     # token weighs 1 / `rollout.max_tokens` of its response.
     config.policy_update.mean = "token"
     # Leave responses that were cut off at `rollout.max_tokens` out of the loss (DAPO).
     config.policy_update.mask_truncated = False
+    # Leave groups whose rewards are all equal out of it, of the KL too.
+    config.policy_update.mask_equal = False
+    # Leave out bad responses whose tokens have become less likely by more than this, in nats, on
+    # average since they were sampled (DeepSeek-V3.2).
+    config.policy_update.off_policy = math.inf
     # Estimate of the KL to the reference: "k1", "k2", "k3", "abs" or "off" (rl/kl.py), and whether
     # it is a term of the "loss" or is taken off the "reward".
     config.policy_update.kl = "k3"
@@ -261,9 +271,31 @@ def default() -> ConfigDict:
     config.policy_update.kl_coef = 1e-2
     config.policy_update.kl_target = 0.0
     config.policy_update.kl_horizon = 10_000.0
+    # Multiply each token's KL by its ratio, which makes it unbiased (DeepSeek-V3.2).
+    config.policy_update.kl_ratio = False
     # "sampler": the behaviour policy's log-probabilities are those that sampling recorded;
     # "recompute": they are computed again before the first update, `policy/sampler_gap` apart.
     config.policy_update.old_logprobs = "sampler"
+    # With "recompute", weigh each surrogate by the ratio of the two: "off", "token_truncate",
+    # "token_mask", "sequence_truncate", "sequence_mask" or "geometric_mask" (rl/correction.py),
+    # with bounds of the weight.
+    config.policy_update.correction = "off"
+    config.policy_update.correction_low = 0.0
+    config.policy_update.correction_high = 2.0
+    # "all" tokens, or "top_entropy", "clip_cov" or "kl_cov" (rl/selection.py), of which a share is
+    # selected; bounds of the covariance, and the weight of "kl_cov".
+    config.policy_update.select = "all"
+    config.policy_update.select_share = 0.2
+    config.policy_update.select_low = 1.0
+    config.policy_update.select_high = 5.0
+    config.policy_update.select_coef = 1.0
+    # Weight of an entropy bonus; where `entropy_target`, in nats a token, is over 0, the weight at
+    # the start. It then rises by `entropy_delta` a step up to `entropy_most` while the entropy is
+    # below the target, falls else, and counts only below it.
+    config.policy_update.entropy_coef = 0.0
+    config.policy_update.entropy_target = 0.0
+    config.policy_update.entropy_delta = 0.005
+    config.policy_update.entropy_most = 1.0
     # What the backward pass recomputes: "none", "activations" or "layers", from fast to small.
     config.policy_update.remat = "layers"
     # Short responses of a group share a row; where attention is "splash", those of several groups.
@@ -345,8 +377,9 @@ def default() -> ConfigDict:
     config.checkpoint.resume_changed = False
 
     # Guards of a run (runtime/guards.py): updates all skipped, rewards all equal, responses all
-    # truncated, a KL that runs away, rewards or losses that are no numbers. Steps in a row after
-    # which one warns, and ends the run; 0 for never.
+    # truncated, a KL that runs away, rewards or losses that are no numbers. The batch of the step
+    # that ends a run is kept, and python -m emor3_jax.replay WORKDIR looks into it. Steps in a row
+    # after which one warns, and ends the run; 0 for never.
     config.guard = ConfigDict()
     config.guard.warn_after = 3
     config.guard.stop_after = 50

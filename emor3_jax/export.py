@@ -16,9 +16,10 @@ from emor3_jax.config import check_complete, default
 from emor3_jax.errors import UserError
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
-from emor3_jax.models import LoadedPolicy, read_config, read_processor, save
+from emor3_jax.models import LoadedPolicy, read_config, read_processor
 from emor3_jax.parallel.mesh import check_policy, make_mesh
 from emor3_jax.runtime import cli, job
+from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.restore import read_checkpoint_params
 
 
@@ -50,7 +51,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     params, step = read_checkpoint_params(config, base, checkpoints, None, mesh)
     checkpoints.close()
     folder = workdir / "policy"
-    save(LoadedPolicy(policy, params, read_processor(base, policy), base), folder)
+    save_whole(LoadedPolicy(policy, params, read_processor(base, policy), base), folder)
     say(f"wrote the policy of step {step} to {folder}")
     return folder
 

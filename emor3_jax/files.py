@@ -68,6 +68,11 @@ def is_folder(path: str | Path) -> bool:
     return os.path.isdir(path)
 
 
+def expand_user(path: str | Path) -> Path:
+    """Returns a path with "~" replaced; as it is, where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 def open_regular(path: str | Path, most: int, error: Refusal = UserError) -> int:
     """Opens a regular file for reading; never waits.
 

@@ -8,7 +8,7 @@ With `sft.target="label"` the response is the boxed label alone, without reasoni
 baseline SFT, and on a few rows its Cold-Start-Emo, from which reinforcement learning goes on with
 `--config.policy.path=DIR/policy`. With `sft.target="response"` it is what the row itself says
 (`data.sources.Texts.responses`), whole reasoning for example; several responses to a row share one
-pass over its image and question. Prompt tokens carry no loss.
+pass over its image and question, and rows without one are not drawn. Prompt tokens carry no loss.
 
 Data, mesh, optimizer (`policy_update`), checkpoints, metrics, evaluation and what `workdir` holds
 are those of `emor3_jax.train`; a step reads `rollout.prompts` rows.
@@ -27,12 +27,11 @@ from ml_collections import ConfigDict
 
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError
-from emor3_jax.data.errors import DataError
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import shard_whole
 from emor3_jax.prepare import Data
-from emor3_jax.prepare.responses import ResponseReader
+from emor3_jax.prepare.responses import Responses
 from emor3_jax.runtime import cli
 from emor3_jax.runtime.run import Results, Run
 from emor3_jax.runtime.step_log import observe
@@ -53,7 +52,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
       Stopped: as `emor3_jax.train`.
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
-    with Run("sft", config, workdir) as run:
+    with Run("sft", config, workdir, imitate=True) as run:
         examples = Examples(config, run.policy, run.data)
         run.say(examples.describe())
         learner, state = prepare.make_learner(config, run.policy, run.mesh, imitate=True)
@@ -80,53 +79,29 @@ class Examples:
     """The responses to learn from, by row."""
 
     def __init__(self, config: ConfigDict, policy: LoadedPolicy, data: Data) -> None:
-        """Tokenises the labels, or reads the responses of all rows.
+        """Tokenises the labels, or takes the responses of the rows.
 
         Args:
           config: of the run.
           policy: whose tokens they are.
-          data: of the run.
+          data: of the run, opened to imitate.
 
         Raises:
           ConfigError: if a label does not fit `rollout.max_tokens`.
-          DataError: if no row has a response that can be learned.
         """
-        self._reader = ResponseReader(config, policy)
         self._limit, self._most = config.rollout.max_tokens, config.sft.responses
-        self._counts = {"no_response": 0, "long_response": 0, "special_token_in_response": 0}
+        self._counts: dict[str, int] = {}
         self._of_row: dict[str, list[list[int]]] = {}
         self._of_label: list[list[int]] = []
-        if config.sft.target == "label":
-            self._most = 1
-            self._of_label = [
-                self._reader.encode(f"\\boxed{{{label}}}") for label in data.labels["train"]
-            ]
-            longest = max(map(len, self._of_label))
-            if longest > self._limit:
-                rule = f"a boxed label takes {longest} tokens; raise it"
-                raise ConfigError("rollout.max_tokens", self._limit, rule)
+        if data.responses is not None:
+            self._of_row, self._counts = data.responses.of_row, data.responses.counts
             return
-        for texts in data.sources["train"].texts():
-            if found := self._usable(texts.responses[: self._most]):
-                self._of_row[texts.id] = found
-        if not self._of_row:
-            why = ", ".join(f"{count} {reason}" for reason, count in self._counts.items() if count)
-            raise DataError(
-                f"config.sft.target='response': no row has a response to learn from ({why}); give "
-                "rows a 'response' (docs/data.md), raise rollout.max_tokens, or take 'label'"
-            )
-
-    def _usable(self, responses: Sequence[str]) -> list[list[int]]:
-        """Returns the responses as tokens, those left out counted by reason."""
-        self._counts["no_response"] += not responses
-        found = []
-        for text in responses:
-            tokens = self._reader.encode(text)
-            if reason := self._reader.fault(tokens):
-                self._counts[reason] += 1
-            else:
-                found.append(tokens)
-        return found
+        self._most, encode = 1, Responses(config, policy).encode
+        self._of_label = [encode(f"\\boxed{{{label}}}") for label in data.labels["train"]]
+        longest = max(map(len, self._of_label))
+        if longest > self._limit:
+            rule = f"a boxed label takes {longest} tokens; raise it"
+            raise ConfigError("rollout.max_tokens", self._limit, rule)
 
     def describe(self) -> str:
         """Returns a sentence about the examples."""
@@ -136,7 +111,7 @@ class Examples:
         return f"learning {count} responses to {len(self._of_row)} rows"
 
     def counters(self) -> dict[str, float]:
-        """Returns `data/<reason>`: rows without a response and responses left out, if any."""
+        """Returns `data/<reason>`: responses left out, if any."""
         return {f"data/{reason}": float(count) for reason, count in self._counts.items() if count}
 
     def experience(self, ids: Sequence[str], batch: Batch) -> Experience:

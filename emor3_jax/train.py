@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> Results:
             experience, scored = learner.score(params, prompts, experience, plan, run.clock)
             observed = observe(prompts.ids, prompts.batch, experience)
             # Free merged weights before the update.
-            parts = learner.split(experience, plan)
+            parts = learner.split(experience, plan, key)
             del params, experience
             updates = []
             while parts:

@@ -199,6 +199,7 @@ class Experience(NamedTuple):
       old_logprobs: float32[B, G, T], recomputed under the policy that sampled.
       ref_logprobs: float32[B, G, T], under the reference.
       advantages: float32[B, G].
+      entropies: float32[B, G, T], of the distributions that tokens were drawn from, recomputed.
     """
 
     batch: Batch | None
@@ -210,6 +211,7 @@ class Experience(NamedTuple):
     old_logprobs: Array | None = None
     ref_logprobs: Array | None = None
     advantages: Array | None = None
+    entropies: Array | None = None
 
 
 class Observed(NamedTuple):
@@ -218,7 +220,7 @@ class Observed(NamedTuple):
     Attributes:
       ids: of the prompts of all hosts.
       batch: this host's prompts, as host arrays.
-      experience: samples, replies and scores of all hosts, without log-probabilities.
+      experience: samples, replies, scores and advantages of all hosts, without log-probabilities.
       answers: int32[B], index of the label, of all hosts.
       rewards: float32[B, G], of all hosts; None without scores.
     """

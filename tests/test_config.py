@@ -243,7 +243,7 @@ WRONG = [
     ("policy_update.kl_coef", -1.0, "0 or more"),
     ("policy_update.mean", "batch", "'seq'"),
     ("policy_update.advantage", "gae", "'rloo'"),
-    ("policy_update.ratio", "batch", "'sequence'"),
+    ("policy_update.surrogate", "batch", "'gspo'"),
     ("policy_update.mu_dtype", "float16", "'bfloat16'"),
     ("policy_update.kl", "k4", "'off'"),
     ("policy_update.kl_place", "advantage", "'reward'"),
@@ -366,14 +366,63 @@ TOGETHER = [
     # What is set, and the fields that the message names.
     ({"policy_update.advantage": "rloo", "rollout.responses": 1}, "rollout.responses=1"),
     ({"policy_update.advantage": "dr_grpo", "rollout.responses": 1}, "rollout.responses=1"),
-    ({"policy_update.ratio": "sequence"}, "policy_update.mean='token'"),
-    ({"policy_update.ratio": "group", "policy_update.mean": "constant"}, "policy_update.mean"),
+    ({"policy_update.advantage": "grpo", "rollout.responses": 1}, "rollout.responses=1"),
     (
-        {"policy_update.ratio": "sequence", "policy_update.mean": "seq"},
+        {
+            "rollout.prompts": 1,
+            "rollout.responses": 1,
+            "policy_update.prompts": 1,
+            "policy_update.micro_prompts": 1,
+            "policy_update.advantage": "reinforce_pp",
+        },
+        "policy_update.advantage='reinforce_pp' compares the responses of a step",
+    ),
+    ({"policy_update.surrogate": "gspo"}, "policy_update.mean='token'"),
+    ({"policy_update.surrogate": "gepo", "policy_update.mean": "constant"}, "policy_update.mean"),
+    (
+        {"policy_update.surrogate": "gspo", "policy_update.mean": "seq"},
         "policy_update.clip_low=0.2",
     ),
-    ({"policy_update.ratio": "group", "policy_update.mean": "seq"}, "policy_update.clip_high=0.3"),
+    (
+        {"policy_update.surrogate": "gepo", "policy_update.mean": "seq"},
+        "policy_update.clip_high=0.3",
+    ),
     ({"policy_update.kl": "k1"}, "policy_update.kl_place='loss'"),
+    ({"policy_update.surrogate": "gmpo"}, "policy_update.mean='token'"),
+    ({"policy_update.correction": "token_mask"}, "policy_update.old_logprobs='sampler'"),
+    ({"policy_update.correction_low": 3.0}, "policy_update.correction_high=2.0"),
+    ({"policy_update.select": "top_entropy"}, "policy_update.old_logprobs"),
+    (
+        {
+            "policy_update.select": "kl_cov",
+            "policy_update.surrogate": "gmpo",
+            "policy_update.mean": "seq",
+        },
+        "policy_update.surrogate='gmpo'",
+    ),
+    ({"policy_update.select_low": 6.0}, "policy_update.select_high=5.0"),
+    ({"policy_update.kl_ratio": True, "policy_update.kl": "off"}, "policy_update.kl='off'"),
+    (
+        {"policy_update.entropy_coef": 2.0, "policy_update.entropy_target": 0.1},
+        "policy_update.entropy_most=1.0",
+    ),
+    ({"policy_update.advantage": "gdpo", "reward.overlong": 16}, "reward.overlong=16"),
+    (
+        {
+            "policy_update.advantage": "gdpo",
+            "policy_update.kl": "k2",
+            "policy_update.kl_place": "reward",
+        },
+        "policy_update.kl_place='reward'",
+    ),
+    (
+        {
+            "policy_update.advantage": "gdpo",
+            "reward.lambda_format": 0.0,
+            "reward.lambda_reflect": 0.0,
+        },
+        "accuracy alone has a weight",
+    ),
     ({"policy_update.kl_target": 0.1, "policy_update.kl": "off"}, "policy_update.kl='off'"),
     ({"policy_update.kl_target": 0.1, "policy_update.kl_coef": 0.0}, "policy_update.kl_coef=0.0"),
     ({"policy_update.kl_horizon": 10.0, "policy_update.kl_target": 0.1}, "rollout.prompts"),
@@ -424,11 +473,13 @@ def test_published_algorithms_are_valid() -> None:
 
 def test_the_sample_deviation_needs_two_responses() -> None:
     config = default()
-    config.rollout.responses = 1
+    config.rollout.responses, config.policy_update.advantage = 1, "reinforce_pp"
     validate(config)
     config.profile = "release"
     with pytest.raises(ConfigError, match=r"rollout\.responses=1: .*at least 2"):
         validate(config)
+    # Supervised fine-tuning compares nothing.
+    validate(config, imitate=True)
 
 
 def _train(*arguments: str) -> subprocess.CompletedProcess:

@@ -3,11 +3,14 @@
 import gzip
 import io
 import os
+import re
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
+import emor3_jax
 from emor3_jax.errors import UserError
 from emor3_jax.files import (
     leaves_folder,
@@ -148,6 +151,22 @@ def test_paths_that_leave_their_folder():
     inside = ("a.png", "a/b.png", "./a", "a/../b", "a\\b.png", "..a/b", "a..", "a:b/c")
     outside = ("/a", "../a", "a/../../b", "..", "\\a", "..\\a", "C:\\a", "c:/a", "\\\\host\\a")
     assert not any(map(leaves_folder, inside)) and all(map(leaves_folder, outside))
+
+
+# Modules that read what the package has written itself, or bytes that were read before.
+OWN = {"data/datasets/base.py", "models/tokenizer.py", "models/images.py"}
+
+
+def test_no_other_module_reads_users_files():
+    package = Path(emor3_jax.__file__).parent
+    reads = r"json\.loads?\(|\.read_(text|bytes)\(|csv\.reader|Image\.open\(|expanduser"
+    found = {
+        file.relative_to(package).as_posix()
+        for room in ("data", "models", "evaluation", "prepare")
+        for file in (package / room).rglob("*.py")
+        if re.search(reads, file.read_text())
+    }
+    assert found <= OWN, "read them by files.py or models/images.py"
 
 
 def test_names_are_shown_on_one_line():

@@ -67,6 +67,8 @@ def test_every_error_of_the_package_is_a_user_error() -> None:
         if node.name.endswith("Error")
     }
     assert bases.pop("UserError") == ["ValueError"]
+    # What lies outside of the program and of what it was given.
+    assert bases.pop("RunError") == ["RuntimeError"]
     assert len(bases) > 10
     assert {name for name, base in bases.items() if base != ["UserError"]} == set()
 

@@ -18,7 +18,7 @@ from emor3_jax.data.sources import Texts
 from emor3_jax.embedded.emoscenes import scene, words
 from emor3_jax.embedded.emoscenes.responses import PHRASINGS, right_responses
 from emor3_jax.models import load
-from emor3_jax.prepare.responses import row_fault
+from emor3_jax.prepare.responses import Responses
 from emor3_jax.sft import Examples, train
 from emor3_jax.types import Batch
 
@@ -50,11 +50,7 @@ class Rows(NamedTuple):
     """The part of `prepare.Data` that examples read."""
 
     labels: dict[str, tuple[str, ...]]
-    sources: dict[str, "Rows"]
-    found: tuple[Texts, ...] = ()
-
-    def texts(self) -> tuple[Texts, ...]:
-        return self.found
+    responses: Responses | None
 
 
 def make_batch(answers) -> Batch:
@@ -69,8 +65,10 @@ def make_examples(folder) -> Callable[..., Examples]:
     def make(target: str, rows=(), **fields) -> Examples:
         config = make_sft_config(folder, target)
         config.update_from_flattened_dict(fields)
-        data = Rows({"train": LABELS}, {"train": Rows({}, {}, tuple(rows))})
-        return Examples(config, policy, data)
+        responses = Responses(config, policy) if target == "response" else None
+        for row in rows:
+            responses.read(row)
+        return Examples(config, policy, Rows({"train": LABELS}, responses))
 
     return make
 
@@ -104,7 +102,6 @@ def test_responses_of_rows(make_examples, tokenizer):
     assert (given.lengths > 0).tolist() == [[False] * 2, [True] * 2, [True, False], [False] * 2]
     assert tokenizer.decode(given.tokens[1, 1][: given.lengths[1, 1]]) == "it feels sad<|im_end|>"
     assert found.counters() == {
-        "data/no_response": 1,
         "data/long_response": 1,
         "data/special_token_in_response": 1,
     }
@@ -115,23 +112,21 @@ def test_responses_of_rows(make_examples, tokenizer):
         .describe()
         .startswith("learning 1 resp")
     )
-    with pytest.raises(DataError, match="no row has a response to learn from \\(1 no_response"):
-        make_examples("response", rows[1:2])
 
 
-def test_a_row_without_a_usable_response_is_left_out(folder):
+def test_sft_batches_without_a_token_to_learn_are_not_drawn(folder):
+    """Of eight rows, one has no response and one a response that is too long."""
     config = make_sft_config(folder, "response")
-    config.sft.responses = 1
-    fault = row_fault(config, load(folder / "policy"))
-    said = {
-        None: ("sad",),
-        "no_response": (),
-        # The second one is not among those that are learned.
-        "long_response": ("sad " * 40, "sad"),
-        "special_token_in_response": ("sad<|image_pad|>",),
-    }
-    for reason, responses in said.items():
-        assert fault(Texts("?", "awe", "one", responses=responses)) == reason
+    config.rollout.prompts, policy = 2, load(folder / "policy")
+    data = prepare.open_data(config, policy, imitate=True)
+    drawn = {row_id for _ in range(9) for row_id in next(data.train).ids}
+    assert len(drawn) == 6 and drawn == set(data.responses.of_row)
+    assert data.counters() == {"data/no_response": 2}
+    # Where responses are sampled, all rows are asked.
+    assert prepare.open_data(config, policy).train.rows == 8
+    config.rollout.max_tokens = 1
+    with pytest.raises(DataError, match=r"8 no_response \(there is no response that can be learn"):
+        prepare.open_data(config, policy, imitate=True)
 
 
 def test_a_right_response_names_every_cue_and_boxes_the_label():
@@ -158,7 +153,7 @@ def test_a_run_learns_and_goes_on_exactly(folder, target):
         assert rows[-1][name] == wanted[-1][name], name
     assert wanted[-1]["policy/loss"] < 0.8 * wanted[1]["policy/loss"]
     if target == "response":
-        assert wanted[-1]["data/no_response"] == wanted[-1]["data/long_response"] == 1
+        assert wanted[-1]["data/no_response"] == 2 and wanted[-1]["data/long_response"] == 1
     ours, theirs = (load(folder / f"{target}_{n}" / "policy").params for n in ("parts", "whole"))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert (folder / f"{target}_whole" / "report.html").is_file()

@@ -113,6 +113,7 @@ def step_programs(
         experience.scores.named(),
         dict(learner.step.weights),
         experience.greedy,
+        experience.samples.lengths,
     )
     updates = learner.programs(state, experience, reference, terms, params)
     kept["data"] = [rollout.scorer.tables]

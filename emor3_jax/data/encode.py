@@ -24,10 +24,8 @@ REASONS = {
     "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
     "unreadable_image": "the image cannot be decoded, is too thin, or over data.max_decoded_pixels",
     "large_image": "the image has more windows than the largest of data.image_windows",
-    "no_response": "nothing to learn from: the row has no response",
-    "long_response": "no response of the row fits rollout.max_tokens",
-    "special_token_in_response": "each response of the row spells out a special token",
     "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
+    "no_response": "there is no response that can be learned (sft.target='response')",
 }
 """Why a row is left out."""
 

@@ -39,6 +39,7 @@ from emor3_jax.data.sources import (
     read_texts,
 )
 from emor3_jax.files import (
+    expand_user,
     is_file,
     is_folder,
     leaves_folder,
@@ -125,10 +126,10 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
     Raises:
       DataError: if there is no such folder, or no folders of images in it.
     """
-    root = Path(path).expanduser()
+    root = expand_user(path)
     if not path or not is_folder(root):
         raise DataError(
-            f"path={path!r}: there is no such folder; it must hold <split>/<label>/*.jpg or "
+            f"path={show(path)!r}: there is no such folder; it must hold <split>/<label>/*.jpg or "
             "<label>/*.jpg"
         )
     has_split = is_folder(root / split) and not leaves_folder(split)
@@ -219,9 +220,9 @@ def open_json_lines(
       DataError: naming the line that is no such object, the split that no line has, or the first
         image, if none of a hundred is there.
     """
-    file = Path(path).expanduser()
+    file = expand_user(path)
     if not path or not os.path.lexists(str(file).replace("\0", "")):
-        raise DataError(f"path={path!r}: there is no such file; give one of JSON lines")
+        raise DataError(f"path={show(path)!r}: there is no such file; give one of JSON lines")
     names = columns or {}
     files, texts, seen, splits = [], [], set(), set()
     for number, line in enumerate(read_lines(file, DataError), start=1):
@@ -338,9 +339,9 @@ class HuggingFaceSource:
           DataError: if the folder has neither layout, the split is not there, or a column cannot be
             told.
         """
-        root = Path(path).expanduser()
+        root = expand_user(path)
         if not path or not is_folder(root):
-            raise DataError(f"path={path!r}: there is no such folder")
+            raise DataError(f"path={show(path)!r}: there is no such folder")
         self.name, self._anywhere = f"{root.name}/{split or 'train'}", outside_files
         self._question = question or QUESTION
         arrow = _arrow_files(root, split)

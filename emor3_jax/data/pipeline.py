@@ -80,7 +80,7 @@ class BatchSpec(NamedTuple):
       read_ahead: rows that are decoded while a batch is used, at most a batch of them.
       drop_last: in training, each epoch of a single shuffled group ends with its last whole batch;
         groups that take turns have no common epoch, and nothing is dropped.
-      fault: says of a row's texts why it is left out besides, one of `REASONS`; None for no more.
+      learnable: whether a row has a response to learn; other rows are left out. None takes all.
     """
 
     batch_size: int
@@ -93,7 +93,7 @@ class BatchSpec(NamedTuple):
     cut_questions: bool = False
     read_ahead: int = READ_AHEAD
     drop_last: bool = False
-    fault: Callable[[Texts], str | None] | None = None
+    learnable: Callable[[Texts], bool] | None = None
 
 
 class _Read(NamedTuple):
@@ -191,7 +191,6 @@ class _Rows:
     ) -> None:
         check_fit(processor)
         self.source, self.batch_size, self.workers = source, spec.batch_size, spec.workers
-        self._fault_of_row = spec.fault
         rows = range(spec.batch_size) if spec.host_rows is None else spec.host_rows
         self.host_rows = list(map(int, rows))
         self._exchange, self._read_ahead = spec.exchange or hosts.exchange, spec.read_ahead
@@ -208,10 +207,12 @@ class _Rows:
         self._parts = parts or Parts((0, len(source)), (1.0,), (False,))
         self._sort_by_size = sort_by_size
         self._sizes_of_batch = tuple(spec.prompt_lengths), tuple(spec.image_windows)
+        self._learnable = spec.learnable
         usable, answers, questions = self._scan(labels)
         self.total, self.indices = len(usable), usable
         self.groups = make_groups(usable, answers, *self._parts)
         self._keys = self._sizes(usable, questions) if self._sort_by_size else None
+        self.stats.begin_reading()
         self._drop_last = spec.drop_last and len(self.groups) == 1 and self.total >= self.batch_size
         if spec.drop_last and not self._drop_last:
             logger.warning(
@@ -228,8 +229,8 @@ class _Rows:
         self._ids = hashlib.sha256()
         for index, texts in enumerate(self.source.texts()):
             fault = self._encoder.fault_of_texts(texts)
-            if fault is None and self._fault_of_row is not None:
-                fault = self._fault_of_row(texts)
+            if fault is None and self._learnable is not None and not self._learnable(texts):
+                fault = "no_response"
             if fault is None:
                 usable.append(index)
                 answers.append(number[normalize(texts.answer)])
@@ -310,6 +311,20 @@ class _Rows:
     def _reader(self, order: Any, **options: Any) -> _Reader:
         size, own = self.batch_size, self.host_rows
         return _Reader(self.source, self._encoder, order, batch_size=size, host_rows=own, **options)
+
+    def of_rows(self, ids: Sequence[str]) -> Prompts:
+        """Returns a batch of rows by their ids, see `TrainBatches`."""
+        try:
+            indices = [self.source.find(row_id) for row_id in ids]
+        except KeyError as error:
+            raise DataError(
+                f"{self.source.name}: has no row {error}; is it the same data?"
+            ) from error
+        reader = self._reader(indices, end=len(indices))
+        made = self.assemble([reader.read(int(index)) for index in self.host_rows])
+        if made.prompts is None or len(ids) != self.batch_size:
+            raise DataError(f"{self.source.name}: rows {', '.join(ids)} are no batch of it")
+        return made.prompts
 
     def _batches(self, rows: _Reader) -> Any:
         """Returns grain's iterator of the reads of one batch after the other."""
@@ -392,7 +407,8 @@ def _next(iterator: Any) -> Any:
     Processes that are started here leave the signals to this one: it ends them, after a stop signal
     to the whole group too.
     """
-    kept = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    stops = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
         return next(iterator, None)
     finally:
@@ -457,9 +473,18 @@ class TrainBatches:
         order, size = self._rows.order(self._seed), self._rows.batch_size
         return [[int(order[i * size + j]) for j in range(size)] for i in range(count)]
 
+    def of_rows(self, ids: Sequence[str]) -> Prompts:
+        """Returns the batch of these rows, as many as a batch has; it counts for nothing.
+
+        Raises:
+          DataError: if one of them is not there, or cannot be used.
+        """
+        return self._rows.of_rows(ids)
+
     def get_state(self) -> dict[str, Any]:
         """Returns where the next batch begins, as plain data that fits JSON."""
-        return {"position": self._position, **self._fixed}
+        found = self.stats.found_in_reading()
+        return {"position": self._position, **self._fixed, **({"left_out": found} if found else {})}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `get_state` was called, so that the same batches follow.
@@ -476,6 +501,7 @@ class TrainBatches:
                 )
         self.close()
         self._position = state["position"]
+        self.stats.restore(state.get("left_out", {}))
         self._iterator = self._rows.endless(self._seed, self._position)
 
     def close(self) -> None:

@@ -435,8 +435,8 @@ def expand_files(path: str) -> list[Path]:
         found = _glob(part.strip()) if part.strip() else []
         if not found:
             raise DataError(
-                f"path={path!r}: no file matches {part.strip()!r}; give a parquet file, a glob, or "
-                "several joined by commas"
+                f"path={show(path)!r}: no file matches {show(part.strip())!r}; give a parquet "
+                "file, a glob, or several joined by commas"
             )
         files.extend(found)
     return files

@@ -1,5 +1,7 @@
 """Counts of the rows that were left out, each once and by its reason."""
 
+from collections.abc import Mapping, Sequence
+
 from emor3_jax.data.encode import REASONS
 
 
@@ -8,7 +10,8 @@ class RowStats:
 
     def __init__(self) -> None:
         self._ids: dict[str, dict[str, None]] = {reason: {} for reason in REASONS}
-        self._cut: set[str] = set()
+        self._cut: dict[str, None] = {}
+        self._before = dict.fromkeys(REASONS, 0)
         self.images_moved = 0
 
     def add(self, reason: str, row_id: str) -> bool:
@@ -20,8 +23,25 @@ class RowStats:
     def add_cut(self, row_id: str) -> bool:
         """Counts a row whose question was cut, once; returns whether it is new."""
         new = row_id not in self._cut
-        self._cut.add(row_id)
+        self._cut[row_id] = None
         return new
+
+    def begin_reading(self) -> None:
+        """Says that what is added from now on is found in reading, as damaged images are."""
+        self._before = self.counts()
+
+    def found_in_reading(self) -> dict[str, list[str]]:
+        """Returns the ids found in reading, by reason, and under "cut" those of cut questions."""
+        found = {reason: list(ids)[self._before[reason] :] for reason, ids in self._ids.items()}
+        found["cut"] = list(self._cut)
+        return {reason: ids for reason, ids in found.items() if ids}
+
+    def restore(self, found: Mapping[str, Sequence[str]]) -> None:
+        """Counts what `found_in_reading` returned, in place of what was found since."""
+        for reason, ids in self._ids.items():
+            kept = list(ids)[: self._before[reason]]
+            self._ids[reason] = dict.fromkeys((*kept, *found.get(reason, ())))
+        self._cut = dict.fromkeys(found.get("cut", ()))
 
     @property
     def questions_cut(self) -> int:

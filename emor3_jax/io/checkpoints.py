@@ -4,10 +4,16 @@ What is read is what was written: beside the arrays lie their shapes, types and 
 digest of the JSON itself. A checkpoint that fails is named, and the one before it is used.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import shutil
+import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from emor3_jax.errors import UserError
+from emor3_jax.errors import RunError, UserError, os_error_number, os_error_text
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import param_shardings, path_of
 
@@ -32,6 +38,27 @@ class CheckpointError(UserError):
 
 class DamagedError(UserError):
     """A checkpoint that is not what was written."""
+
+
+_UNFINISHED = "*.orbax-checkpoint-tmp"
+_REMOVALS = 10
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Keeps orbax from printing the traces of errors that `Checkpoints` raises."""
+    return "/orbax/" not in record.pathname or record.levelno < logging.ERROR
+
+
+logging.getLogger("absl").addFilter(_not_orbax)
+
+
+def _hear_unraisable(tell: Callable[[Any], Any], unraisable: Any) -> None:
+    """Leaves out what tensorstore says to the loop of a checkpoint that has failed already."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        tell(unraisable)
+
+
+sys.unraisablehook = partial(_hear_unraisable, sys.unraisablehook)
 
 
 @jax.jit
@@ -102,13 +129,19 @@ class Checkpoints:
 
         Args:
           workdir: folder of the run.
-          keep: how many checkpoints stay; None keeps all, as who only reads does.
+          keep: how many checkpoints stay; None keeps all, as who only reads does. Who writes also
+            removes what a killed run was writing.
         """
         # A thread that ends the process waits for what the main one is writing.
         self._one_at_a_time = threading.RLock()
         self._damaged: set[int] = set()
+        self._writing: int | None = None
+        self._has_failed = False
+        self._root = (workdir / "checkpoints").absolute()
+        if keep is not None and hosts.is_first():
+            self._remove_unfinished()
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
+            self._root,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
         )
 
@@ -175,6 +208,9 @@ class Checkpoints:
           step: steps done so far.
           state: pytree of arrays.
           progress: JSON, the data position and the evaluations so far.
+
+        Raises:
+          RunError: as `wait`, of this checkpoint or of the one before.
         """
         with self._one_at_a_time:
             if step in self._manager.all_steps():
@@ -182,13 +218,16 @@ class Checkpoints:
             told = {**progress, "layout": LAYOUT, "step": step, "arrays": describe(state)}
             # As it will be read.
             told = json.loads(json.dumps(told))
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    progress=ocp.args.JsonSave({**told, "digest": _digest(told)}),
-                ),
-            )
+            self.wait()
+            self._writing = step
+            with self._written_whole():
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state),
+                        progress=ocp.args.JsonSave({**told, "digest": _digest(told)}),
+                    ),
+                )
 
     def compile(self, state: Any) -> None:
         """Compiles what `save` runs on these arrays, so that no step of the run waits for it."""
@@ -198,10 +237,37 @@ class Checkpoints:
         """Waits until what is being written is complete.
 
         Raises:
-          Exception: whatever went wrong in writing it.
+          RunError: if it could not be written, as on a full disk; what was written of it is gone.
+          Exception: whatever else went wrong.
         """
-        with self._one_at_a_time:
+        with self._one_at_a_time, self._written_whole():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _written_whole(self) -> Iterator[None]:
+        """Names a checkpoint that the file system did not take, and removes its parts."""
+        try:
+            yield
+        except Exception as error:
+            number = os_error_number(error)
+            if number is None:
+                raise
+            self._has_failed = True
+            if hosts.is_first():
+                self._remove_unfinished()
+            there = sorted(int(path.name) for path in self._root.glob("*") if path.name.isdigit())
+            rest = f"goes on from the checkpoint of step {there[-1]}" if there else "begins anew"
+            raise RunError(
+                f"{self._root}: the checkpoint of step {self._writing} could not be written: "
+                f"{os_error_text(number)} there, and start again: the run {rest}"
+            ) from error
+
+    def _remove_unfinished(self) -> None:
+        # Writers that have not heard of the failure yet make folders anew.
+        for _ in range(_REMOVALS if self._has_failed else 1):
+            for folder in self._root.glob(_UNFINISHED):
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05 * self._has_failed)
 
     def restore(self, step: int, state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, Any]]:
         """Returns the state and the progress of a checkpoint.
@@ -338,7 +404,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         with self._one_at_a_time:
-            self._manager.close()
+            try:
+                self.wait()
+            finally:
+                self._manager.close()
+                if self._has_failed and hosts.is_first():
+                    self._remove_unfinished()
 
 
 def _laid_out(state: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -1,5 +1,7 @@
-"""Output of a run to its user: stages and progress on standard output."""
+"""Output of a run to its user: stages and progress on standard output, what it hears on error."""
 
+import os
+import sys
 import time
 
 from emor3_jax.parallel import hosts
@@ -21,7 +23,23 @@ class Console:
         if not hosts.is_first():
             return
         seconds = int(time.perf_counter() - self._start)
-        print(f"[{self._name} {seconds // 60:02d}:{seconds % 60:02d}] {line}", flush=True)
+        _print("stdout", f"[{self._name} {seconds // 60:02d}:{seconds % 60:02d}] {line}")
+
+
+def tell(line: str) -> None:
+    """Prints a line on standard error."""
+    _print("stderr", line)
+
+
+def _print(stream: str, line: str) -> None:
+    """Prints to a stream of `sys`; what is gone, as a closed terminal's, is given up for good.
+
+    A run does not end for it, and what is left in the stream would change the exit status.
+    """
+    try:
+        print(line, file=getattr(sys, stream), flush=True)
+    except OSError:
+        setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def duration(seconds: float) -> str:

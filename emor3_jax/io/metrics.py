@@ -37,9 +37,13 @@ class MetricWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of a step, a number that is not finite as None."""
-        row = {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
         for sink in self._sinks.values():
-            sink.write(step, row)
+            sink.write(step, _row(values))
+
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds values to those of the step that was written last, maybe before this start."""
+        for sink in self._sinks.values():
+            sink.amend(step, _row(values))
 
     def add_events(self, step: int, values: Mapping[str, float | None]) -> None:
         """Writes further values of a step; not to the JSON lines, which hold each step once."""
@@ -51,6 +55,10 @@ class MetricWriter:
         """Closes the sinks."""
         for sink in self._sinks.values():
             sink.close()
+
+
+def _row(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
 
 
 class PhaseClock:

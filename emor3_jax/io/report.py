@@ -1,6 +1,7 @@
 """Results for people to read: the before → after table, sample galleries, `report.html`."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 from emor3_jax.evaluation.metrics import class_scores
 from emor3_jax.evaluation.records import Evaluation, Sample, question_names, to_json
 from emor3_jax.io import pages, plots
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 12
 """Number of samples in a gallery."""
@@ -112,8 +115,7 @@ def write_report(
       The file.
     """
     metrics = workdir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = _read_metrics(metrics)
     intervals = plots.accuracy_intervals(before, after)
     curves = plots.reward_curves(rows, question_names(after))
     page = pages.render(
@@ -143,6 +145,17 @@ def write_report(
     path = workdir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    """Returns the lines of a run's metrics; what is no JSON, after a full disk, is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            logger.warning("%s: passed over a line that is no JSON: %s", path, line[:80])
+    return rows
 
 
 def markdown(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> str:

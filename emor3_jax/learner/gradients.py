@@ -33,7 +33,10 @@ from emor3_jax.parallel.mesh import (
     take_own_rows,
 )
 from emor3_jax.parallel.program import as_params, by_prompts_and_whole, laid_out, whole
-from emor3_jax.rl.losses import ImitationLoss, PolicyLoss, Tokens
+from emor3_jax.rl.advantages import all_equal
+from emor3_jax.rl.losses import ImitationLoss, PolicyLoss
+from emor3_jax.rl.selection import Selection
+from emor3_jax.rl.surrogates import Tokens
 from emor3_jax.rl.update import (
     Frozen,
     TrainState,
@@ -42,7 +45,7 @@ from emor3_jax.rl.update import (
     combine,
     partition,
 )
-from emor3_jax.types import Experience, Packing, Samples
+from emor3_jax.types import Experience, Packing
 
 Metrics = dict[str, jax.Array]
 
@@ -56,6 +59,7 @@ class UpdateSpec(NamedTuple):
       loss: the loss to minimise.
       logprobs: settings of scoring.
       kl_coef: weight of the KL, at the start where it adapts.
+      entropy_coef: weight of an entropy bonus, at the start where it adapts.
       frozen: true for the key paths of parameters that the optimizer leaves unchanged, which then
         cost no backward pass and are no part of `grad_norm`; None if there are none.
     """
@@ -66,6 +70,31 @@ class UpdateSpec(NamedTuple):
     logprobs: LogprobSpec
     kl_coef: float = 0.0
     frozen: Frozen | None = None
+    entropy_coef: float = 0.0
+
+
+class Coefficients(NamedTuple):
+    """Weights in the loss that change from step to step; None takes the fixed one.
+
+    Attributes:
+      kl: float32[], of the KL.
+      entropy: float32[], of the entropy bonus.
+    """
+
+    kl: jax.Array | None = None
+    entropy: jax.Array | None = None
+
+
+class TokenWeights(NamedTuple):
+    """What each token of a step counts in the loss of its update.
+
+    Attributes:
+      weights: float32[B, G, T].
+      selected: bool[B, G, T], see `rl.selection`; None where none are.
+    """
+
+    weights: jax.Array
+    selected: jax.Array | None = None
 
 
 class Cut(NamedTuple):
@@ -73,13 +102,13 @@ class Cut(NamedTuple):
 
     Attributes:
       experience: all that the loss needs.
-      weights: float32[B, G, T], of the tokens in the loss.
+      weights: of the tokens in the loss.
       rows: int32[b], the prompts, counted within each device's part, see `MicroBatch`.
       packing: positions of their responses in fewer rows, or None.
     """
 
     experience: Experience
-    weights: jax.Array
+    weights: TokenWeights
     rows: jax.Array | np.ndarray
     packing: Packing | None
 
@@ -107,26 +136,65 @@ def _added_layout(mesh: Mesh, result: tuple[dict, Metrics]) -> tuple[dict, Metri
 @partial(jax.jit, static_argnames="loss")
 @laid_out(by_prompts_and_whole)
 def weigh(
-    samples: Samples, rows: jax.Array, *, loss: PolicyLoss | ImitationLoss
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns the weight of each token of a step in the loss of its update, and the totals.
+    experience: Experience,
+    rows: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    loss: PolicyLoss | ImitationLoss,
+) -> tuple[TokenWeights, tuple[jax.Array, ...]]:
+    """Returns what each token of a step counts in the loss of its update, and the totals.
 
     Args:
-      samples: responses to the B prompts of a step.
+      experience: of the B prompts of a step, as `weighed` returns it.
       rows: int32[U, B / U], the prompts of each update, see `StepPlan.rows`.
+      key: PRNG key; a random selection of tokens alone reads it.
       loss: that weighs the tokens of an update.
 
     Returns:
-      float32[B, G, T], and a float32[] for each update.
+      The weights, and their sum for each update, float32[].
     """
-    weights = shard_rows(0, jnp.zeros(samples.tokens.shape, jnp.float32))
+    shape, selection = experience.samples.tokens.shape, _selection(loss)
+    weights = shard_rows(0, jnp.zeros(shape, jnp.float32))
+    selected = None if selection is None else shard_rows(0, jnp.zeros(shape, bool))
     totals = []
-    for own in rows:
-        mask, ended = take_own_rows((samples.mask, samples.ended), own)
-        found = loss.weights(mask, ended)
+    for update, own in enumerate(rows):
+        part = take_own_rows(experience, own)
+        mask, ended = part.samples.mask, part.samples.ended
+        equal = all_equal(part.rewards) if loss.mask_equal else None
+        found = loss.weights(mask, ended, equal)
         weights = put_own_rows(weights, own, found)
         totals.append(jnp.sum(found))
-    return weights, tuple(totals)
+        if selection is not None:
+            old = part.samples.logprobs if part.old_logprobs is None else part.old_logprobs
+            own_key = None if key is None else _selection_key(key, update)
+            chosen = selection(found > 0, old, part.advantages, part.entropies, own_key)
+            selected = put_own_rows(selected, own, chosen)
+    return TokenWeights(weights, selected), tuple(totals)
+
+
+def weighed(experience: Experience, loss: PolicyLoss | ImitationLoss) -> Experience:
+    """Returns the part of an experience that `weigh` reads."""
+    selection = _selection(loss)
+    kept = {"samples": experience.samples._replace(logprobs=None)}
+    if loss.mask_equal:
+        kept["rewards"] = experience.rewards
+    if selection is not None:
+        kept |= {name: getattr(experience, name) for name in ("advantages", "old_logprobs")}
+        if experience.old_logprobs is None:
+            kept["samples"] = experience.samples
+        if selection.kind == "top_entropy":
+            kept["entropies"] = experience.entropies
+    nothing = Experience(None, None, None, None, None)
+    return nothing._replace(**kept)
+
+
+def _selection_key(key: jax.Array, update: int) -> jax.Array:
+    # Apart from what the rollout of the step draws from its key.
+    return jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), update)
+
+
+def _selection(loss: PolicyLoss | ImitationLoss) -> Selection | None:
+    return loss.selection if isinstance(loss, PolicyLoss) else None
 
 
 @partial(jax.jit, static_argnames="policy")
@@ -196,7 +264,7 @@ def add_micro_batch(
     params: dict,
     cut: Cut,
     suppressed: jax.Array,
-    kl_coef: jax.Array | None,
+    coefs: Coefficients,
     lora: Lora | None,
     *,
     spec: UpdateSpec,
@@ -209,7 +277,7 @@ def add_micro_batch(
       params: that are trained.
       cut: the micro-batch.
       suppressed: bool[V], ids that the sampler could not draw.
-      kl_coef: float32[], weight of the KL where it adapts; None takes `spec.kl_coef`.
+      coefs: weights in the loss that adapt; the others are those of `spec`.
       lora: base of the adapters, where the trained parameters are these.
       spec: settings.
       shape: padded sizes of the micro-batch.
@@ -221,16 +289,18 @@ def add_micro_batch(
     cut_off = whole_step._replace(
         batch=cut_batch(whole_step.batch, shape), samples=whole_step.samples.cut(shape.length)
     )
-    old, ref, weights = (
-        None if x is None else x[..., : shape.length]
-        for x in (whole_step.old_logprobs, whole_step.ref_logprobs, cut.weights)
+    old, ref, weights = jax.tree.map(
+        lambda x: x[..., : shape.length],
+        (whole_step.old_logprobs, whole_step.ref_logprobs, cut.weights),
     )
     cut_off = cut_off._replace(old_logprobs=old, ref_logprobs=ref)
+    kl_coef = spec.kl_coef if coefs.kl is None else coefs.kl
+    bonus = spec.entropy_coef if coefs.entropy is None else coefs.entropy
     micro = take_own_rows((cut_off, weights), cut.rows)
     trained, held = partition(params, spec.frozen)
 
     def loss_fn(trained: dict, micro: tuple) -> tuple[jax.Array, Metrics]:
-        part, weight = micro
+        part, (weight, selected) = micro
         trained, copies = _without_copies(trained)
         params = combine(trained, held)
         params = params if copies is None else {**params, HEAD_COPIES: copies}
@@ -240,10 +310,9 @@ def add_micro_batch(
             params,
             part.batch,
             part.samples,
-            spec.logprobs,
+            spec.logprobs._replace(entropy=loss.entropy),
             suppressed,
             cut.packing,
-            entropy=loss.entropy,
         )
         sampler = part.samples.logprobs
         tokens = Tokens(
@@ -253,10 +322,13 @@ def add_micro_batch(
             ref=part.ref_logprobs,
             advantages=part.advantages,
             weights=weight,
+            selected=selected,
         )
-        value, metrics = loss(tokens, spec.kl_coef if kl_coef is None else kl_coef)
+        value, metrics = loss(tokens, kl_coef)
         if loss.entropy:
-            metrics["entropy"] = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
+            entropy = jnp.sum(weight * jnp.where(weight > 0, score.entropy, 0.0))
+            metrics["entropy"] = entropy
+            value = value - bonus * entropy
         return value, metrics
 
     policy = spec.policy if lora is None else None

@@ -13,7 +13,7 @@ The programs of an update are in `learner.gradients`, the plan of its micro-batc
 `learner.micro_batches`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,20 +21,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from emor3_jax.data.batch import Prompts
 from emor3_jax.learner.gradients import (
+    Coefficients,
     Cut,
     Metrics,
+    TokenWeights,
     UpdateSpec,
     add_metrics,
     add_micro_batch,
     apply_update,
     no_gradients,
     weigh,
+    weighed,
 )
 from emor3_jax.learner.logprobs import (
+    LogprobSpec,
     Scored,
     no_logprobs,
     planned_logprobs,
@@ -70,6 +75,8 @@ from emor3_jax.parallel.program import (
 )
 from emor3_jax.rl import advantages
 from emor3_jax.rl.advantages import RewardTerms
+from emor3_jax.rl.correction import mismatch
+from emor3_jax.rl.entropy import EntropyBonus
 from emor3_jax.rl.kl import penalty
 from emor3_jax.rl.update import (
     TrainState,
@@ -101,6 +108,7 @@ class StepSpec:
       recompute: compute the log-probabilities of the policy that sampled once more.
       kl_penalty: estimate of the KL that is taken off the reward; "" for none.
       adapt_kl: from coefficient and KL of a step to the coefficient of the next, or None.
+      adapt_entropy: the same for the entropy bonus, or None.
     """
 
     num_updates: int
@@ -115,6 +123,7 @@ class StepSpec:
     recompute: bool = False
     kl_penalty: str = ""
     adapt_kl: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    adapt_entropy: Callable[[EntropyBonus, jax.Array], EntropyBonus] | None = None
 
 
 def plan_spec(policy: Policy, step: StepSpec, parts: int) -> PlanSpec:
@@ -141,13 +150,13 @@ class UpdatePart(NamedTuple):
 
     Attributes:
       experience: of the whole step, with all that the loss needs.
-      weights: float32[B, G, T], of the tokens in the loss of the update that they belong to.
+      weights: of the tokens in the loss of the update that they belong to.
       total_weight: float32[], of the update's tokens.
       micro_batches: the prompts of this update.
     """
 
     experience: Experience
-    weights: jax.Array
+    weights: TokenWeights
     total_weight: jax.Array
     micro_batches: tuple[MicroBatch, ...]
 
@@ -166,6 +175,7 @@ class Learner:
       reference: the policy that the KL is measured from.
       lora: base of the adapters, or None where the weights themselves are trained.
       kl_coef: float32[], weight of the KL; changes with the steps if `step.adapt_kl`.
+      bonus: weight of the entropy bonus; changes with the steps if `step.adapt_entropy`.
     """
 
     def __init__(
@@ -187,6 +197,8 @@ class Learner:
         self.spec, self.step, self.suppressed = spec, step, suppressed
         self.reference, self.lora, self._mesh = reference, lora, mesh
         self.kl_coef = np.float32(spec.kl_coef) if step.adapt_kl else spec.kl_coef
+        coef = np.float32(spec.entropy_coef)
+        self.bonus = EntropyBonus(coef, coef)
 
     def init(self, trained: dict) -> TrainState:
         """Returns the state before the first update.
@@ -241,7 +253,8 @@ class Learner:
 
         Returns:
           The experience, and metrics: `policy/kl` where it is in the reward, `policy/kl_coef` where
-          it adapts, `policy/sampler_gap` where the log-probabilities are recomputed.
+          it adapts, `policy/entropy_coef` likewise, and where the log-probabilities are recomputed
+          `policy/` and the names of `rl.correction.mismatch`.
         """
         clock, step, info = clock or NoClock(), self.step, {}
         batch, samples = experience.batch, experience.samples
@@ -252,17 +265,19 @@ class Learner:
             plan=plan,
             suppressed=self.suppressed,
             policy=self.spec.policy,
-            spec=self.spec.logprobs,
         )
-        ref_logprobs = old_logprobs = None
+        ref_logprobs = old_logprobs = entropies = None
         if step.use_reference:
             features = self.reference.features(batch, prompts.ids)
             features = shard_whole(features, self._mesh)
-            ref_logprobs = logprobs(self.reference.params, features=features)
+            ref_logprobs = logprobs(
+                self.reference.params, features=features, spec=self.spec.logprobs
+            ).logprobs
             clock.mark("reference", ref_logprobs)
         if step.recompute:
-            old_logprobs = logprobs(params)
-            info["policy/sampler_gap"] = mean_gap(old_logprobs, samples)
+            old_logprobs, entropies = logprobs(params, spec=self._old_spec)
+            found = mismatch_jitted(old_logprobs, samples)
+            info |= {f"policy/{name}": value for name, value in found.items()}
             clock.mark("old", old_logprobs)
         rewards = experience.rewards
         if ref_logprobs is not None and step.kl_penalty:
@@ -272,26 +287,43 @@ class Learner:
             )
             ref_logprobs = None
         terms = RewardTerms(
-            rewards, experience.scores.named(), dict(step.weights), experience.greedy
+            rewards,
+            experience.scores.named(),
+            dict(step.weights),
+            experience.greedy,
+            samples.lengths,
         )
         if step.adapt_kl:
             info["policy/kl_coef"] = self.kl_coef
+        if step.adapt_entropy:
+            info["policy/entropy_coef"] = self.bonus.applied
         return experience._replace(
             rewards=rewards,
             ref_logprobs=ref_logprobs,
             old_logprobs=old_logprobs,
             advantages=estimate_jitted(terms, name=step.advantage, std=step.std),
+            entropies=entropies,
         ), info
 
-    def split(self, experience: Experience, plan: StepPlan) -> list[UpdatePart]:
+    @property
+    def _old_spec(self) -> LogprobSpec:
+        """Settings of the pass that recomputes what the sampler recorded."""
+        selection = getattr(self.spec.loss, "selection", None)
+        wanted = selection is not None and selection.kind == "top_entropy"
+        return self.spec.logprobs._replace(entropy=wanted)
+
+    def split(
+        self, experience: Experience, plan: StepPlan, key: jax.Array | None = None
+    ) -> list[UpdatePart]:
         """Returns the updates of a step, each with the weights of its tokens.
 
         Args:
           experience: with all that the loss needs.
           plan: its micro-batches.
+          key: PRNG key of the step; a random selection of tokens alone reads it.
         """
-        rows = plan.rows(num_parts(self._mesh))
-        weights, totals = weigh(experience.samples, rows, loss=self.spec.loss)
+        rows, loss = plan.rows(num_parts(self._mesh)), self.spec.loss
+        weights, totals = weigh(weighed(experience, loss), rows, key, loss=loss)
         read = _read(experience)
         return [
             UpdatePart(read, weights, total, micro_batches)
@@ -309,23 +341,46 @@ class Learner:
           The new state and metrics: those of the loss, `grad_norm`, `skipped`, and `entropy` if
           asked for. All but the loss are means over the tokens that count.
         """
-        kl_coef = self.kl_coef if self.step.adapt_kl else None
-        policy = None if self.lora else self.spec.policy
-        trained, _ = partition(state.params, self.spec.frozen)
-        grads, metrics = no_gradients(trained, policy=policy), None
+        grads, metrics = self._no_gradients(state), None
         for micro in part.micro_batches:
-            grads, found = add_micro_batch(
-                grads,
-                state.params,
-                part.cut(micro),
-                self.suppressed,
-                kl_coef,
-                self.lora,
-                spec=self.spec,
-                shape=micro.shape,
-            )
+            grads, found = self._add_gradients(grads, state, part, micro)
             metrics = found if metrics is None else add_metrics(metrics, found)
         return apply_update(state, grads, metrics, part.total_weight, spec=self.spec)
+
+    def contributions(
+        self, state: TrainState, part: UpdatePart
+    ) -> Iterator[tuple[MicroBatch, jax.Array]]:
+        """Yields each micro-batch of an update with the norm of its part of the gradient.
+
+        Args:
+          state: before the update; not donated.
+          part: as of `update`.
+        """
+        for micro in part.micro_batches:
+            grads, _ = self._add_gradients(self._no_gradients(state), state, part, micro)
+            yield micro, optax.tree.norm(grads)
+
+    def _no_gradients(self, state: TrainState) -> dict:
+        trained, _ = partition(state.params, self.spec.frozen)
+        return no_gradients(trained, policy=None if self.lora else self.spec.policy)
+
+    def _add_gradients(
+        self, grads: dict, state: TrainState, part: UpdatePart, micro: MicroBatch
+    ) -> tuple[dict, Metrics]:
+        """Returns gradients with those of a micro-batch added, and its metrics; donates `grads`."""
+        return add_micro_batch(
+            grads,
+            state.params,
+            part.cut(micro),
+            self.suppressed,
+            Coefficients(
+                self.kl_coef if self.step.adapt_kl else None,
+                self.bonus.applied if self.step.adapt_entropy else None,
+            ),
+            self.lora,
+            spec=self.spec,
+            shape=micro.shape,
+        )
 
     def programs(
         self,
@@ -358,21 +413,22 @@ class Learner:
         shape = Shape(batch.prompt.tokens.shape[1], images[2], samples.tokens.shape[-1])
         rows = np.zeros(step.micro_prompts, np.int32)
         passes = len(samples.lengths) // step.micro_prompts
-        how = {"policy": spec.policy, "spec": spec.logprobs, "shape": shape}
-        ref_logprobs = old_logprobs = None
+        ref_logprobs = old_logprobs = entropies = None
 
-        def score(name: str, params: Any, features: Any = None) -> Programs:
-            empty = yield Program(f"no_{name}", no_logprobs, (samples,), {}, sampled)
+        def score(name: str, params: Any, scoring: LogprobSpec, features: Any = None) -> Programs:
+            how = {"entropy": scoring.entropy}
+            empty = yield Program(f"no_{name}", no_logprobs, (samples,), how, sampled)
+            how = {"policy": spec.policy, "spec": scoring, "shape": shape}
             scored = Scored(batch, samples, features, rows, None)
             args = empty, params, scored, self.suppressed
             return (yield Program(name, response_logprobs, args, how, sampled, calls=passes))
 
         if step.use_reference:
             features = yield from self.reference.programs(reference, batch)
-            ref_logprobs = yield from score("reference", reference, features)
+            ref_logprobs, _ = yield from score("reference", reference, spec.logprobs, features)
         if step.recompute:
-            old_logprobs = yield from score("old", params)
-            yield Program("mean_gap", mean_gap, (old_logprobs, samples))
+            old_logprobs, entropies = yield from score("old", params, self._old_spec)
+            yield Program("mismatch", mismatch_jitted, (old_logprobs, samples))
         kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
         kl_coef = whole(mesh, kl_coef) if step.adapt_kl else spec.kl_coef
         if ref_logprobs is not None and step.kl_penalty:
@@ -384,11 +440,16 @@ class Learner:
         advantage = yield Program("advantage", estimate_jitted, (rewards,), how)
         read = _read(
             experience._replace(
-                old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantage
+                old_logprobs=old_logprobs,
+                ref_logprobs=ref_logprobs,
+                advantages=advantage,
+                entropies=entropies,
             )
         )
         b = len(samples.lengths)
-        args = samples, np.zeros((step.num_updates, b // step.num_updates), np.int32)
+        args = weighed(read._replace(rewards=rewards.rewards), spec.loss)
+        key = whole(mesh, jax.eval_shape(partial(jax.random.key, 0)))
+        args = args, np.zeros((step.num_updates, b // step.num_updates), np.int32), key
         alive = {"data": read, **sampled}
         weights, totals = yield Program("weigh", weigh, args, {"loss": spec.loss}, alive)
         held = {"data": [read, weights]}
@@ -397,7 +458,13 @@ class Learner:
         trained, _ = partition(state.params, spec.frozen)
         grads = yield Program("no_gradients", no_gradients, (trained,), how, held, **calls)
         args = grads, state.params, Cut(read, weights, rows, None), self.suppressed
-        args = *args, kl_coef if step.adapt_kl else None, self.lora
+        bonus = jax.tree.map(
+            lambda _: whole(mesh, jax.ShapeDtypeStruct((), np.float32)), self.bonus
+        )
+        coefs = Coefficients(
+            kl_coef if step.adapt_kl else None, bonus.applied if step.adapt_entropy else None
+        )
+        args = *args, coefs, self.lora
         how, held = {"spec": spec, "shape": shape}, held | {"optimizer": grads}
         grads, metrics = yield Program("update", add_micro_batch, args, how, held, calls=passes)
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -417,6 +484,8 @@ class Learner:
         state, metrics = yield Program("apply", apply_update, args, {"spec": spec}, held, **calls)
         if step.adapt_kl:
             yield Program("adapt_kl", step.adapt_kl, (kl_coef, metrics["loss"]))
+        if step.adapt_entropy:
+            yield Program("adapt_entropy", step.adapt_entropy, (bonus, metrics["loss"]))
         yield from self.reference.follow_programs(reference, state.params)
         return state
 
@@ -448,6 +517,9 @@ class Learner:
             if kl is None:
                 kl = sum(metrics["kl"] for metrics in updates) / len(updates)
             self.kl_coef = self.step.adapt_kl(self.kl_coef, kl)
+        if self.step.adapt_entropy:
+            entropy = sum(metrics["entropy"] for metrics in updates) / len(updates)
+            self.bonus = self.step.adapt_entropy(self.bonus, entropy)
         self.reference.follow(step, state.params)
 
     def checkpoint(self, state: TrainState) -> Any:
@@ -459,12 +531,16 @@ class Learner:
     def progress(self) -> dict[str, Any]:
         """Returns the JSON that a checkpoint holds beside the arrays."""
         found: dict[str, Any] = {"kl_coef": float(self.kl_coef)} if self.step.adapt_kl else {}
+        if self.step.adapt_entropy:
+            found["entropy_bonus"] = [float(x) for x in self.bonus]
         return found | ({"reference": True} if self.reference.follows else {})
 
     def restore(self, arrays: Any, progress: dict[str, Any]) -> TrainState:
         """Goes on from what `checkpoint` and `progress` returned; returns the state."""
         if self.step.adapt_kl:
             self.kl_coef = np.float32(progress.get("kl_coef", self.kl_coef))
+        if self.step.adapt_entropy:
+            self.bonus = EntropyBonus(*map(np.float32, progress.get("entropy_bonus", self.bonus)))
         if not self.reference.follows:
             return arrays
         self.reference.params = arrays["reference"]
@@ -473,15 +549,14 @@ class Learner:
 
 def _read(experience: Experience) -> Experience:
     """Returns the part of an experience that an update reads."""
-    return experience._replace(replies=None, scores=None, rewards=None, greedy=None)
+    return experience._replace(replies=None, scores=None, rewards=None, greedy=None, entropies=None)
 
 
 @jax.jit
 @laid_out(whole)
-def mean_gap(logprobs: jax.Array, samples: Samples) -> jax.Array:
-    """Returns the mean distance of log-probabilities, float32[B, G, T], from the sampler's."""
-    gap = jnp.where(samples.mask, jnp.abs(logprobs - samples.logprobs), 0.0)
-    return jnp.sum(gap) / jnp.sum(samples.lengths)
+def mismatch_jitted(logprobs: jax.Array, samples: Samples) -> Metrics:
+    """Returns `rl.correction.mismatch` of log-probabilities, float32[B, G, T], jitted."""
+    return mismatch(logprobs, samples.logprobs, samples.mask)
 
 
 @partial(jax.jit, static_argnames="size")

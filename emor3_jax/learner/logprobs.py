@@ -21,10 +21,12 @@ class LogprobSpec(NamedTuple):
     Attributes:
       temperature: the sampler's; 0 reads as 1.
       chunk: tokens of a device whose logits exist at once.
+      entropy: also return the entropies.
     """
 
     temperature: float
     chunk: int
+    entropy: bool = False
 
 
 class TokenLogprobs(NamedTuple):
@@ -48,7 +50,6 @@ def score_responses(
     suppressed: jax.Array,
     packing: Packing | None = None,
     features: jax.Array | None = None,
-    entropy: bool = False,
 ) -> TokenLogprobs:
     """Scores `[prompt | r1 … rG]`: one vision pass and one prompt pass, shared by the G responses.
 
@@ -61,7 +62,6 @@ def score_responses(
       packing: positions of responses that share rows, also those of several prompts; None gives
         each a row.
       features: float[B, N, F], precomputed vision features; None computes them.
-      entropy: also return the entropy.
     """
     b, g, t = samples.tokens.shape
     if features is None:
@@ -92,7 +92,7 @@ def score_responses(
         suppressed=suppressed,
         temperature=spec.temperature or 1.0,
         chunk=spec.chunk,
-        entropy=entropy,
+        entropy=spec.entropy,
     )
     score = TokenLogprobs(logprobs, entropies)
     return score if packing is None else jax.tree.map(lambda x: unpack(packing, x, t), score)
@@ -139,8 +139,8 @@ def planned_logprobs(
     *,
     policy: Policy,
     spec: LogprobSpec,
-) -> jax.Array:
-    """Returns the responses' log-probabilities under a policy, float32[B, G, T].
+) -> TokenLogprobs:
+    """Returns the responses' log-probabilities under a policy, and the entropies if asked for.
 
     Args:
       params: of the reference, or of the policy itself, to recompute what the sampler recorded.
@@ -151,7 +151,7 @@ def planned_logprobs(
       policy: the policy.
       spec: settings.
     """
-    found = no_logprobs(samples)
+    found = no_logprobs(samples, entropy=spec.entropy)
     for micro in (each for update in plan.updates for each in update):
         scored = Scored(batch, samples, features, micro.rows, micro.packing)
         how = {"policy": policy, "spec": spec, "shape": micro.shape}
@@ -162,7 +162,7 @@ def planned_logprobs(
 @partial(jax.jit, static_argnames=("policy", "spec", "shape"), donate_argnames="out")
 @laid_out(by_prompts)
 def response_logprobs(
-    out: jax.Array,
+    out: TokenLogprobs,
     params: dict,
     scored: Scored,
     suppressed: jax.Array,
@@ -170,11 +170,11 @@ def response_logprobs(
     policy: Policy,
     spec: LogprobSpec,
     shape: Shape,
-) -> jax.Array:
+) -> TokenLogprobs:
     """Writes the log-probabilities of one micro-batch's responses under a policy.
 
     Args:
-      out: float32[B, G, T], donated; returned with the rows of the micro-batch filled.
+      out: [B, G, T], donated; returned with the rows of the micro-batch filled.
       params: of the reference, or of the policy itself, to recompute what the sampler recorded.
       scored: the micro-batch.
       suppressed: bool[V], ids that the sampler could not draw.
@@ -191,12 +191,13 @@ def response_logprobs(
     batch, samples, features = take_own_rows((batch, samples, features), scored.rows)
     found = score_responses(
         policy, params, batch, samples, spec, suppressed, scored.packing, features
-    ).logprobs
-    return put_own_rows(out, scored.rows, found)
+    )
+    return jax.tree.map(lambda x, new: put_own_rows(x, scored.rows, new), out, found)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="entropy")
 @laid_out(by_prompts)
-def no_logprobs(samples: Samples) -> jax.Array:
-    """Returns float32[B, G, T] for `response_logprobs` to fill."""
-    return shard_rows(0, jnp.zeros(samples.tokens.shape, jnp.float32))
+def no_logprobs(samples: Samples, *, entropy: bool = False) -> TokenLogprobs:
+    """Returns zeros, [B, G, T], for `response_logprobs` to fill."""
+    zeros = shard_rows(0, jnp.zeros(samples.tokens.shape, jnp.float32))
+    return TokenLogprobs(zeros, zeros if entropy else None)

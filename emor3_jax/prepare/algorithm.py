@@ -24,8 +24,13 @@ from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.prepare.policy import make_lora, trained_params
 from emor3_jax.prepare.rollout import make_reward
+from emor3_jax.rl import entropy
+from emor3_jax.rl.correction import Correction
+from emor3_jax.rl.entropy import EntropyBonus
 from emor3_jax.rl.kl import adapt
-from emor3_jax.rl.losses import SURROGATES, ImitationLoss, PolicyLoss
+from emor3_jax.rl.losses import ImitationLoss, PolicyLoss
+from emor3_jax.rl.selection import Selection
+from emor3_jax.rl.surrogates import SURROGATES, Surrogate
 from emor3_jax.rl.update import Frozen, TrainState, make_optimizer
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.tokens import suppressed_tokens
@@ -94,6 +99,7 @@ def make_update_spec(config: ConfigDict, policy: Policy, *, imitate: bool = Fals
         LogprobSpec(temperature, c.logprob_chunk),
         c.kl_coef,
         frozen_params(config),
+        c.entropy_coef,
     )
 
 
@@ -115,14 +121,54 @@ def make_loss(config: ConfigDict, *, imitate: bool = False) -> PolicyLoss | Imit
             mean=c.mean, limit=limit, mask_truncated=c.mask_truncated, entropy=c.entropy
         )
     return PolicyLoss(
-        surrogate=SURROGATES[c.ratio](c.clip_low, c.clip_high, c.clip_dual),
+        surrogate=make_surrogate(config),
         # In the reward it needs no estimate in the loss.
         kl=c.kl if uses_reference(config) and c.kl_place == "loss" else "off",
         mean=c.mean,
         limit=limit,
         mask_truncated=c.mask_truncated,
-        entropy=c.entropy,
+        mask_equal=c.mask_equal,
+        entropy=c.entropy or uses_entropy(config),
+        kl_ratio=c.kl_ratio,
+        correction=make_correction(config),
+        off_policy=c.off_policy,
+        selection=make_selection(config),
     )
+
+
+def make_surrogate(config: ConfigDict) -> Surrogate:
+    """Returns the surrogate of `config.policy_update`."""
+    c = config.policy_update
+    settings = {
+        "clip_low": c.clip_low,
+        "clip_high": c.clip_high,
+        "clip_dual": c.clip_dual,
+        "sapo_positive": c.sapo_positive,
+        "sapo_negative": c.sapo_negative,
+    }
+    kind = SURROGATES[c.surrogate]
+    return kind(*(settings[field] for field in kind.fields))
+
+
+def make_correction(config: ConfigDict) -> Correction | None:
+    """Returns the correction of the sampler's mismatch, or None."""
+    c = config.policy_update
+    if c.correction == "off":
+        return None
+    return Correction(c.correction, c.correction_low, c.correction_high)
+
+
+def make_selection(config: ConfigDict) -> Selection | None:
+    """Returns the selection of tokens, or None."""
+    c = config.policy_update
+    if c.select == "all":
+        return None
+    return Selection(c.select, c.select_share, c.select_low, c.select_high, c.select_coef)
+
+
+def uses_entropy(config: ConfigDict) -> bool:
+    """Returns whether the loss has an entropy bonus."""
+    return config.policy_update.entropy_coef > 0 or config.policy_update.entropy_target > 0
 
 
 def make_step_spec(config: ConfigDict, *, imitate: bool = False) -> StepSpec:
@@ -148,6 +194,7 @@ def make_step_spec(config: ConfigDict, *, imitate: bool = False) -> StepSpec:
         recompute=c.old_logprobs == "recompute",
         kl_penalty=c.kl if c.kl_place == "reward" else "",
         adapt_kl=make_kl_control(config),
+        adapt_entropy=make_entropy_control(config),
     )
 
 
@@ -161,6 +208,20 @@ def make_kl_control(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.
         return None
     responses = config.rollout.prompts * config.rollout.responses
     return jax.jit(partial(adapt, target=c.kl_target, responses=responses, horizon=c.kl_horizon))
+
+
+def make_entropy_control(
+    config: ConfigDict,
+) -> Callable[[EntropyBonus, jax.Array], EntropyBonus] | None:
+    """Returns a function from the entropy bonus and entropy of a step to the bonus of the next.
+
+    None where the weight is fixed.
+    """
+    c = config.policy_update
+    if not c.entropy_target:
+        return None
+    how = {"target": c.entropy_target, "delta": c.entropy_delta, "most": c.entropy_most}
+    return jax.jit(partial(entropy.adapt, **how))
 
 
 def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:

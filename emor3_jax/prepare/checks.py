@@ -29,13 +29,18 @@ from emor3_jax.models.decode_attention import BLOCK
 from emor3_jax.models.images import MOST_DECODED_PIXELS
 from emor3_jax.models.lora import TOWER
 from emor3_jax.parallel.mesh import check_batch
+from emor3_jax.prepare.algorithm import make_surrogate
 from emor3_jax.prepare.data import PARQUET_LABELS, data_sets
 from emor3_jax.prepare.profile import evaluation_sampling
+from emor3_jax.prepare.rollout import make_reward
 from emor3_jax.prepare.sources import check_kind
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.advantages import ESTIMATORS
+from emor3_jax.rl.correction import CORRECTIONS
 from emor3_jax.rl.kl import ESTIMATES
-from emor3_jax.rl.losses import MEANS, SURROGATES
+from emor3_jax.rl.losses import MEANS
+from emor3_jax.rl.selection import SELECTIONS
+from emor3_jax.rl.surrogates import SURROGATES
 
 _AT_LEAST = {
     "steps": 0,
@@ -64,6 +69,14 @@ _AT_LEAST = {
     "policy_update.clip_high": 0,
     "policy_update.kl_coef": 0,
     "policy_update.kl_target": 0,
+    "policy_update.off_policy": 0,
+    "policy_update.correction_low": 0,
+    "policy_update.select_low": 0,
+    "policy_update.select_coef": 0,
+    "policy_update.entropy_coef": 0,
+    "policy_update.entropy_target": 0,
+    "policy_update.entropy_delta": 0,
+    "policy_update.entropy_most": 0,
     "policy_update.logprob_chunk": 1,
     "reference.every": 1,
     "reference.image_cache": 0,
@@ -95,14 +108,29 @@ _OVER_0 = (
     "policy_update.learning_rate",
     "policy_update.max_grad_norm",
     "policy_update.kl_horizon",
+    "policy_update.sapo_positive",
+    "policy_update.sapo_negative",
+    "policy_update.correction_high",
+    "policy_update.select_high",
+    "policy_update.select_share",
 )
 
-_NO_BOUND = tuple(f"policy_update.{key}" for key in ("clip_high", "clip_dual", "max_grad_norm"))
+_NO_BOUND = tuple(
+    f"policy_update.{key}"
+    for key in (
+        *("clip_high", "clip_dual", "max_grad_norm", "off_policy", "correction_high"),
+        "select_high",
+    )
+)
 """Fields that may be infinite: then they clip nothing."""
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     """Checks what can be checked without loading anything, before any compile.
+
+    Args:
+      config: of the run.
+      imitate: supervised fine-tuning, which samples nothing and compares nothing.
 
     Raises:
       ConfigError: naming the field, its value, the rule and the way out.
@@ -200,11 +228,6 @@ def validate(config: ConfigDict) -> None:
     _check_in_flight("rollout", config.rollout, need)
     _check_in_flight("evaluate", config.evaluate, need)
     need(
-        config.profile != "release" or config.rollout.responses >= 2,
-        "rollout.responses",
-        "profile='release' divides by the sample standard deviation and needs at least 2",
-    )
-    need(
         config.reward.coherence_target in ("label", "answer"),
         "reward.coherence_target",
         "must be 'label' or 'answer'",
@@ -232,6 +255,8 @@ def validate(config: ConfigDict) -> None:
     need(0 <= update.clip_low <= 1, "policy_update.clip_low", "must lie in [0, 1]")
     need(update.clip_dual > 1, "policy_update.clip_dual", "must be over 1; inf is none")
     _check_algorithm(config, need)
+    if not imitate:
+        _check_comparison(config, need)
     _check_reference(config, need)
     remats = ("none", "activations", "layers")
     need(update.remat in remats, "policy_update.remat", f"must be one of {remats}")
@@ -341,7 +366,9 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     update, responses = config.policy_update, config.rollout.responses
     choices = {
         "policy_update.advantage": (update.advantage, tuple(ESTIMATORS)),
-        "policy_update.ratio": (update.ratio, tuple(SURROGATES)),
+        "policy_update.surrogate": (update.surrogate, tuple(SURROGATES)),
+        "policy_update.correction": (update.correction, ("off", *CORRECTIONS)),
+        "policy_update.select": (update.select, ("all", *SELECTIONS)),
         "policy_update.mean": (update.mean, MEANS),
         "policy_update.kl": (update.kl, (*ESTIMATES, "off")),
         "policy_update.kl_place": (update.kl_place, ("loss", "reward")),
@@ -351,16 +378,9 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     for field, (value, known) in choices.items():
         need(value in known, field, f"must be one of {', '.join(map(repr, known))}")
 
-    least = ESTIMATORS[update.advantage].responses
-    need(
-        responses >= least,
-        "policy_update.advantage",
-        f"compares the responses of a group and needs at least {least}, but rollout.responses="
-        f"{responses}; raise it, or take 'reinforce_pp' or 'remax'",
-    )
-    surrogate = SURROGATES[update.ratio](update.clip_low, update.clip_high, update.clip_dual)
-    conflict = surrogate.conflict(update.mean)
-    need(conflict is None, "policy_update.ratio", conflict or "")
+    conflict = make_surrogate(config).conflict(update.mean)
+    need(conflict is None, "policy_update.surrogate", conflict or "")
+    _check_tokens(config, need)
     need(
         not update.kl_target or uses_reference(config),
         "policy_update.kl_target",
@@ -404,6 +424,100 @@ def _check_algorithm(config: ConfigDict, need: Callable[[bool, str, str], None])
     )
     targets = ("label", "response")
     need(config.sft.target in targets, "sft.target", f"must be one of {targets}")
+
+
+def _check_tokens(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """Checks what weighs, masks and selects tokens, and what advantages read."""
+    update = config.policy_update
+    recomputed = update.old_logprobs == "recompute"
+    need(
+        update.correction == "off" or recomputed,
+        "policy_update.correction",
+        "weighs the learner's log-probabilities against the sampler's, but "
+        "policy_update.old_logprobs='sampler' has the sampler's alone; set that to 'recompute', or "
+        "the correction to 'off'",
+    )
+    need(
+        update.correction_low < update.correction_high,
+        "policy_update.correction_low",
+        f"must be under policy_update.correction_high={update.correction_high}",
+    )
+    need(update.select_share <= 1, "policy_update.select_share", "must lie in (0, 1]")
+    need(
+        update.select_low < update.select_high,
+        "policy_update.select_low",
+        f"must be under policy_update.select_high={update.select_high}",
+    )
+    per_token = SURROGATES[update.surrogate].per_token
+    need(
+        update.select == "all" or per_token,
+        "policy_update.select",
+        f"leaves out tokens, but policy_update.surrogate={update.surrogate!r} has one loss for all "
+        "tokens of a response; take 'clip', 'cispo', 'sapo' or another with a loss per token",
+    )
+    need(
+        update.select != "top_entropy" or recomputed,
+        "policy_update.select",
+        "needs the entropy of each distribution, which the sampler does not record; set "
+        "policy_update.old_logprobs to 'recompute'",
+    )
+    need(
+        not update.kl_ratio or (uses_reference(config) and update.kl_place == "loss"),
+        "policy_update.kl_ratio",
+        f"multiplies a KL of the loss, but policy_update.kl={update.kl!r}, policy_update.kl_coef="
+        f"{update.kl_coef} and policy_update.kl_place={update.kl_place!r} have none there",
+    )
+    need(
+        update.entropy_coef <= update.entropy_most or not update.entropy_target,
+        "policy_update.entropy_coef",
+        f"must be at most policy_update.entropy_most={update.entropy_most}, within which it adapts",
+    )
+    if not ESTIMATORS[update.advantage].terms:
+        return
+    weights = make_reward(config).weights(config.reflect.enabled)
+    named = [name for name, weight in weights.items() if weight]
+    need(
+        len(named) >= 2,
+        "policy_update.advantage",
+        f"normalises each reward term by itself, but {', '.join(named) or 'none'} alone has a "
+        "weight; give another term one, or take 'reinforce_pp_baseline', which is the same for one",
+    )
+    reward = config.reward
+    need(
+        not (reward.overlong and reward.overlong_weight),
+        "policy_update.advantage",
+        f"normalises each reward term by itself, but reward.overlong={reward.overlong} is taken "
+        "off their sum; set it to 0, or take another advantage",
+    )
+    need(
+        update.kl_place == "loss" or not uses_reference(config),
+        "policy_update.advantage",
+        "normalises each reward term by itself, but policy_update.kl_place='reward' takes the KL "
+        "off their sum; set it to 'loss', or take another advantage",
+    )
+
+
+def _check_comparison(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """Checks that there are responses to compare: else all advantages are 0."""
+    name, rollout = config.policy_update.advantage, config.rollout
+    need(
+        config.profile != "release" or rollout.responses >= 2,
+        "rollout.responses",
+        "profile='release' divides by the sample standard deviation and needs at least 2",
+    )
+    least = ESTIMATORS[name].responses
+    need(
+        rollout.responses >= least,
+        "policy_update.advantage",
+        f"compares the responses of a group and needs at least {least}, but rollout.responses="
+        f"{rollout.responses}; raise it, or take 'reinforce_pp' or 'remax'",
+    )
+    need(
+        ESTIMATORS[name].greedy or rollout.prompts * rollout.responses >= 2,
+        "rollout.prompts",
+        f"policy_update.advantage={name!r} compares the responses of a step, but there is one; "
+        "raise it, or rollout.responses",
+    )
 
 
 def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +21,12 @@ from emor3_jax.data.pipeline import (
 from emor3_jax.data.prompts import PromptTemplates, opened_tag
 from emor3_jax.data.sources import Source, expand_files
 from emor3_jax.data.views import SUBSETS, Joined, Relabelled, Subset, read_ids
+from emor3_jax.files import expand_user
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import host_rows
 from emor3_jax.prepare.profile import drops_last_batch, template_names
-from emor3_jax.prepare.responses import row_fault
+from emor3_jax.prepare.responses import Responses
 from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,14 @@ class Data(NamedTuple):
       evaluate: name → batches, in the config's order.
       labels: "train" and each name → label set.
       sources: likewise → rows.
+      responses: to learn from, of the training rows; None where the run samples its own.
     """
 
     train: TrainBatches
     evaluate: dict[str, EvalBatches]
     labels: dict[str, tuple[str, ...]]
     sources: dict[str, Source]
+    responses: Responses | None = None
 
     def counters(self) -> dict[str, float]:
         """Returns `data/<reason>`: training rows left out so far, for each reason that occurred."""
@@ -166,7 +168,11 @@ def stated_values(config: ConfigDict, source: Source) -> dict[str, dict[str, flo
 
 
 def open_data(
-    config: ConfigDict, policy: LoadedPolicy, mesh: Mesh | None = None, *, imitate: bool = False
+    config: ConfigDict,
+    policy: LoadedPolicy,
+    mesh: Mesh | None = None,
+    *,
+    imitate: bool = False,
 ) -> Data:
     """Opens the training data and all evaluation sets.
 
@@ -174,8 +180,8 @@ def open_data(
       config: of the run.
       policy: its processor shapes the batches.
       mesh: says which rows of each batch this host reads; None is all.
-      imitate: responses of the rows are learned, where `sft.target` says so: training rows without
-        one are left out.
+      imitate: supervised fine-tuning; with `sft.target="response"`, training rows without a
+        response that can be learned are left out.
 
     Raises:
       ConfigError, DataError: naming the field or file, the value and the way out.
@@ -188,9 +194,6 @@ def open_data(
             "(chat_template.jinja in the policy's folder)",
             tag,
         )
-    fault = None
-    if imitate and config.sft.target == "response":
-        fault = row_fault(config, policy)
     sources, named = {}, {}
     # What is built is there for the other hosts.
     with hosts.first_goes_first():
@@ -200,6 +203,7 @@ def open_data(
             sources[name], named[name] = open_source(config, field, dataset, labels)
     _warn_of_training_rows(config, sources)
     parts = _mix(config, sources)
+    responses = Responses(config, policy) if imitate and config.sft.target == "response" else None
     labels = {name: label_set(named[name]) for name in sources}
 
     def rows(name: str) -> tuple:
@@ -221,7 +225,8 @@ def open_data(
         train_batches(
             *rows("train"),
             spec(config.rollout.prompts, config.data.train)._replace(
-                drop_last=drops_last_batch(config), fault=fault
+                drop_last=drops_last_batch(config),
+                learnable=None if responses is None else responses.read,
             ),
             seed=config.seed,
             parts=parts,
@@ -235,6 +240,7 @@ def open_data(
         },
         labels,
         sources,
+        responses,
     )
 
 
@@ -266,10 +272,8 @@ def _warn_of_training_rows(config: ConfigDict, sources: dict[str, Source]) -> No
 
 def _origin(dataset: ConfigDict) -> set[tuple[str, str]]:
     """Returns the files or the folder of a data set, each with its kind."""
-    if dataset.kind == "parquet":
-        files = expand_files(dataset.path)
-    else:
-        files = [Path(dataset.path).expanduser()]
+    path = dataset.path
+    files = expand_files(path) if dataset.kind == "parquet" else [expand_user(path)]
     return {(dataset.kind, str(file.resolve())) for file in files}
 
 

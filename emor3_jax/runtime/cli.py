@@ -1,15 +1,17 @@
 """The command line of the programs: `--config`, mostly `--workdir`, and errors without a trace."""
 
+import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from emor3_jax.errors import UserError
+from emor3_jax.errors import RunError, UserError
+from emor3_jax.io.console import tell
 from emor3_jax.runtime.stopping import STOPPED, Stopped
 
 
@@ -71,7 +73,9 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
 
     An unknown `--config.key` is refused by `config_flags`, which names the nearest key, with exit
     status 2. A `UserError`, of the program or of the config's file, or a `FileNotFoundError` of a
-    path that the user gave, ends the program with its message and that status too.
+    path that the user gave, ends the program with its message and that status too: started again,
+    it would end so again. A `RunError`, such as that of a full disk, ends it with its message and
+    status 1, after which `tpu/watch.sh` starts it again.
 
     Args:
       program: takes the config.
@@ -80,20 +84,29 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     flags.mark_flag_as_required("config")
 
     def main(_: Sequence[str]) -> None:
-        try:
+        with errors_told():
             program(config.value)
-        except (UserError, FileNotFoundError) as error:
-            _refuse(error)
-        except OSError as error:
-            _refuse_missing_config(error)
-            raise
 
     app.run(main, flags_parser=_parse)
 
 
-def _refuse(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+@contextlib.contextmanager
+def errors_told() -> Iterator[None]:
+    """Ends the process by one line on standard error, see `run_without_workdir`."""
+    try:
+        yield
+    except (UserError, FileNotFoundError) as error:
+        _refuse(error)
+    except RunError as error:
+        _refuse(error, status=1)
+    except OSError as error:
+        _refuse_missing_config(error)
+        raise
+
+
+def _refuse(error: Exception, status: int = 2) -> NoReturn:
+    tell(f"error: {error}")
+    sys.exit(status)
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from emor3_jax.config import ConfigError
+from emor3_jax.config import ConfigError, default
 from emor3_jax.errors import UserError
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.devices import expected_platform, find_devices
@@ -169,6 +169,24 @@ def check_settings(config: ConfigDict, workdir: Path) -> None:
             + "\ntake those or another folder, or go on with these by "
             "--config.checkpoint.resume_changed=true"
         )
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Returns the config of the run in a folder; what it does not say is as in `config.default`.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
+    path = workdir / "config.json"
+    config = default()
+    try:
+        with config.unlocked():
+            config.update(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no run; name the folder of one") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: is no config of this program ({error})") from error
+    return config
 
 
 def _stated(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from ml_collections import ConfigDict
 
 from emor3_jax import prepare
 from emor3_jax.config import ConfigError
-from emor3_jax.io.checkpoints import CheckpointError, Checkpoints, DamagedError
+from emor3_jax.io.checkpoints import CheckpointError, Checkpoints, DamagedError, release
+from emor3_jax.learner.learner import Learner
 from emor3_jax.models import LoadedPolicy, load, read_config
 from emor3_jax.parallel.mesh import param_shardings
+from emor3_jax.rl.update import TrainState
 
 
 def load_evaluated(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> LoadedPolicy:
@@ -44,6 +46,32 @@ def load_evaluated(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -
     checkpoints.close()
     policy = prepare.with_attention(base.policy, config, mesh.devices.flat[0].platform)
     return LoadedPolicy(policy, params, base.processor)
+
+
+def restore_newest(
+    checkpoints: Checkpoints, learner: Learner, state: TrainState, mesh: Mesh
+) -> tuple[TrainState, int]:
+    """Returns the state of the newest checkpoint that is what was written, and its step.
+
+    Args:
+      checkpoints: of the run.
+      learner: of its config; gets back what it kept beside the state.
+      state: as before the first step; let go of where there is a checkpoint.
+      mesh: the arrays come back cut by this mesh's rules.
+
+    Returns:
+      As before the first step, and 0, where there is no checkpoint.
+    """
+    shapes = None
+    while (step := checkpoints.latest()) is not None:
+        shapes = release(learner.checkpoint(state)) if shapes is None else shapes
+        try:
+            arrays, progress = checkpoints.restore(step, shapes, mesh)
+        except DamagedError as error:
+            checkpoints.give_up(step, error)
+        else:
+            return learner.restore(arrays, progress), step
+    return state, 0
 
 
 def read_checkpoint_params(

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from emor3_jax import flops, prepare
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
+from emor3_jax.errors import RunError, UserError, os_error_number, os_error_text
 from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.evaluation.records import (
     Evaluation,
@@ -42,15 +43,15 @@ from emor3_jax.io.checkpoints import Checkpoints, DamagedError, release
 from emor3_jax.io.console import Console, duration
 from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.learner.learner import Learner
-from emor3_jax.models import save
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.rollout import Rollout
-from emor3_jax.runtime import job
-from emor3_jax.runtime.guards import Watch
+from emor3_jax.runtime import job, replays
+from emor3_jax.runtime.guards import GuardError, Watch
+from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.step_log import StepRecord, progress_line
 from emor3_jax.runtime.stopping import MaintenanceWatch, Stopped, StopSignal
 from emor3_jax.types import Batch, Observed
@@ -107,32 +108,56 @@ class Run:
       clock: of the phases of a step.
     """
 
-    def __init__(self, program: str, config: ConfigDict, workdir: Path) -> None:
+    _begun, _evaluated = False, 0
+
+    def __init__(
+        self, program: str, config: ConfigDict, workdir: Path, *, imitate: bool = False
+    ) -> None:
         """Checks the config, loads the policy onto the mesh and opens the data.
 
         Args:
           program: name in front of printed lines.
           config: see `emor3_jax.config.default`.
           workdir: folder of the run, made if it does not exist.
+          imitate: supervised fine-tuning.
 
         Raises:
           ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
           Stopped: if a signal came meanwhile.
+          RunError: if the file system fails, as a full disk does; at any later point too.
         """
-        validate(config)
+        validate(config, imitate=imitate)
         self._stop = StopSignal(config.checkpoint.stop_seconds)
         self._lock: job.WorkdirLock | None = None
+        self._step = 0
+        self.config, self.workdir, self.say = config, workdir, Console(program)
+        self._program = program
         try:
-            self._open(program, config, workdir)
+            self._open(config, workdir, imitate)
         except BaseException as error:
             if isinstance(error, Stopped):
                 self.say("stopped as asked, before the first step of this start")
             self._stop.restore()
             self._unlock()
+            self._raise_failure(error)
             raise
 
-    def _open(self, program: str, config: ConfigDict, workdir: Path) -> None:
-        self.config, self.workdir, self.say = config, workdir, Console(program)
+    def _raise_failure(self, error: BaseException | None) -> None:
+        """Raises RunError in place of an error of the file system.
+
+        But before the first step, a file that is not there is one that the user named.
+        """
+        users = (UserError,) if self._begun else (UserError, FileNotFoundError)
+        if error is None or isinstance(error, users):
+            return
+        if (number := os_error_number(error)) is not None:
+            named = getattr(error, "filename", None) or str(error).splitlines()[0][:300]
+            raise RunError(
+                f"{self.workdir}: the run was ended after step {self._step} by "
+                f"{os_error_text(number)} ({named}), and start again with this workdir to go on"
+            ) from error
+
+    def _open(self, config: ConfigDict, workdir: Path, imitate: bool) -> None:
         self._compiles = job.start_jax(config.log.compile_cache)
         job.check_hosts(config)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -155,7 +180,7 @@ class Run:
         self.policy = prepare.load_policy(config, self.say, self.mesh)
         self._stop.check()
         self.say("opening the data")
-        self.data = prepare.open_data(config, self.policy, self.mesh, imitate=program == "sft")
+        self.data = prepare.open_data(config, self.policy, self.mesh, imitate=imitate)
         self._stop.check()
         job.keep_config(config, workdir)
         self.say("building the reward tables")
@@ -200,7 +225,7 @@ class Run:
         self._step = latest or 0
         first = self._step + (latest is not None)
         self._writer = MetricWriter(self.workdir, config.log.sinks, first_step=first)
-        self._pace = Pace(self._step, config.steps)
+        self._pace = Pace(config.steps)
         self._last = self._step >= config.steps
         self._traced = range(self._step + 3, self._step + 3 + config.log.profile_steps)
 
@@ -208,7 +233,7 @@ class Run:
         """Returns the run."""
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """Lets go of signals, threads and files where an error ends the run.
 
         Where it was asked to stop, the last step that was finished is saved first.
@@ -221,6 +246,7 @@ class Run:
                 self._say_stopped()
                 # As all hosts do now; after an error they may not.
                 self.data.train.close()
+            self._raise_failure(error)
 
     def close(self) -> None:
         """Lets go of signals, threads and files."""
@@ -256,6 +282,8 @@ class Run:
         if any(x.is_deleted() for x in jax.tree.leaves(arrays)):
             return
         progress = self._progress | {"data": position} | learner.progress()
+        if self._evaluation_is_due(step) and self._evaluated != step:
+            progress["evaluation_is_owed"] = True
         self._checkpoints.save(step, arrays, progress)
         # A run that goes on keeps what was logged up to its checkpoint.
         self._flush()
@@ -307,6 +335,11 @@ class Run:
             del arrays
             self.data.train.set_state(self._progress["data"])
             self._stop.check()
+            if self._progress.pop("evaluation_is_owed", False) and self._step < self.config.steps:
+                self.say(f"evaluating after step {self._step}, which a stop had left out")
+                owed = self._evaluate_during(self._step, learner, state)
+                self._writer.amend(self._step, owed)
+                self._evaluated = self._step
         else:
             names = tuple(self.config.evaluate.sets)
             self.say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
@@ -316,7 +349,7 @@ class Run:
             self.say(evaluation_line(before))
             self._checkpoints.compile(learner.checkpoint(state))
         self.say(f"training to step {self.config.steps}; the first step compiles")
-        self._pace, self._saved_at = Pace(self._step, self.config.steps), time.monotonic()
+        self._saved_at = time.monotonic()
         self.clock.restart()
         return state
 
@@ -345,6 +378,7 @@ class Run:
         """Yields the number of each step and its prompts, to the last step or a stop signal."""
         if not self._last:
             self._upcoming = next(self.data.train)
+        self._begun = True
         while not self._last:
             if self._step + 1 in self._traced[:1]:
                 start_trace(self.workdir / "profile")
@@ -368,6 +402,8 @@ class Run:
         """
         self.clock.mark("update", updates)
         self._step = step
+        # As of this step, whenever it is logged: the next batch may leave out further rows.
+        info = info | self.data.counters() | self._counters()
         # The device is busy now: meanwhile the host sends the next batch and logs the step before.
         self._position, started = self.data.train.get_state(), time.perf_counter()
         self._upcoming = next(self.data.train) if step < self.config.steps else None
@@ -403,17 +439,27 @@ class Run:
           state: after the step.
 
         Raises:
-          Stopped: if a signal came; the evaluation of this step is then left out for good.
+          Stopped: if a signal came; a start that goes on makes up for the evaluation.
         """
-        config = self.config
         self._finished = FinishedStep(step, learner, state, self._position)
-        names = tuple(config.evaluate.sets)[:1]
-        if step % config.evaluate.every or self._last or not names:
+        if self._last or not self._evaluation_is_due(step):
             return
+        self._flush(self._evaluate_during(step, learner, state))
+        self._evaluated = step
+        self.clock.restart()
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        config = self.config
+        due = step % config.evaluate.every == 0 and step < config.steps
+        return due and len(config.evaluate.sets) > 0
+
+    def _evaluate_during(self, step: int, learner: Learner, state: TrainState) -> dict[str, float]:
+        """Evaluates on rows of the first set; returns the metrics."""
+        config = self.config
+        names = tuple(config.evaluate.sets)[:1]
         now = self._evaluate(learner.params(state), names, step, config.evaluate.during)
         self.say(evaluation_line(now))
-        self._flush(evaluation_metrics(now))
-        self.clock.restart()
+        return evaluation_metrics(now)
 
     def save(self, step: int, learner: Learner, state: TrainState) -> None:
         """Begins to write a checkpoint where a step is due, and after the last one.
@@ -454,7 +500,7 @@ class Run:
             (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
             images = {name: self.data.image(name) for name in names}
             report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
-        save(dataclasses.replace(self.policy, params=trained), workdir / "policy")
+        save_whole(dataclasses.replace(self.policy, params=trained), workdir / "policy")
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
@@ -470,24 +516,41 @@ class Run:
 
     def _log(self, done: StepRecord, evaluations: dict[str, float]) -> None:
         config = self.config
-        values = done.metrics() | memory() | self.data.counters() | self._counters()
-        values |= evaluations
+        values = done.metrics() | memory()
         if self._meter is not None:
             device = self.mesh.devices.flat[0].device_kind
             needed = self._meter(done.observed)
             seconds = values["time/step_s"]
             values |= flops.throughput(needed, seconds, device, self.mesh.devices.size)
         values["compile/count"] = float(self._compiles.count)
+        values |= evaluations
         self._writer.write(done.step, values)
-        for warning in self._guards.see(done.step, values):
+        try:
+            warnings = self._guards.see(done.step, values)
+        except GuardError as error:
+            raise self._with_replay(error, done) from None
+        for warning in warnings:
             self.say(warning)
+        left = self._pace.left(done.step)
         if done.step % config.log.every == 0 or done.step == config.steps:
-            self.say(progress_line(done.step, config.steps, values, self._pace.left(done.step)))
+            self.say(progress_line(done.step, config.steps, values, left))
         due = done.step % config.log.samples_every == 0 or done.step == 1
         if self._rollout is not None and hosts.is_first() and due:
             shown = done.read(self._rollout.scorer, report.SAMPLES)
             page = self.workdir / "samples" / f"{done.step:06d}.html"
             report.write_samples(page, done.step, shown, self.data.image("train"))
+
+    def _with_replay(self, error: GuardError, done: StepRecord) -> GuardError:
+        """Keeps the batch of the step that ends the run; returns the error, which says so."""
+        if not hosts.is_first():
+            return error
+        origin = replays.Origin(self._program, str(error), self.data.labels["train"])
+        key, tokenizer = self.key(done.step), self.policy.processor.tokenizer
+        try:
+            place = replays.write(self.workdir, done, origin, key, tokenizer)
+        except OSError as failed:
+            return GuardError(f"{error}. Its batch could not be kept: {failed}")
+        return GuardError(f"{error}. To look into it: python -m emor3_jax.replay {place}")
 
     def _until_stopped(self, batches: Iterable[Prompts]) -> Iterator[Prompts]:
         """Yields the batches of an evaluation; raises Stopped between them if a signal came."""
@@ -542,21 +605,24 @@ def start_trace(folder: Path) -> None:
 
 
 class Pace:
-    """Estimates the remaining time from the mean of the steps so far."""
+    """Estimates the remaining time by the mean of the steps after the first, which compiles."""
 
-    def __init__(self, first: int, last: int) -> None:
-        """Starts now.
+    def __init__(self, last: int) -> None:
+        """Waits for the first step.
 
         Args:
-          first: steps done before.
-          last: the step that it ends with.
+          last: the step that the run ends with.
         """
-        self._first, self._last, self._started = first, last, time.perf_counter()
+        self._last, self._first = last, 0
+        self._started: float | None = None
 
     def left(self, step: int) -> str:
-        """Returns the time that is left after a step, for people to read."""
-        spent = time.perf_counter() - self._started
-        return duration(spent / (step - self._first) * (self._last - step))
+        """Returns the time that is left after a step, for people to read; "?" after the first."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._first, self._started = step, now
+            return "?" if step < self._last else duration(0)
+        return duration((now - self._started) / (step - self._first) * (self._last - step))
 
 
 def evaluation_metrics(results: dict[str, Evaluation]) -> dict[str, float]:

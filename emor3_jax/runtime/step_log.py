@@ -34,9 +34,12 @@ def observe(ids: tuple[str, ...], batch: Batch, experience: Experience) -> Obser
     if isinstance(replies, Replies):
         said = {name: _without_logprobs(each) for name, each in replies.samples.items()}
         replies = replies._replace(samples=said)
-    read = samples, replies, experience.scores, experience.batch.answers, experience.rewards
-    *read, answers, rewards = hosts.start_fetch(hosts.everywhere(read))
-    return Observed(ids, batch, Experience(None, *read, None), answers, rewards)
+    read = Experience(
+        None, samples, replies, experience.scores, None, advantages=experience.advantages
+    )
+    read = read, experience.batch.answers, experience.rewards
+    read, answers, rewards = hosts.start_fetch(hosts.everywhere(read))
+    return Observed(ids, batch, read, answers, rewards)
 
 
 def _without_logprobs(samples: Samples) -> Samples:
@@ -82,7 +85,7 @@ class StepRecord(NamedTuple):
         there = lengths[lengths > 0]
         values = {
             f"policy/{name}": float(np.mean([metrics[name] for metrics in updates]))
-            for name in updates[0].keys() - {"moved"}
+            for name in sorted(updates[0].keys() - {"moved"})
         }
         values |= {f"time/{phase}_s": value for phase, value in seconds.items()}
         values |= {

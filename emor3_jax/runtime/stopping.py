@@ -22,13 +22,20 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from emor3_jax.io.console import tell
 from emor3_jax.parallel import hosts
 
 STOPPED = 75
 """Exit status of a run that was asked to stop before its last step: the same command goes on."""
 
-_NUMBERS = signal.SIGTERM, signal.SIGINT
+NUMBERS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+"""Signals that ask to stop; SIGHUP only where it is not ignored, as under nohup."""
+
 _NOTICE = b"\0"
+_SECOND = {signal.SIGHUP: signal.SIG_IGN}
+"""What a second one does where it ends nothing: a terminal that closes sends several."""
+
+_ASKED = "asked to stop: what is under way is finished and saved; a second signal ends at once"
 
 
 class Stopped(Exception):  # noqa: N818
@@ -36,7 +43,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a request to stop; a second one kills.
+    """Turns the first SIGTERM, SIGINT or SIGHUP into a request to stop; a second one kills.
 
     Attributes:
       requested: whether it came.
@@ -58,12 +65,17 @@ class StopSignal:
         self._heard, self._written = socket.socketpair()
         self._written.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._handle) for number in _NUMBERS}
+        self._numbers = tuple(
+            number
+            for number in NUMBERS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        )
+        self._before = {number: signal.signal(number, self._handle) for number in self._numbers}
         threading.Thread(target=self._watch, name="stop signal", daemon=True).start()
 
     def listen(self) -> None:
         """Takes back the signals that a library has taken; not SIGTERM where JAX is to have it."""
-        for number in _NUMBERS[hosts.jax_takes_sigterm() :]:
+        for number in self._numbers[hosts.jax_takes_sigterm() :]:
             signal.signal(number, self._handle)
 
     def request(self) -> None:
@@ -95,7 +107,7 @@ class StopSignal:
         self.requested = True
         # Other event loops of this thread may have had the socket's place.
         self.request()
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, _SECOND.get(number, signal.SIG_DFL))
 
     def _watch(self) -> None:
         """Waits for the first request, then for the time to be over, a second one or `restore`."""
@@ -110,23 +122,25 @@ class StopSignal:
                     break
                 if not heard:
                     return
-                if heard == _NOTICE or heard[0] in _NUMBERS:
-                    if deadline is not None and heard != _NOTICE:
+                if heard == _NOTICE or heard[0] in self._numbers:
+                    if deadline is None:
+                        self.requested = True
+                        deadline = time.monotonic() + self._seconds
+                        tell(_ASKED)
+                    elif heard != _NOTICE and heard[0] not in _SECOND:
                         os._exit(128 + heard[0])
-                    self.requested = True
-                    deadline = deadline or time.monotonic() + self._seconds
         self._end()
 
     def _end(self) -> None:
         """Ends the process without the main thread, which is busy with something long."""
-        said = f"not waited for after {self._seconds:g} seconds: saving what is finished"
-        print(said, file=sys.stderr, flush=True)
+        tell(f"not waited for after {self._seconds:g} seconds: saving what is finished")
         try:
             self.rescue()
         except Exception as error:
-            print(f"that failed: {error!r}", file=sys.stderr, flush=True)
+            tell(f"that failed: {error!r}")
         finally:
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             os._exit(STOPPED)
 
 

@@ -11,6 +11,7 @@ from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import duration
 from emor3_jax.io.metrics import MetricWriter, PhaseClock, memory
 from emor3_jax.io.sinks import SINKS
+from emor3_jax.io.sinks.tensorboard import read_events
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh
 
@@ -43,6 +44,26 @@ def test_the_file_is_closed_after_each_step(tmp_path):
         assert json.loads(line) == {"step": step, "policy/kl": step + 1.0}
 
 
+def test_what_is_made_up_for_is_added_to_the_last_step(tmp_path):
+    (tmp_path / "none").mkdir()
+    writer = MetricWriter(tmp_path, SINKS)
+    for step in range(2):
+        writer.write(step, {"policy/kl": 1.0})
+    writer.close()
+    for _ in range(2):
+        # The second time after a kill.
+        writer = MetricWriter(tmp_path, SINKS, first_step=2)
+        writer.amend(1, {"eval/test/f1": 0.5, "eval/test/uar": float("nan")})
+        writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert rows[1] == {"step": 1, "policy/kl": 1.0, "eval/test/f1": 0.5, "eval/test/uar": None}
+    assert len(rows) == 2 and scalars(tmp_path)[2:] == [(1, "eval/test/f1", 0.5)]
+    # Where somebody has taken the lines away.
+    MetricWriter(tmp_path / "none", ("jsonl",)).amend(2, {"eval/test/f1": 0.5})
+    line = (tmp_path / "none" / "metrics.jsonl").read_text()
+    assert json.loads(line) == {"step": 2, "eval/test/f1": 0.5}
+
+
 class ListSink:
     """Holds what was written, in place of a custom sink."""
 
@@ -72,6 +93,37 @@ def test_all_sinks_are_written_and_further_values_leave_the_json_lines_alone(tmp
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text == '{"step": 3, "policy/kl": null, "reward/overall": 0.5}\n'
     assert not (tmp_path / "events").exists()
+
+
+def scalars(workdir) -> list[tuple[int, str, float]]:
+    """The values of all event files, those left out that a later start purged."""
+    kept = []
+    for event in read_events(workdir / "events"):
+        if event.HasField("session_log"):
+            kept = [value for value in kept if value[0] < event.step]
+        kept += [(event.step, x.tag, x.simple_value) for x in event.summary.value]
+    return kept
+
+
+def test_events_are_on_the_disk_after_each_step_and_none_is_there_twice(tmp_path):
+    writer = MetricWriter(tmp_path, ("tensorboard",))
+    for step in range(4):
+        writer.write(step, {"policy/kl": step / 2, "policy/loss": float("nan")})
+    # Killed now, and cut short: nothing was closed.
+    (path,) = (tmp_path / "events").iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    assert scalars(tmp_path) == [(step, "policy/kl", step / 2) for step in range(3)]
+    for _ in range(2):
+        # The second time after its last step: the evaluation is not written again.
+        writer = MetricWriter(tmp_path, ("tensorboard",), first_step=2)
+        writer.write(2, {"policy/kl": 9.0})
+        writer.add_events(2, {"eval/test/f1": 0.5})
+        writer.close()
+    writer = MetricWriter(tmp_path, ("tensorboard",), first_step=3)
+    writer.add_events(2, {"eval/test/f1": 0.5, "eval/test/uar": 0.25})
+    writer.close()
+    wanted = [(0, "policy/kl", 0), (1, "policy/kl", 0.5), (2, "policy/kl", 9)]
+    assert scalars(tmp_path) == [*wanted, (2, "eval/test/f1", 0.5), (2, "eval/test/uar", 0.25)]
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -29,7 +29,8 @@ from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora, init_adapters
 from emor3_jax.models.params import cast_matrices
 from emor3_jax.parallel.mesh import make_mesh
-from emor3_jax.rl.losses import Clip, GroupRatio, ImitationLoss, PolicyLoss, SequenceRatio
+from emor3_jax.rl.losses import ImitationLoss, PolicyLoss
+from emor3_jax.rl.surrogates import Clip, GroupRatio, SequenceRatio
 from emor3_jax.rl.update import TrainState, make_optimizer
 from emor3_jax.types import Batch, Experience, Images, Prompt, Samples, split, stack_parts, take
 
@@ -92,9 +93,9 @@ def scored(setting, params, batch, samples, features=None, **changes):
             static_argnames=("policy", "spec"),
             compiler_options=compiler_flags.DEFAULT,
         )
-        return score(params, batch, samples, setting.suppressed, features, **options)
+        return score(params, batch, samples, setting.suppressed, features, **options).logprobs
     assert not changes
-    return score(params, batch, samples, plan, setting.suppressed, features, **options)
+    return score(params, batch, samples, plan, setting.suppressed, features, **options).logprobs
 
 
 def update(setting, params, experience, loss=LOSS, plan=None, **changes):
@@ -403,10 +404,11 @@ def test_responses_to_two_prompts_may_share_a_row(setting, batch, samples, backe
 
 
 def test_the_gap_to_the_sampler_is_the_mean_over_tokens(samples):
-    assert learner.mean_gap(samples.logprobs, samples) == 0
+    assert learner.mismatch_jitted(samples.logprobs, samples)["sampler_gap"] == 0
     # What stands after the end does not count.
     moved = jnp.where(samples.mask, samples.logprobs + 0.25, 9.0)
-    assert learner.mean_gap(moved, samples) == pytest.approx(0.25, rel=1e-5)
+    found = learner.mismatch_jitted(moved, samples)
+    assert found["sampler_gap"] == pytest.approx(0.25, rel=1e-5)
 
 
 @pytest.mark.parametrize(("mean", "count", "pack"), [("token", 1, False), ("seq", 4, True)])

@@ -33,7 +33,8 @@ from emor3_jax.learner.reference import Reference
 from emor3_jax.models import decode_kernel, weights
 from emor3_jax.models.attention import Own, Shared, attend
 from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
-from emor3_jax.rl.losses import Clip, PolicyLoss
+from emor3_jax.rl.losses import PolicyLoss
+from emor3_jax.rl.surrogates import Clip
 from emor3_jax.rollout.engine import Plan
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.types import Experience, Samples

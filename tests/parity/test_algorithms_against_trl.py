@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from emor3_jax.rewards.shaping import overlong
-from emor3_jax.rl import advantages, kl, losses
+from emor3_jax.rl import advantages, kl, losses, surrogates
+from emor3_jax.rl.correction import Correction
+from emor3_jax.rl.selection import Selection
 
 B, G, T = 5, 4, 9
 
@@ -61,15 +63,17 @@ class _Trainer:
             setattr(self, name, value)
 
     def _get_per_token_logps_and_entropies(self, *_, **__):
-        return self._logprobs, torch.zeros_like(self._logprobs), None
+        entropies = getattr(self, "entropies", torch.zeros_like(self._logprobs))
+        return self._logprobs, entropies, None
 
 
-def trl_loss(trainer_class, draw, inputs: dict, delta: float | None = None, **options):
-    """TRL's loss and its gradient by the log-probabilities."""
+def trl_loss(trainer_class, draw, inputs: dict, args: dict | None = None, **options):
+    """TRL's loss and its gradient by the log-probabilities; `args` are those of the trainer's."""
     mask, new, *_ = draw
     logprobs = of_trl(new).requires_grad_()
     trainer = _Trainer(logprobs, **options)
-    trainer.args.delta = delta
+    vars(trainer.args).update(args or {})
+    trainer.get_off_policy_mask = getattr(trainer_class, "get_off_policy_mask", None)
     blank = torch.zeros(B * G, 1, dtype=torch.long)
     ids = torch.zeros(B * G, T, dtype=torch.long)
     whole = {"prompt_ids": blank, "prompt_mask": blank, "completion_ids": ids} | inputs
@@ -80,13 +84,15 @@ def trl_loss(trainer_class, draw, inputs: dict, delta: float | None = None, **op
     return loss.detach().numpy(), logprobs.grad.numpy().reshape(B, G, T)
 
 
-def our_loss(draw, advantage, loss, kl_coef):
+def our_loss(draw, advantage, loss, kl_coef, sampler=None, selected=None):
     """Our loss and its gradient by the log-probabilities."""
     mask, new, old, reference, *_ = draw
     weights = loss.weights(jnp.asarray(mask), jnp.ones((B, G), bool))
-    given = losses.Tokens(
+    given = surrogates.Tokens(
         jnp.asarray(new),
         old=jnp.asarray(old),
+        sampler=jnp.asarray(old if sampler is None else sampler),
+        selected=selected,
         ref=jnp.asarray(reference),
         advantages=jnp.asarray(advantage),
         weights=weights,
@@ -99,11 +105,11 @@ def our_loss(draw, advantage, loss, kl_coef):
 @pytest.mark.parametrize(
     ("loss_type", "mean", "level", "ratio"),
     [
-        ("grpo", "seq", "token", "token"),
-        ("bnpo", "token", "token", "token"),
-        ("dapo", "token", "token", "token"),
-        ("dr_grpo", "constant", "token", "token"),
-        ("grpo", "seq", "sequence", "sequence"),
+        ("grpo", "seq", "token", "clip"),
+        ("bnpo", "token", "token", "clip"),
+        ("dapo", "token", "token", "clip"),
+        ("dr_grpo", "constant", "token", "clip"),
+        ("grpo", "seq", "sequence", "gspo"),
     ],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.05])
@@ -125,7 +131,7 @@ def test_grpo_losses(draw, compare, loss_type, mean, level, ratio, beta):
         beta=beta,
         **clips,
     )
-    surrogate = losses.SURROGATES[ratio](0.2, 0.28, float("inf"))
+    surrogate = surrogates.SURROGATES[ratio](0.2, 0.28, float("inf"))
     found = our_loss(draw, advantage, losses.PolicyLoss(surrogate, mean=mean), beta)
     case = f"TRL loss {loss_type}, ratio of a {level}, beta {beta}"
     compare(case, found[0], wanted[0], 1e-6)
@@ -140,11 +146,160 @@ def test_two_sided_clip(draw, compare):
     inputs = {"advantages": of_trl(advantage), "old_per_token_logps": of_trl(old)}
     options = {"epsilon_low": 0.2, "epsilon_high": 0.3, "loss_type": "bnpo"}
     wanted = trl_loss(
-        trl.GRPOTrainer, far, inputs, delta=2.0, importance_sampling_level="token", **options
+        trl.GRPOTrainer, far, inputs, {"delta": 2.0}, importance_sampling_level="token", **options
     )
-    found = our_loss(far, advantage, losses.PolicyLoss(losses.Clip(clip_dual=2.0)), 0.0)
+    found = our_loss(far, advantage, losses.PolicyLoss(surrogates.Clip(clip_dual=2.0)), 0.0)
     for name, a, b in zip(("loss", "gradient"), found, wanted, strict=True):
         compare(f"TRL two-sided clip: {name}", a, b, 1e-6)
+
+
+def compare_both(compare, case, found, wanted):
+    for name, a, b in zip(("loss", "gradient"), found, wanted, strict=True):
+        compare(f"TRL {case}: {name}", a, b, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "surrogate", "args"),
+    [
+        # TRL's upper bound is that of the ratio itself.
+        ("cispo", "token", surrogates.Cispo(1.0, 0.28), {}),
+        (
+            "sapo",
+            "seq",
+            surrogates.Sapo(1.0, 1.05),
+            {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05},
+        ),
+    ],
+)
+def test_other_surrogates(draw, compare, kind, mean, surrogate, args):
+    trl = pytest.importorskip("trl")
+    *_, old, reference, _, advantage = draw
+    inputs = {
+        "advantages": of_trl(advantage),
+        "old_per_token_logps": of_trl(old),
+        "ref_per_token_logps": of_trl(reference),
+    }
+    options = {"loss_type": kind, "importance_sampling_level": "token", "beta": 0.05}
+    bounds = {"epsilon_low": 0.2, "epsilon_high": 1.28}
+    wanted = trl_loss(trl.GRPOTrainer, draw, inputs, args, **options, **bounds)
+    found = our_loss(draw, advantage, losses.PolicyLoss(surrogate, mean=mean), 0.05)
+    compare_both(compare, kind, found, wanted)
+
+
+def test_gmpo(draw, compare):
+    gmpo = pytest.importorskip("trl.experimental.gmpo")
+    *_, old, _, _, advantage = draw
+    inputs = {"advantages": of_trl(advantage), "old_per_token_logps": of_trl(old)}
+    wanted = trl_loss(gmpo.GMPOTrainer, draw, inputs, epsilon_low=0.3, epsilon_high=0.4)
+    loss = losses.PolicyLoss(surrogates.Gmpo(0.3, 0.4), mean="seq", kl="off")
+    compare_both(compare, "gmpo", our_loss(draw, advantage, loss, 0.0), wanted)
+
+
+CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.3, "importance_sampling_level": "token"}
+
+
+def test_deepseek_mask_and_kl(draw, compare):
+    trl = pytest.importorskip("trl")
+    mask, new, old, reference, _, advantage = draw
+    # Bad responses are far off the sampler's policy, on both sides of the threshold.
+    rng = np.random.default_rng(2)
+    moved = rng.choice([-0.4, 0.0, 0.4], (B, G, 1))
+    sampler = np.where(mask, new + moved, 0).astype(np.float32)
+    inputs = {
+        "advantages": of_trl(advantage),
+        "old_per_token_logps": of_trl(old),
+        "sampling_per_token_logps": of_trl(sampler),
+        "ref_per_token_logps": of_trl(reference),
+    }
+    wanted = trl_loss(
+        trl.GRPOTrainer,
+        draw,
+        inputs,
+        {"use_bias_correction_kl": True},
+        loss_type="bnpo",
+        beta=0.05,
+        off_policy_mask_threshold=0.2,
+        **CLIP,
+    )
+    clip = surrogates.Clip(0.2, 0.3, float("inf"))
+    loss = losses.PolicyLoss(clip, kl_ratio=True, off_policy=0.2)
+    found = our_loss(draw, advantage, loss, 0.05, sampler)
+    compare_both(compare, "off-policy mask, KL times ratio", found, wanted)
+    assert 0 < np.mean((advantage < 0) & (moved[..., 0] > 0)) < 1
+
+
+@pytest.mark.parametrize(
+    "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+)
+def test_correction_of_the_mismatch(draw, compare, mode):
+    """The weights are lines within a method of TRL: written out again in torch."""
+    trl = pytest.importorskip("trl")
+    mask, _, old, _, _, advantage = draw
+    rng = np.random.default_rng(3)
+    sampler = np.where(mask, old + rng.normal(0, 0.5, old.shape), 0).astype(np.float32)
+    gap = of_trl((old - sampler) * mask)
+    if mode.startswith("sequence"):
+        gap = gap.sum(-1, keepdim=True)
+    weight, low, high = gap.exp(), 0.5, 1.5
+    if mode.endswith("truncate"):
+        weight = weight.clamp(low, high)
+    else:
+        weight = torch.where((weight < low) | (weight > high), 0.0, weight)
+    inputs = {
+        "advantages": of_trl(advantage),
+        "old_per_token_logps": of_trl(old),
+        "importance_sampling_ratio": weight,
+    }
+    options = {"use_vllm": True, "vllm_importance_sampling_correction": True}
+    wanted = trl_loss(trl.GRPOTrainer, draw, inputs, loss_type="bnpo", **CLIP, **options)
+    loss = losses.PolicyLoss(
+        surrogates.Clip(0.2, 0.3, float("inf")), kl="off", correction=Correction(mode, low, high)
+    )
+    compare_both(compare, mode, our_loss(draw, advantage, loss, 0.0, sampler), wanted)
+
+
+def test_the_tokens_of_highest_entropy(draw, compare):
+    trl = pytest.importorskip("trl")
+    mask, _, old, _, _, advantage = draw
+    entropy = np.random.default_rng(4).uniform(0, 3, old.shape).astype(np.float32)
+    inputs = {"advantages": of_trl(advantage), "old_per_token_logps": of_trl(old)}
+    selection = Selection("top_entropy", 0.2)
+    chosen = selection(jnp.asarray(mask), old, advantage, jnp.asarray(entropy), None)
+    cut = np.sort(entropy[mask])[-int(0.2 * mask.sum())]
+    wanted = trl_loss(
+        trl.GRPOTrainer,
+        draw,
+        inputs,
+        loss_type="bnpo",
+        top_entropy_quantile=0.2,
+        # TRL interpolates between two tokens.
+        get_high_entropy_mask=lambda entropies, mask, _: (entropies >= cut) & mask.bool(),
+        entropies=of_trl(entropy),
+        **CLIP,
+    )
+    loss = losses.PolicyLoss(surrogates.Clip(0.2, 0.3, float("inf")), kl="off", selection=selection)
+    found = our_loss(draw, advantage, loss, 0.0, selected=chosen)
+    compare_both(compare, "tokens of highest entropy", found, wanted)
+
+
+def test_gdpo_advantages(draw, compare):
+    """TRL's "normalize_then_sum", lines within a method: written out again in torch."""
+    rewards = draw[4]
+    terms = {"right": rewards, "formed": np.roll(rewards, 1, axis=0) ** 2}
+    weights, epsilon = {"right": 0.8, "formed": 0.2}, 1e-4
+    total = torch.zeros(B, G)
+    for name, weight in weights.items():
+        each = torch.tensor(terms[name])
+        mean, std = each.mean(1, keepdim=True), each.std(1, keepdim=True)
+        # Where all are equal, a rounding error of the mean is all that these have.
+        scaled = torch.where(std > 1e-6, (each - mean) / (std + epsilon), 0.0)
+        total += weight * scaled
+    wanted = (total - total.mean()) / (total.std() + epsilon)
+    given = advantages.RewardTerms(
+        jnp.zeros((B, G)), {name: jnp.asarray(x) for name, x in terms.items()}, weights
+    )
+    found = advantages.gdpo(given, std="sample", epsilon=epsilon)
+    compare("TRL's GDPO advantage", found, wanted.numpy(), 1e-5)
 
 
 def test_overlong_penalty(compare):

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.rl import kl, losses
-from emor3_jax.rl.losses import Clip, GroupRatio, ImitationLoss, PolicyLoss, SequenceRatio, Tokens
+from emor3_jax.rl import kl, losses, surrogates
+from emor3_jax.rl.correction import Correction
+from emor3_jax.rl.losses import ImitationLoss, PolicyLoss
+from emor3_jax.rl.selection import Selection
+from emor3_jax.rl.surrogates import Clip, GroupRatio, SequenceRatio, Tokens
 
 MASK = jnp.asarray([[[1, 1, 1, 0], [1, 0, 0, 0]]], bool)
 
@@ -19,7 +22,7 @@ NO_KL = PolicyLoss(Clip(), kl="off")
 
 def policy_loss(logprobs, old, advantages, weights, *, loss=NO_KL, ref=None, kl_coef=None):
     """Loss and metrics of given arrays."""
-    tokens = Tokens(logprobs, old=old, ref=ref, advantages=advantages, weights=weights)
+    tokens = Tokens(logprobs, old, sampler=old, ref=ref, advantages=advantages, weights=weights)
     return loss(tokens, kl_coef)
 
 
@@ -163,7 +166,7 @@ def test_ratio_of_a_response_by_hand():
     np.testing.assert_allclose(jnp.exp(found), [[[4 ** (1 / 3)], [4.0]]], rtol=1e-5)
     assert log_ratio(old + moved, old, MASK, Clip()).shape == MASK.shape
     with pytest.raises(KeyError, match="batch"):
-        losses.SURROGATES["batch"]
+        surrogates.SURROGATES["batch"]
 
 
 def test_ratio_to_the_group_by_hand():
@@ -222,10 +225,15 @@ def test_kl_of_the_loss_is_a_choice(name, value):
 
 @pytest.mark.parametrize(
     ("mean", "ratio"),
-    [("token", "token"), ("seq", "sequence"), ("seq", "group"), ("constant",) * 2],
+    [
+        *(("token", name) for name in ("clip", "cispo", "sapo", "dppo_tv", "dppo_kl", "ipo")),
+        *(("seq", name) for name in ("gspo", "gepo", "gmpo")),
+        ("constant", "clip"),
+    ],
 )
 def test_parts_of_a_batch_add_up(mean, ratio):
-    surrogate = losses.SURROGATES["token" if ratio == "constant" else ratio](0.2, 0.3, 3.0)
+    kind = surrogates.SURROGATES[ratio]
+    surrogate = kind(*(0.2, 0.3, 3.0)[: len(kind.fields)])
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     lengths = rng.integers(1, 6, (6, 4, 1))
@@ -279,7 +287,8 @@ def test_losses_are_static_arguments():
         PolicyLoss(Clip(0.2, 0.3, 3.0), "k3"),
         ImitationLoss(mean="token"),
     }
-    assert len({type_(1.0, math.inf, 3.0) for type_ in losses.SURROGATES.values()}) == 3
+    kinds = surrogates.SURROGATES.values()
+    assert len({kind(*(1.0, math.inf, 3.0)[: len(kind.fields)]) for kind in kinds}) == len(kinds)
     x = jnp.log(jnp.full((1, 1, 1), 1.5))
     loss = jax.jit(policy_loss, static_argnames="loss")
     for surrogate, wanted in (
@@ -341,3 +350,76 @@ def test_imitation_by_hand():
         per_token = wanted if mean == "seq" else 7 / 4
         assert summary["perplexity"] == pytest.approx(np.exp(per_token), rel=1e-5)
         assert summary["loss"] == found
+
+
+FOUR = jnp.log(jnp.float32([[[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]]))
+RATIOS = jnp.float32([[[1.0, 1.1, 0.9, 1.0], [0.5, 0.4, 0.5, 1.0]]])
+WHOLE = jnp.full((1, 2, 4), 1 / 8)
+
+
+def masked(loss, **arrays):
+    """Loss and metrics of two responses, a good and a bad one, of four tokens each."""
+    given = {"sampler": FOUR, "ref": FOUR, "advantages": jnp.float32([[1, -1]]), "weights": WHOLE}
+    return loss(Tokens(FOUR + jnp.log(RATIOS), FOUR, **{**given, **arrays}), 0.5)
+
+
+def test_bad_responses_far_off_the_policy_are_left_out():
+    """The bad one has become less likely by 0.57 nats a token."""
+    without = PolicyLoss(Clip(1.0, math.inf, math.inf), kl="off")
+    total, metrics = masked(without)
+    assert "off_policy_masked" not in metrics
+    found, metrics = masked(replace(without, off_policy=0.5))
+    assert metrics["off_policy_masked"] == pytest.approx(0.5)
+    # What is left is the good one: minus the sum of its ratios.
+    assert found == pytest.approx(-4.0 / 8) and total == pytest.approx((-4.0 + 2.4) / 8)
+    assert masked(replace(without, off_policy=0.7))[0] == total
+    # The same response as a good one stays.
+    swapped = masked(replace(without, off_policy=0.5), advantages=jnp.float32([[-1, 1]]))
+    assert swapped[1]["off_policy_masked"] == 0
+
+
+def test_the_kl_is_multiplied_by_the_ratio():
+    advantages = jnp.zeros((1, 2))
+    plain = PolicyLoss(Clip(), kl="k3")
+    each = 1 / RATIOS - 1 + jnp.log(RATIOS)
+    found, metrics = masked(plain, advantages=advantages)
+    assert found == pytest.approx(0.5 * float(each.mean()), rel=1e-5)
+    found, weighed = masked(replace(plain, kl_ratio=True), advantages=advantages)
+    assert found == pytest.approx(0.5 * float((RATIOS * each).mean()), rel=1e-5)
+    assert weighed["kl"] != metrics["kl"]
+
+
+def test_selected_tokens_by_hand():
+    selected = jnp.asarray([[[1, 0, 0, 0], [0, 1, 0, 0]]], bool)
+    loss = PolicyLoss(Clip(1.0, math.inf, math.inf), kl="off")
+    each = -jnp.float32([[[1], [-1]]]) * RATIOS
+    for kind, wanted in (
+        ("top_entropy", (each * selected).sum() / 8),
+        ("clip_cov", (each * ~selected).sum() / 8),
+        ("kl_cov", (each + 2 * selected * jnp.abs(jnp.log(RATIOS))).sum() / 8),
+    ):
+        chosen = replace(loss, selection=Selection(kind, 0.25, coef=2.0))
+        found, metrics = masked(chosen, selected=selected)
+        assert found == pytest.approx(float(wanted), rel=1e-5), kind
+        assert metrics["selected"] == pytest.approx(0.25)
+        with pytest.raises(ValueError, match=r"tokens\.selected"):
+            masked(chosen)
+
+
+def test_the_correction_weighs_the_surrogate_but_not_the_kl():
+    sampler = FOUR - jnp.log(2.0)
+    loss = PolicyLoss(Clip(1.0, math.inf, math.inf), kl="k3")
+    kl = 0.5 * float((1 / RATIOS - 1 + jnp.log(RATIOS)).mean())
+    plain, _ = masked(loss, sampler=sampler)
+    found, _ = masked(replace(loss, correction=Correction("token_truncate")), sampler=sampler)
+    assert found == pytest.approx(kl + 2 * (float(plain) - kl), rel=1e-5)
+    masking = replace(loss, correction=Correction("token_mask", 0.5, 1.5))
+    found, metrics = masked(masking, sampler=sampler)
+    assert found == pytest.approx(kl, rel=1e-5) and metrics["correction_masked"] == 1
+
+
+def test_groups_without_variance_have_no_part_in_the_loss():
+    mask, ended = jnp.ones((2, 2, 3), bool), jnp.ones((2, 2), bool)
+    loss = PolicyLoss(Clip(), mask_equal=True)
+    weights = loss.weights(mask, ended, jnp.asarray([True, False]))
+    np.testing.assert_allclose(weights, np.float32([[[0] * 3] * 2, [[1 / 6] * 3] * 2]))

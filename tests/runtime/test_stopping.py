@@ -93,6 +93,9 @@ def test_a_signal_at_any_moment_keeps_the_last_finished_step(
     assert said in printed
     # No process complained of what it was told.
     assert "Traceback" not in printed and "KeyboardInterrupt" not in printed
+    # Nor does anything of the workers stay behind.
+    assert "leaked" not in printed
+    assert "asked to stop: what is under way is finished and saved" in printed
     if logged is None:
         assert not (workdir / "metrics.jsonl").exists() and not saved
     else:
@@ -138,6 +141,26 @@ def test_a_request_is_heard_between_pieces_of_work(stop):
     assert eventually(lambda: stop.requested)
     with pytest.raises(Stopped):
         stop.check()
+
+
+def test_a_closed_terminal_is_a_request_to_stop_however_often_it_says_so(stop, capsys):
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert eventually(lambda: "asked to stop" in capsys.readouterr().err)
+    with pytest.raises(Stopped):
+        stop.check()
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        listening = StopSignal(300.0)
+        listening.listen()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        listening.restore()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_that_a_library_has_taken_is_taken_back(stop):

@@ -80,7 +80,7 @@ def refill(config: ConfigDict) -> None:
     config.rollout.slots, config.rollout.refill, config.rollout.block = 2, 1, 4
     config.reflect.soft = True
     config.policy_update.old_logprobs = "recompute"
-    config.policy_update.ratio, config.policy_update.mean = "sequence", "seq"
+    config.policy_update.surrogate, config.policy_update.mean = "gspo", "seq"
     config.policy_update.clip_low = config.policy_update.clip_high = 0.01
     config.reference.kind, config.reference.decay = "average", 0.5
     config.policy.freeze_vision_tower = True

@@ -43,7 +43,15 @@ from emor3_jax.data.generic import in_test
 from emor3_jax.data.labels import label_set, normalize
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.errors import UserError
-from emor3_jax.files import is_file, is_folder, leaves_folder, open_regular, read_json
+from emor3_jax.files import (
+    expand_user,
+    is_file,
+    is_folder,
+    leaves_folder,
+    open_regular,
+    read_json,
+    show,
+)
 from emor3_jax.models.images import MAX_IMAGE_BYTES, open_image, upright_size
 
 logger = logging.getLogger(__name__)
@@ -345,12 +353,12 @@ def check_root(builder: type[Builder], path: str | Path) -> Path:
     Raises:
       DataError: if there is none, with the instructions to get it.
     """
-    root = Path(path).expanduser().resolve()
+    root = expand_user(path)
     if not path or not is_folder(root):
         raise DataError(
-            f"path={str(path)!r}: there is no such folder. {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+            f"path={show(path)!r}: there is no such folder. {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
         )
-    return root
+    return root.resolve()
 
 
 def build_dataset(
@@ -392,7 +400,13 @@ def build_dataset(
 
 def read_notes(built: Builder) -> dict[str, list[str]]:
     """Returns kind of `checks.FAULTS` or `NOTES` → what was found when a data set was built."""
-    return json.loads((Path(built.data_dir) / "checks.json").read_text())
+    return _read_checks(Path(built.data_dir) / "checks.json")
+
+
+def _read_checks(path: Path) -> dict[str, list[str]]:
+    return read_json(
+        path, lambda why: DataError(f"{why}; delete {path.parent}, and it is built again"), dict
+    )
 
 
 @contextlib.contextmanager
@@ -423,7 +437,7 @@ def _quiet() -> Iterator[None]:
 @functools.cache
 def _log_once(name: str, checks: Path) -> None:
     """Says what the checks found, once in a process however many splits are opened."""
-    log(name, json.loads(checks.read_text()))
+    log(name, _read_checks(checks))
 
 
 def scan_folder(builder: type[Builder], root: Path, checks: Checks) -> dict[str, list[Found]]:

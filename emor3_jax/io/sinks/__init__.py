@@ -17,6 +17,9 @@ class Sink(Protocol):
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Writes the values of a step; None stands for a number that is not finite."""
 
+    def amend(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Adds values to those of the step that was written last, maybe by an earlier start."""
+
     def close(self) -> None:
         """Releases what is open."""
 

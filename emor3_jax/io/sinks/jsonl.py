@@ -28,10 +28,13 @@ class JsonLinesSink:
                     continue
             after = "".join(line + "\n" for line in kept)
             if after != before:
-                # Beside it first: on a full disk the old file stays whole.
-                beside = self._path.with_suffix(".jsonl.new")
-                beside.write_text(after)
-                beside.replace(self._path)
+                self._replace(after)
+
+    def _replace(self, text: str) -> None:
+        # Beside it first: on a full disk the old file stays whole.
+        beside = self._path.with_suffix(".jsonl.new")
+        beside.write_text(text)
+        beside.replace(self._path)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends one object: `step` and the values, None as null."""
@@ -39,6 +42,15 @@ class JsonLinesSink:
         # be taken away at any step.
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def amend(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Adds values to the last line; to a new one, if that is of another step."""
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        row = json.loads(lines[-1]) if lines else {}
+        if row.get("step") == step:
+            self._replace("".join(lines[:-1]) + json.dumps(row | values) + "\n")
+        else:
+            self.write(step, values)
 
     def close(self) -> None:
         """Does nothing: the file is closed after each step."""

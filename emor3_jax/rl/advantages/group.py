@@ -1,27 +1,4 @@
-"""Advantage estimators: rewards relative to a baseline of the group or of the batch.
-
-`estimate(name, …)` looks up one of `ESTIMATORS` by its name in the config:
-
-| name | advantage of response i | paper |
-|---|---|---|
-| grpo | `(R_i - mean) / (std + ε)`, mean and std of the group | arXiv 2402.03300 |
-| dr_grpo | `R_i - mean` | arXiv 2503.20783 |
-| rloo | `R_i - mean of the others of the group` | arXiv 2402.14740 |
-| reinforce_pp | `(R_i - mean) / (std + ε)`, mean and std of the batch | arXiv 2501.03262 |
-| reinforce_pp_baseline | `(R_i - group mean) / (std + ε)`, batch std of the numerator | the same |
-| remax | `R_i - R of the greedy response` | arXiv 2310.10505 |
-
-Deviations, numbered:
- 1. The paper divides by the population standard deviation, the release by the sample standard
-    deviation (ddof 1); `std` selects one, set by the profile. Both use the release's ε = 1e-6.
- 2. A KL penalty in the reward is one number per response (`kl.penalty`), so REINFORCE++ also gives
-    all tokens of a response the same advantage; its paper subtracts from each token's only the
-    KL from that token on.
- 3. Batch statistics are over all prompts of a step, not over those of one update.
-"""
-
-from collections.abc import Callable
-from typing import NamedTuple
+"""Advantages from combined rewards: relative to a baseline of the group or of the batch."""
 
 import chex
 import jax
@@ -136,73 +113,6 @@ def remax(rewards: jax.Array, greedy: jax.Array) -> jax.Array:
     """
     chex.assert_shape(greedy, (rewards.shape[0], 1))
     return rewards - greedy
-
-
-class RewardTerms(NamedTuple):
-    """Rewards of a step, combined and by term.
-
-    Attributes:
-      rewards: float32[B, G], the combined rewards after shaping.
-      terms: float32[B, G] each, by name, before they are weighted; `overall` is among them, which
-        has no weight.
-      weights: weight of each term in the combined reward before shaping.
-      greedy: float32[B, 1], combined reward of a greedy response to each prompt; None unless the
-        estimator needs it.
-    """
-
-    rewards: jax.Array
-    terms: dict[str, jax.Array]
-    weights: dict[str, float]
-    greedy: jax.Array | None = None
-
-
-class Estimator(NamedTuple):
-    """An advantage estimator and its requirements.
-
-    Attributes:
-      function: `RewardTerms` → advantages, float32[B, G].
-      responses: the smallest G for which it is not always 0.
-      std: `function` takes the keyword `std`, see `grpo`.
-      greedy: needs the reward of one greedy response to each prompt.
-    """
-
-    function: Callable[..., jax.Array]
-    responses: int = 1
-    std: bool = False
-    greedy: bool = False
-
-
-def _combined(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Adapts an estimator of the combined rewards alone to `RewardTerms`."""
-    return lambda rewards, **options: function(rewards.rewards, **options)
-
-
-ESTIMATORS = {
-    "grpo": Estimator(_combined(grpo), std=True),
-    "dr_grpo": Estimator(_combined(dr_grpo), responses=2),
-    "rloo": Estimator(_combined(rloo), responses=2),
-    "reinforce_pp": Estimator(_combined(reinforce_pp)),
-    "reinforce_pp_baseline": Estimator(_combined(reinforce_pp_baseline), responses=2),
-    "remax": Estimator(lambda rewards: remax(rewards.rewards, rewards.greedy), greedy=True),
-}
-"""Name in the config → estimator."""
-
-
-def estimate(name: str, rewards: RewardTerms, *, std: str = "population") -> jax.Array:
-    """Returns the advantages by a named estimator, float32[B, G].
-
-    Args:
-      name: one of `ESTIMATORS`.
-      rewards: of all responses of a step.
-      std: see `grpo`; other estimators ignore it.
-
-    Raises:
-      ValueError: if G is too small for the estimator, or it needs greedy rewards and has none.
-    """
-    estimator = ESTIMATORS[name]
-    if estimator.greedy and rewards.greedy is None:
-        raise ValueError(f"{name} needs the rewards of greedy responses, got None")
-    return estimator.function(rewards, **({"std": std} if estimator.std else {}))
 
 
 def all_equal(rewards: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

@@ -9,8 +9,11 @@ from emor3_jax.rl import advantages
 
 
 def combined(rewards, greedy=None):
-    """Rewards without separate terms."""
-    return advantages.RewardTerms(rewards, {}, {}, greedy)
+    """Rewards of one term, of responses of one length."""
+    lengths = jnp.ones(rewards.shape, jnp.int32)
+    return advantages.RewardTerms(
+        rewards, {"accuracy": rewards}, {"accuracy": 1.0}, greedy, lengths
+    )
 
 
 def test_population_and_sample_by_hand():
@@ -120,6 +123,7 @@ def test_every_estimator_gives_nothing_where_nothing_differs(name):
 
 def test_the_least_number_of_responses_is_what_the_config_is_told():
     for estimator in advantages.ESTIMATORS.values():
+        # Of one response each, a mean over the batch is left.
         rewards = jnp.float32([[0.0] * estimator.responses, [1.0] * estimator.responses])
         rewards = rewards.at[0, 0].set(0.5)
         greedy = jnp.zeros((2, 1)) if estimator.greedy else None
