@@ -31,7 +31,7 @@ from emor3_jax.evaluation.comparison import (
     step_of,
     to_json,
 )
-from emor3_jax.files import read_json
+from emor3_jax.files import read_text
 from emor3_jax.io import comparison
 from emor3_jax.io.comparison import Compared
 from emor3_jax.io.console import Console
@@ -125,7 +125,8 @@ def _images(
         if config is None:
             continue
         try:
-            return _finder(_open(read_json(config, DataError, dict), name))
+            # The package's own file, which may hold what strict JSON has not: Infinity.
+            return _finder(_open(json.loads(read_text(config, DataError)), name))
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"{config}: {error}"
     say(f"images of {name} are not shown: {why}")

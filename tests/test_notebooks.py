@@ -72,6 +72,7 @@ def settings(tmp_path_factory) -> dict:
         "policy_update.micro_prompts": 1,
         "policy_update.response_lengths": (8,),
         "evaluate.prompts": 4,
+        "evaluate.likelihood": False,
         "evaluate.sets.shifted.labels": "mikels8",
         "reward.table_cache": str(folder / "tables"),
         "log.compile_cache": os.environ.get("JAX_COMPILATION_CACHE_DIR", ""),
