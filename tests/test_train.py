@@ -368,8 +368,8 @@ def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
     workdir = folder / "signalled"
     data = prepare.open_data
 
-    def open_and_signal(*args):
-        opened = data(*args)
+    def open_and_signal(*args, **options):
+        opened = data(*args, **options)
         following = type(opened.train).__next__
 
         class Signalling(type(opened.train)):

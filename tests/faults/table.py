@@ -1,4 +1,4 @@
-"""The table of faults: `make faults`, or `python -m tests.faults [--only PART] [--seed SEED]`.
+"""The table of faults: `make faults`, or `python -m tests.faults [--only PART,PART] [--seed SEED]`.
 
 Each row is one kind of fault. A run survives it if, started again, it has the same parameters,
 metrics, events, predictions and checkpoints as a run left alone, byte by byte but for times and
@@ -192,7 +192,7 @@ def _wait_for(path: Path, seconds: float = 300.0) -> None:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Tries faults.")
-    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--only", default="", help="rows with one of these parts of names: a,b")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     given = parser.parse_args()
     logging.getLogger("emor3_jax").setLevel(logging.ERROR)
@@ -203,7 +203,9 @@ def main() -> None:
             trials.leave_alone()
         print("| fault | tried | survived | steps taken again |\n|---|---:|---:|---|", flush=True)
         table = Table(trials, given.seed)
-        rows = [row for row in table.rows() if given.only in row.name]
+        rows = [
+            row for row in table.rows() if any(part in row.name for part in given.only.split(","))
+        ]
         for row, tries in [(row, table.begin(row)) for row in rows]:
             failed += _print_row(row.name, tries)
     took = time.monotonic() - started

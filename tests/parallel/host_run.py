@@ -42,8 +42,8 @@ def make_config(folder: Path, steps: int) -> ConfigDict:
 def interrupted(number: int) -> Callable:
     """Returns an `open_data` that sends this process SIGTERM when the n-th batch is asked for."""
 
-    def opened(*args):
-        data = _OPEN_DATA(*args)
+    def opened(*args, **options):
+        data = _OPEN_DATA(*args, **options)
         following = type(data.train).__next__
 
         class Signalling(type(data.train)):
