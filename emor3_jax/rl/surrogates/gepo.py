@@ -1,4 +1,9 @@
-"""GEPO: a response's probability over what its group expects (arXiv 2508.17850)."""
+"""GEPO: a response's probability over what its group expects (arXiv 2508.17850).
+
+Deviations, numbered:
+ 1. The ratio follows the paper's listing; its denominator is an expectation over the responses to
+    one prompt, computed in log space so that small probabilities do not underflow.
+"""
 
 import math
 from dataclasses import dataclass
