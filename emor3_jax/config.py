@@ -191,6 +191,9 @@ def default() -> ConfigDict:
     config.reflect = ConfigDict()
     # False is plain GRPO: no reflection is asked, and its weight goes as the profile says.
     config.reflect.enabled = True
+    # Who is asked: "policy", itself; "reference", from which the KL is measured; or the folder or
+    # hub id of another policy of the same family and tokens.
+    config.reflect.judge = "policy"
     # Beyond the method: score replies by their likelihood, in one pass, instead of sampling one.
     config.reflect.soft = False
     config.reflect.temperature = 0.6
@@ -351,6 +354,9 @@ def default() -> ConfigDict:
     config.evaluate.checkpoint = ""
     # Ask both reflections here even where `reflect.enabled` is false, for the metrics of reasoning.
     config.evaluate.reflect = False
+    # Who is asked here; "" is who is asked in training. With "reference", what is measured before
+    # and after training is judged alike.
+    config.evaluate.judge = ""
     # Also weigh all labels behind each response's own reasoning: a confidence of its answer
     # (docs/evaluation.md), for one more pass over prompts and responses. Not every
     # `evaluate.every` steps.

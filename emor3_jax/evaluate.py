@@ -23,7 +23,7 @@ from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.runtime import cli, job
-from emor3_jax.runtime.restore import load_evaluated
+from emor3_jax.runtime.restore import load_evaluated, load_judge_of_evaluation
 
 
 def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
@@ -41,6 +41,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
     check_batches(mesh, config, ("evaluate",))
     policy = load_evaluated(config, say, mesh)
     data = prepare.open_data(config, policy, mesh)
+    judge = load_judge_of_evaluation(config, policy, say, mesh)
     results = {}
     for name, batches in data.evaluate.items():
         say(f"evaluating on {name}")
@@ -58,6 +59,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
                 extras=Extras(
                     prepare.make_label_likelihood(config, rollout),
                     prepare.stated_values(config, data.sources[name]),
+                    judge,
                 ),
             )
     results = with_groups(results, config.evaluate.groups)
@@ -65,6 +67,7 @@ def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
         job.write_config(config, workdir / "predictions" / "config.json")
         images = {name: data.image(name) for name in data.evaluate}
         title = f"Evaluation of {config.evaluate.checkpoint or config.policy.path}"
+        title += report.judged_by(prepare.judge_names(config)[1])
         report.write_report(workdir, title, {}, results, images)
     for line in report.before_after_table({}, results).splitlines():
         say(line)

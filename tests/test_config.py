@@ -389,6 +389,15 @@ TOGETHER = [
     ),
     ({"policy_update.kl": "k1"}, "policy_update.kl_place='loss'"),
     ({"policy_update.surrogate": "gmpo"}, "policy_update.mean='token'"),
+    (
+        {
+            "reflect.judge": "reference",
+            "reference.kind": "none",
+            "policy_update.kl": "off",
+        },
+        "reference.kind='none'",
+    ),
+    ({"evaluate.judge": "somebody"}, "evaluate.judge='somebody'"),
     ({"policy_update.correction": "token_mask"}, "policy_update.old_logprobs='sampler'"),
     ({"policy_update.correction_low": 3.0}, "policy_update.correction_high=2.0"),
     ({"policy_update.select": "top_entropy"}, "policy_update.old_logprobs"),

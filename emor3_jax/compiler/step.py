@@ -14,6 +14,7 @@ Assumptions, numbered:
  5. All evaluation sets have as many labels as the training set.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from emor3_jax.data.labels import label_set
 from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora
+from emor3_jax.models.params import cast_matrices
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel.program import (
     Program,
@@ -39,6 +41,7 @@ from emor3_jax.parallel.program import (
     switched,
     whole,
 )
+from emor3_jax.prepare.shapes import read_policy_shapes
 from emor3_jax.rewards.automaton import Automaton
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.reward import Reward
@@ -46,6 +49,7 @@ from emor3_jax.rewards.spans import SpanTables
 from emor3_jax.rewards.tables import Tables
 from emor3_jax.rl.advantages import ESTIMATORS, RewardTerms
 from emor3_jax.rl.update import TrainState
+from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.label_likelihood import LabelLikelihood
 from emor3_jax.rollout.likelihood import Candidates
 from emor3_jax.rollout.reflect import PromptedQuestion, Reflection
@@ -93,15 +97,16 @@ def step_programs(
     if reference is base and learner.lora is None:
         # The state is donated to updates, so such a reference is a copy of it.
         reference = as_params(mesh, reference)
+    judge, evaluation_judge = (maker.judge(name, reference) for name in prepare.judge_names(config))
     kept = {
-        "parameters": [base, state.params, reference],
+        "parameters": [base, state.params, reference, *maker.judges],
         "optimizer": state.opt_state,
         "data": [batch, rollout.scorer.tables],
     }
     params = yield from along(learner.merge_programs(state), kept)
     # Merged kernels lie beside base and adapters while responses are sampled and scored.
     sampling = {**kept, "parameters": [*kept["parameters"], params]}
-    experience = yield from along(rollout.programs(params, batch, key), sampling)
+    experience = yield from along(rollout.programs(params, batch, key, judge), sampling)
     if config.rollout.resample:
         args = (experience.rewards,)
         yield from along(single(Program("compare_groups", compare_groups, args)), sampling)
@@ -122,7 +127,7 @@ def step_programs(
     yield from along(along(updates, found), kept)
     evaluated = maker.batch(config.evaluate.prompts)
     kept = {**sampling, "data": [evaluated, following, rollout.scorer.tables]}
-    evaluation = maker.rollout(training=False).programs(params, evaluated, key)
+    evaluation = maker.rollout(training=False).programs(params, evaluated, key, evaluation_judge)
     answered = yield from along(evaluation, kept, "evaluate")
     if config.evaluate.likelihood:
         weighed = maker.label_likelihood().programs(params, evaluated, answered.samples)
@@ -138,6 +143,7 @@ class _Maker:
     ) -> None:
         dtype = jnp.dtype(config.policy.dtype)
         self.mesh, self.config, self.texts = mesh, config, texts
+        self._judges: dict[str, Judge] = {}
         self.policy = policy.with_compute(dtype=dtype)
         self.labels = len(label_set(config.data.train.labels or prepare.PARQUET_LABELS))
         self.suppressed = whole(mesh, jax.ShapeDtypeStruct((policy.shapes.vocab_size,), bool))
@@ -203,6 +209,35 @@ class _Maker:
             prepare.evaluation_plan(c),
             num_shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
         )
+
+    def judge(self, name: str, reference: Any) -> Judge | None:
+        """Returns who is asked about responses with abstract arrays; None for the policy.
+
+        Args:
+          name: of `config.judge_names`.
+          reference: its parameters, abstract.
+        """
+        if name == "policy":
+            return None
+        if name == "reference":
+            return Judge(self.policy, reference, self.suppressed)
+        if name not in self._judges:
+            own = ConfigDict(self.config.to_dict())
+            own.policy.path = name
+            policy, compute = read_policy_shapes(own)[0], self.policy.compute
+            policy = dataclasses.replace(policy, compute=compute)
+            params = jax.eval_shape(
+                partial(cast_matrices, dtype=self.policy.dtype), policy.param_shapes()
+            )
+            suppressed = jax.ShapeDtypeStruct((policy.shapes.vocab_size,), bool)
+            params = as_params(self.mesh, params)
+            self._judges[name] = Judge(policy, params, whole(self.mesh, suppressed))
+        return self._judges[name]
+
+    @property
+    def judges(self) -> list[Any]:
+        """Abstract parameters of the judges beside policy and reference."""
+        return [judge.params for judge in self._judges.values()]
 
     def label_likelihood(self) -> LabelLikelihood:
         """Returns what weighs the labels in evaluation, with two spellings of each."""

@@ -43,6 +43,7 @@ from emor3_jax.evaluation.readings import (
 from emor3_jax.evaluation.records import Evaluation, Sample, prediction, read_sample
 from emor3_jax.parallel import hosts
 from emor3_jax.rewards.scorer import Scorer
+from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.types import Batch, Experience, Samples
 
@@ -54,10 +55,12 @@ class Extras(NamedTuple):
       likelihood: (params, batch, samples) → float32[B, G, K], the share of each label in the
         likelihood of all behind a response's own reasoning (`rollout.label_likelihood`).
       values: row id → name, such as valence → the true value of a number that the prompt asks for.
+      judge: who is asked about the responses; None asks the policy.
     """
 
     likelihood: Callable[[dict, Batch, Samples], jax.Array] | None = None
     values: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    judge: Judge | None = None
 
 
 def evaluate(
@@ -90,12 +93,12 @@ def evaluate(
     columns: dict[str, list[np.ndarray]] = {}
     samples: list[Sample] = []
     labels, responses = rollout.scorer.labels, range(rollout.group_size)
-    likelihood, values = extras or Extras()
+    likelihood, values, judge = extras or Extras()
     # Training folds its step into the same seed: one more number keeps the two apart.
     noise = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     for index, (batch, ids) in enumerate(batches):
         batch = put(batch)
-        found = rollout(params, batch, jax.random.fold_in(noise, index))
+        found = rollout(params, batch, jax.random.fold_in(noise, index), judge=judge)
         likely = likelihood(params, batch, found.samples) if likelihood else None
         found = found._replace(batch=None, rewards=None)
         # Of all hosts, on each of them.

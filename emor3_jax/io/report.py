@@ -94,6 +94,11 @@ def write_samples(
     path.write_text(page, encoding="utf-8")
 
 
+def judged_by(judge: str) -> str:
+    """Returns who is asked about responses in evaluation, behind a title; "" for the policy."""
+    return "" if judge == "policy" else f", reflections asked of {judge}"
+
+
 def write_report(
     workdir: Path,
     title: str,

@@ -16,6 +16,7 @@ from emor3_jax.prepare.data import (
     open_source,
     stated_values,
 )
+from emor3_jax.prepare.judge import Judges, judge_names, keeps_reference, load_judge
 from emor3_jax.prepare.policy import (
     attention_backend,
     decode_backend,
@@ -43,13 +44,17 @@ from emor3_jax.prepare.rollout import (
 __all__ = [
     "PARQUET_LABELS",
     "Data",
+    "Judges",
     "attention_backend",
     "check_reachable",
     "data_sets",
     "decode_backend",
     "ensure_policy",
     "evaluation_plan",
+    "judge_names",
+    "keeps_reference",
     "listed_labels",
+    "load_judge",
     "load_policy",
     "load_templates",
     "make_evaluation_rollout",

@@ -22,6 +22,7 @@ from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import param_shardings
+from emor3_jax.prepare.judge import judge_names, keeps_reference
 from emor3_jax.prepare.policy import make_lora, trained_params
 from emor3_jax.prepare.rollout import make_reward
 from emor3_jax.rl import entropy
@@ -49,7 +50,10 @@ def make_learner(
       imitate: supervised fine-tuning, which has no reference.
     """
     lora = make_lora(config, loaded.params)
-    reference = Reference({}, "none") if imitate else make_reference(config, loaded)
+    asked = judge_names(config)[1] == "reference"
+    # Fine-tuning has no KL, but its evaluations may ask what it started from.
+    kept = asked if imitate else keeps_reference(config)
+    reference = make_reference(config, loaded) if kept else Reference({}, "none")
     trained = trained_params(config, loaded.params)
     if lora is not None:
         trained = jax.device_put(jax.device_get(trained), param_shardings(trained, mesh))
@@ -79,7 +83,7 @@ def make_reference(config: ConfigDict, loaded: LoadedPolicy) -> Reference:
 def reference_settings(config: ConfigDict) -> dict[str, Any]:
     """Returns the arguments of `Reference` that the config names."""
     c = config.reference
-    if not uses_reference(config):
+    if not keeps_reference(config):
         return {"kind": "none"}
     # Rounded as each use of it would be; but an average would not move any more, and adapters
     # share their base.

@@ -31,6 +31,7 @@ from emor3_jax.models.lora import TOWER
 from emor3_jax.parallel.mesh import check_batch
 from emor3_jax.prepare.algorithm import make_surrogate
 from emor3_jax.prepare.data import PARQUET_LABELS, data_sets
+from emor3_jax.prepare.judge import judge_names
 from emor3_jax.prepare.profile import evaluation_sampling
 from emor3_jax.prepare.rollout import make_reward
 from emor3_jax.prepare.sources import check_kind
@@ -541,6 +542,22 @@ def _check_reference(config: ConfigDict, need: Callable[[bool, str, str], None])
     )
     kinds = ("frozen", "refresh", "average", "none")
     need(reference.kind in kinds, "reference.kind", f"must be one of {kinds}")
+    judges = dict(zip(("reflect.judge", "evaluate.judge"), judge_names(config), strict=True))
+    for field, judge in judges.items():
+        need(
+            judge != "reference" or reference.kind != "none",
+            field,
+            "is 'reference', but reference.kind='none' keeps none; set the kind to 'frozen', or "
+            "name another judge",
+        )
+        path = Path(judge)
+        known = judge in ("policy", "reference") or (path / "config.json").is_file()
+        need(
+            known or (not path.exists() and is_hub_id(judge)),
+            field,
+            "must be 'policy', 'reference', a Hugging Face folder with a config.json, or an id on "
+            "the hub ('owner/name')",
+        )
     need(
         reference.kind != "none" or not uses_reference(config),
         "reference.kind",

@@ -1,4 +1,4 @@
-"""The questions of the Reflective Emotional Reward, asked of the policy itself.
+"""The questions of the Reflective Emotional Reward, asked of the policy itself or of a judge.
 
 The judged text is the response's own tokens (`rewards.cut_spans`), put between a head and a tail
 that were tokenised once; nothing is decoded.
@@ -136,10 +136,10 @@ def reflect(
     """Asks all questions about each response.
 
     Args:
-      policy, params: the policy.
+      policy, params: who is asked.
       reflection: the questions and how to ask them.
       tables: of the label set, for the spans.
-      prompts: keys and values, `shared_length` and `shared_position` of the prompts.
+      prompts: its keys and values, `shared_length` and `shared_position` of the prompts.
       samples: the responses to these prompts.
       noise_of: PRNG key, and int32[B], index in the step of each prompt.
       suppressed: bool[V], ids never sampled.

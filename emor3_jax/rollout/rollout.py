@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from emor3_jax.models.cache import KV
 from emor3_jax.models.params import cast_for_decoding, weight_sync
@@ -35,6 +36,7 @@ from emor3_jax.parallel.program import (
 from emor3_jax.rewards.reward import score_jitted, shape_jitted
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rollout.engine import ALL_AT_ONCE, Engine, Finished, Plan
+from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.reflect import Reflection, reflect, reflect_programs
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.rollout.slots import Admission, prefix_layout
@@ -82,7 +84,12 @@ class Rollout:
     num_shards: int = 1
 
     def __call__(
-        self, params: dict, batch: Batch, key: jax.Array, clock: Clock | None = None
+        self,
+        params: dict,
+        batch: Batch,
+        key: jax.Array,
+        clock: Clock | None = None,
+        judge: Judge | None = None,
     ) -> Experience:
         """Samples `group_size` responses to each prompt, asks the questions, scores.
 
@@ -91,13 +98,16 @@ class Rollout:
           batch: B prompts on the devices.
           key: PRNG key.
           clock: told of each phase ("rollout", "reflect", "reward") and the arrays that end it.
+          judge: who is asked the questions; None asks the policy.
         """
         clock, greedy = clock or NoClock(), None
+        if judge is not None:
+            kind = judge.policy.dtype
+            judge = judge._replace(params=cast_for_decoding(judge.params, kind))
+        play = partial(self._play, params, batch, key, clock=clock, judge=judge)
         if self.greedy:
-            sampling = self.sampling._replace(temperature=0.0)
-            greedy = self._play(params, batch, key, self._engine(1, sampling), clock).rewards
-        engine = self._engine(self.group_size, self.sampling)
-        return self._play(params, batch, key, engine, clock)._replace(greedy=greedy)
+            greedy = play(self._engine(1, self.sampling._replace(temperature=0.0))).rewards
+        return play(self._engine(self.group_size, self.sampling))._replace(greedy=greedy)
 
     def respond(self, params: dict, batch: Batch, key: jax.Array) -> tuple[KV, Samples]:
         """Samples responses to each prompt at once; returns the prompts' keys and values too."""
@@ -112,6 +122,7 @@ class Rollout:
         batch: Batch,
         finished: Finished,
         key: jax.Array,
+        judge: Judge | None = None,
     ) -> Replies | ReplyProbs | None:
         """Asks the questions about responses; None if reflection is switched off.
 
@@ -120,49 +131,57 @@ class Rollout:
           batch: the prompts of the step.
           finished: some of its prompts, or all, with their responses.
           key: PRNG key.
+          judge: who is asked, its parameters cast; None asks the policy.
         """
         if self.reflection is None:
             return None
-        rows = np.asarray(finished.row, np.int32)
+        rows, prefix = np.asarray(finished.row, np.int32), finished.prefix
         shared = take((batch.shared_length, batch.shared_position), rows)
+        if judge is None:
+            judge = Judge(self.policy, params, self.suppressed)
+        else:
+            prefix = prefill(judge.params, take(batch, rows), policy=judge.policy)
         return reflect(
-            self.policy,
-            params,
+            judge.policy,
+            judge.params,
             self.reflection,
             self.scorer.tables,
-            (finished.prefix, *shared),
+            (prefix, *shared),
             finished.samples,
             (key, rows),
-            self.suppressed,
+            judge.suppressed,
         )
 
-    def programs(self, params: Any, batch: Batch, key: Any) -> Programs:
+    def programs(self, params: Any, batch: Batch, key: Any, judge: Judge | None = None) -> Programs:
         """Yields every jitted program of a call, at its largest shapes.
 
         Args:
           params: master parameters, abstract.
           batch: B prompts in the largest buckets, abstract.
           key: abstract PRNG key.
+          judge: who is asked the questions, its parameters abstract; None asks the policy.
 
         Returns:
           The abstract experience.
         """
         engine, greedy = self._engine(self.group_size, self.sampling), None
+        play, alive = partial(self._experience_programs, params, batch, key), {}
+        if judge is not None:
+            sync = _sync_programs(mesh_of(batch), judge.params, judge.policy)
+            judge = judge._replace(params=(yield from along(sync, {}, "judge")))
+            alive["parameters"] = judge.params
         if self.greedy:
             one = self._engine(1, self.sampling)
-            baseline = yield from along(
-                self._experience_programs(params, batch, key, one), {}, "greedy"
-            )
+            baseline = yield from along(play(one, judge), alive, "greedy")
             greedy = baseline.rewards
-        experience = yield from self._experience_programs(params, batch, key, engine)
+        experience = yield from along(play(engine, judge), alive)
         return experience._replace(greedy=greedy)
 
-    def _experience_programs(self, params: Any, batch: Batch, key: Any, engine: Engine) -> Programs:
+    def _experience_programs(
+        self, params: Any, batch: Batch, key: Any, engine: Engine, judge: Judge | None
+    ) -> Programs:
         mesh, prompts = mesh_of(batch), len(batch.last_token)
-        kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-        if kinds != {jnp.dtype(self.policy.dtype)} or mesh.size > 1:
-            args = params, jnp.dtype(self.policy.dtype)
-            params = yield Program("weight_sync", weight_sync, args)
+        params = yield from _sync_programs(mesh, params, self.policy)
         alive = {"parameters": params}
         refill = engine.sizes(prompts)[1]
         waves = prompts // refill
@@ -194,15 +213,23 @@ class Rollout:
             shared = part.shared_length, part.shared_position
             every_shared = (batch.shared_length, batch.shared_position), rows
             shared = yield Program("take", take_rows, every_shared, {}, alive, calls=waves)
+            if judge is None:
+                judge = Judge(self.policy, params, self.suppressed)
+            else:
+                args = (batch, rows)
+                wave = yield Program("judge.take", take_rows, args, {}, alive, calls=waves)
+                how, held = {"policy": judge.policy}, {**alive, "data": wave}
+                args = (judge.params, wave)
+                prefix = yield Program("judge.prefill", prefill, args, how, held, calls=waves)
             asked = reflect_programs(
-                self.policy,
-                params,
+                judge.policy,
+                judge.params,
                 self.reflection,
                 self.scorer.tables,
                 (prefix, *shared),
                 samples,
                 (key, rows),
-                self.suppressed,
+                judge.suppressed,
             )
             replies = yield from along(asked, alive, calls=waves)
         if waves > 1:
@@ -227,14 +254,21 @@ class Rollout:
         return Engine(self.policy, sampling, plan, group_size, self.num_shards, self.suppressed)
 
     def _play(
-        self, params: dict, batch: Batch, key: jax.Array, engine: Engine, clock: Clock
+        self,
+        params: dict,
+        batch: Batch,
+        key: jax.Array,
+        engine: Engine,
+        *,
+        clock: Clock,
+        judge: Judge | None,
     ) -> Experience:
         params = cast_for_decoding(params, self.policy.dtype)
         sampling_key, reflection_key = jax.random.split(key)
         found, rows = [], []
         for finished in self._sample(params, batch, sampling_key, engine):
             clock.mark("rollout", finished.samples)
-            replies = self.reflect(params, batch, finished, reflection_key)
+            replies = self.reflect(params, batch, finished, reflection_key, judge)
             clock.mark("reflect", replies)
             found.append((finished.samples, replies))
             rows.append(finished.row)
@@ -258,6 +292,15 @@ class Rollout:
                 yield Admission(rows, part.last_token, part.next_position, prefix)
 
         return engine.run(params, admissions(), prompts, key)
+
+
+def _sync_programs(mesh: Mesh, params: Any, policy: Policy) -> Programs:
+    """Yields the program of `cast_for_decoding`, if it does anything; returns its result."""
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    if kinds != {jnp.dtype(policy.dtype)} or mesh.size > 1:
+        args = params, jnp.dtype(policy.dtype)
+        params = yield Program("weight_sync", weight_sync, args)
+    return params
 
 
 @partial(jax.jit, static_argnames="policy")

@@ -16,6 +16,7 @@ from emor3_jax.learner.learner import Learner
 from emor3_jax.models import LoadedPolicy, load, read_config
 from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.rl.update import TrainState
+from emor3_jax.rollout.judge import Judge
 
 
 def load_evaluated(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> LoadedPolicy:
@@ -46,6 +47,24 @@ def load_evaluated(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -
     checkpoints.close()
     policy = prepare.with_attention(base.policy, config, mesh.devices.flat[0].platform)
     return LoadedPolicy(policy, params, base.processor)
+
+
+def load_judge_of_evaluation(
+    config: ConfigDict, policy: LoadedPolicy, say: Callable[[str], None], mesh: Mesh
+) -> Judge | None:
+    """Returns who is asked about the responses of an evaluation; None for the policy itself.
+
+    The reference is `policy.path`, which a checkpoint started from.
+
+    Raises:
+      ConfigError: if the judge reads other tokens or images than the policy.
+    """
+    name = prepare.judge_names(config)[1]
+    if name == "policy" or (name == "reference" and not config.evaluate.checkpoint):
+        return None
+    path = config.policy.path if name == "reference" else name
+    say(f"loading the judge {path}")
+    return prepare.load_judge(config, "evaluate.judge", path, policy, say, mesh)
 
 
 def restore_newest(

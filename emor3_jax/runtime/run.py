@@ -48,6 +48,7 @@ from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rl.update import TrainState
+from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job, replays
 from emor3_jax.runtime.guards import GuardError, Watch
@@ -178,6 +179,8 @@ class Run:
                 raise ConfigError("steps", config.steps, rule)
         self.say(f"loading the policy {config.policy.path}")
         self.policy = prepare.load_policy(config, self.say, self.mesh)
+        self._judges = prepare.Judges(config, self.policy, self.say, self.mesh)
+        self._learner: Learner | None = None
         self._stop.check()
         self.say("opening the data")
         self.data = prepare.open_data(config, self.policy, self.mesh, imitate=imitate)
@@ -294,6 +297,11 @@ class Run:
             self._save_finished()
         self._say_stopped()
 
+    @property
+    def judge(self) -> Judge | None:
+        """Who is asked about the responses of a step; None for the policy itself."""
+        return self._judges.of_training(self._learner)
+
     def put(self, batch: Batch) -> Batch:
         """Puts a batch of host arrays on the devices; that of the next step is there already."""
         if self._placed is not None and self._upcoming and batch is self._upcoming.batch:
@@ -322,7 +330,7 @@ class Run:
         Raises:
           ConfigError, LabelError: for labels that no response could earn.
         """
-        self._counters, self._rollout = counters, rollout
+        self._counters, self._rollout, self._learner = counters, rollout, learner
         if rollout is not None:
             prepare.check_reachable(rollout)
             self._meter = prepare.make_meter(self.config, rollout)
@@ -499,7 +507,13 @@ class Run:
         if hosts.is_first():
             (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
             images = {name: self.data.image(name) for name in names}
-            report.write_report(workdir, f"EMO-R3: {workdir.name}", before, after, images)
+            report.write_report(
+                workdir,
+                f"EMO-R3: {workdir.name}{report.judged_by(self._judges.evaluation)}",
+                before,
+                after,
+                images,
+            )
         save_whole(dataclasses.replace(self.policy, params=trained), workdir / "policy")
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
@@ -574,6 +588,7 @@ class Run:
         for name in names:
             extras = self._extras[name]
             extras = extras._replace(likelihood=None) if limit else extras
+            extras = extras._replace(judge=self._judges.of_evaluation(self._learner))
             path = self.workdir / "predictions" / f"{step:06d}" / f"{name}.jsonl"
             rows = self.data.evaluate[name]
             with prediction_file(path) as record:
