@@ -24,7 +24,7 @@ class _Rollout:
         self.keys: list[object] = []
         self.says = "7 7"
 
-    def __call__(self, params: dict, batch: Batch, key: object) -> Experience:
+    def __call__(self, params: dict, batch: Batch, key: object, judge: object = None) -> Experience:
         self.keys.append(key)
         shape = len(batch.answers), self.group_size
         tokens = np.full((*shape, 3), 7)
