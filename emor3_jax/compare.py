@@ -12,7 +12,6 @@ predictions.
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,12 @@ from emor3_jax.evaluation.comparison import (
     step_of,
     to_json,
 )
-from emor3_jax.files import read_text
+from emor3_jax.files import read_json
 from emor3_jax.io import comparison
 from emor3_jax.io.comparison import Compared
 from emor3_jax.io.console import Console
 from emor3_jax.prepare import open_source
-from emor3_jax.runtime import job
-from emor3_jax.runtime.cli import local_folder
+from emor3_jax.runtime import cli, job
 
 
 def main(
@@ -126,7 +124,7 @@ def _images(
             continue
         try:
             # The package's own file, which may hold what strict JSON has not: Infinity.
-            return _finder(_open(json.loads(read_text(config, DataError)), name))
+            return _finder(_open(read_json(config, DataError, dict, finite=False), name))
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"{config}: {error}"
     say(f"images of {name} are not shown: {why}")
@@ -163,17 +161,14 @@ FLAGS = flags.FLAGS
 
 def _program(arguments: list[str]) -> None:
     job.start_jax("", devices=False)
-    try:
+    with cli.errors_told():
         main(
             arguments[1:],
-            local_folder(FLAGS.workdir),
+            cli.local_folder(FLAGS.workdir),
             match=FLAGS.match,
             seed=FLAGS.seed,
             images=FLAGS.images,
         )
-    except (UserError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -191,22 +191,36 @@ def read_rows(path: str | Path, error: Refusal = UserError) -> Iterator[list[str
             ) from cause
 
 
-def read_json(path: str | Path, error: Refusal = UserError, kind: type | None = None) -> Any:
+def read_json(
+    path: str | Path,
+    error: Refusal = UserError,
+    kind: type | None = None,
+    *,
+    finite: bool = True,
+) -> Any:
     """Returns the contents of a JSON file.
 
     Args:
       path: the file.
       error: makes what is raised.
       kind: `dict` or `list`, if the file must hold one.
+      finite: as of `parse_json`.
 
     Raises:
       UserError: as `error` makes it, as `read_text` and `parse_json`.
     """
     text = read_text(path, error, MAX_JSON_BYTES)
-    return parse_json(text, show(path), error, kind)
+    return parse_json(text, show(path), error, kind, finite=finite)
 
 
-def parse_json(text: str, where: str, error: Refusal = UserError, kind: type | None = None) -> Any:
+def parse_json(
+    text: str,
+    where: str,
+    error: Refusal = UserError,
+    kind: type | None = None,
+    *,
+    finite: bool = True,
+) -> Any:
     """Returns what a JSON text says.
 
     Args:
@@ -214,13 +228,18 @@ def parse_json(text: str, where: str, error: Refusal = UserError, kind: type | N
       where: names it in errors.
       error: makes what is raised.
       kind: `dict` or `list`, if it must be one.
+      finite: refuse NaN and Infinity, which the package's own files may hold.
 
     Raises:
       UserError: as `error` makes it, if it is no JSON, of too many levels, holds a number that is
         none (NaN, Infinity, 1e400) or half of a character, or is of another kind.
     """
     try:
-        found = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        found = (
+            json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+            if finite
+            else json.loads(text)
+        )
         if "\\u" in text:
             # Half of a pair of surrogates, which no file or tokenizer can hold.
             json.dumps(found, ensure_ascii=False).encode()
@@ -250,6 +269,14 @@ def head_of(path: str | Path) -> str | None:
         return f"is {_recognise(head)}"
     what = next((what for magic, what in _MAGIC if head.startswith(magic)), None)
     return what and f"is {what} under another name"
+
+
+def is_utf8(text: str) -> bool:
+    """Recognises texts that UTF-8 can hold: none has a lone surrogate.
+
+    Bytes of a command line or of a file's name that are no UTF-8 become such.
+    """
+    return not any(0xD800 <= ord(char) < 0xE000 for char in text)
 
 
 def show(path: object) -> str:

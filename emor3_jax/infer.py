@@ -21,8 +21,7 @@ from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.embedded.emoscenes.words import QUESTION
-from emor3_jax.errors import UserError
-from emor3_jax.files import read_bytes
+from emor3_jax.files import is_utf8, read_bytes
 from emor3_jax.models import LoadedPolicy, load
 from emor3_jax.models.images import MAX_IMAGE_BYTES, open_image
 from emor3_jax.parallel.devices import expected_platform, find_devices
@@ -31,6 +30,7 @@ from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.rollout.tokens import stop_ids, suppressed_tokens
+from emor3_jax.runtime.cli import errors_told
 
 
 def answer(
@@ -98,6 +98,8 @@ def _check(policy: LoadedPolicy, question: str, max_tokens: int, temperature: fl
         )
     if not (math.isfinite(temperature) and temperature >= 0):
         raise DataError(f"temperature={temperature}: must be 0 (greedy) or more")
+    if not is_utf8(question):
+        raise DataError(f"question={question!r}: is no text in UTF-8; write it in UTF-8")
     if not question.strip():
         raise DataError("question='': is empty; ask something of the image")
 
@@ -131,7 +133,7 @@ def main(_: list[str]) -> None:
     # The parameter overview is of no interest to who asks about an image.
     logging.getLogger("emor3_jax").setLevel(logging.WARNING)
     set_flags(expected_platform())
-    try:
+    with errors_told():
         print(find_devices(), file=sys.stderr, flush=True)
         # Before the weights, which take long.
         image = read_bytes(FLAGS.image, MAX_IMAGE_BYTES)
@@ -146,11 +148,8 @@ def main(_: list[str]) -> None:
             temperature=FLAGS.temperature,
             dtype=FLAGS.dtype,
         )
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(text)
-    print(f"\nemotion: {label or 'none of the labels'}")
+        print(text)
+        print(f"\nemotion: {label or 'none of the labels'}")
 
 
 FLAGS = flags.FLAGS

@@ -46,7 +46,18 @@ BELOW = {
         *("files", "io", "flops", "embedded"),
     },
     "runtime": {
-        *("errors", "types", "config", "parallel", "models", "data", "rewards", "rl", "rollout"),
+        *(
+            "errors",
+            "files",
+            "types",
+            "config",
+            "parallel",
+            "models",
+            "data",
+            "rewards",
+            "rl",
+            "rollout",
+        ),
         *("learner", "evaluation", "io", "flops", "prepare"),
     },
     "compiler": {

@@ -41,12 +41,14 @@ def png() -> bytes:
         ({"temperature": float("nan")}, r"temperature=nan: must be 0"),
         ({"temperature": float("inf")}, r"temperature=inf: must be 0"),
         ({"question": " \n"}, r"question='': is empty"),
+        ({"question": "caf\udce9 ?"}, r"question='caf.udce9 \?': is no text in UTF-8"),
         ({"question": "<|image_pad|>"}, r"special token"),
         ({"image": b""}, r"an image of 0 bytes: it is empty"),
         ({"image": b"%!PS-Adobe-3.0 EPSF-3.0"}, r"it is an EPS or PostScript file; images are"),
         ({"image": b"\0\0\0\x18ftypheic" + bytes(12)}, r"it is a HEIC image .* save it as JPEG"),
         ({"templates": "/dev/zero"}, r"template set='/dev/zero': no such file"),
         ({"labels": ("joy", "Joy")}, r"equal but for case"),
+        ({"labels": ("joy", "caf\udce9")}, r"label 'caf.udce9' is no text in UTF-8"),
     ],
 )
 def test_a_wrong_value_is_named_before_anything_is_computed(policy, changes, message):

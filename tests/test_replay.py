@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_what_is_no_batch_is_named_in_one_line(tmp_path):
         replays.find(tmp_path, 4)
     with pytest.raises(UserError, match=r"000003: is no batch for a replay \(FileNotFound"):
         replays.read(replays.find(tmp_path))
+    # A copy that somebody kept is none of the steps.
+    shutil.copytree(place, place.with_name("copy"))
+    assert replays.find(tmp_path) == place
+    (place / "step.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="too many brackets"):
+        replays.read(place)
     command = [sys.executable, "-m", "emor3_jax.replay", str(tmp_path / "nothing")]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1

@@ -21,6 +21,8 @@ CASES = {
         " doubt /confusion ",
     ),
     "café": ("café", "cafe\u0301", "CAFÉ"),
+    "tiếng việt": ("tiếng việt", "Tie\u0302\u0301ng Vie\u0323\u0302t", "TI\u00ca\u0301NG VIỆT"),
+    "기쁨": ("기쁨", "\u1100\u1175\u1108\u1173\u11b7"),
     "joy": ("joy", "Joy ", "\u00a0joy\n"),
 }
 
@@ -43,13 +45,16 @@ def test_spellings_of_one_label_are_equal(label):
 
 def test_the_tables_read_what_python_compares(tokenizer):
     """However the label set is spelt, a response that spells a label like the data is right."""
-    labels = label_set("Doubt / Confusion,cafe\u0301,Joy ")
-    assert labels == ("Doubt/Confusion", "café", "Joy")
-    # The tables compare characters as they come: a policy that writes é as two is not understood.
-    pairs = [(x, label) for label in CASES for x in CASES[label] if "\u0301" not in x]
+    labels = label_set("Doubt / Confusion,cafe\u0301,Joy ,Tiếng Việt,기쁨")
+    assert labels == ("Doubt/Confusion", "café", "Joy", "Tiếng Việt", "기쁨")
+    pairs = [(x, label) for label in CASES for x in CASES[label]]
     scorer = rewards.Scorer(tokenizer, labels)
     scores = scorer.score_text(["\\boxed{" + x + "}" for x, _ in pairs], [y for _, y in pairs])
     assert scores["accuracy"].tolist() == [1.0] * len(pairs)
+    # Half of a letter, or an accent too many, is another word.
+    wrong = ["cafe", "cafe\u0301\u0301", "cafe \u0301", "\u0301", "\u1100\u1175"]
+    scores = scorer.score_text(["\\boxed{" + x + "}" for x in wrong], ["café"] * len(wrong))
+    assert not scores["accuracy"].any()
 
 
 def test_no_other_module_compares_in_a_way_of_its_own():

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from emor3_jax.data.errors import DataError
+from emor3_jax.files import is_utf8
 from emor3_jax.spelling import normalize, tidy
 
 LABEL_SETS: dict[str, tuple[str, ...]] = {
@@ -341,6 +342,9 @@ def check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the labels, or raises `DataError` if they cannot be told apart."""
     if not all(label.strip() for label in labels):
         raise DataError(f"labels={', '.join(labels)!r} contains an empty label")
+    for label in labels:
+        if not is_utf8(label):
+            raise DataError(f"label {label!r} is no text in UTF-8; spell it in UTF-8")
     seen: dict[str, str] = {}
     for label in labels:
         key = normalize(label)

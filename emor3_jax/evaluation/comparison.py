@@ -91,7 +91,7 @@ def find_predictions(run: Path) -> dict[str, Path]:
       DataError: if there is none.
     """
     base = run / "predictions" if (run / "predictions").is_dir() else run
-    steps = sorted((x for x in base.glob("*/") if x.name.isdigit()), key=lambda x: int(x.name))
+    steps = sorted((x for x in base.glob("*/") if x.name.isdecimal()), key=lambda x: int(x.name))
     found = {
         path.stem: path for folder in (*steps, base) for path in sorted(folder.glob("*.jsonl"))
     }
@@ -107,7 +107,7 @@ def find_predictions(run: Path) -> dict[str, Path]:
 
 def step_of(path: Path) -> int | None:
     """Returns after how many steps a file of predictions was written, None of an evaluation."""
-    return int(path.parent.name) if path.parent.name.isdigit() else None
+    return int(path.parent.name) if path.parent.name.isdecimal() else None
 
 
 def read_predictions(path: Path, match: str = "exact") -> dict[str, Answered]:

@@ -255,7 +255,7 @@ class Checkpoints:
             self._has_failed = True
             if hosts.is_first():
                 self._remove_unfinished()
-            there = sorted(int(path.name) for path in self._root.glob("*") if path.name.isdigit())
+            there = sorted(int(path.name) for path in self._root.glob("*") if path.name.isdecimal())
             rest = f"goes on from the checkpoint of step {there[-1]}" if there else "begins anew"
             raise RunError(
                 f"{self._root}: the checkpoint of step {self._writing} could not be written: "

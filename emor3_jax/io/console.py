@@ -1,5 +1,6 @@
 """Output of a run to its user: stages and progress on standard output, what it hears on error."""
 
+import io
 import os
 import sys
 import time
@@ -24,6 +25,15 @@ class Console:
             return
         seconds = int(time.perf_counter() - self._start)
         _print("stdout", f"[{self._name} {seconds // 60:02d}:{seconds % 60:02d}] {line}")
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Lets standard output write out letters that its encoding has not, as errors' stream does.
+
+    Such are bytes in a file's name that are no UTF-8, and any but ASCII on some machines.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def tell(line: str) -> None:

@@ -21,7 +21,7 @@ from emor3_jax.config import (
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PLAIN_STYLES
-from emor3_jax.files import is_file
+from emor3_jax.files import is_file, is_utf8
 from emor3_jax.io.sinks import SINKS
 from emor3_jax.models import FAMILIES, is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
@@ -315,6 +315,9 @@ def _check_types(config: ConfigDict, defaults: ConfigDict, prefix: str) -> None:
             raise ConfigError(field, value, f"must be of type {named}")
         elif isinstance(value, int) and abs(value) >= 2**63:
             raise ConfigError(field, "a number of over 63 bits", "must be smaller")
+        elif isinstance(value, str) and not is_utf8(value):
+            # Pages, JSON and tokenizers could not hold it.
+            raise ConfigError(field, value, "must be text in UTF-8; rename what it names")
 
 
 def _types_of(usual: object) -> tuple[type, ...]:

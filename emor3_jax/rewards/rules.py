@@ -4,6 +4,7 @@ Format and boxed answer read the normalised text: every run of whitespace next t
 removed first. `Normalised` does that on the fly, in front of a rule.
 """
 
+import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -197,8 +198,8 @@ class Normalised:
 class _Words:
     """Reads text as long as it may become one of some lower-case words, whatever its case.
 
-    The text read so far is kept in lower case but for capital sigmas, whose lower case depends on
-    what follows them.
+    The text read so far is kept composed (NFC) and in lower case but for capital sigmas, whose
+    lower case depends on what follows them.
     """
 
     _CAPITAL, _SIGMA, _FINAL = "\u03a3\u03c3\u03c2"
@@ -206,8 +207,14 @@ class _Words:
     def __init__(self, words: Iterable[str]) -> None:
         words = [self._fold(word) for word in words]
         self._prefixes = {word[:i] for word in words for i in range(len(word) + 1)}
+        # A letter may come in parts: e and an accent.
+        parts = {c: _parts(c) for word in words for c in word}
+        self._prefixes |= {
+            word[:i] + part for word in words for i, c in enumerate(word) for part in parts[c]
+        }
         # Characters over one byte long whose lower case occurs (K of Kelvin reads as k).
-        wanted = {c for word in words for c in word}
+        wanted = {c for letter in parts for c in unicodedata.normalize("NFD", letter)}
+        wanted |= {c for letter in parts for part in (letter, *parts[letter]) for c in part}
         wanted |= {self._FINAL} if self._SIGMA in wanted else set()
         points = (p for p in range(128, 0x110000) if not 0xD800 <= p < 0xE000)
         self.alphabet = tuple(c for c in map(chr, points) if set(c.lower()) <= wanted)
@@ -218,4 +225,11 @@ class _Words:
     def extend(self, text: str, char: str) -> str | None:
         """Returns the text with a character more, None if no word begins so."""
         text += char if char == self._CAPITAL else char.lower()
+        text = unicodedata.normalize("NFC", text)
         return text if self._fold(text) in self._prefixes else None
+
+
+def _parts(letter: str) -> list[str]:
+    """Returns the beginnings of a letter that is written in parts: e of é, e and ê of ế."""
+    parts = unicodedata.normalize("NFD", letter)
+    return [unicodedata.normalize("NFC", parts[:i]) for i in range(1, len(parts))]

@@ -1,6 +1,8 @@
 """The command line of the programs: `--config`, mostly `--workdir`, and errors without a trace."""
 
 import contextlib
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +12,9 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from emor3_jax.errors import RunError, UserError
-from emor3_jax.io.console import tell
+from emor3_jax.errors import RunError, UserError, os_error_text
+from emor3_jax.files import is_folder, show
+from emor3_jax.io.console import escape_what_cannot_be_shown, tell
 from emor3_jax.runtime.stopping import STOPPED, Stopped
 
 
@@ -63,7 +66,7 @@ def local_folder(path: str) -> Path:
         raise FileNotFoundError(f"--workdir={path!r}: {rule}")
     folder = Path(path)
     for each in (folder, *folder.parents):
-        if each.exists() and not each.is_dir():
+        if os.path.exists(each) and not is_folder(each):
             raise UserError(f"--workdir={path!r}: {each} is a file; name a folder")
     return folder
 
@@ -74,8 +77,8 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     An unknown `--config.key` is refused by `config_flags`, which names the nearest key, with exit
     status 2. A `UserError`, of the program or of the config's file, or a `FileNotFoundError` of a
     path that the user gave, ends the program with its message and that status too: started again,
-    it would end so again. A `RunError`, such as that of a full disk, ends it with its message and
-    status 1, after which `tpu/watch.sh` starts it again.
+    it would end so again, as with a folder that may not be written. A `RunError`, such as that of
+    a full disk, ends it with its message and status 1, after which `tpu/watch.sh` starts it again.
 
     Args:
       program: takes the config.
@@ -93,6 +96,7 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
 @contextlib.contextmanager
 def errors_told() -> Iterator[None]:
     """Ends the process by one line on standard error, see `run_without_workdir`."""
+    escape_what_cannot_be_shown()
     try:
         yield
     except (UserError, FileNotFoundError) as error:
@@ -101,7 +105,24 @@ def errors_told() -> Iterator[None]:
         _refuse(error, status=1)
     except OSError as error:
         _refuse_missing_config(error)
-        raise
+        if error.errno is None or error.filename is None:
+            raise
+        where = error.filename2 or error.filename
+        told = f"{show(where)}: {os_error_text(error.errno)}, or name another folder"
+        _refuse(RunError(told), status=2 if error.errno in _LASTING else 1)
+
+
+_LASTING = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
+"""Errors of a path that a start again would meet again."""
 
 
 def _refuse(error: Exception, status: int = 2) -> NoReturn:

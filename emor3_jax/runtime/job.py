@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import ConfigError, default
 from emor3_jax.errors import UserError
+from emor3_jax.files import read_json
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.devices import expected_platform, find_devices
 from emor3_jax.parallel.flags import set_flags
@@ -146,12 +147,13 @@ def check_settings(config: ConfigDict, workdir: Path) -> None:
         `checkpoint.resume_changed` says that this is wanted.
     """
     path = workdir / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return
-    try:
-        before = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; delete it to go on unchecked") from error
+
+    def refuse(message: str) -> UserError:
+        return UserError(f"{message}; or delete it to go on unchecked")
+
+    before = read_json(path, refuse, dict, finite=False)
     now = json.loads(config.to_json_best_effort())
     old, new = dict(_flat(before)), dict(_flat(now))
     stated_old, stated_new = _stated(before), _stated(now)
@@ -179,12 +181,13 @@ def read_config(workdir: Path) -> ConfigDict:
     """
     path = workdir / "config.json"
     config = default()
+    if not path.exists():
+        raise UserError(f"{path}: there is no run; name the folder of one")
+    saved = read_json(path, UserError, dict, finite=False)
     try:
         with config.unlocked():
-            config.update(json.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no run; name the folder of one") from error
-    except (ValueError, TypeError) as error:
+            config.update(saved)
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is no config of this program ({error})") from error
     return config
 
@@ -192,7 +195,7 @@ def read_config(workdir: Path) -> ConfigDict:
 def _stated(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns field → value, where what a config leaves to its profile is said."""
     # A config of another version may lack a field; it is compared by what it has.
-    with contextlib.suppress(AttributeError, KeyError):
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         settings = profile.stated(ConfigDict(settings)).to_dict()
     return dict(_flat(settings))
 

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.errors import UserError
+from emor3_jax.files import read_json
 from emor3_jax.runtime.step_log import StepRecord
 from emor3_jax.types import Samples, Scores
 
@@ -129,7 +130,11 @@ def find(path: Path, step: int | None = None) -> Path:
     """
     if (path / "step.json").is_file():
         return path
-    found = {int(x.parent.name): x.parent for x in sorted(path.glob("replay/*/step.json"))}
+    found = {
+        int(x.parent.name): x.parent
+        for x in sorted(path.glob("replay/*/step.json"))
+        if x.parent.name.isdecimal()
+    }
     if step in found:
         return found[step]
     if not found or step is not None:
@@ -147,7 +152,7 @@ def read(folder: Path) -> Replay:
       UserError: if its files are not what `write` has written.
     """
     try:
-        said = json.loads((folder / "step.json").read_text())
+        said = read_json(folder / "step.json", UserError, dict, finite=False)
         with np.load(folder / "arrays.npz", allow_pickle=False) as file:
             arrays = dict(file)
         tokens = arrays["tokens"]

@@ -29,7 +29,7 @@ def load_evaluated(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -
     if not place:
         return prepare.load_policy(config, say, mesh)
     folder, step = Path(place), None
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal():
         folder, step = folder.parent.parent, int(folder.name)
     checkpoints = Checkpoints(folder, keep=None) if (folder / "checkpoints").is_dir() else None
     known = checkpoints.steps() if checkpoints else []

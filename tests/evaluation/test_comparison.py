@@ -33,6 +33,8 @@ def test_the_newest_evaluation_of_each_set_is_found(tmp_path: Path) -> None:
             _write(tmp_path / "predictions" / step / f"{name}.jsonl", [])
     (tmp_path / "metrics.jsonl").write_text("")
     steps = tmp_path / "predictions"
+    # A digit, but no number.
+    (steps / "²").mkdir()
     found = find_predictions(tmp_path)
     assert found == {"a": steps / "000100" / "a.jsonl", "b": steps / "000090" / "b.jsonl"}
     assert find_predictions(steps / "000000")["b"] == steps / "000000" / "b.jsonl"

@@ -32,6 +32,18 @@ def test_a_run_that_goes_on_drops_later_and_torn_lines(tmp_path):
     assert rows[2]["reward/overall"] == 9.0
 
 
+def test_damaged_lines_are_counted_and_dropped(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"step": 1, "a": "\u2028"}\n'.encode()
+    bad = (b"\0" * 40, b"[" * 100_000, b'{"step": 1, "\xe9": 0}', b"[]", b'{"step": null}')
+    path.write_bytes(good + b"\n".join(bad) + b'\n{"step": 2, "re')
+    SINKS["jsonl"](tmp_path, 2).amend(1, {"b": 1})
+    assert "dropped 5 lines that are damaged" in caplog.text
+    assert [json.loads(x) for x in path.read_text("utf-8").split("\n") if x] == [
+        {"step": 1, "a": "\u2028", "b": 1}
+    ]
+
+
 def test_the_file_is_closed_after_each_step(tmp_path):
     # A mounted bucket keeps a file when it is closed: what is written next goes to a new one.
     writer = MetricWriter(tmp_path, SINKS)

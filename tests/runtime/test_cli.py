@@ -1,5 +1,8 @@
 """The command line of a program, beyond what its config checks."""
 
+import errno
+import io
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +29,42 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "notes", tmp_path / "notes" / "run"):
         with pytest.raises(UserError, match=r"--workdir=.*notes is a file; name a folder"):
             cli.local_folder(str(path))
+
+
+def test_a_name_that_is_too_long_is_one_line() -> None:
+    folder = cli.local_folder("a" * 300)
+    with pytest.raises(SystemExit) as ended, cli.errors_told():
+        folder.mkdir()
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)]
+)
+def test_a_folder_that_cannot_be_written_is_one_line(
+    number: int, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, cli.errors_told():
+        raise OSError(number, os.strerror(number), "runs/a\nb/predictions")
+    assert ended.value.code == status
+    told = capfd.readouterr().err
+    assert told.startswith(f"error: runs/a\\nb/predictions: {os.strerror(number)}; ")
+    assert told.endswith("or name another folder\n") and told.count("\n") == 1
+
+
+def test_output_that_the_terminal_cannot_show_is_written_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    with cli.errors_told():
+        print("caf\udce9 → \u6f22", flush=True)
+    assert shown.buffer.getvalue() == b"caf\\udce9 \\u2192 \\u6f22\n"
+
+
+def test_an_error_of_the_system_that_names_no_file_keeps_its_trace() -> None:
+    with pytest.raises(ConnectionResetError), cli.errors_told():
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 
 def test_a_stopped_run_is_told_by_its_exit_status() -> None:

@@ -84,6 +84,34 @@ def test_what_an_older_version_did_not_know_is_no_change(tmp_path: Path) -> None
     del written["policy_update"]["mu_dtype"]
     path.write_text(json.dumps(written))
     job.check_settings(config, tmp_path)
-    path.write_text("{")
-    with pytest.raises(UserError, match=r"config.json is damaged: .* delete it"):
-        job.check_settings(config, tmp_path)
+    # Keys that no config can have.
+    path.write_text('{"a.b": 1, "mesh": 3}')
+    job.check_settings(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"3", b"null", b"[" * 100_000, b"\xff\xfe{\0", b"\xe9", b"\0" * 9]
+)
+def test_a_config_of_a_run_that_is_damaged_is_named(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=r"config.json .*; or delete it to go on unchecked"):
+        job.check_settings(default(), tmp_path)
+    with pytest.raises(UserError, match=r"config.json "):
+        job.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"mesh": 3}', '{"evaluate": {"sets": []}}', '{"steps": "3"}'])
+def test_a_section_of_another_kind_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json: is no config of this program"):
+        job.read_config(tmp_path)
+
+
+def test_what_is_no_file_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no run; name the folder of one"):
+        job.read_config(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    for read in (job.read_config, lambda folder: job.check_settings(default(), folder)):
+        with pytest.raises(UserError, match=r"config.json is a folder"):
+            read(tmp_path)
