@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from support import tiny_run
 from support.tiny_run import make_folder, read_metrics
 
@@ -33,7 +33,7 @@ def test_every_paper_has_flags() -> None:
 @pytest.mark.parametrize("line", LINES)
 def test_two_steps_of(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_run.make_config(folder)
-    config.steps, config.evaluate.every = 2, 9
+    config.steps, config.evaluate.sets = 2, ConfigDict()
     config.rollout.max_tokens, config.policy_update.response_lengths = 16, (16,)
     # A random policy earns no other reward.
     config.reward.terms.letters = reward_term(weight=0.1, text="support.tiny_run:letters")
