@@ -22,6 +22,18 @@ class RunError(RuntimeError):
     """
 
 
+LASTING = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
+"""Errors of a path that a start again would meet again."""
+
 _OS_ERROR = re.compile(r"os[ _]error(?:_code='| )(\d+)")
 
 

@@ -266,6 +266,7 @@ WRONG = [
     ("data.train.limit", 10, "subset takes so many rows"),
     ("data.train.outside_files", True, "only parquet, jsonl, huggingface"),
     ("data.train.path", None, "must be of type str"),
+    ("data.train.question", "caf\udce9", "must be text in UTF-8"),
     ("data.max_decoded_pixels", 0, "at least 1"),
     ("data.max_decoded_pixels", 2**28, "at most 178956970"),
     ("steps", "ten", "must be of type int"),

@@ -14,7 +14,7 @@ from emor3_jax.models.errors import ImageError
 from emor3_jax.models.processor import Processor
 
 REASONS = {
-    "missing_field": "a field is null, or the row has no image",
+    "missing_field": "a field is null, or the image is not there",
     "several_images": "more than one image",
     "empty_question": "nothing is asked",
     "special_token": "the question spells out a special token of the policy",

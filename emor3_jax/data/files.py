@@ -8,14 +8,17 @@ from emor3_jax.errors import UserError
 from emor3_jax.files import read_bytes
 from emor3_jax.models.images import MAX_IMAGE_BYTES, SUFFIXES, is_image_head
 
-_LITTER = ("__macosx", "thumbs.db", "desktop.ini")
+_LITTER = (
+    *("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("lost+found", "@eadir", "#recycle", "__pycache__"),
+)
 
 
 def is_hidden(name: str) -> bool:
     """Recognises files and folders that are no part of a data set, by their names.
 
     They begin with a dot, as AppleDouble twins (`._x.jpg`) and `.DS_Store` do, or are what archives
-    of macOS and folders of Windows leave behind.
+    of macOS, folders of Windows and network storage leave behind.
     """
     return name.startswith(".") or name.lower() in _LITTER
 

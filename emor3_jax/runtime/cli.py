@@ -1,8 +1,8 @@
 """The command line of the programs: `--config`, mostly `--workdir`, and errors without a trace."""
 
 import contextlib
-import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from emor3_jax.errors import RunError, UserError, os_error_text
+from emor3_jax.errors import LASTING, RunError, UserError, os_error_text
 from emor3_jax.files import is_folder, show
 from emor3_jax.io.console import escape_what_cannot_be_shown, tell
 from emor3_jax.runtime.stopping import STOPPED, Stopped
@@ -103,26 +103,20 @@ def errors_told() -> Iterator[None]:
         _refuse(error)
     except RunError as error:
         _refuse(error, status=1)
+    except KeyboardInterrupt:
+        # A run takes this signal itself: what is stopped here keeps nothing to go on from.
+        _refuse(RunError("interrupted"), status=INTERRUPTED)
     except OSError as error:
         _refuse_missing_config(error)
         if error.errno is None or error.filename is None:
             raise
         where = error.filename2 or error.filename
         told = f"{show(where)}: {os_error_text(error.errno)}, or name another folder"
-        _refuse(RunError(told), status=2 if error.errno in _LASTING else 1)
+        _refuse(RunError(told), status=2 if error.errno in LASTING else 1)
 
 
-_LASTING = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-}
-"""Errors of a path that a start again would meet again."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status of a program that Ctrl-C ended, as shells tell it."""
 
 
 def _refuse(error: Exception, status: int = 2) -> NoReturn:

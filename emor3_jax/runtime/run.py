@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from emor3_jax import flops, prepare
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
-from emor3_jax.errors import RunError, UserError, os_error_number, os_error_text
+from emor3_jax.errors import LASTING, RunError, UserError, os_error_number, os_error_text
 from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.evaluation.records import (
     Evaluation,
@@ -146,13 +146,19 @@ class Run:
     def _raise_failure(self, error: BaseException | None) -> None:
         """Raises RunError in place of an error of the file system.
 
-        But before the first step, a file that is not there is one that the user named.
+        But before the first step, a file that is not there, or a folder that may not be written, is
+        one that the user named.
         """
         users = (UserError,) if self._begun else (UserError, FileNotFoundError)
         if error is None or isinstance(error, users):
             return
         if (number := os_error_number(error)) is not None:
             named = getattr(error, "filename", None) or str(error).splitlines()[0][:300]
+            if number in LASTING and not self._begun:
+                raise UserError(
+                    f"--workdir={str(self.workdir)!r}: {os_error_text(number)} ({named}), or give "
+                    "another folder"
+                ) from error
             raise RunError(
                 f"{self.workdir}: the run was ended after step {self._step} by "
                 f"{os_error_text(number)} ({named}), and start again with this workdir to go on"

@@ -298,6 +298,7 @@ def test_class_folders_as_other_systems_leave_them(tmp_path, make, caplog):
     for name in ("._0.PNG", ".DS_Store"):
         (tmp_path / "Calm" / name).write_bytes(b"x")
     (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "@eaDir").mkdir()
     (tmp_path / "Calm" / "dog").mkdir()
     (tmp_path / "Calm" / "dog" / "2.jfif").write_bytes(make["png"](7))
     (tmp_path / "Calm" / "no_extension").write_bytes(make["png"](8))

@@ -40,6 +40,7 @@ def test_labels_by_name_or_spelt_out():
         ("joy,,fear", "empty label"),
         ("joy, Joy", "'joy' and 'Joy' are equal"),
         ("", "is no label set"),
+        ("joy,caf\udce9", r"label 'caf.udce9' is no text in UTF-8"),
     ],
 )
 def test_unusable_labels_are_named(text, message):

@@ -62,6 +62,12 @@ def test_output_that_the_terminal_cannot_show_is_written_out(
     assert shown.buffer.getvalue() == b"caf\\udce9 \\u2192 \\u6f22\n"
 
 
+def test_ctrl_c_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, cli.errors_told():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130 and capfd.readouterr().err == "error: interrupted\n"
+
+
 def test_an_error_of_the_system_that_names_no_file_keeps_its_trace() -> None:
     with pytest.raises(ConnectionResetError), cli.errors_told():
         raise ConnectionResetError(errno.ECONNRESET, "reset")

@@ -55,6 +55,15 @@ def test_only_before_the_first_step_a_missing_file_is_the_users() -> None:
         make_run(begun=True)._raise_failure(error)
 
 
+def test_a_folder_that_may_not_be_written_is_the_users_before_the_first_step() -> None:
+    # With status 1, `tpu/watch.sh` would start such a run for ever.
+    denied = PermissionError(errno.EACCES, "", "runs/a/.lock")
+    with pytest.raises(UserError, match=r"--workdir='runs/a': Permission denied; .*\.lock\), or"):
+        make_run(begun=False)._raise_failure(denied)
+    with pytest.raises(RunError, match=r"^runs/a: .* after step 7 by Permission denied"):
+        make_run(begun=True)._raise_failure(denied)
+
+
 def test_the_time_that_is_left_does_not_count_the_compile(monkeypatch) -> None:
     now = iter([500.0, 502.0, 504.0])
     monkeypatch.setattr(run_module.time, "perf_counter", lambda: next(now))
