@@ -10,7 +10,7 @@ from support.tiny_flops import TINY, policy_of
 from emor3_jax.config import default
 from emor3_jax.data.prompts import PromptTemplates, render_prompt, shared_length
 from emor3_jax.embedded.emoscenes.words import QUESTION
-from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.models import published, read_processor
 from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.prepare.shapes import QWEN_TEMPLATE_TOKENS, make_step_shapes, read_policy_shapes
@@ -22,8 +22,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("policy")
     tokenizer = train_tokenizer(["which emotion ? yes or no: awe, fear"] * 4, 300)
     policy = policy_of(dataclasses.replace(TINY, vocab_size=len(tokenizer)))
-    Processor(tokenizer, ImageSettings(), policy.layout).save(path)
-    (path / "config.json").write_text(json.dumps(policy.shapes.to_hf()))
+    tower = policy.shapes.vision
+    images = ImageSettings(
+        patch_size=tower.patch_size,
+        temporal_patch_size=tower.temporal_patch_size,
+        merge_size=tower.spatial_merge_size,
+    )
+    Processor(tokenizer, images, policy.layout).save(path)
+    data = policy.shapes.to_hf() | special_ids(tokenizer)
+    (path / "config.json").write_text(json.dumps(data))
     return path
 
 
