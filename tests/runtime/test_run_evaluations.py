@@ -33,6 +33,8 @@ def test_labels_are_weighed_before_and_after_training_alone(
         put=None,
         _extras={"emoscenes": full},
         _rollouts={"emoscenes": None},
+        _judges=SimpleNamespace(of_evaluation=lambda learner: None),
+        _learner=None,
         _until_stopped=lambda rows: rows,
     )
     runtime.Run._evaluate(fake, {}, ("emoscenes",), 0)
