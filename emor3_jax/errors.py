@@ -49,7 +49,11 @@ def os_error_number(error: BaseException) -> int | None:
 
 
 def os_error_text(number: int | None) -> str:
-    """Returns what an error's number says, and for a full disk what to do first."""
+    """Returns the message of an operating system's error, with the way out.
+
+    Args:
+      number: `errno`; None for one without.
+    """
     said = "an input or output error" if number is None else os.strerror(number)
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return f"{said}; make room" if full else f"{said}; mend that"

@@ -221,7 +221,7 @@ def parse_json(
     *,
     finite: bool = True,
 ) -> Any:
-    """Returns what a JSON text says.
+    """Parses a JSON text.
 
     Args:
       text: the text.
@@ -256,7 +256,7 @@ def parse_json(
 
 
 def head_of(path: str | Path) -> str | None:
-    """Returns what is wrong with a file of a binary format as far as its head shows; None if well.
+    """Returns the fault of a file of a binary format by its first bytes; None if they show none.
 
     Args:
       path: a regular file that its format's reader could not read.
@@ -304,7 +304,7 @@ def leaves_folder(name: str) -> bool:
 
 
 def _recognise(data: bytes) -> str | None:
-    """Returns what a file is that is no text in UTF-8, and the way out, by its first bytes."""
+    """Returns the kind of a file that is no text in UTF-8, by its first bytes, and the way out."""
     for magic, encoding in _BOMS:
         if data.startswith(magic):
             return f"a text in {encoding}; save it as UTF-8"

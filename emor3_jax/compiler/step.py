@@ -240,7 +240,7 @@ class _Maker:
         return [judge.params for judge in self._judges.values()]
 
     def label_likelihood(self) -> LabelLikelihood:
-        """Returns what weighs the labels in evaluation, with two spellings of each."""
+        """Returns the label likelihood of an evaluation, with two spellings of each label."""
         candidates = _candidates(2 * self.labels, self.labels, _BOXED_LABEL)
         return LabelLikelihood(self.policy, candidates, self.labels, self.suppressed)
 

@@ -24,12 +24,8 @@ Deviations, numbered:
 """
 
 import hashlib
-import itertools
 import logging
-import multiprocessing
 import os
-import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -42,10 +38,11 @@ import numpy as np
 from absl import flags
 
 from emor3_jax.data.batch import Example, Prompts, collate, size_of, smallest
-from emor3_jax.data.encode import REASONS, Encoder, Skip, check_fit
+from emor3_jax.data.encode import REASONS, Encoder, check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
-from emor3_jax.data.order import ShuffleGroup, WholeBatches, Windows, make_groups, shuffled
+from emor3_jax.data.order import WholeBatches, Windows, make_groups, shuffled
+from emor3_jax.data.reading import FoundRow, RowReader, SpareRows, advance, end_with_parent
 from emor3_jax.data.sources import Source, Texts, sizes_of
 from emor3_jax.data.stats import RowStats
 from emor3_jax.models.errors import ImageError
@@ -96,13 +93,6 @@ class BatchSpec(NamedTuple):
     learnable: Callable[[Texts], bool] | None = None
 
 
-class _Read(NamedTuple):
-    """The row found for one index of a batch, or none, and the rows left out on the way."""
-
-    example: Example | None
-    skips: tuple[Skip, ...] = ()
-
-
 class _Assembled(NamedTuple):
     """This host's part of a batch, and what all hosts have to say of theirs.
 
@@ -113,67 +103,6 @@ class _Assembled(NamedTuple):
 
     prompts: Prompts | None
     notes: Sequence[dict[str, Any]]
-
-
-class _Reader:
-    """Rows of an order by number, as grain wants them: this host's rows of each batch, encoded.
-
-    Number n is row `n % len(host_rows)` of batch `n // len(host_rows)`, counted from `start` on.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        encoder: Encoder,
-        order: Any,
-        *,
-        batch_size: int,
-        host_rows: Sequence[int],
-        start: int = 0,
-        end: int = sys.maxsize,
-        spare: "_Spare | None" = None,
-    ) -> None:
-        self._source, self._encoder, self._order, self._spare = source, encoder, order, spare
-        self._batch_size, self._host_rows = batch_size, host_rows
-        self._start, self._end = start, end
-
-    def __len__(self) -> int:
-        return min(-(-(self._end - self._start) // self._batch_size), 2**40) * len(self._host_rows)
-
-    def __getitem__(self, number: int) -> _Read:
-        batch, index = divmod(int(number), len(self._host_rows))
-        position = self._start + batch * self._batch_size + int(self._host_rows[index])
-        return self.read(position) if position < self._end else _Read(None)
-
-    def read(self, position: int) -> _Read:
-        """Returns the row at a position of the order, or the first usable one that may stand in."""
-        skips, first = [], int(self._order[position])
-        others = self._spare.rows(position, first) if self._spare else ()
-        for index in itertools.chain((first,), others):
-            found = self._encoder((position, self._source[index]))
-            if not isinstance(found, Skip):
-                return _Read(found, tuple(skips))
-            skips.append(found)
-        return _Read(None, tuple(skips))
-
-    def __repr__(self) -> str:
-        return f"{self._source.name} from {self._start}"
-
-
-class _Spare:
-    """Rows that may replace a damaged one: its group's, then all, from a drawn one on."""
-
-    def __init__(self, groups: Sequence[ShuffleGroup], seed: int) -> None:
-        self._groups, self._seed = [group.indices for group in groups], seed
-
-    def rows(self, position: int, damaged: int) -> Iterator[int]:
-        """Returns all usable rows but the damaged one, those of its group first."""
-        rng = np.random.default_rng([self._seed, position])
-        own = [rows for rows in self._groups if damaged in rows]
-        for rows in (*own, np.concatenate(self._groups)):
-            yield from (
-                int(i) for i in np.roll(rows, -int(rng.integers(len(rows)))) if i != damaged
-            )
 
 
 class _Rows:
@@ -282,7 +211,7 @@ class _Rows:
 
     def endless(self, seed: int, start: int) -> Any:
         """Returns an iterator of what is read for endless shuffled batches from a position on."""
-        spare = _Spare(self.groups, seed)
+        spare = SpareRows(self.groups, seed)
         return self._batches(self._reader(self.order(seed), start=start, spare=spare))
 
     def order(self, seed: int) -> Any:
@@ -308,9 +237,11 @@ class _Rows:
         found = (reader.read(position).example for position in range(len(indices)))
         return self._batches(reader), (example for example in found if example is not None)
 
-    def _reader(self, order: Any, **options: Any) -> _Reader:
+    def _reader(self, order: Any, **options: Any) -> RowReader:
         size, own = self.batch_size, self.host_rows
-        return _Reader(self.source, self._encoder, order, batch_size=size, host_rows=own, **options)
+        return RowReader(
+            self.source, self._encoder, order, batch_size=size, host_rows=own, **options
+        )
 
     def of_rows(self, ids: Sequence[str]) -> Prompts:
         """Returns a batch of rows by their ids, see `TrainBatches`."""
@@ -326,7 +257,7 @@ class _Rows:
             raise DataError(f"{self.source.name}: rows {', '.join(ids)} are no batch of it")
         return made.prompts
 
-    def _batches(self, rows: _Reader) -> Any:
+    def _batches(self, rows: RowReader) -> Any:
         """Returns grain's iterator of the reads of one batch after the other."""
         threads = min(4, os.cpu_count() or 1)
         ahead = min(len(self.host_rows), self._read_ahead) // max(self.workers, 1)
@@ -337,11 +268,11 @@ class _Rows:
                 # grain reads its own absl flags before it starts processes.
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self.workers)
-            stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
+            stream = stream.mp_prefetch(options, worker_init_fn=end_with_parent)
         return iter(stream.batch(len(self.host_rows), batch_fn=list))
 
     def assemble(
-        self, reads: Sequence[_Read], filler: Callable[[], Example | None] = lambda: None
+        self, reads: Sequence[FoundRow], filler: Callable[[], Example | None] = lambda: None
     ) -> _Assembled:
         """Makes this host's part of a batch, in the shape that all hosts agree upon.
 
@@ -401,30 +332,6 @@ class _Rows:
         return made.prompts
 
 
-def _next(iterator: Any) -> Any:
-    """Advances one of grain's iterators; returns None at its end.
-
-    Processes that are started here leave the signals to this one: it ends them, after a stop signal
-    to the whole group too.
-    """
-    stops = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-    kept = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
-    try:
-        return next(iterator, None)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
-
-
-def _end_with_parent(*_: int) -> None:
-    """Ends this worker process when the one that started it has ended, in whatever way."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 class TrainBatches:
     """Endless batches in a shuffled order that repeats exactly after `set_state`.
 
@@ -460,7 +367,7 @@ class TrainBatches:
         def read() -> None:
             try:
                 with jax.profiler.TraceAnnotation("make batch"):
-                    made.set_result(self._rows.assemble(_next(iterator)))
+                    made.set_result(self._rows.assemble(advance(iterator)))
             except BaseException as error:
                 made.set_exception(error)
 
@@ -545,7 +452,7 @@ class EvalBatches:
             return kept[0]
 
         try:
-            while (reads := _next(iterator)) is not None:
+            while (reads := advance(iterator)) is not None:
                 yield rows.take(rows.assemble(reads, filler))
         finally:
             iterator.close()

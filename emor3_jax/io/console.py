@@ -1,5 +1,6 @@
 """Output of a run to its user: stages and progress on standard output, what it hears on error."""
 
+import contextlib
 import io
 import os
 import sys
@@ -33,7 +34,9 @@ def escape_what_cannot_be_shown() -> None:
     Such are bytes in a file's name that are no UTF-8, and any but ASCII on some machines.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # A pipe that was put in the place of a file refuses the position that this asks for.
+        with contextlib.suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def tell(line: str) -> None:

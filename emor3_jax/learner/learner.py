@@ -50,13 +50,13 @@ from emor3_jax.learner.micro_batches import (
     MicroBatch,
     Packed,
     PlanSpec,
-    RowSizes,
     Shape,
     StepPlan,
     largest_together,
     plan_step,
 )
 from emor3_jax.learner.reference import Reference
+from emor3_jax.learner.scoring import estimate_jitted, measure, mismatch_jitted, penalise, trim
 from emor3_jax.models.lora import Lora, add_adapter, merged_layout
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
@@ -67,27 +67,19 @@ from emor3_jax.parallel.mesh import (
 from emor3_jax.parallel.program import (
     Program,
     Programs,
-    by_prompts,
-    by_prompts_and_whole,
-    laid_out,
     mesh_of,
     whole,
 )
-from emor3_jax.rl import advantages
 from emor3_jax.rl.advantages import RewardTerms
-from emor3_jax.rl.correction import mismatch
 from emor3_jax.rl.entropy import EntropyBonus
-from emor3_jax.rl.kl import penalty
 from emor3_jax.rl.update import (
     TrainState,
     partition,
 )
 from emor3_jax.types import (
-    Batch,
     Clock,
     Experience,
     NoClock,
-    Samples,
 )
 
 
@@ -550,63 +542,3 @@ class Learner:
 def _read(experience: Experience) -> Experience:
     """Returns the part of an experience that an update reads."""
     return experience._replace(replies=None, scores=None, rewards=None, greedy=None, entropies=None)
-
-
-@jax.jit
-@laid_out(whole)
-def mismatch_jitted(logprobs: jax.Array, samples: Samples) -> Metrics:
-    """Returns `rl.correction.mismatch` of log-probabilities, float32[B, G, T], jitted."""
-    return mismatch(logprobs, samples.logprobs, samples.mask)
-
-
-@partial(jax.jit, static_argnames="size")
-@laid_out(by_prompts)
-def trim(samples: Samples, *, size: int) -> Samples:
-    """Cuts padding off the end of responses.
-
-    Args:
-      samples: of length T.
-      size: new length, at least that of the longest response and at most T.
-    """
-    return samples.cut(size)
-
-
-@jax.jit
-@laid_out(by_prompts)
-def measure(batch: Batch, samples: Samples) -> RowSizes:
-    """Returns the sizes of prompts and of their responses."""
-    real = jnp.any(batch.images.mask, axis=(1, 3))
-    last = jnp.max(jnp.where(real, jnp.arange(real.shape[-1]) + 1, 0), axis=-1)
-    patches = jnp.sum(batch.images.mask, axis=(1, 2, 3), dtype=jnp.int32)
-    prompt = jnp.sum(batch.prompt.mask, axis=-1, dtype=jnp.int32)
-    return RowSizes(jnp.asarray(samples.lengths), prompt, last.astype(jnp.int32), patches)
-
-
-@partial(jax.jit, static_argnames="name")
-@laid_out(by_prompts_and_whole)
-def penalise(
-    rewards: jax.Array,
-    samples: Samples,
-    ref_logprobs: jax.Array,
-    kl_coef: jax.Array | float,
-    *,
-    name: str,
-) -> tuple[jax.Array, jax.Array]:
-    """Takes the KL off the rewards; returns them float32[B, G], and the mean KL of a token.
-
-    Args:
-      rewards: float32[B, G].
-      samples: responses with their log-probabilities under the policy that sampled.
-      ref_logprobs: float32[B, G, T], under the reference.
-      kl_coef: weight of the KL.
-      name: of the estimate, see `rl.kl`.
-    """
-    each, mean = penalty(name, samples.logprobs, ref_logprobs, samples.mask)
-    return rewards - kl_coef * each, mean
-
-
-@partial(jax.jit, static_argnames=("name", "std"))
-@laid_out(by_prompts)
-def estimate_jitted(terms: RewardTerms, *, name: str, std: str) -> jax.Array:
-    """Returns `rl.advantages.estimate`, jitted."""
-    return advantages.estimate(name, terms, std=std)

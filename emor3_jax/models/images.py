@@ -142,7 +142,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _describe(head: bytes) -> str:
-    """Returns what a file is that is no image of `FORMATS`."""
+    """Returns the kind of a file that is no image of `FORMATS`, and the way out."""
     if not head:
         return "it is empty"
     for start, what in _NOT_OPENED:

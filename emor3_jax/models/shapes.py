@@ -283,7 +283,7 @@ _IMAGE_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "visi
 
 
 def _is_tied(data: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    """Returns whether the head is the embedding; the outer field decides, as in transformers 5."""
+    """Reads `tie_word_embeddings`; the outer field decides, as in transformers 5."""
     for part in (data, text):
         value = part.get("tie_word_embeddings")
         if isinstance(value, bool):

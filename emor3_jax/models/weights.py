@@ -314,7 +314,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def _pickles(folder: Path) -> str:
-    """Returns what to say of weights in a format that can run code when it is read."""
+    """Returns the part of a message that names weights stored as pickles; "" if there are none."""
     there = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if not there:
         return ""

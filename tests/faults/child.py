@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 from support import tiny_run
+from support.interrupted import before
 
 from emor3_jax import prepare
 from emor3_jax.config import reward_term
@@ -129,19 +130,6 @@ def make_config(folder: Path) -> ConfigDict:
     return config
 
 
-def watch_calls(owner: Any, name: str, call: int, action: Callable[[], None]) -> None:
-    """Lets something happen right before a method is called for the n-th time."""
-    method, calls = getattr(owner, name), [0]
-
-    def wrapped(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            action()
-        return method(*args, **options)
-
-    setattr(owner, name, wrapped)
-
-
 def watch_files(part: str, call: int, action: Callable[[], None]) -> None:
     """Lets something happen right before the n-th change of files whose path has a part."""
     calls = [0]
@@ -179,7 +167,7 @@ def set_trap(fault: Fault) -> None:
     """Prepares a fault in this process."""
     action = delayed(DEEDS[fault.deed], fault.delay)
     if fault.moment in CALLS:
-        watch_calls(*CALLS[fault.moment], fault.call, action)
+        before(*CALLS[fault.moment], fault.call, action)
     else:
         watch_files(FILES[fault.moment], fault.call, action)
 

@@ -12,7 +12,7 @@ from support import compiler_flags
 from support.setting import build_setting
 from support.tiny_flops import products
 
-from emor3_jax.learner import learner, packing
+from emor3_jax.learner import learner, packing, scoring
 from emor3_jax.learner.gradients import UpdateSpec
 from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.logprobs import LogprobSpec, planned_logprobs
@@ -72,7 +72,7 @@ def plan_of(batch, samples, count=1, buckets=NO_BUCKETS, pack=False, updates=1) 
     windows = batch.images.mask.shape[2]
     largest = Shape(batch.prompt.tokens.shape[1], windows, samples.tokens.shape[-1])
     micro_prompts = len(samples.lengths) // (count * updates)
-    sizes = jax.device_get(learner.measure(batch, samples))
+    sizes = jax.device_get(scoring.measure(batch, samples))
     packed = Packed.GROUPS if pack else Packed.APART
     return plan_step(sizes, largest, buckets, PlanSpec(updates, micro_prompts, packed=packed))
 
@@ -404,10 +404,10 @@ def test_responses_to_two_prompts_may_share_a_row(setting, batch, samples, backe
 
 
 def test_the_gap_to_the_sampler_is_the_mean_over_tokens(samples):
-    assert learner.mismatch_jitted(samples.logprobs, samples)["sampler_gap"] == 0
+    assert scoring.mismatch_jitted(samples.logprobs, samples)["sampler_gap"] == 0
     # What stands after the end does not count.
     moved = jnp.where(samples.mask, samples.logprobs + 0.25, 9.0)
-    found = learner.mismatch_jitted(moved, samples)
+    found = scoring.mismatch_jitted(moved, samples)
     assert found["sampler_gap"] == pytest.approx(0.25, rel=1e-5)
 
 

@@ -9,12 +9,12 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 from support import tiny_run
+from support.interrupted import before
 
 from emor3_jax import prepare
 from emor3_jax.data.pipeline import EvalBatches
@@ -28,19 +28,6 @@ from emor3_jax.train import train
 def interrupt() -> None:
     """Sends SIGTERM to this process, as a machine that is taken away does."""
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def before(owner: Any, name: str, call: int, action: Callable[[], None]) -> None:
-    """Lets something happen right before a method is called for the n-th time, from 1 on."""
-    method, calls = getattr(owner, name), [0]
-
-    def wrapped(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            action()
-        return method(*args, **options)
-
-    setattr(owner, name, wrapped)
 
 
 def second_batch(evaluation: int) -> None:

@@ -9,7 +9,8 @@ from emor3_jax.errors import RunError, UserError
 from emor3_jax.io import console
 from emor3_jax.runtime import policy_folder
 from emor3_jax.runtime import run as run_module
-from emor3_jax.runtime.run import Pace, Run
+from emor3_jax.runtime.progress import Pace
+from emor3_jax.runtime.run import Run
 
 
 def make_run(begun: bool) -> Run:

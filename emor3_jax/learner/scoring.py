@@ -1,0 +1,76 @@
+"""The small programs of a step around its passes: sizes, padding, mismatch, KL, advantages."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from emor3_jax.learner.micro_batches import RowSizes
+from emor3_jax.parallel.program import by_prompts, by_prompts_and_whole, laid_out, whole
+from emor3_jax.rl import advantages
+from emor3_jax.rl.advantages import RewardTerms
+from emor3_jax.rl.correction import mismatch
+from emor3_jax.rl.kl import penalty
+from emor3_jax.types import Batch, Samples
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.jit
+@laid_out(whole)
+def mismatch_jitted(logprobs: jax.Array, samples: Samples) -> Metrics:
+    """Returns `rl.correction.mismatch` of log-probabilities, float32[B, G, T], jitted."""
+    return mismatch(logprobs, samples.logprobs, samples.mask)
+
+
+@partial(jax.jit, static_argnames="size")
+@laid_out(by_prompts)
+def trim(samples: Samples, *, size: int) -> Samples:
+    """Cuts padding off the end of responses.
+
+    Args:
+      samples: of length T.
+      size: new length, at least that of the longest response and at most T.
+    """
+    return samples.cut(size)
+
+
+@jax.jit
+@laid_out(by_prompts)
+def measure(batch: Batch, samples: Samples) -> RowSizes:
+    """Returns the sizes of prompts and of their responses."""
+    real = jnp.any(batch.images.mask, axis=(1, 3))
+    last = jnp.max(jnp.where(real, jnp.arange(real.shape[-1]) + 1, 0), axis=-1)
+    patches = jnp.sum(batch.images.mask, axis=(1, 2, 3), dtype=jnp.int32)
+    prompt = jnp.sum(batch.prompt.mask, axis=-1, dtype=jnp.int32)
+    return RowSizes(jnp.asarray(samples.lengths), prompt, last.astype(jnp.int32), patches)
+
+
+@partial(jax.jit, static_argnames="name")
+@laid_out(by_prompts_and_whole)
+def penalise(
+    rewards: jax.Array,
+    samples: Samples,
+    ref_logprobs: jax.Array,
+    kl_coef: jax.Array | float,
+    *,
+    name: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Takes the KL off the rewards; returns them float32[B, G], and the mean KL of a token.
+
+    Args:
+      rewards: float32[B, G].
+      samples: responses with their log-probabilities under the policy that sampled.
+      ref_logprobs: float32[B, G, T], under the reference.
+      kl_coef: weight of the KL.
+      name: of the estimate, see `rl.kl`.
+    """
+    each, mean = penalty(name, samples.logprobs, ref_logprobs, samples.mask)
+    return rewards - kl_coef * each, mean
+
+
+@partial(jax.jit, static_argnames=("name", "std"))
+@laid_out(by_prompts)
+def estimate_jitted(terms: RewardTerms, *, name: str, std: str) -> jax.Array:
+    """Returns `rl.advantages.estimate`, jitted."""
+    return advantages.estimate(name, terms, std=std)
