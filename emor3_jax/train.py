@@ -47,10 +47,8 @@ def train(config: ConfigDict, workdir: Path) -> Results:
         for step, prompts in run.steps():  # reads ahead; ends on a stop signal; traces; resumes
             key, params = run.key(step), learner.params(state)
             # Sample G responses to each of B prompts, ask about their steps, score all.
-            experience, info = (
-                rollout(params, run.put(prompts.batch), key, run.clock, run.judge),
-                {},
-            )
+            experience = rollout(params, run.put(prompts.batch), key, run.clock, run.judge)
+            info = {}
             if tries := config.rollout.resample:  # DAPO: replace groups with nothing to compare
                 again = partial(rollout, params, clock=run.clock, judge=run.judge)
                 prompts, experience, info = resample(
