@@ -8,7 +8,6 @@ import pytest
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.embedded.faces import tasks
 
-
 _RNG = np.random.default_rng(0)
 _DESCRIPTIONS = {label: {tasks.describe(label, _RNG) for _ in range(400)} for label in tasks.LABELS}
 
