@@ -393,8 +393,8 @@ def default() -> ConfigDict:
     config.guard.max_kl = 10.0
 
     config.log = ConfigDict()
-    # Where metrics are written (io/sinks): "jsonl", always, since a run resumes by it, and
-    # "tensorboard".
+    # Where metrics are written (io/sinks): "jsonl", always, since a run resumes by it,
+    # "tensorboard", and where they are installed "wandb" and "mlflow".
     config.log.sinks = ("jsonl", "tensorboard")
     # Steps to trace for the JAX profiler, from the third of this start on, into workdir/profile.
     config.log.profile_steps = 0

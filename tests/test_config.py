@@ -299,7 +299,7 @@ WRONG = [
     ("checkpoint.minutes", math.inf, "finite"),
     ("checkpoint.stop_seconds", -1.0, "0 or more"),
     ("log.every", 0, "at least 1"),
-    ("log.sinks", ("jsonl", "wandb"), "'tensorboard'"),
+    ("log.sinks", ("jsonl", "neptune"), "'tensorboard'"),
     ("log.sinks", ("tensorboard",), "must hold 'jsonl'"),
 ]
 

@@ -20,7 +20,7 @@ from emor3_jax.config import (
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
 from emor3_jax.files import is_file, is_utf8
-from emor3_jax.io.sinks import SINKS
+from emor3_jax.io.sinks import SINKS, missing_library
 from emor3_jax.models import FAMILIES, is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
 from emor3_jax.models.decode_attention import BLOCK
@@ -253,6 +253,9 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     need(update.old_logprobs in sources, "policy_update.old_logprobs", f"must be one of {sources}")
     known = all(name in SINKS for name in config.log.sinks)
     need(known, "log.sinks", f"must be some of {', '.join(map(repr, SINKS))}")
+    for name in config.log.sinks:
+        if package := missing_library(name):
+            need(False, "log.sinks", f"{name!r} is not installed here: pip install {package}")
     need("jsonl" in config.log.sinks, "log.sinks", "must hold 'jsonl', by which a run resumes")
     sets = tuple(config.evaluate.sets)
     for name in sets:
