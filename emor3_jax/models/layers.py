@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from emor3_jax.models.quantisation import SCALE
 from emor3_jax.parallel.mesh import keep_layout
 
 Dtype = jnp.dtype | type
@@ -182,6 +183,9 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         out = matmul(rows, kernel)
+        if self.has_variable("params", SCALE):
+            # The kernel is int8 (`models.quantisation`).
+            out *= self.get_variable("params", SCALE)
         if self.has_variable("params", "lora_a"):
             # Adapters that lie beside the kernel (`models.lora`).
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
