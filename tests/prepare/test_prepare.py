@@ -303,7 +303,8 @@ def test_a_field_that_would_do_nothing_is_refused(tmp_path):
             prepare.open_source(default(), "data.train", dataset(**fields))
 
 
-def test_int8_weights_are_for_training_alone_and_want_a_correction(folder, caplog):
+def test_int8_weights_are_for_training_alone_and_want_a_correction(folder, caplog, monkeypatch):
+    monkeypatch.setattr("emor3_jax.prepare.rollout._scorer", lambda *args: None)
     config, labels, mesh = default(), ("joy", "fear"), make_mesh()
     config.policy.path = str(folder)
     policy = prepare.read_policy(config, print)

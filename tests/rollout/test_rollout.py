@@ -118,13 +118,10 @@ def test_log_probabilities_of_int8_weights_are_their_own(setting, rule):
     _, samples = rollout.respond(setting.params, setting.batch, jax.random.key(6))
 
     quantised = jax.device_get(quantise_layers(setting.params))
+    given = samples.tokens, samples.lengths, rule.temperature
+    score = jax.jit(lambda params: setting.score(params, *given))
     own, before = (
-        np.where(
-            samples.mask,
-            setting.score(params, samples.tokens, samples.lengths, rule.temperature)
-            - samples.logprobs,
-            0.0,
-        )
+        np.where(samples.mask, score(params) - samples.logprobs, 0.0)
         for params in (tiny.dequantised(quantised), setting.params)
     )
     assert np.abs(own).max() < 1e-4
