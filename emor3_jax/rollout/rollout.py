@@ -302,7 +302,8 @@ def _sync_programs(mesh: Mesh, params: Any, policy: Policy, int8: bool = False) 
     kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
     if kinds != {jnp.dtype(policy.dtype)} or mesh.size > 1 or int8:
         args = params, jnp.dtype(policy.dtype)
-        params = yield Program("weight_sync", weight_sync, args, {"int8": int8})
+        how = {"int8": True} if int8 else {}
+        params = yield Program("weight_sync", weight_sync, args, how)
     return params
 
 
