@@ -196,6 +196,7 @@ def estimate(
         min(config.rollout.refill or slots, slots),
         step.prompts // config.policy_update.micro_prompts,
         step.prompts // config.policy_update.prompts,
+        config.rollout.weight_dtype == "int8",
     )
     policy, _ = read_policy_shapes(config)
     parameters = sum(x.size for x in jax.tree.leaves(policy.param_shapes()))

@@ -182,6 +182,10 @@ def default() -> ConfigDict:
     config.rollout.halvings = 4
     # Decode without a loop over the layers: faster on CPU in bfloat16 (docs/engine.md).
     config.rollout.unroll = False
+    # How the matrices of the decoder's layers are kept while responses are sampled: "" for
+    # policy.dtype, or "int8" (models/quantisation.py), best with "recompute" and a correction of
+    # `policy_update`. Evaluation decodes in policy.dtype.
+    config.rollout.weight_dtype = ""
     # DAPO's dynamic sampling: further batches a step may draw to replace prompts whose rewards are
     # all equal; then it goes on with what it has. 0 keeps every prompt.
     config.rollout.resample = 0

@@ -279,6 +279,7 @@ WRONG = [
     ("rollout.slots", 1024, "rollout.prompts=512"),
     ("rollout.refill", 7, "the 512 slots"),
     ("rollout.halvings", -1, "0 or more"),
+    ("rollout.weight_dtype", "int4", "'' (policy.dtype) or 'int8'"),
     ("policy_update.logprob_chunk", 0, "at least 1"),
     ("policy_update.warmup_steps", -1, "0 or more"),
     ("policy_update.max_grad_norm", 0.0, "over 0"),

@@ -200,6 +200,7 @@ class _Maker:
                 prepare.rollout_plan(c),
                 ESTIMATORS[c.policy_update.advantage].greedy,
                 self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+                c.rollout.weight_dtype == "int8",
             )
         return Rollout(
             *common,

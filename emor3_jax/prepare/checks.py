@@ -137,6 +137,8 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
     dtypes = ("float32", "bfloat16")
     need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
+    kept = config.rollout.weight_dtype
+    need(kept in ("", "int8"), "rollout.weight_dtype", "must be '' (policy.dtype) or 'int8'")
     kept = config.policy_update.mu_dtype
     need(kept in dtypes, "policy_update.mu_dtype", f"must be one of {dtypes}")
     backends = ("auto", *BACKENDS)

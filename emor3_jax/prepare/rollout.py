@@ -1,5 +1,7 @@
 """From a config to the rollout of training, and to that of evaluation."""
 
+import logging
+
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,6 +20,8 @@ from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.rollout.tokens import stop_ids, suppressed_tokens
 
+logger = logging.getLogger(__name__)
+
 
 def make_rollout(
     config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...], mesh: Mesh
@@ -31,6 +35,13 @@ def make_rollout(
       mesh: of the devices.
     """
     c = config.rollout
+    int8 = c.weight_dtype == "int8"
+    if int8 and config.policy_update.correction == "off":
+        logger.warning(
+            "rollout.weight_dtype='int8': samples from a policy that differs by rounding from the "
+            "one that learns, and policy_update.correction='off' corrects nothing of it; set that "
+            "to 'token_truncate', and policy_update.old_logprobs to 'recompute'"
+        )
     return Rollout(
         policy.policy,
         _scorer(config, policy, labels),
@@ -41,6 +52,7 @@ def make_rollout(
         rollout_plan(config),
         ESTIMATORS[config.policy_update.advantage].greedy,
         mesh.shape["data"] * mesh.shape["fsdp"],
+        int8,
     )
 
 

@@ -71,6 +71,8 @@ class Rollout:
       plan: number of prompts in flight at once.
       greedy: also reward one greedy response to each prompt.
       num_shards: number of equal parts that the devices cut the prompts into.
+      int8: decode with quantised weights (`models.quantisation`), whose policy the responses and
+        their log-probabilities, and the replies of a policy that is asked itself, are of.
     """
 
     policy: Policy
@@ -82,6 +84,7 @@ class Rollout:
     plan: Plan = ALL_AT_ONCE
     greedy: bool = False
     num_shards: int = 1
+    int8: bool = False
 
     def __call__(
         self,
@@ -112,7 +115,7 @@ class Rollout:
     def respond(self, params: dict, batch: Batch, key: jax.Array) -> tuple[KV, Samples]:
         """Samples responses to each prompt at once; returns the prompts' keys and values too."""
         engine = self._engine(self.group_size, self.sampling, ALL_AT_ONCE)
-        params = cast_for_decoding(params, self.policy.dtype)
+        params = cast_for_decoding(params, self.policy.dtype, int8=self.int8)
         (finished,) = self._sample(params, batch, key, engine)
         return finished.prefix, finished.samples
 
@@ -181,7 +184,7 @@ class Rollout:
         self, params: Any, batch: Batch, key: Any, engine: Engine, judge: Judge | None
     ) -> Programs:
         mesh, prompts = mesh_of(batch), len(batch.last_token)
-        params = yield from _sync_programs(mesh, params, self.policy)
+        params = yield from _sync_programs(mesh, params, self.policy, self.int8)
         alive = {"parameters": params}
         refill = engine.sizes(prompts)[1]
         waves = prompts // refill
@@ -263,7 +266,7 @@ class Rollout:
         clock: Clock,
         judge: Judge | None,
     ) -> Experience:
-        params = cast_for_decoding(params, self.policy.dtype)
+        params = cast_for_decoding(params, self.policy.dtype, int8=self.int8)
         sampling_key, reflection_key = jax.random.split(key)
         found, rows = [], []
         for finished in self._sample(params, batch, sampling_key, engine):
@@ -294,12 +297,13 @@ class Rollout:
         return engine.run(params, admissions(), prompts, key)
 
 
-def _sync_programs(mesh: Mesh, params: Any, policy: Policy) -> Programs:
+def _sync_programs(mesh: Mesh, params: Any, policy: Policy, int8: bool = False) -> Programs:
     """Yields the program of `cast_for_decoding`, if it does anything; returns its result."""
     kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    if kinds != {jnp.dtype(policy.dtype)} or mesh.size > 1:
+    if kinds != {jnp.dtype(policy.dtype)} or mesh.size > 1 or int8:
         args = params, jnp.dtype(policy.dtype)
-        params = yield Program("weight_sync", weight_sync, args)
+        how = {"int8": True} if int8 else {}
+        params = yield Program("weight_sync", weight_sync, args, how)
     return params
 
 

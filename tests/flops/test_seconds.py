@@ -17,8 +17,10 @@ from emor3_jax.flops.seconds import (
     Lengths,
     Machine,
     Phase,
+    layer_weights,
     phase_seconds,
 )
+from emor3_jax.models.params import leaves
 from emor3_jax.parallel import topology
 
 SHAPES = tiny.make_policy().shapes
@@ -95,6 +97,29 @@ def test_decoding_reads_weights_prompts_and_keys_in_every_round() -> None:
     read = rounds * (1000 + 2 * prompts * token / 2) + 2 * own * token / 2
     assert halved.memory == pytest.approx(read / 1e5)
     assert halved.links == pytest.approx(rounds * 2 * SHAPES.num_layers * WHOLE.latency)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_rollout_reads_a_byte_for_each_weight_of_int8_layers(family: str) -> None:
+    policy = tiny.make_policy(family)
+    layers = policy.param_shapes()["model"]["layers"]
+    kernels = sum(x.size for path, x in leaves(layers) if path.endswith("kernel"))
+    assert layer_weights(policy.shapes) == kernels
+    args = policy.shapes, STEP, COSTS
+    parameters = 2 * kernels
+    plain, int8 = (
+        phase_seconds(*args, MACHINE._replace(int8=int8), WHOLE, parameters)
+        for int8 in (False, True)
+    )
+    # Half of the weights take half the bytes: 3/4 of before.
+    for name in ("vision and prefill", "coherence"):
+        assert int8[name].memory == pytest.approx(0.75 * plain[name].memory)
+    assert int8["weight sync"].links == pytest.approx(0.75 * plain["weight sync"].links)
+    rounds = 120 + WHOLE.tail * WHOLE.lengths.most
+    saved = plain["decode"].memory - int8["decode"].memory
+    assert saved == pytest.approx(rounds * kernels / 1e5)
+    for name in ("reference", "update"):
+        assert int8[name] == plain[name]
 
 
 def test_collectives_of_compiled_programs_replace_the_counted_ones() -> None:

@@ -40,8 +40,9 @@ def everything_else(config: ConfigDict) -> None:
 
 
 def adapters(config: ConfigDict) -> None:
-    """The method as it is, with adapters that are merged once a step."""
+    """The method as it is, with adapters that are merged once a step, then quantised."""
     config.policy.lora_rank = 2
+    config.rollout.weight_dtype = "int8"
     config.rollout.unroll = True
 
 
