@@ -86,7 +86,8 @@ def check_reachable(rollout: Rollout) -> None:
             if longest >= most:
                 reply = "yes" if name == "consistency" else labels[int(lengths.argmax())]
                 rule = (
-                    f"cuts the reply {reply!r} of {name}, which takes {longest} tokens and its "
+                    f"cuts the reply {reply!r} of {name}, which takes {longest} tokens "
+                    f"{'of the judge ' if judges is not scorer.tokenizer else ''}and its "
                     f"end: it could never be right; give {longest + 1} or more"
                 )
                 raise ConfigError("reflect.max_tokens", most, rule)
