@@ -9,6 +9,7 @@ from emor3_jax.models.processor import Processor
 from emor3_jax.prepare.data import load_templates
 from emor3_jax.prepare.judge import make_retokenizer
 from emor3_jax.prepare.profile import evaluation_sampling, listed_labels, reply_tokens
+from emor3_jax.prepare.reachable import check_reachable
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rewards.terms import Term
@@ -67,9 +68,12 @@ def make_evaluation_rollout(
       labels: the label set.
       mesh: of the devices.
       judge: as of `make_rollout`.
+
+    Raises:
+      ConfigError, LabelError: as `check_reachable`, for a judge of its own tokens.
     """
     asks = config.reflect.enabled or config.evaluate.reflect
-    return Rollout(
+    rollout = Rollout(
         policy.policy,
         _scorer(config, policy, labels, judge),
         suppressed_tokens(policy.shapes.vocab_size, policy.processor.tokenizer),
@@ -79,6 +83,9 @@ def make_evaluation_rollout(
         evaluation_plan(config),
         num_shards=mesh.shape["data"] * mesh.shape["fsdp"],
     )
+    if judge is not None:
+        check_reachable(rollout)
+    return rollout
 
 
 def make_label_likelihood(config: ConfigDict, rollout: Rollout) -> LabelLikelihood | None:
