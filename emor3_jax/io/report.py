@@ -104,12 +104,10 @@ def judged_by(evaluation: str, training: str = "") -> str:
     Args:
       evaluation, training: as the config names the judge; "" where none was asked.
     """
-    asked = [name for name in (training, evaluation) if name]
-    if set(asked) <= {"policy"}:
+    told = {"policy": "the policy"}
+    first, last = (told.get(name, name) for name in (training or evaluation, evaluation))
+    if {first, last} <= {"", "the policy"}:
         return ""
-    first, last = (
-        name.replace("policy", "the policy", name == "policy") for name in (asked[0], asked[-1])
-    )
     if first == last:
         return f", reflections asked of {first}"
     return f", reflections asked of {first} in training, of {last} in evaluation"

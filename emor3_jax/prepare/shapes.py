@@ -170,28 +170,25 @@ def make_judge_shapes(config: ConfigDict, policy: Policy, step: StepShapes) -> S
     name = judge_names(config)[0]
     if name == "policy" or not step.questions:
         return step
-    found, shared, image = JudgeToLoad(policy, None), step.shared_tokens, step.patches
-    tokens, questions = step.prompt_tokens - 1, step.questions
-    if name != "reference":
-        found = read_judge_shapes(config, "reflect.judge", name)
-    if found.reads_alone:
+    read = None if name == "reference" else read_judge_shapes(config, "reflect.judge", name)
+    judge = policy if read is None else read.policy
+    parameters = sum(x.size for x in jax.tree.leaves(judge.param_shapes()))
+    seen = step.prompt_tokens - 1, step.patches, step.shared_tokens
+    questions = step.questions
+    if read is not None and read.reads_alone:
         # As many pixels, in patches of its own size.
-        ours, theirs = policy.shapes.vision, found.policy.shapes.vision
-        unit = found.policy.shapes.merge_unit
-        pixels = step.patches * ours.patch_size**2
-        image = max(1, round(pixels / theirs.patch_size**2 / unit)) * unit
-        tokens = shared = found.texts.before + image // unit
+        unit, pixels = judge.shapes.merge_unit, step.patches * policy.shapes.vision.patch_size**2
+        image = max(1, round(pixels / judge.shapes.vision.patch_size**2 / unit))
+        tokens = read.texts.before + image
+        seen = tokens, image * unit, tokens
+        around, replies = read.texts.questions, read.texts.replies
         questions = {
-            key: q._replace(
-                head=found.texts.questions[key][0],
-                tail=found.texts.questions[key][1],
-                reply=found.texts.replies[key],
-            )
+            key: q._replace(head=around[key][0], tail=around[key][1], reply=replies[key])
             for key, q in questions.items()
         }
-    parameters = sum(x.size for x in jax.tree.leaves(found.policy.param_shapes()))
-    judge = JudgeShapes(name, found.policy.shapes, tokens, image, shared, parameters)
-    return step._replace(judge=judge, questions=questions)
+    return step._replace(
+        judge=JudgeShapes(name, judge.shapes, *seen, parameters), questions=questions
+    )
 
 
 def make_step_shapes(

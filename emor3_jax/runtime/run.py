@@ -296,6 +296,10 @@ class Run:
         """Who is asked about the responses of a step; None for the policy itself."""
         return self._judges.of_training(self._learner)
 
+    def _judged_by(self) -> str:
+        """Returns who is asked, as behind the title of the report."""
+        return report.judged_by(self._judges.evaluation, self._judges.training)
+
     @property
     def judge_processor(self) -> Processor | None:
         """That of a judge which shares nothing but the text with the policy; else None."""
@@ -334,6 +338,8 @@ class Run:
             prepare.check_reachable(rollout)
             judge = self._judges.policy_of_training()
             self._meter = prepare.make_meter(self.config, rollout, judge)
+        if asked := self._judged_by():
+            self.say(asked.removeprefix(", "))
         # State and reference alone hold parameters from here on.
         self.policy = dataclasses.replace(self.policy, params={})
         if self._step or self._progress:
@@ -508,14 +514,8 @@ class Run:
         if hosts.is_first():
             (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
             images = {name: self.data.image(name) for name in names}
-            asked = report.judged_by(self._judges.evaluation, self._judges.training)
-            report.write_report(
-                workdir,
-                f"EMO-R3: {workdir.name}{asked}",
-                before,
-                after,
-                images,
-            )
+            title = f"EMO-R3: {workdir.name}{self._judged_by()}"
+            report.write_report(workdir, title, before, after, images)
         save_whole(dataclasses.replace(self.policy, params=trained), workdir / "policy")
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
