@@ -321,6 +321,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=c.num_layers,
+                check_constancy_invariants=False,  # nothing depends on it; it traces each layer twice
             )
             layers = stack(c, self.compute, self.keep_keys, self.group, name="layers")
             x, keys = layers(x, of_layers, shared)

@@ -92,6 +92,7 @@ class Qwen25VLTower(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
+            check_constancy_invariants=False,  # nothing depends on it; it traces each layer twice
         )
         x, _ = stack(c, self.compute, name="blocks")(
             keep_rows(embed(all_frames(images.patches.astype(self.compute.dtype), c))),
