@@ -75,7 +75,8 @@ def test_a_text_that_is_too_long_is_cut_and_counted(tokenizers, caplog):
 def test_a_judge_with_all_tokens_of_the_policy_reads_them(tokenizers):
     policy, other = tokenizers
     assert has_tokens(policy, policy)
-    assert not has_tokens(other, policy) and not has_tokens(policy, other)
+    # The other one has bytes alone, as every tokenizer does.
+    assert has_tokens(policy, other) and not has_tokens(other, policy)
     more = train_tokenizer(["a dark wood and joy"] * 9, 300)
     more.add_tokens(["<think>"])
     assert has_tokens(more, policy) and not has_tokens(policy, more)
