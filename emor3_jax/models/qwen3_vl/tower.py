@@ -191,7 +191,8 @@ class Qwen3VLTower(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
-            check_constancy_invariants=False,  # nothing depends on it; it traces each layer twice
+            # It traces each layer a second time; without it, fresh parameters are others.
+            check_constancy_invariants=self.is_initializing(),
         )
         table = rope.vision_table(coords, c.head_dim)
         (x, kept), _ = stack(block, (x, keep_rows(kept)), jnp.asarray(place), table, mask)
