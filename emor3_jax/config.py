@@ -196,8 +196,11 @@ def default() -> ConfigDict:
     # False is plain GRPO: no reflection is asked, and its weight goes as the profile says.
     config.reflect.enabled = True
     # Who is asked: "policy", itself; "reference", from which the KL is measured; or the folder or
-    # hub id of another policy of the same family and tokens.
+    # hub id of another policy, of any family and any tokens.
     config.reflect.judge = "policy"
+    # Numbers of windows of the images of a judge of another family, tokens or image settings, as
+    # `data.image_windows`, which () takes; images with more are left out.
+    config.reflect.judge_windows = ()
     # Beyond the method: score replies by their likelihood, in one pass, instead of sampling one.
     config.reflect.soft = False
     config.reflect.temperature = 0.6

@@ -223,6 +223,7 @@ WRONG = [
     ("data.scene_size", 64, "between 112 and 224"),
     ("data.prompt_lengths", (1024, 512), "rising"),
     ("data.image_windows", (), "at least one"),
+    ("reflect.judge_windows", (2, 1), "rising sizes"),
     ("reflect.text_lengths", (0, 8), "over 0"),
     ("rollout.responses", 0, "at least 1"),
     ("rollout.temperature", 0.0, "over 0"),

@@ -278,9 +278,9 @@ def phase_seconds(
     def received(name: str, counted: float) -> float:
         return (counted if moved is None else moved.get(name, 0.0)) / link_rate
 
-    def summed(tokens: float, passes: int) -> float:
+    def summed(tokens: float, passes: int, reader: Shapes = policy) -> float:
         """Bytes of the two sums of activations over `tensor` in each layer and pass."""
-        each = 2 * 2 * policy.num_layers * policy.hidden_size * tokens / assumed.padding
+        each = 2 * 2 * reader.num_layers * reader.hidden_size * tokens / assumed.padding
         return 2 * (tensor - 1) / tensor * passes * each / machine.parts
 
     waves = step.prompts // machine.refill
@@ -300,12 +300,24 @@ def phase_seconds(
         ),
         "decode": _decode(policy, step, costs["decode"], machine, assumed, decoding),
     }
+    asked = decoding
+    if "judge" in costs:
+        # Its weights are kept in bfloat16, and gathered anew for each step.
+        asked = 2 * step.judge.parameters / tensor
+        tokens = step.prompts * step.judge.tokens
+        found["judge"] = Phase(
+            products("judge"),
+            (waves + 1 + 1 / fsdp) * asked / byte_rate,
+            received("judge.weight_sync", away * asked)
+            + received("judge.prefill", summed(tokens, 1, step.judge.policy)),
+        )
     for name, question in step.questions.items():
         # The question is read once a wave; each further token of its reply reads all weights again.
         reads = waves * (question.reply if question.replies == 1 else 1)
         tokens = question.head * question.with_image + question.text + question.tail
-        sums = summed(step.prompts * step.responses * tokens, 1)
-        found[name] = Phase(products(name), reads * decoding / byte_rate, received(name, sums))
+        reader = step.judge.policy if "judge" in costs else policy
+        sums = summed(step.prompts * step.responses * tokens, 1, reader)
+        found[name] = Phase(products(name), reads * asked / byte_rate, received(name, sums))
     # Layers are gathered in bfloat16 for each micro-batch: forward, and in an update backward too,
     # from where float32 gradients are scattered.
     rounds = machine.micro_batches

@@ -210,6 +210,8 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):
         _need_buckets(config, field)
     _need_buckets(config, "policy_update.response_lengths")
+    if config.reflect.judge_windows:
+        _need_buckets(config, "reflect.judge_windows")
     for section in ("rollout", "reflect"):
         need(0 < config[section].top_p <= 1, f"{section}.top_p", "must lie in (0, 1]")
     need(0 <= config.evaluate.top_p <= 1, "evaluate.top_p", "must lie in (0, 1], or be 0")

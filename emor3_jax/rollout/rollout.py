@@ -44,6 +44,7 @@ from emor3_jax.types import (
     Batch,
     Clock,
     Experience,
+    ImagePrefix,
     NoClock,
     Replies,
     ReplyProbs,
@@ -139,11 +140,13 @@ class Rollout:
         if self.reflection is None:
             return None
         rows, prefix = np.asarray(finished.row, np.int32), finished.prefix
-        shared = take((batch.shared_length, batch.shared_position), rows)
         if judge is None:
             judge = Judge(self.policy, params, self.suppressed)
+            shared = take((batch.shared_length, batch.shared_position), rows)
         else:
-            prefix = prefill(judge.params, take(batch, rows), policy=judge.policy)
+            seen = take(batch.seen_by_judge, rows)
+            prefix = prefill(judge.params, seen, policy=judge.policy)
+            shared = seen.shared_length, seen.shared_position
         return reflect(
             judge.policy,
             judge.params,
@@ -154,6 +157,15 @@ class Rollout:
             (key, rows),
             judge.suppressed,
         )
+
+    def counters(self) -> dict[str, float]:
+        """Returns `reflect/texts_cut`: judged texts so far that were too long for a judge's tokens.
+
+        Empty where the texts are read as they were written.
+        """
+        if self.reflection is None or self.reflection.retokenizer is None:
+            return {}
+        return {"reflect/texts_cut": float(self.reflection.retokenizer.cut)}
 
     def programs(self, params: Any, batch: Batch, key: Any, judge: Judge | None = None) -> Programs:
         """Yields every jitted program of a call, at its largest shapes.
@@ -188,6 +200,7 @@ class Rollout:
         alive = {"parameters": params}
         refill = engine.sizes(prompts)[1]
         waves = prompts // refill
+        batch, everything = _of_policy(batch), batch
         # All at once they are the batch itself, not a part beside it.
         part = first_rows(batch, refill) if waves > 1 else batch
         rows = by_prompts(mesh, jax.ShapeDtypeStruct((refill,), jnp.int32))
@@ -213,17 +226,17 @@ class Rollout:
         if self.reflection is not None:
             # The slots are still there; the prompts that left are in none of them.
             alive["cache"] = engine.abstract_flight(every), prefix
-            shared = part.shared_length, part.shared_position
-            every_shared = (batch.shared_length, batch.shared_position), rows
-            shared = yield Program("take", take_rows, every_shared, {}, alive, calls=waves)
             if judge is None:
                 judge = Judge(self.policy, params, self.suppressed)
+                args = (batch.shared_length, batch.shared_position), rows
+                shared = yield Program("take", take_rows, args, {}, alive, calls=waves)
             else:
-                args = (batch, rows)
-                wave = yield Program("judge.take", take_rows, args, {}, alive, calls=waves)
-                how, held = {"policy": judge.policy}, {**alive, "data": wave}
-                args = (judge.params, wave)
+                args = everything.seen_by_judge, rows
+                seen = yield Program("judge.take", take_rows, args, {}, alive, calls=waves)
+                how, held = {"policy": judge.policy}, {**alive, "data": seen}
+                args = (judge.params, seen)
                 prefix = yield Program("judge.prefill", prefill, args, how, held, calls=waves)
+                shared = seen.shared_length, seen.shared_position
             asked = reflect_programs(
                 judge.policy,
                 judge.params,
@@ -279,7 +292,7 @@ class Rollout:
         scores = self.scorer.score(batch, samples, replies)
         rewards = self.scorer.reward.shape(scores, samples)
         clock.mark("reward", rewards)
-        return Experience(batch, samples, replies, scores, rewards)
+        return Experience(_of_policy(batch), samples, replies, scores, rewards)
 
     def _sample(
         self, params: dict, batch: Batch, key: jax.Array, engine: Engine
@@ -289,7 +302,7 @@ class Rollout:
         waves = prompts // refill
 
         def admissions() -> Iterator[Admission]:
-            for wave, part in enumerate(iterate_parts(batch, waves)):
+            for wave, part in enumerate(iterate_parts(_of_policy(batch), waves)):
                 rows = np.arange(wave, prompts, waves, dtype=np.int32)
                 prefix = prefill(params, part, policy=self.policy)
                 yield Admission(rows, part.last_token, part.next_position, prefix)
@@ -307,10 +320,15 @@ def _sync_programs(mesh: Mesh, params: Any, policy: Policy, int8: bool = False) 
     return params
 
 
+def _of_policy(batch: Batch) -> Batch:
+    """Returns a batch without what the judge alone reads: it is not learned from."""
+    return batch._replace(judge_prefix=None)
+
+
 @partial(jax.jit, static_argnames="policy")
 @laid_out(prefix_layout)
-def prefill(params: dict, batch: Batch, *, policy: Policy) -> KV:
-    """Returns keys and values of the prompts of a batch."""
+def prefill(params: dict, batch: Batch | ImagePrefix, *, policy: Policy) -> KV:
+    """Returns keys and values of the prompts of a batch, or of what a judge reads instead."""
     return policy.prefill(params, batch.prompt, batch.images)
 
 

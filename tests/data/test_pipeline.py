@@ -191,6 +191,8 @@ def test_bad_rows_are_counted_by_reason_and_leave_no_holes(train, dirty, make):
     expected["unknown_candidate"] = 0
     # Only where responses are learned.
     expected["no_response"] = 0
+    # Only where a judge reads images of its own.
+    expected["judge_image"] = 0
     assert batches.stats.counts() == expected
     bad = {row_id for reason in encode.REASONS for row_id in batches.stats.ids(reason)}
     assert len(bad) == sum(expected.values())

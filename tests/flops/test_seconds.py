@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from emor3_jax.flops import Cost, QuestionTokens, StepShapes
+from emor3_jax.flops import Cost, JudgeShapes, QuestionTokens, StepShapes
 from emor3_jax.flops.seconds import (
     CHIPS,
     REASONS,
@@ -78,6 +78,18 @@ def test_each_phase_is_the_longest_of_three() -> None:
     adam = 2 * 2 * 4 * 4 * 250
     assert found["update"].memory == pytest.approx((4 * 2 * 2000 + chunks + adam) / 1e5)
     assert found["update"].seconds == max(found["update"])
+
+
+def test_a_judge_has_weights_of_its_own() -> None:
+    step = STEP._replace(judge=JudgeShapes("a/b", SHAPES, 12, 16, 12, parameters=500))
+    costs = COSTS | {"judge": Cost(linear=1e6)}
+    found = phase_seconds(SHAPES, step, costs, MACHINE, WHOLE, PARAMETERS)
+    assert list(found)[3:5] == ["judge", "coherence"]
+    assert found["judge"].flops == 1e6 / 0.5 / 4e6
+    # 1000 bytes for each of four waves; a quarter of them read, and all written, when gathered.
+    assert found["judge"].memory == pytest.approx(5.25 * 1000 / 1e5)
+    assert found["judge"].links == pytest.approx(0.75 * 1000 / 1e4)
+    assert found["coherence"].memory == pytest.approx(4 * 3 * 1000 / 1e5)
 
 
 def test_decoding_reads_weights_prompts_and_keys_in_every_round() -> None:
