@@ -56,7 +56,9 @@ def is_text(kind: pa.DataType) -> bool:
     """Recognises columns of texts: plain, dictionary-encoded, or all null."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(test(kind) for test in tests)
 
 
 def check_images(where: str, schema: pa.Schema, column: str) -> None:
@@ -139,7 +141,8 @@ def check_shares(where: str, schema: pa.Schema, column: str) -> None:
 
 
 def _is_binary(kind: pa.DataType | None) -> bool:
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
+    types = pa.types
+    tests = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null)
     return kind is not None and any(test(kind) for test in tests)
 
 

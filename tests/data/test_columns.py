@@ -45,6 +45,20 @@ def test_labels_of_another_type_are_named(tmp_path, make, kind):
         ParquetSource(tmp_path / "a.parquet")
 
 
+def test_texts_and_bytes_of_every_form_are_read(tmp_path, make):
+    """Polars and newer writers keep them as views, pandas as categories."""
+    plain = table(make)
+    image = pa.array([row[0]["bytes"] for row in plain["images"].to_pylist()])
+    labels = plain["answer"].to_pylist()
+    for kind in (pa.string_view(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())):
+        form = pa.binary_view() if kind == pa.string_view() else pa.large_binary()
+        found = table(make, answer=pa.array(labels, kind), images=image.cast(form))
+        pq.write_table(found, tmp_path / "a.parquet")
+        source = ParquetSource(tmp_path / "a.parquet")
+        assert [texts.answer for texts in source.texts()] == labels
+        assert source[1].texts.answer == labels[1]
+
+
 @pytest.mark.parametrize(
     "column",
     [
