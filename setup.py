@@ -10,6 +10,7 @@ setup(
     package_data={
         "emor3_jax": ["data/templates/*.txt", "embedded/templates/*.txt", "io/templates/*.j2"]
     },
+    entry_points={"console_scripts": ["emor3 = emor3_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.11",

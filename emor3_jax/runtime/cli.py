@@ -90,7 +90,7 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
         with errors_told():
             program(config.value)
 
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def _refuse(error: Exception, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
+def parse_flags(arguments: Sequence[str]) -> list[str]:
     """Parses the command line; what the config's file refuses is one line, without its trace."""
     try:
         return flags.FLAGS(list(arguments))

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from emor3_jax import flops, prepare
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
+from emor3_jax.data.inference_settings import FILE
 from emor3_jax.errors import LASTING, RunError, UserError, os_error_number, os_error_text
 from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.evaluation.records import (
@@ -46,6 +47,7 @@ from emor3_jax.learner.learner import Learner
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
+from emor3_jax.prepare.inference import inference_settings
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.rollout import Rollout
@@ -96,7 +98,7 @@ class Run:
     _begun, _evaluated = False, 0
 
     def __init__(
-        self, program: str, config: ConfigDict, workdir: Path, *, imitate: bool = False
+        self, program: str, config: ConfigDict, workdir: str | Path, *, imitate: bool = False
     ) -> None:
         """Checks the config, loads the policy onto the mesh and opens the data.
 
@@ -115,6 +117,7 @@ class Run:
         self._stop = StopSignal(config.checkpoint.stop_seconds)
         self._lock: job.WorkdirLock | None = None
         self._step = 0
+        workdir = Path(workdir)
         self.config, self.workdir, self.say = config, workdir, Console(program)
         self._program = program
         try:
@@ -176,6 +179,11 @@ class Run:
         self.data = prepare.open_data(config, self.policy, self.mesh, imitate=imitate)
         self._stop.check()
         job.keep_config(config, workdir)
+        self._settings = inference_settings(
+            config, self.data.labels["train"], self.data.sources["train"]
+        )
+        if hosts.is_first():
+            self._settings.write(workdir)
         self.say("building the reward tables")
         self._rollouts = {
             name: prepare.make_evaluation_rollout(
@@ -504,7 +512,8 @@ class Run:
                 after,
                 images,
             )
-        save_whole(dataclasses.replace(self.policy, params=trained), workdir / "policy")
+        trained_policy = dataclasses.replace(self.policy, params=trained)
+        save_whole(trained_policy, workdir / "policy", {FILE: self._settings.to_json()})
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
