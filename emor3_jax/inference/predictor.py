@@ -191,17 +191,22 @@ class Predictor:
         weigh = self.options.weigh_labels
         self._likelihood = LabelLikelihood.of_rollout(self.rollout) if weigh else None
 
-    def predict(self, image: ImageLike) -> Prediction:
+    def predict(self, image: ImageLike, question: str | None = None) -> Prediction:
         """Asks about one image.
 
         Args:
           image: a file, an address (http or https), the bytes of an encoded image, or an image of
             PIL.
+          question: asked instead of that of the settings.
 
         Raises:
           UserError: if the image cannot be used.
         """
-        (found,) = self._predict([self._encode(image_bytes(image))])
+        settings = self.settings
+        if question is not None:
+            settings = dataclasses.replace(settings, question=question)
+        example = encode_image(image_bytes(image), self.policy, settings)
+        (found,) = self._predict([example])
         return dataclasses.replace(found, image=str(image) if isinstance(image, str | Path) else "")
 
     def predict_all(self, images: ImageLike | Iterable[ImageLike]) -> list[Prediction]:
@@ -226,7 +231,7 @@ class Predictor:
         examples: list[Example | UserError] = []
         for each in batch:
             try:
-                examples.append(self._encode(each.read()))
+                examples.append(encode_image(each.read(), self.policy, self.settings))
             except UserError as error:
                 examples.append(error)
         usable = [x for x in examples if isinstance(x, Example)]
@@ -237,9 +242,6 @@ class Predictor:
             else dataclasses.replace(next(found), image=each.name)
             for each, example in zip(batch, examples, strict=True)
         ]
-
-    def _encode(self, image: bytes) -> Example:
-        return encode_image(image, self.policy, self.settings)
 
     def _predict(self, examples: Sequence[Example]) -> list[Prediction]:
         length, windows = size_of(examples)
