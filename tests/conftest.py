@@ -8,6 +8,8 @@ from support import compiler_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", compiler_flags.FAST)
+# Where compiled programs are kept, small ones too: many tests and their processes call the same.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest

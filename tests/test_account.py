@@ -1,15 +1,12 @@
 """The program that prints the cost of a step."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import program
 
-import emor3_jax
 from configs import gpu, tpu_v5e
 from emor3_jax import account
 from emor3_jax.config import ConfigError, default
@@ -17,8 +14,6 @@ from emor3_jax.errors import UserError
 from emor3_jax.flops import ShapeError
 from emor3_jax.flops.seconds import Assumptions
 from emor3_jax.parallel.mesh import MeshError
-
-ROOT = Path(emor3_jax.__file__).parents[1]
 
 
 def test_the_program_refuses_what_it_cannot_know() -> None:
@@ -35,42 +30,24 @@ def test_the_program_refuses_what_it_cannot_know() -> None:
 
 
 def test_the_program_prints_tables() -> None:
-    command = [sys.executable, "-m", "emor3_jax.account", "--config=configs/qwen_vl.py"]
+    command = ["emor3_jax.account", "--config=configs/qwen_vl.py"]
     command += ["--config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct"]
-    done = subprocess.run(
-        [*command, "--prompt_tokens=1024", "--response_tokens=256"],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = program.run(*command, "--prompt_tokens=1024", "--response_tokens=256")
     assert done.returncode == 0, done.stderr
     assert "512 prompts of 1024 tokens, 854 of them an image of 3416 patches" in done.stdout
     assert re.search(r"\| sum \| 9,238,042 \| 2,560 \| 1,536 \|", done.stdout)
     assert "release" not in done.stdout
-    done = subprocess.run(
-        [*command, "--prompt_tokens=9"],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = program.run(*command, "--prompt_tokens=9")
     assert done.returncode == 2 and "error: prompt_tokens=9: " in done.stderr
 
 
 def test_the_program_estimates_seconds_on_devices_that_are_not_here() -> None:
-    command = [sys.executable, "-m", "emor3_jax.account", "--on=v5e-64"]
+    command = ["emor3_jax.account", "--on=v5e-64"]
     command += ["--config=configs/tpu_v5e.py:3b,chips=64"]
     found = {}
     # Before, and with micro-batches of lengths of their own, refilled lanes and a ragged decode.
     for assumed in ("padding=0.13,lanes=0.38,fill=0.38,tail=0.001,places=20,chunk=32", ""):
-        done = subprocess.run(
-            [*command, f"--assume={assumed}"],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-        )
+        done = program.run(*command, f"--assume={assumed}")
         assert done.returncode == 0, done.stderr
         said = re.match(r"An estimate, no measurement: (\d+) s a step on v5e-64\.", done.stdout)
         found[assumed] = int(said[1])
@@ -118,12 +95,6 @@ def test_an_estimate_needs_devices_that_the_mesh_fits() -> None:
     ),
 )
 def test_flags_without_effect_are_refused(flags: list[str], said: str) -> None:
-    command = [sys.executable, "-m", "emor3_jax.account", "--config=configs/emoset.py:v5e-8"]
-    done = subprocess.run(
-        [*command, *flags],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    command = ["emor3_jax.account", "--config=configs/emoset.py:v5e-8"]
+    done = program.run(*command, *flags)
     assert done.returncode == 2 and f"error: {said}" in done.stderr

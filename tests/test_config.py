@@ -3,15 +3,14 @@
 import ast
 import importlib
 import math
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
+from support import program
 
 import emor3_jax
 from configs import gpu, qwen_vl, table
@@ -493,9 +492,7 @@ def test_the_sample_deviation_needs_two_responses() -> None:
 
 
 def _train(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "emor3_jax.train", "--config=configs/cpu_demo.py", *arguments]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return program.run("emor3_jax.train", "--config=configs/cpu_demo.py", *arguments)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:

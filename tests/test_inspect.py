@@ -3,8 +3,6 @@
 import inspect as standard_inspect
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from support import tiny_run
+from support import program, tiny_run
 
 from emor3_jax import inspect
 from emor3_jax.config import dataset
@@ -214,8 +212,7 @@ def test_a_builders_notes_and_published_counts_are_shown(config, tmp_path, capsy
 
 def test_the_standard_library_keeps_its_inspect():
     assert not Path(standard_inspect.__file__).is_relative_to(Path(inspect.__file__).parent)
-    command = [sys.executable, "-m", "emor3_jax.inspect", "--helpshort"]
     # absl ends with 1 after it has printed the flags.
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = program.run("emor3_jax.inspect", "--helpshort")
     assert result.returncode == 1, result.stderr
     assert "--leakage: <bytes|dhash|look|none>" in result.stdout

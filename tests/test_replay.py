@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from support import tiny_run
+from support import program, tiny_run
 
 from emor3_jax.config import reward_term
 from emor3_jax.errors import UserError
@@ -104,6 +102,5 @@ def test_what_is_no_batch_is_named_in_one_line(tmp_path):
     (place / "step.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="too many brackets"):
         replays.read(place)
-    command = [sys.executable, "-m", "emor3_jax.replay", str(tmp_path / "nothing")]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    ran = program.run("emor3_jax.replay", str(tmp_path / "nothing"))
     assert ran.returncode == 2 and ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1

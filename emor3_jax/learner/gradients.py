@@ -55,7 +55,7 @@ class UpdateSpec(NamedTuple):
 
     Attributes:
       policy: with the rematerialisation of the update.
-      optimizer: optax transformation.
+      optimizer: optax transformation; None in the program of a micro-batch, which reads none.
       loss: the loss to minimise.
       logprobs: settings of scoring.
       kl_coef: weight of the KL, at the start where it adapts.
@@ -65,12 +65,16 @@ class UpdateSpec(NamedTuple):
     """
 
     policy: Policy
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | None
     loss: PolicyLoss | ImitationLoss
     logprobs: LogprobSpec
     kl_coef: float = 0.0
     frozen: Frozen | None = None
     entropy_coef: float = 0.0
+
+    def of_gradients(self) -> "UpdateSpec":
+        """Returns what a micro-batch reads, so that runs with other schedules share its program."""
+        return self._replace(optimizer=None)
 
 
 class Coefficients(NamedTuple):

@@ -1,7 +1,7 @@
 """From a config to the learner: optimizer, loss, reference, adapters; and to its FLOPs."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -233,26 +233,37 @@ def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
     c = config.policy_update
     updates = max(config.steps * (config.rollout.prompts // c.prompts), 1)
     final = c.learning_rate if c.schedule == "constant" else 0.0
-    rate = optax.linear_schedule(c.learning_rate, final, max(updates - c.warmup_steps, 1))
-    if c.warmup_steps:
-        rise = optax.linear_schedule(
-            c.learning_rate / c.warmup_steps, c.learning_rate, c.warmup_steps
-        )
-        rate = optax.join_schedules([rise, rate], [c.warmup_steps])
-
-    factors = c.rates.to_dict()
-
-    def rate_of(path: tuple) -> float:
-        return factors[_group(path)]
-
-    return make_optimizer(
-        rate,
+    return _find_optimizer(
+        (c.learning_rate, final, max(updates - c.warmup_steps, 1)),
+        c.warmup_steps,
+        tuple(c.rates.to_dict().items()),
         weight_decay=c.weight_decay,
         max_grad_norm=c.max_grad_norm,
         mu_dtype=c.mu_dtype,
         frozen=frozen_params(config),
-        rate_of=None if set(factors.values()) == {1.0} else rate_of,
     )
+
+
+# Equal settings are one object, so that a second run of a process compiles nothing anew.
+@cache
+def _find_optimizer(
+    decay: tuple[float, float, int],
+    warmup: int,
+    rates: tuple[tuple[str, float], ...],
+    **settings: Any,
+) -> optax.GradientTransformation:
+    rate = optax.linear_schedule(*decay)
+    if warmup:
+        rise = optax.linear_schedule(decay[0] / warmup, decay[0], warmup)
+        rate = optax.join_schedules([rise, rate], [warmup])
+
+    factors = dict(rates)
+
+    def rate_of(path: tuple) -> float:
+        return factors[_group(path)]
+
+    even = set(factors.values()) == {1.0}
+    return make_optimizer(rate, rate_of=None if even else rate_of, **settings)
 
 
 def _group(path: tuple) -> str:

@@ -59,7 +59,8 @@ def start_jax(cache: str, *, devices: bool = True) -> CompileCounter:
         logging.getLogger("emor3_jax").setLevel(logging.ERROR)
     if cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return CompileCounter()
 
 

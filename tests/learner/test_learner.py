@@ -204,9 +204,9 @@ def test_a_part_scores_as_its_rows_do_in_the_whole(setting, batch, samples):
 
 def test_reference_does_not_depend_on_the_cut(setting, batch, samples):
     wanted = setting.score(setting.params, samples.tokens, samples.lengths, 0.9)
-    packed = [plan_of(batch, samples, count, WIDE, pack=True) for count in (1, 2)]
+    packed = [plan_of(batch, samples, 2, WIDE, pack=True)]
     assert all(micro.packing for plan in packed for micro in plan.updates[0])
-    cut = [plan_of(batch, samples, count) for count in (1, 2, 4)]
+    cut = [plan_of(batch, samples, count) for count in (1, 4)]
     for plan in cut + packed:
         found = scored(setting, setting.params, batch, samples, plan=plan, as_users_do=True)
         difference = np.where(samples.mask, found - wanted, 0.0)

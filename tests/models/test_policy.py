@@ -87,7 +87,16 @@ def test_responses_see_their_prompt_and_themselves_and_never_each_other(policy, 
     assert (_influence(params, hidden_of, tokens) == own_part).all()
 
 
-@pytest.mark.parametrize("backend", ["xla", "splash_interpret", "cudnn"])
+@pytest.mark.parametrize(
+    ("policy", "backend"),
+    # The kernels are given queries, keys and masks, whatever the family.
+    [
+        *((family, "xla") for family in tiny.FAMILIES),
+        ("qwen2_5_vl", "splash_interpret"),
+        ("qwen2_5_vl", "cudnn"),
+    ],
+    indirect=["policy"],
+)
 def test_grouped_pass_equals_flat_pass_in_values_and_gradients(
     policy, params, image_batch, responses, backend, monkeypatch
 ):

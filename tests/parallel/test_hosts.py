@@ -90,9 +90,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder) -> Runs:
     one, two, stopped = (folder / name for name in ("one", "two", "stopped"))
-    first, second = run(folder, *([(stopped, 3, at), (two, 3, 0)] for at in (0, 2)))
+    first, second = run(folder, *([(stopped, 2, at), (two, 2, 0)] for at in (0, 2)))
     checkpoints = [int(path.name) for path in (stopped / "checkpoints").iterdir()]
-    run(folder, [(one, 3, 0), (stopped, 3, 0)])
+    run(folder, [(one, 2, 0), (stopped, 2, 0)])
     printed_stopped, printed_two = zip(first, second, strict=True)
     return Runs(one, two, stopped, checkpoints, list(printed_two), list(printed_stopped))
 

@@ -84,13 +84,13 @@ def eight() -> subprocess.CompletedProcess:
     ("name", "cases", "most"),
     [
         # Loss and gradients.
-        ("score", 4, 1e-4),
-        ("score qwen3_vl", 2, 1e-4),
+        ("score", 2, 1e-4),
+        ("score qwen3_vl", 1, 1e-4),
         # Metrics and parameters after two updates, micro-batches planned on each part of the mesh.
-        ("update", 3, 1e-4),
+        ("update", 2, 1e-4),
         ("packed update", 1, 1e-4),
         # Tokens of a greedy rollout with prompts in turns.
-        ("rollout", 4, 0.0),
+        ("rollout", 2, 0.0),
         ("rollout qwen3_vl", 1, 0.0),
         # Splash attention and its gradients: devices share prompts and heads.
         ("attention", 4, 2e-5),

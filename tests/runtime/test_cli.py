@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import program
 
 import emor3_jax
 from emor3_jax.errors import UserError
@@ -106,8 +107,7 @@ def test_what_the_user_can_mend_is_told_in_one_line(kind: str, tmp_path: Path) -
 
 
 def _account(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "emor3_jax.account", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return program.run("emor3_jax.account", *arguments)
 
 
 def test_what_a_config_file_refuses_is_told_in_one_line() -> None:

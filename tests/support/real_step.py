@@ -53,10 +53,10 @@ def make_config(folder: Path, change: str) -> ConfigDict:
     config = tiny_run.make_config(folder)
     config.policy.dtype = "bfloat16"
     config.steps, config.checkpoint.every, config.evaluate.every = 2, 2, 1
-    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 32, 4, 32
-    config.rollout.slots, config.rollout.refill, config.rollout.block = 16, 8, 4
+    config.rollout.prompts, config.rollout.responses, config.rollout.max_tokens = 32, 4, 16
+    config.rollout.slots, config.rollout.refill, config.rollout.block = 16, 8, 8
     config.policy_update.prompts, config.policy_update.micro_prompts = 16, 8
-    config.policy_update.response_lengths = (32,)
+    config.policy_update.response_lengths = (16,)
     config.evaluate.prompts = 8
     config.evaluate.during = 8
     CASES[change](config)

@@ -63,11 +63,16 @@ def make_config(length: int = 32) -> ConfigDict:
 def compile_tiny(
     mesh: Mesh, *only: str, attention: str = "xla", length: int = 32
 ) -> dict[str, Report]:
-    """Compiles the programs of a step, all unless some are named."""
-    record = Recorder(mesh, lambda name: not only or name in only)
+    """Compiles the programs of a step, all unless some are named; what follows is not traced."""
+    record, sent = Recorder(mesh, lambda name: not only or name in only), None
     with jax.set_mesh(mesh):
         policy = POLICY.with_compute(attention=attention)
-        record.run(step_programs(mesh, make_config(length), policy, QUESTIONS))
+        programs = step_programs(mesh, make_config(length), policy, QUESTIONS)
+        while not only or {report.name for report in record.reports} != set(only):
+            try:
+                sent = record(programs.send(sent))
+            except StopIteration:
+                break
     return {report.name: report for report in record.reports}
 
 
@@ -221,8 +226,6 @@ def main() -> None:
     """Prints what is found."""
 
     def find(sizes: tuple[int, int, int], *programs: str) -> dict[str, Any]:
-        # Programs that were traced without a fault, or with another, do not count.
-        jax.clear_caches()
         mesh = meshes.make_mesh(*sizes)
         return {
             name: findings(report, mesh) for name, report in compile_tiny(mesh, *programs).items()
@@ -234,6 +237,8 @@ def main() -> None:
         "4x2x1": find((4, 2, 1), "update", "apply"),
     }
     for fault, case in FAULTS.items():
+        # Programs that were traced without a fault, or with another, do not count.
+        jax.clear_caches()
         with fault():
             found[fault.__name__] = find(*case)
     print(json.dumps(found))

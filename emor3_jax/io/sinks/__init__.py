@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Protocol
 
 from emor3_jax.io.sinks.jsonl import JsonLinesSink
-from emor3_jax.io.sinks.tensorboard import TensorBoardSink
 
 
 class Sink(Protocol):
@@ -24,8 +23,15 @@ class Sink(Protocol):
         """Releases what is open."""
 
 
+def _open_tensorboard(workdir: Path, first_step: int) -> Sink:
+    # Its library imports torch where that is installed: seconds, of which most programs need none.
+    from emor3_jax.io.sinks.tensorboard import TensorBoardSink
+
+    return TensorBoardSink(workdir, first_step)
+
+
 SINKS: dict[str, Callable[[Path, int], Sink]] = {
     "jsonl": JsonLinesSink,
-    "tensorboard": TensorBoardSink,
+    "tensorboard": _open_tensorboard,
 }
 """Name in `log.sinks` → sink."""
