@@ -1,11 +1,31 @@
 """Packaging of emor3_jax."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Puts the configs of the repository into the package, as emor3_jax/share/configs."""
+
+    def run(self) -> None:
+        """Builds the package, and copies the configs beside it."""
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib) / "emor3_jax" / "share" / "configs"
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted((Path(__file__).parent / "configs").glob("*.py")):
+            shutil.copyfile(file, folder / file.name)
+
 
 setup(
     name="emor3_jax",
     version="0.1.0",
     description="EMO-R3 in JAX: reflective reinforcement learning for visual emotion reasoning",
+    cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["emor3_jax", "emor3_jax.*"]),
     package_data={
         "emor3_jax": [

@@ -1,6 +1,7 @@
 """`infer`: what it is asked for is checked before it computes, a policy is found by any of its
 names, and three lines of Python do what the program does."""
 
+import base64
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from emor3_jax.data.inference_settings import InferenceSettings
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
 from emor3_jax.errors import UserError
 from emor3_jax.infer import InferenceOptions, Prediction, answer
+from emor3_jax.inference.chat import parse_request, respond
 from emor3_jax.inference.predictor import MAX_PIXELS, find_steps, round_up, with_pixel_cap
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.processor import ImageSettings, Processor
@@ -162,6 +164,19 @@ def test_the_images_of_a_folder_are_asked_about_in_batches(predictor, folder):
     assert found[0].probabilities == pytest.approx(alone.probabilities, abs=1e-4)
     (empty,) = predictor.predict_all([str(folder / "policy")])
     assert "there is no image in this folder" in empty.error
+
+
+def test_a_chat_with_the_same_prompt_has_the_same_response(predictor):
+    image = png((200, 30, 30))
+    url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": predictor.settings.prompt},
+    ]
+    data = {"model": "emor3", "messages": [{"role": "user", "content": content}], "n": 2}
+    choices, tokens = respond(predictor, parse_request(data, 8, None))
+    assert [choice.text for choice in choices] == [predictor.predict(image).response] * 2
+    assert choices[0].tokens <= 8 and tokens > 30
 
 
 def test_the_program_writes_json_lines(predictor, folder, monkeypatch, tmp_path, capsys):
