@@ -40,6 +40,7 @@ from emor3_jax.evaluation.records import (
     with_groups,
 )
 from emor3_jax.io import report
+from emor3_jax.io.card import CARD_FILE
 from emor3_jax.io.checkpoints import Checkpoints, DamagedError, release
 from emor3_jax.io.console import Console
 from emor3_jax.io.metrics import MetricWriter, memory
@@ -52,6 +53,7 @@ from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job, replays
+from emor3_jax.runtime.card import card_of_run
 from emor3_jax.runtime.guards import GuardError, Watch
 from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.progress import (
@@ -513,7 +515,18 @@ class Run:
                 images,
             )
         trained_policy = dataclasses.replace(self.policy, params=trained)
-        save_whole(trained_policy, workdir / "policy", {FILE: self._settings.to_json()})
+        card = card_of_run(
+            workdir.name,
+            self._program,
+            self.config,
+            self.policy.policy.family.model_type,
+            self._step,
+            self._settings,
+            {name: len(source) for name, source in self.data.sources.items()},
+            (before, after),
+        )
+        texts = {FILE: self._settings.to_json(), CARD_FILE: card}
+        save_whole(trained_policy, workdir / "policy", texts)
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
