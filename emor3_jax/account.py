@@ -26,13 +26,20 @@ from ml_collections import ConfigDict
 from emor3_jax.config import uses_reference
 from emor3_jax.errors import UserError
 from emor3_jax.files import is_file, read_json
-from emor3_jax.flops import Cost, QuestionTokens, StepShapes, phase_costs, total
+from emor3_jax.flops import (
+    Cost,
+    JudgeShapes,
+    QuestionTokens,
+    StepShapes,
+    phase_costs,
+    total,
+)
 from emor3_jax.flops.seconds import CHIPS, REASONS, Assumptions, Machine, Phase, phase_seconds
 from emor3_jax.models.family import Shapes
 from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import axis_sizes, check_policy
 from emor3_jax.prepare.checks import check_batches, validate
-from emor3_jax.prepare.shapes import make_step_shapes, read_policy_shapes
+from emor3_jax.prepare.shapes import make_judge_shapes, make_step_shapes, read_policy_shapes
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.runtime import cli
 
@@ -74,6 +81,7 @@ def step_costs(
     validate(config)
     policy, texts = read_policy_shapes(config)
     step = make_step_shapes(config, policy.shapes, texts, prompt_tokens, response_tokens)
+    step = make_judge_shapes(config, policy, step)
     costs = phase_costs(
         policy.shapes,
         step,
@@ -94,6 +102,7 @@ def report(policy: Shapes, step: StepShapes, costs: dict[str, Cost]) -> str:
             f"{step.patches // policy.merge_unit} of them an image of {step.patches} "
             f"patches; {step.responses} responses to each of {step.response_tokens} tokens.",
             *(_question_line(name, step.questions.get(name)) for name in QUESTIONS),
+            *_judge_line(step.judge),
             "",
             "grouped: this program",
             "",
@@ -107,6 +116,15 @@ def _question_line(name: str, q: QuestionTokens | None) -> str:
         return f"No {name} question."
     candidates = f", {q.replies} candidates" if q.replies > 1 else ""
     return f"{name}: {q.head} + {q.text} + {q.tail} tokens, reply {q.reply}{candidates}."
+
+
+def _judge_line(judge: JudgeShapes | None) -> tuple[str, ...]:
+    if judge is None:
+        return ()
+    return (
+        f"Asked of {judge.name}, which reads {judge.tokens:g} tokens of each prompt, "
+        f"{judge.patches / judge.policy.merge_unit:g} of them the image.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +214,7 @@ def estimate(
         min(config.rollout.refill or slots, slots),
         step.prompts // config.policy_update.micro_prompts,
         step.prompts // config.policy_update.prompts,
+        config.rollout.weight_dtype == "int8",
     )
     policy, _ = read_policy_shapes(config)
     parameters = sum(x.size for x in jax.tree.leaves(policy.param_shapes()))

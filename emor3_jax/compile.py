@@ -36,7 +36,12 @@ from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import check_policy, make_mesh
 from emor3_jax.parallel.topology import Topology
 from emor3_jax.prepare.checks import check_batches, validate
-from emor3_jax.prepare.shapes import TemplateTokens, make_step_shapes, read_policy_shapes
+from emor3_jax.prepare.shapes import (
+    TemplateTokens,
+    make_judge_shapes,
+    make_step_shapes,
+    read_policy_shapes,
+)
 from emor3_jax.runtime import cli
 
 
@@ -194,9 +199,10 @@ def listed(names: Sequence[str]) -> str:
 def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[str, Cost]:
     """Returns what the longest step of a config costs, by phase."""
     update = config.policy_update
+    step = make_step_shapes(config, policy.shapes, texts)
     return phase_costs(
         policy.shapes,
-        make_step_shapes(config, policy.shapes, texts),
+        make_judge_shapes(config, policy, step),
         reference=uses_reference(config),
         old=update.old_logprobs == "recompute",
         remat=update.remat == "layers",

@@ -191,6 +191,10 @@ def default() -> ConfigDict:
     config.rollout.halvings = 4
     # Decode without a loop over the layers: faster on CPU in bfloat16 (docs/engine.md).
     config.rollout.unroll = False
+    # How the matrices of the decoder's layers are kept while responses are sampled: "" for
+    # policy.dtype, or "int8" (models/quantisation.py), best with "recompute" and a correction of
+    # `policy_update`. Evaluation decodes in policy.dtype.
+    config.rollout.weight_dtype = ""
     # DAPO's dynamic sampling: further batches a step may draw to replace prompts whose rewards are
     # all equal; then it goes on with what it has. 0 keeps every prompt.
     config.rollout.resample = 0
@@ -201,8 +205,11 @@ def default() -> ConfigDict:
     # False is plain GRPO: no reflection is asked, and its weight goes as the profile says.
     config.reflect.enabled = True
     # Who is asked: "policy", itself; "reference", from which the KL is measured; or the folder or
-    # hub id of another policy of the same family and tokens.
+    # hub id of another policy, of any family and any tokens.
     config.reflect.judge = "policy"
+    # Numbers of windows of the images of a judge of another family, tokens or image settings, as
+    # `data.image_windows`, which () takes; images with more are left out.
+    config.reflect.judge_windows = ()
     # Beyond the method: score replies by their likelihood, in one pass, instead of sampling one.
     config.reflect.soft = False
     config.reflect.temperature = 0.6
@@ -402,8 +409,8 @@ def default() -> ConfigDict:
     config.guard.max_kl = 10.0
 
     config.log = ConfigDict()
-    # Where metrics are written (io/sinks): "jsonl", always, since a run resumes by it, and
-    # "tensorboard".
+    # Where metrics are written (io/sinks): "jsonl", always, since a run resumes by it,
+    # "tensorboard", and where they are installed "wandb" and "mlflow".
     config.log.sinks = ("jsonl", "tensorboard")
     # Steps to trace for the JAX profiler, from the third of this start on, into workdir/profile.
     config.log.profile_steps = 0

@@ -41,12 +41,15 @@ def main(config: ConfigDict, workdir: str | Path) -> dict[str, Evaluation]:
     jax.set_mesh(mesh)
     check_batches(mesh, config, ("evaluate",))
     policy = load_evaluated(config, say, mesh)
-    data = prepare.open_data(config, policy, mesh)
     judge = load_judge_of_evaluation(config, policy, say, mesh)
+    processor = judge and judge.processor
+    judges = prepare.JudgeProcessors(evaluation=processor)
+    data = prepare.open_data(config, policy, mesh, judges=judges)
     results = {}
     for name, batches in data.evaluate.items():
         say(f"evaluating on {name}")
-        rollout = prepare.make_evaluation_rollout(config, policy, data.labels[name], mesh)
+        labels = data.labels[name]
+        rollout = prepare.make_evaluation_rollout(config, policy, labels, mesh, processor)
         with prediction_file(workdir / "predictions" / f"{name}.jsonl") as record:
             results[name] = evaluate(
                 rollout,

@@ -40,7 +40,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Results:
       ConfigError, DataError, MeshError: before any compile, for a config that cannot run.
     """
     with Run("train", config, workdir) as run:
-        rollout = prepare.make_rollout(config, run.policy, run.data.labels["train"], run.mesh)
+        labels = run.data.labels["train"]
+        rollout = prepare.make_rollout(config, run.policy, labels, run.mesh, run.judge_processor)
         learner, state = prepare.make_learner(config, run.policy, run.mesh)
         state = run.start(learner, state, rollout, learner.reference.counters)
 

@@ -58,6 +58,22 @@ class Prompt(NamedTuple):
     image_slots: Array
 
 
+class ImagePrefix(NamedTuple):
+    """What questions about an image begin with, as a judge of other tokens or images reads it.
+
+    Attributes:
+      prompt: system turn and image, all their tokens, [B, P].
+      images: one image a prompt, [B, 1, W, L].
+      shared_length: int32[B], the number of these tokens.
+      shared_position: int32[B], the rope position that follows them.
+    """
+
+    prompt: Prompt
+    images: Images
+    shared_length: Array
+    shared_position: Array
+
+
 class Batch(NamedTuple):
     """The rows that one step reads.
 
@@ -73,6 +89,7 @@ class Batch(NamedTuple):
       grades: float32[B, K], the accuracy of each label as an answer: 1 for the row's label and 0
         for the others, or its share among raters over the largest share (soft labels).
       weight: float32[B], 1; 0 for a row that only fills the last batch of an evaluation.
+      judge_prefix: the image as a judge reads it; None where all read the same prompts.
     """
 
     prompt: Prompt
@@ -84,6 +101,12 @@ class Batch(NamedTuple):
     answers: Array
     grades: Array
     weight: Array
+    judge_prefix: ImagePrefix | None = None
+
+    @property
+    def seen_by_judge(self) -> "Batch | ImagePrefix":
+        """What a judge reads before a question about the image."""
+        return self if self.judge_prefix is None else self.judge_prefix
 
 
 class Samples(NamedTuple):

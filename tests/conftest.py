@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ def _let_compiled_programs_go() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > MAPPINGS:
         jax.clear_caches()
+
+
+def pytest_collection_finish() -> None:
+    """Leaves modules out of every later search for garbage."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import program
 
-from configs import gpu, tpu_v5e
+from configs import gpu, qwen_vl, tpu_v5e
 from emor3_jax import account
 from emor3_jax.config import ConfigError, default
 from emor3_jax.errors import UserError
@@ -27,6 +27,27 @@ def test_the_program_refuses_what_it_cannot_know() -> None:
     for wrong in (0, -5):
         with pytest.raises(ShapeError, match=f"response_tokens={wrong}: must be at least 1"):
             account.step_costs(config, None, wrong)
+
+
+def test_a_judge_is_counted() -> None:
+    config = qwen_vl.get_config()
+    config.policy.path = "Qwen/Qwen2.5-VL-3B-Instruct"
+    policy, step, plain = account.step_costs(config, 1024, 256)
+    assert "judge" not in plain and "Asked of" not in account.report(policy, step, plain)
+    config.reflect.judge = "reference"
+    _, _, costs = account.step_costs(config, 1024, 256)
+    assert costs.pop("judge") == plain["vision"] + plain["prefill"] and costs == plain
+    config.reflect.judge = "Qwen/Qwen3-VL-4B-Instruct"
+    _, step, costs = account.step_costs(config, 1024, 256)
+    # 3416 patches of 14 x 14 pixels are 654 tokens of 32 x 32, behind 16 of text.
+    assert step.judge[2:5] == (670, 4 * 654, 670)
+    assert costs["coherence"].flops > 1.2 * plain["coherence"].flops
+    said = account.report(policy, step, costs)
+    assert "Asked of Qwen/Qwen3-VL-4B-Instruct, which reads 670 tokens of each prompt, 654" in said
+    assert re.search(r"\| judge \| 343,040 \| 512 \| 512 \|", said)
+    config.reflect.judge = "someone/judge"
+    with pytest.raises(ConfigError, match=r"reflect\.judge='someone/judge': is not on this"):
+        account.step_costs(config, 1024, 256)
 
 
 def test_the_program_prints_tables() -> None:

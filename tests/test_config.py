@@ -235,6 +235,7 @@ WRONG = [
     ("data.scene_size", 64, "between 112 and 224"),
     ("data.prompt_lengths", (1024, 512), "rising"),
     ("data.image_windows", (), "at least one"),
+    ("reflect.judge_windows", (2, 1), "rising sizes"),
     ("reflect.text_lengths", (0, 8), "over 0"),
     ("rollout.responses", 0, "at least 1"),
     ("rollout.temperature", 0.0, "over 0"),
@@ -291,6 +292,7 @@ WRONG = [
     ("rollout.slots", 1024, "rollout.prompts=512"),
     ("rollout.refill", 7, "the 512 slots"),
     ("rollout.halvings", -1, "0 or more"),
+    ("rollout.weight_dtype", "int4", "'' (policy.dtype) or 'int8'"),
     ("policy_update.logprob_chunk", 0, "at least 1"),
     ("policy_update.warmup_steps", -1, "0 or more"),
     ("policy_update.max_grad_norm", 0.0, "over 0"),
@@ -311,7 +313,7 @@ WRONG = [
     ("checkpoint.minutes", math.inf, "finite"),
     ("checkpoint.stop_seconds", -1.0, "0 or more"),
     ("log.every", 0, "at least 1"),
-    ("log.sinks", ("jsonl", "wandb"), "'tensorboard'"),
+    ("log.sinks", ("jsonl", "neptune"), "'tensorboard'"),
     ("log.sinks", ("tensorboard",), "must hold 'jsonl'"),
 ]
 

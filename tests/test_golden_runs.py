@@ -3,9 +3,10 @@
 The digests were made by the code before the package was rebuilt around `types.Experience`, with one
 change for `lora` and `refill`: advantages are estimated by one compiled program (`learner`), which
 rounds the last bit otherwise than the same operations one by one. With its estimate jitted, the
-code before gives exactly these digests of predictions and parameters. Metrics have gained
+code before gave exactly those digests of predictions and parameters. Metrics have gained
 `padding/*` since; and in `refill`, `policy/grad_norm` no longer counts the frozen tower, and
-`policy/sampler_gap` differs in its last digits, as lanes are decoded together otherwise.
+`policy/sampler_gap` differs in its last digits, as lanes are decoded together otherwise. Written
+anew for XLA's flags of tests, by code that gave the same digests as the code before it.
 """
 
 import json

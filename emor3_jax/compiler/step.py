@@ -12,6 +12,7 @@ Assumptions, numbered:
  3. Further rollouts of `rollout.resample` take the same programs again.
  4. A shrink of the batch is shown at its largest: from all slots to the most that are fewer.
  5. All evaluation sets have as many labels as the training set.
+ 6. A judge of another family whose folder is absent lacks tokens of the policy.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax import prepare
 from emor3_jax.data.labels import label_set
+from emor3_jax.data.prefix import padded_length
 from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora
@@ -41,7 +43,7 @@ from emor3_jax.parallel.program import (
     switched,
     whole,
 )
-from emor3_jax.prepare.shapes import read_policy_shapes
+from emor3_jax.prepare.shapes import JudgeToLoad, read_judge_shapes
 from emor3_jax.rewards.automaton import Automaton
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.reward import Reward
@@ -54,8 +56,9 @@ from emor3_jax.rollout.label_likelihood import LabelLikelihood
 from emor3_jax.rollout.likelihood import Candidates
 from emor3_jax.rollout.reflect import PromptedQuestion, Reflection
 from emor3_jax.rollout.resample import compare_groups
+from emor3_jax.rollout.retokenize import Retokenizer
 from emor3_jax.rollout.rollout import Rollout
-from emor3_jax.types import Batch, Prompt
+from emor3_jax.types import Batch, ImagePrefix, Prompt
 
 _BOXED_LABEL = 8
 """Tokens of a boxed label and the end of the turn."""
@@ -86,9 +89,10 @@ def step_programs(
       texts: name of a question → tokens around the judged text.
     """
     maker = _Maker(mesh, config, policy, texts)
+    asked, asked_in_evaluation = prepare.judge_names(config)
     learner, state = maker.learner()
-    batch = maker.batch(config.rollout.prompts)
-    rollout = maker.rollout(training=True)
+    batch = maker.batch(config.rollout.prompts, asked)
+    rollout = maker.rollout(asked, training=True)
     key = whole(mesh, jax.eval_shape(partial(jax.random.key, 0)))
     base = learner.lora.base if learner.lora else state.params
     loaded = {"parameters": [base, state.params]}
@@ -97,7 +101,8 @@ def step_programs(
     if reference is base and learner.lora is None:
         # The state is donated to updates, so such a reference is a copy of it.
         reference = as_params(mesh, reference)
-    judge, evaluation_judge = (maker.judge(name, reference) for name in prepare.judge_names(config))
+    judge = maker.judge(asked, reference)
+    evaluation_judge = maker.judge(asked_in_evaluation, reference)
     kept = {
         "parameters": [base, state.params, reference, *maker.judges],
         "optimizer": state.opt_state,
@@ -112,7 +117,7 @@ def step_programs(
         yield from along(single(Program("compare_groups", compare_groups, args)), sampling)
     found = {"data": [experience.samples, experience.replies]}
     # Put on the devices while they update, and there from then on.
-    following = maker.batch(config.rollout.prompts)
+    following = maker.batch(config.rollout.prompts, asked)
     terms = RewardTerms(
         experience.rewards,
         experience.scores.named(),
@@ -123,11 +128,13 @@ def step_programs(
     updates = learner.programs(state, experience, reference, terms, params)
     kept["data"] = [rollout.scorer.tables]
     # The step's own batch is read until the last update.
-    updates = switched(updates, "no_gradients", {"data": batch}, {"data": following})
+    learned = experience.batch
+    updates = switched(updates, "no_gradients", {"data": learned}, {"data": following})
     yield from along(along(updates, found), kept)
-    evaluated = maker.batch(config.evaluate.prompts)
+    evaluated = maker.batch(config.evaluate.prompts, asked_in_evaluation)
     kept = {**sampling, "data": [evaluated, following, rollout.scorer.tables]}
-    evaluation = maker.rollout(training=False).programs(params, evaluated, key, evaluation_judge)
+    evaluation = maker.rollout(asked_in_evaluation, training=False)
+    evaluation = evaluation.programs(params, evaluated, key, evaluation_judge)
     answered = yield from along(evaluation, kept, "evaluate")
     if config.evaluate.likelihood:
         weighed = maker.label_likelihood().programs(params, evaluated, answered.samples)
@@ -144,6 +151,7 @@ class _Maker:
         dtype = jnp.dtype(config.policy.dtype)
         self.mesh, self.config, self.texts = mesh, config, texts
         self._judges: dict[str, Judge] = {}
+        self._read: dict[str, JudgeToLoad] = {}
         self.policy = policy.with_compute(dtype=dtype)
         self.labels = len(label_set(config.data.train.labels or prepare.PARQUET_LABELS))
         self.suppressed = whole(mesh, jax.ShapeDtypeStruct((policy.shapes.vocab_size,), bool))
@@ -177,16 +185,24 @@ class _Maker:
         state = as_params(self.mesh, moments)
         return learner, state._replace(params=trained)
 
-    def rollout(self, *, training: bool) -> Rollout:
-        """Returns the rollout of training or of evaluation with abstract arrays."""
+    def rollout(self, asked: str, *, training: bool) -> Rollout:
+        """Returns the rollout of training or of evaluation with abstract arrays.
+
+        Args:
+          asked: who is asked, of `judge_names`.
+          training: not evaluation.
+        """
+        read = self._read_judge(asked)
+        texts = read.texts.questions if read and read.reads_alone else self.texts
         c, reflect = self.config, self.config.reflect
         asks = reflect.enabled or (c.evaluate.reflect and not training)
         sampling = prepare.make_sampling(c, _STOP)
         reflection = Reflection(
-            tuple(self._question(name) for name in QUESTIONS),
+            tuple(self._question(name, texts) for name in QUESTIONS),
             prepare.make_reply_sampling(c, _STOP),
             tuple(reflect.text_lengths),
             reflect.soft,
+            Retokenizer() if read and read.retokenizes else None,
         )
         reward = prepare.make_reward(c, terms=())
         tables = whole(self.mesh, abstract_tables(self.policy.shapes.vocab_size, reward.patterns))
@@ -200,6 +216,7 @@ class _Maker:
                 prepare.rollout_plan(c),
                 ESTIMATORS[c.policy_update.advantage].greedy,
                 self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+                c.rollout.weight_dtype == "int8",
             )
         return Rollout(
             *common,
@@ -222,10 +239,7 @@ class _Maker:
         if name == "reference":
             return Judge(self.policy, reference, self.suppressed)
         if name not in self._judges:
-            own = ConfigDict(self.config.to_dict())
-            own.policy.path = name
-            policy, compute = read_policy_shapes(own)[0], self.policy.compute
-            policy = dataclasses.replace(policy, compute=compute)
+            policy = dataclasses.replace(self._read_judge(name).policy, compute=self.policy.compute)
             params = jax.eval_shape(
                 partial(cast_matrices, dtype=self.policy.dtype), policy.param_shapes()
             )
@@ -233,6 +247,16 @@ class _Maker:
             params = as_params(self.mesh, params)
             self._judges[name] = Judge(policy, params, whole(self.mesh, suppressed))
         return self._judges[name]
+
+    def _read_judge(self, name: str) -> JudgeToLoad | None:
+        """Returns a judge that is neither the policy nor its reference; else None."""
+        if name in ("policy", "reference"):
+            return None
+        if name not in self._read:
+            named = self.config.evaluate.judge == name
+            field = "evaluate.judge" if named else "reflect.judge"
+            self._read[name] = read_judge_shapes(self.config, field, name)
+        return self._read[name]
 
     @property
     def judges(self) -> list[Any]:
@@ -244,21 +268,38 @@ class _Maker:
         candidates = _candidates(2 * self.labels, self.labels, _BOXED_LABEL)
         return LabelLikelihood(self.policy, candidates, self.labels, self.suppressed)
 
-    def _question(self, name: str) -> PromptedQuestion:
-        head, tail = (np.zeros(n, np.int32) for n in self.texts[name])
+    def _question(self, name: str, texts: dict[str, Around]) -> PromptedQuestion:
+        head, tail = (np.zeros(n, np.int32) for n in texts[name])
         meanings = len(QUESTIONS[name].meanings(("",) * self.labels))
         # Two spellings each.
         return PromptedQuestion(QUESTIONS[name], head, tail, _candidates(2 * meanings, meanings))
 
-    def batch(self, prompts: int) -> Batch:
-        """Returns prompts in the largest buckets of the config."""
+    def batch(self, prompts: int, asked: str) -> Batch:
+        """Returns prompts in the largest buckets of the config.
+
+        Args:
+          prompts: B.
+          asked: who is asked about responses, of `judge_names`.
+        """
         p, w = self.config.data.prompt_lengths[-1], self.config.data.image_windows[-1]
 
         def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((prompts, *shape), dtype)
 
+        def prompt(p: int) -> Prompt:
+            return Prompt(array(p), array(p, 3), array(p, dtype=bool), array(p))
+
+        prefix, read = None, self._read_judge(asked)
+        if read and read.reads_alone:
+            layout, windows = read.policy.layout, prepare.prefix_windows(self.config)[-1]
+            prefix = ImagePrefix(
+                prompt(padded_length(layout, read.texts.before, windows)),
+                layout.abstract_images(prompts, windows, self.policy.dtype),
+                array(),
+                array(),
+            )
         batch = Batch(
-            prompt=Prompt(array(p), array(p, 3), array(p, dtype=bool), array(p)),
+            prompt=prompt(p),
             last_token=array(),
             next_position=array(),
             images=self.policy.layout.abstract_images(prompts, w, self.policy.dtype),
@@ -267,6 +308,7 @@ class _Maker:
             answers=array(),
             grades=array(self.labels, dtype=jnp.float32),
             weight=array(dtype=jnp.float32),
+            judge_prefix=prefix,
         )
         return by_prompts(self.mesh, batch)
 

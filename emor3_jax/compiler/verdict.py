@@ -14,6 +14,7 @@ from emor3_jax.rewards.questions import QUESTIONS
 _PHASES = {
     "prefill": ("vision", "prefill"),
     "decode": ("decode",),
+    "judge.prefill": ("judge",),
     **{name: (name,) for name in QUESTIONS},
     "reference": ("reference",),
     "old": ("old",),

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from emor3_jax.data.prefix import Prefix, PrefixEncoder, pad_prompts
 from emor3_jax.models.layout import Encoded, ImageLayout
-from emor3_jax.types import Batch, Images, Prompt
+from emor3_jax.types import Batch, ImagePrefix, Images, Prompt
 
 
 class Example(NamedTuple):
@@ -28,6 +29,7 @@ class Example(NamedTuple):
       id: names the row.
       position: in the order in which rows are visited.
       cut: whether the end of the question was cut to fit.
+      prefix: the image as a judge reads it; None where all read the same prompts.
     """
 
     tokens: np.ndarray
@@ -40,6 +42,7 @@ class Example(NamedTuple):
     id: str
     position: int = 0
     cut: bool = False
+    prefix: Prefix | None = None
 
 
 class Prompts(NamedTuple):
@@ -54,10 +57,15 @@ class Prompts(NamedTuple):
     ids: tuple[str, ...]
 
 
-def size_of(examples: Sequence[Example]) -> tuple[int, int]:
-    """Returns the prompt tokens and windows that hold the largest of some rows."""
+def size_of(examples: Sequence[Example]) -> tuple[int, ...]:
+    """Returns the prompt tokens and windows that hold the largest of some rows.
+
+    Where a judge reads images of its own, its windows follow.
+    """
     tokens = max(len(x.tokens) for x in examples) - 1
-    return tokens, max(x.image.bucket for x in examples)
+    windows = max(x.image.bucket for x in examples)
+    own = [x.prefix.image.bucket for x in examples if x.prefix is not None]
+    return (tokens, windows, max(own)) if own else (tokens, windows)
 
 
 def collate(
@@ -68,6 +76,8 @@ def collate(
     prompt_lengths: Sequence[int],
     image_windows: Sequence[int],
     filler: Example | None = None,
+    prefixes: PrefixEncoder | None = None,
+    prefix_windows: int = 0,
 ) -> Prompts:
     """Pads rows to the smallest buckets that hold them all.
 
@@ -78,6 +88,8 @@ def collate(
       prompt_lengths: rising choices of `P`.
       image_windows: rising choices of `W`.
       filler: stands, with weight 0 and id "", where there is no row; by default the first one.
+      prefixes: pads the image as a judge reads it; None where all read the same prompts.
+      prefix_windows: `W` of these images.
 
     Returns:
       The batch and the ids of its rows.
@@ -94,22 +106,13 @@ def collate(
     p = smallest("prompt_lengths", prompt_lengths, needed[0])
     w = smallest("image_windows", image_windows, needed[1])
 
-    b = batch_size
-    tokens = np.zeros((b, p), np.int32)
-    positions = np.zeros((b, p, 3), np.int32)
-    mask = np.zeros((b, p), bool)
-    image_slots = np.full((b, p), -1, np.int32)
-    for i, row in enumerate(rows):
-        n = len(row.tokens) - 1
-        tokens[i, :n], positions[i, :n], mask[i, :n] = row.tokens[:n], row.positions[:n], True
-        at = slice(row.image_start, row.image_start + len(row.image.slots))
-        image_slots[i, at] = row.image.slots
-
     def int32(values: Sequence[int]) -> np.ndarray:
         return np.asarray(values, np.int32)
 
     batch = Batch(
-        prompt=Prompt(tokens, positions, mask, image_slots),
+        prompt=pad_prompts(
+            [(x.tokens[:-1], x.positions[:-1], x.image_start, x.image.slots) for x in rows], p
+        ),
         last_token=int32([x.tokens[-1] for x in rows]),
         next_position=int32([x.positions[-1, 0] for x in rows]),
         images=layout.collate([x.image.image for x in rows], w),
@@ -118,6 +121,7 @@ def collate(
         answers=int32([x.answer for x in rows]),
         grades=np.stack([x.grades for x in rows]).astype(np.float32),
         weight=np.asarray([float(x is not None) for x in given], np.float32),
+        judge_prefix=prefixes and prefixes.collate([x.prefix for x in rows], prefix_windows),
     )
     return Prompts(batch, tuple("" if x is None else x.id for x in given))
 
@@ -130,7 +134,16 @@ def pick_prompts(first: Prompts, second: Prompts, rows: np.ndarray) -> Prompts:
       rows: int[R], which prompts, those of `second` counted from B on.
     """
     ids = [*first.ids, *second.ids]
-    both = [first.batch, second.batch]
+    both = _widen([first.batch, second.batch])
+    if first.batch.judge_prefix is not None:
+        prefixes = _widen([x.judge_prefix for x in both])
+        both = [x._replace(judge_prefix=y) for x, y in zip(both, prefixes, strict=True)]
+    picked = jax.tree.map(lambda a, b: np.concatenate([a, b])[rows], *both)
+    return Prompts(picked, tuple(ids[i] for i in rows))
+
+
+def _widen(both: list[Batch] | list[ImagePrefix]) -> list:
+    """Pads the prompts and images of each to the largest of all."""
     tokens = max(x.prompt.tokens.shape[1] for x in both)
     windows = max(x.images.mask.shape[2] for x in both)
 
@@ -138,14 +151,13 @@ def pick_prompts(first: Prompts, second: Prompts, rows: np.ndarray) -> Prompts:
         padding = [(0, (size - x.shape[axis]) * (i == axis)) for i in range(x.ndim)]
         return np.pad(np.asarray(x), padding, constant_values=value)
 
-    def wide(batch: Batch) -> Batch:
-        prompt = Prompt(*(widen(x, 1, tokens) for x in batch.prompt))
-        slots = widen(batch.prompt.image_slots, 1, tokens, -1)
-        images = Images(*(widen(x, 2, windows) for x in batch.images))
-        return batch._replace(prompt=prompt._replace(image_slots=slots), images=images)
+    def wide(each: Batch | ImagePrefix) -> Batch | ImagePrefix:
+        prompt = Prompt(*(widen(x, 1, tokens) for x in each.prompt))
+        slots = widen(each.prompt.image_slots, 1, tokens, -1)
+        images = Images(*(widen(x, 2, windows) for x in each.images))
+        return each._replace(prompt=prompt._replace(image_slots=slots), images=images)
 
-    picked = jax.tree.map(lambda a, b: np.concatenate([a, b])[rows], *map(wide, both))
-    return Prompts(picked, tuple(ids[i] for i in rows))
+    return [wide(each) for each in both]
 
 
 def smallest(name: str, sizes: Sequence[int], needed: int) -> int:

@@ -9,8 +9,10 @@ from emor3_jax.data import prompts
 from emor3_jax.data.batch import Example
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, label_grades, normalize
+from emor3_jax.data.prefix import PrefixEncoder
 from emor3_jax.data.sources import Row, Texts
 from emor3_jax.models.errors import ImageError
+from emor3_jax.models.images import decode
 from emor3_jax.models.processor import Processor
 
 REASONS = {
@@ -24,6 +26,8 @@ REASONS = {
     "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
     "unreadable_image": "the image cannot be decoded, is too thin, or over data.max_decoded_pixels",
     "large_image": "the image has more windows than the largest of data.image_windows",
+    "judge_image": "for the judge the image has more windows than the largest of "
+    "reflect.judge_windows",
     "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
     "no_response": "there is no response that can be learned (sft.target='response')",
 }
@@ -44,6 +48,7 @@ class Encoder:
       processor: of the policy.
       labels: the label set.
       cuts: whether questions that are too long lose their end.
+      prefixes: encodes the image for a judge too, or None.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Encoder:
         max_windows: int,
         graded: bool = False,
         cut: bool = False,
+        prefixes: PrefixEncoder | None = None,
     ) -> None:
         """Reads nothing.
 
@@ -67,8 +73,9 @@ class Encoder:
           graded: accuracy by soft labels, the shares of raters.
           cut: whether questions that are too long lose their end, rather than their row be left
             out.
+          prefixes: encodes the image for a judge too; None where all read the same prompts.
         """
-        self.processor, self.cuts = processor, cut
+        self.processor, self.cuts, self.prefixes = processor, cut, prefixes
         self._template, self.labels = template, labels
         self._index = {normalize(label): i for i, label in enumerate(labels)}
         self._max_tokens, self._max_windows, self._graded = max_tokens, max_windows, graded
@@ -110,12 +117,18 @@ class Encoder:
             reason = "several_images" if len(row.images) > 1 else "missing_field"
             return Skip(reason, texts.id)
         layout, tokenizer = self.processor.layout, self.processor.tokenizer
+        image, prefix = row.images[0], None
         try:
-            patches, grid = self.processor.still_patches(row.images[0])
+            if self.prefixes is not None:
+                image = decode(image, self.processor.images.max_decoded_pixels)
+                prefix = self.prefixes(image)
+            patches, grid = self.processor.still_patches(image)
         except ImageError:
             return Skip("unreadable_image", texts.id)
         if layout.bucket(grid) > self._max_windows:
             return Skip("large_image", texts.id)
+        if self.prefixes is not None and prefix is None:
+            return Skip("judge_image", texts.id)
         n_image_tokens = len(patches) // layout.shapes.merge_unit
         tokens = self._render(texts, texts.question, n_image_tokens)
         # The last token is not part of the padded prompt.
@@ -143,6 +156,7 @@ class Encoder:
             id=texts.id,
             position=position,
             cut=cut,
+            prefix=prefix,
         )
 
     def _render(self, texts: Texts, question: str, n_image_tokens: int) -> np.ndarray:

@@ -42,6 +42,7 @@ from emor3_jax.data.encode import REASONS, Encoder, check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import check_labels, normalize
 from emor3_jax.data.order import WholeBatches, Windows, make_groups, shuffled
+from emor3_jax.data.prefix import PrefixEncoder
 from emor3_jax.data.reading import FoundRow, RowReader, SpareRows, advance, end_with_parent
 from emor3_jax.data.sources import Source, Texts, sizes_of
 from emor3_jax.data.stats import RowStats
@@ -78,6 +79,7 @@ class BatchSpec(NamedTuple):
       drop_last: in training, each epoch of a single shuffled group ends with its last whole batch;
         groups that take turns have no common epoch, and nothing is dropped.
       learnable: whether a row has a response to learn; other rows are left out. None takes all.
+      prefixes: encodes images for a judge too; None where all read the same prompts.
     """
 
     batch_size: int
@@ -91,6 +93,7 @@ class BatchSpec(NamedTuple):
     read_ahead: int = READ_AHEAD
     drop_last: bool = False
     learnable: Callable[[Texts], bool] | None = None
+    prefixes: PrefixEncoder | None = None
 
 
 class _Assembled(NamedTuple):
@@ -132,10 +135,16 @@ class _Rows:
             max(spec.image_windows),
             spec.graded,
             spec.cut_questions,
+            spec.prefixes,
         )
         self._parts = parts or Parts((0, len(source)), (1.0,), (False,))
         self._sort_by_size = sort_by_size
-        self._sizes_of_batch = tuple(spec.prompt_lengths), tuple(spec.image_windows)
+        self._sizes_of_batch = {
+            "prompt_lengths": tuple(spec.prompt_lengths),
+            "image_windows": tuple(spec.image_windows),
+        }
+        if spec.prefixes is not None:
+            self._sizes_of_batch["judge_windows"] = spec.prefixes.windows
         self._learnable = spec.learnable
         usable, answers, questions = self._scan(labels)
         self.total, self.indices = len(usable), usable
@@ -293,22 +302,26 @@ class _Rows:
             "skips": [skip for read in reads for skip in read.skips],
             "cut": [x.id for x in found if x is not None and x.cut],
             "rows": [[index, x.id] for index, x in zip(self.host_rows, found, strict=True) if x],
-            "size": size_of(present) if present else (0, 0),
+            "size": size_of(present) if present else [0] * len(self._sizes_of_batch),
             "empty": None in found and spare is None,
         }
         notes = self._exchange(note)
         if any(each["empty"] for each in notes):
             return _Assembled(None, notes)
         ids = dict(row for each in notes for row in each["rows"])
-        needed = (max(each["size"][i] for each in notes) for i in range(2))
-        names = "prompt_lengths", "image_windows"
-        agreed = map(smallest, names, self._sizes_of_batch, needed)
+        agreed = [
+            smallest(name, sizes, max(each["size"][i] for each in notes))
+            for i, (name, sizes) in enumerate(self._sizes_of_batch.items())
+        ]
         batch, _ = collate(
             found,
             self._encoder.processor.layout,
             batch_size=len(self.host_rows),
+            prompt_lengths=agreed[:1],
+            image_windows=agreed[1:2],
             filler=spare,
-            **{name: (size,) for name, size in zip(names, agreed, strict=True)},
+            prefixes=self._encoder.prefixes,
+            prefix_windows=agreed[-1],
         )
         named = tuple(ids.get(i, "") for i in range(self.batch_size))
         return _Assembled(Prompts(batch, named), notes)

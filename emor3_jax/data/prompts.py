@@ -186,6 +186,21 @@ def reflection_parts(
     return _encode(tokenizer, head), _encode(tokenizer, tail)
 
 
+def image_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Returns the tokens before and behind an image that every question about it starts with.
+
+    Args:
+      tokenizer: as in `render_prompt`.
+
+    Raises:
+      DataError: if the chat template does not render an image.
+    """
+    head = _chat(tokenizer, _TEXT_MARK, with_image=True).partition(IMAGE_END)[0] + IMAGE_END
+    tokens = _encode(tokenizer, head)
+    at = tokens.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    return tokens[:at], tokens[at + 1 :]
+
+
 def shared_length(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
     """Returns how many leading tokens of a prompt every question about its image starts with.
 

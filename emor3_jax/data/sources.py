@@ -189,6 +189,11 @@ class RowGroups:
                     )
                 self._groups.append((number, group))
                 self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
+            if (found := self._starts[-1] - self.file_starts[-1]) != metadata.num_rows:
+                raise DataError(
+                    f"{file} says that it has {metadata.num_rows} rows, and its row groups "
+                    f"{found}; it is damaged: write or download it again"
+                )
         self.schema = self.schemas[0]
         self._open()
 
@@ -229,8 +234,12 @@ class RowGroups:
         for number, file in enumerate(self._files):
             with self._naming(number), pq.ParquetFile(file) as reader:
                 there = [name for name in columns if name in reader.schema_arrow.names]
+                read, said = 0, reader.metadata.num_rows
                 for batch in reader.iter_batches(_ROWS_AT_ONCE, columns=there):
+                    read += len(batch)
                     yield from batch.to_pylist()
+                if there and read != said:
+                    raise IndexError(f"it says that it has {said} rows, and has {read}")
 
     @contextlib.contextmanager
     def _naming(self, number: int) -> Iterator[None]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from emor3_jax.evaluation.confidence import Bin, Calibration
 from emor3_jax.evaluation.metrics import class_scores
 from emor3_jax.parallel import hosts
@@ -139,8 +141,8 @@ def read_sample(
       experience: samples, replies and scores as NumPy arrays.
     """
 
-    def text(s: Samples) -> str:
-        return scorer.tokenizer.decode(s.tokens[at][: s.lengths[at]], skip_special_tokens=True)
+    def text(s: Samples, tokenizer: PreTrainedTokenizerBase) -> str:
+        return tokenizer.decode(s.tokens[at][: s.lengths[at]], skip_special_tokens=True)
 
     replies, scores = experience.replies, experience.scores
     answer, said = int(scores.answer[at]), dict.fromkeys(QUESTIONS, "")
@@ -151,12 +153,13 @@ def read_sample(
             best = 0 if question.meanings(()) else int(probs.argmax())
             said[name] = f"{question.meanings(scorer.labels)[best]} ({probs[best]:.2f})"
     elif replies is not None:
-        said = {name: text(reply) for name, reply in replies.samples.items()}
+        own = scorer.reply_tokenizer
+        said = {name: text(reply, own) for name, reply in replies.samples.items()}
     return Sample(
         id=row_id,
         label=scorer.labels[int(label)],
         answer=scorer.labels[answer] if answer >= 0 else "",
-        response=text(experience.samples),
+        response=text(experience.samples, scorer.tokenizer),
         replies=said,
         scores={name: float(value[at]) for name, value in scores.named().items()},
     )

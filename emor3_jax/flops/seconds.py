@@ -198,6 +198,7 @@ class Machine(NamedTuple):
       refill: prompts that are prefilled and judged at once.
       micro_batches: of all updates of a step.
       updates: optimizer steps.
+      int8: the layers of the decoder are quantised while responses are sampled and judged.
     """
 
     chip: ChipSpeed
@@ -209,6 +210,7 @@ class Machine(NamedTuple):
     refill: int
     micro_batches: int
     updates: int
+    int8: bool = False
 
     @property
     def parts(self) -> int:
@@ -264,6 +266,8 @@ def phase_seconds(
     byte_rate, link_rate = chip.memory * assumed.memory_share, chip.links * assumed.links_share
     # bfloat16, whole but for tensor.
     weights = 2 * parameters / tensor
+    # As the rollout reads them.
+    decoding = weights - machine.int8 * layer_weights(policy) / tensor
     # The share of a gathered weight that other devices have.
     away = (fsdp - 1) / fsdp
 
@@ -274,9 +278,9 @@ def phase_seconds(
     def received(name: str, counted: float) -> float:
         return (counted if moved is None else moved.get(name, 0.0)) / link_rate
 
-    def summed(tokens: float, passes: int) -> float:
+    def summed(tokens: float, passes: int, reader: Shapes = policy) -> float:
         """Bytes of the two sums of activations over `tensor` in each layer and pass."""
-        each = 2 * 2 * policy.num_layers * policy.hidden_size * tokens / assumed.padding
+        each = 2 * 2 * reader.num_layers * reader.hidden_size * tokens / assumed.padding
         return 2 * (tensor - 1) / tensor * passes * each / machine.parts
 
     waves = step.prompts // machine.refill
@@ -284,23 +288,36 @@ def phase_seconds(
     written = step.prompts * step.responses * step.response_tokens
     every = parameters / (fsdp * tensor)
     found = {
-        # The float32 weights are read, gathered bfloat16 ones are written.
+        # The float32 weights are read, gathered ones of two bytes or one are written.
         "weight sync": Phase(
-            memory=(4 * every + weights) / byte_rate, links=received("weight_sync", away * weights)
+            memory=(4 * every + decoding) / byte_rate,
+            links=received("weight_sync", away * decoding),
         ),
         "vision and prefill": Phase(
             products("vision", "prefill"),
-            waves * weights / byte_rate,
+            waves * decoding / byte_rate,
             received("prefill", summed(read, 1)),
         ),
-        "decode": _decode(policy, step, costs["decode"], machine, assumed, weights),
+        "decode": _decode(policy, step, costs["decode"], machine, assumed, decoding),
     }
+    asked = decoding
+    if "judge" in costs:
+        # Its weights are kept in bfloat16, and gathered anew for each step.
+        asked = 2 * step.judge.parameters / tensor
+        tokens = step.prompts * step.judge.tokens
+        found["judge"] = Phase(
+            products("judge"),
+            (waves + 1 + 1 / fsdp) * asked / byte_rate,
+            received("judge.weight_sync", away * asked)
+            + received("judge.prefill", summed(tokens, 1, step.judge.policy)),
+        )
     for name, question in step.questions.items():
         # The question is read once a wave; each further token of its reply reads all weights again.
         reads = waves * (question.reply if question.replies == 1 else 1)
         tokens = question.head * question.with_image + question.text + question.tail
-        sums = summed(step.prompts * step.responses * tokens, 1)
-        found[name] = Phase(products(name), reads * weights / byte_rate, received(name, sums))
+        reader = step.judge.policy if "judge" in costs else policy
+        sums = summed(step.prompts * step.responses * tokens, 1, reader)
+        found[name] = Phase(products(name), reads * asked / byte_rate, received(name, sums))
     # Layers are gathered in bfloat16 for each micro-batch: forward, and in an update backward too,
     # from where float32 gradients are scattered.
     rounds = machine.micro_batches
@@ -323,6 +340,12 @@ def phase_seconds(
         received("update", 2 * gathers + 2 * gathers + summed(read + written, 3)),
     )
     return found
+
+
+def layer_weights(policy: Shapes) -> int:
+    """Returns the number of weights in the matrices of the decoder's layers."""
+    heads = 2 * (policy.num_heads + policy.num_kv_heads) * policy.head_dim
+    return policy.num_layers * policy.hidden_size * (heads + 3 * policy.intermediate_size)
 
 
 def _decode(

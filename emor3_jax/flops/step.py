@@ -70,6 +70,26 @@ class QuestionTokens(NamedTuple):
     with_image: bool = False
 
 
+class JudgeShapes(NamedTuple):
+    """A judge, and what it reads of a prompt before it is asked, or the mean of that.
+
+    Attributes:
+      name: as the config has it.
+      policy: its shapes.
+      tokens: those of a prompt that it reads, image tokens included.
+      patches: N, of the image.
+      shared_tokens: leading tokens that a question with the image goes on from, at most `tokens`.
+      parameters: number of them; 0 where no seconds are asked for.
+    """
+
+    name: str
+    policy: Shapes
+    tokens: Number
+    patches: Number
+    shared_tokens: Number
+    parameters: int = 0
+
+
 class StepShapes(NamedTuple):
     """The shapes of one step; tokens and patches are per prompt and response, or means of these.
 
@@ -82,6 +102,7 @@ class StepShapes(NamedTuple):
       shared_tokens: leading tokens of the prompt, system turn and image, that a question
         with the image has in common with it; less than P.
       questions: name → reflection; empty where none is asked.
+      judge: who is asked; None is the policy, which has read the prompts already.
     """
 
     prompts: int
@@ -91,6 +112,7 @@ class StepShapes(NamedTuple):
     patches: Number
     shared_tokens: Number
     questions: Mapping[str, QuestionTokens] = MappingProxyType({})
+    judge: JudgeShapes | None = None
 
 
 def mean_shapes(
@@ -117,6 +139,24 @@ def mean_shapes(
     )
 
 
+def mean_judge_shapes(name: str, judge: Shapes, batch: Batch) -> JudgeShapes:
+    """Returns what a judge has read in a step that was taken, means over its prompts.
+
+    Args:
+      name: as the config has it.
+      judge: its shapes.
+      batch: as of `mean_shapes`.
+    """
+    seen = batch.seen_by_judge
+    return JudgeShapes(
+        name,
+        judge,
+        tokens=float(np.sum(seen.prompt.mask)) / len(seen.prompt.mask),
+        patches=float(np.sum(seen.images.mask)) / len(seen.prompt.mask),
+        shared_tokens=float(np.mean(seen.shared_length)),
+    )
+
+
 def phase_costs(
     policy: Shapes,
     step: StepShapes,
@@ -128,6 +168,8 @@ def phase_costs(
     frozen_tower: bool = False,
 ) -> dict[str, Cost]:
     """Returns the cost of each of `PHASES`, and of each question, in one step of this program.
+
+    Where a judge is asked, "judge" is its pass over the prompts, and the questions are its own.
 
     Args:
       policy: its shapes.
@@ -152,14 +194,18 @@ def phase_costs(
     prefill = decoder_flops(policy, p).times(b)
     decode = decoder_flops(policy, t, before=p, logits=t).times(rows)
     score = vision + prefill + decode
-    questions = {}
+    asked, shared, questions = policy, s.shared_tokens, {}
+    if s.questions and s.judge is not None:
+        asked, shared = s.judge.policy, s.judge.shared_tokens
+        prefix = decoder_flops(asked, s.judge.tokens)
+        questions["judge"] = (vision_flops(asked, s.judge.patches) + prefix).times(b)
     for name, q in s.questions.items():
         if q.with_image:
-            each = question_cost(policy, q, head=q.head, before=s.shared_tokens)
+            each = question_cost(asked, q, head=q.head, before=shared)
             questions[name] = each.times(rows)
         else:
-            each = question_cost(policy, q, head=0, before=q.head)
-            questions[name] = decoder_flops(policy, q.head) + each.times(rows)
+            each = question_cost(asked, q, head=0, before=q.head)
+            questions[name] = decoder_flops(asked, q.head) + each.times(rows)
     tower = policy.vision
     recomputed = rows * logits_flops(policy, t)
     if remat:
@@ -221,6 +267,14 @@ def check_shapes(policy: Shapes, step: StepShapes) -> None:
             f"must hold the {image:g} tokens of {step.patches:g} patches and be less than "
             f"prompt_tokens={step.prompt_tokens:g}; a smaller image or a longer prompt fits",
         )
+    if (judge := step.judge) is not None:
+        image = judge.patches / judge.policy.merge_unit
+        if not 0 <= image <= judge.shared_tokens <= judge.tokens:
+            rule = (
+                f"must hold the {image:g} tokens of {judge.patches:g} patches and be at most "
+                f"the {judge.tokens:g} tokens of the judge; a smaller image fits"
+            )
+            raise ShapeError("judge.shared_tokens", judge.shared_tokens, rule)
     for name, question in step.questions.items():
         if min(question.head, question.text) < 0 or min(question[2:5]) < 1:
             rule = "tail, reply and replies must be at least 1, head and text 0 or more"

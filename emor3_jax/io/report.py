@@ -77,7 +77,11 @@ def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Eva
 
 
 def write_samples(
-    path: Path, step: int, samples: Sequence[Sample], image: Callable[[str], bytes | None]
+    path: Path,
+    step: int,
+    samples: Sequence[Sample],
+    image: Callable[[str], bytes | None],
+    judge: str = "policy",
 ) -> None:
     """Writes a gallery of samples of one training step.
 
@@ -86,17 +90,27 @@ def write_samples(
       step: the step.
       samples: the samples, in order.
       image: returns the encoded image of a row id, None if it is gone.
+      judge: who was asked about them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = pages.render(
-        "samples.html.j2", title=f"Samples of step {step}", samples=_shown(samples, image)
-    )
+    title = f"Samples of step {step}{judged_by(judge)}"
+    page = pages.render("samples.html.j2", title=title, samples=_shown(samples, image))
     path.write_text(page, encoding="utf-8")
 
 
-def judged_by(judge: str) -> str:
-    """Returns who is asked about responses in evaluation, behind a title; "" for the policy."""
-    return "" if judge == "policy" else f", reflections asked of {judge}"
+def judged_by(evaluation: str, training: str = "") -> str:
+    """Returns who was asked about responses, behind a title; "" where the policy alone was.
+
+    Args:
+      evaluation, training: as the config names the judge; "" where none was asked.
+    """
+    told = {"policy": "the policy"}
+    first, last = (told.get(name, name) for name in (training or evaluation, evaluation))
+    if {first, last} <= {"", "the policy"}:
+        return ""
+    if first == last:
+        return f", reflections asked of {first}"
+    return f", reflections asked of {first} in training, of {last} in evaluation"
 
 
 def write_report(

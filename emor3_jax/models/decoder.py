@@ -321,8 +321,8 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=c.num_layers,
-                # Nothing depends on the check, which traces each layer a second time.
-                check_constancy_invariants=False,
+                # It traces each layer a second time; without it, fresh parameters are others.
+                check_constancy_invariants=self.is_initializing(),
             )
             layers = stack(c, self.compute, self.keep_keys, self.group, name="layers")
             x, keys = layers(x, of_layers, shared)

@@ -1,7 +1,7 @@
 """The pieces that the decoder and the vision tower share.
 
-In bfloat16 each layer rounds its result once: products are summed, biases added and activations
-computed in float32.
+In bfloat16 each layer rounds its result once, with int8 weights twice: products are summed, biases
+added and activations computed in float32.
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from emor3_jax.models.quantisation import SCALE
 from emor3_jax.parallel.mesh import keep_layout
 
 Dtype = jnp.dtype | type
@@ -182,6 +183,10 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         out = matmul(rows, kernel)
+        if self.has_variable("params", SCALE):
+            # The kernel is int8 (`models.quantisation`). Rounded before it is scaled, so that sums
+            # over devices have the compute type: in float32 they would move twice the bytes.
+            out = out.astype(self.dtype) * self.get_variable("params", SCALE)
         if self.has_variable("params", "lora_a"):
             # Adapters that lie beside the kernel (`models.lora`).
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.models.layers import Dtype
+from emor3_jax.models.quantisation import quantise_layers
 from emor3_jax.parallel.mesh import gather, keep_layout, path_of
 from emor3_jax.parallel.program import as_gathered_params, as_params, laid_out
 
 Params = dict[str, Any]
 
 
-def cast_for_decoding(params: Params, dtype: Dtype) -> Params:
+def cast_for_decoding(params: Params, dtype: Dtype, *, int8: bool = False) -> Params:
     """Returns the parameters as decoding reads them, once a step so that no token pays for it.
 
     Matrices have the compute type, as `cast_matrices` says, and are whole on every device but for
@@ -28,11 +29,12 @@ def cast_for_decoding(params: Params, dtype: Dtype) -> Params:
       params: float32 master parameters.
       dtype: compute type; if the parameters already have it on one device, they are returned
         unchanged.
+      int8: quantise the layers of the decoder (`models.quantisation`).
     """
     kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    if kinds == {jnp.dtype(dtype)} and jax.sharding.get_abstract_mesh().size <= 1:
+    if kinds == {jnp.dtype(dtype)} and jax.sharding.get_abstract_mesh().size <= 1 and not int8:
         return params
-    return weight_sync(params, jnp.dtype(dtype))
+    return weight_sync(params, jnp.dtype(dtype), int8=int8)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -50,9 +52,9 @@ def cast_matrices(params: Params, dtype: Dtype) -> Params:
     return jax.tree.map(jnp.copy, keep_layout(_cast(params, dtype)))
 
 
-@partial(jax.jit, static_argnames="dtype")
+@partial(jax.jit, static_argnames=("dtype", "int8"))
 @laid_out(as_gathered_params)
-def weight_sync(params: Params, dtype: Dtype) -> Params:
+def weight_sync(params: Params, dtype: Dtype, *, int8: bool = False) -> Params:
     """Casts and reshards for decoding: `cast_for_decoding`, always."""
     before: jax.Array | None = None
 
@@ -64,13 +66,17 @@ def weight_sync(params: Params, dtype: Dtype) -> Params:
         before = gather(leaf, path_of(path))
         return before
 
+    # Quantised where they lie: what is gathered then has a byte for each weight.
+    params = quantise_layers(params) if int8 else params
     return jax.tree_util.tree_map_with_path(reshard, keep_layout(_cast(params, dtype)))
 
 
 def _cast(params: Params, dtype: Dtype) -> Params:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, params
-    )
+    def cast(path: tuple, x: jax.Array) -> jax.Array:
+        quantised = x.dtype == jnp.int8
+        return x.astype(dtype) if path[-1].key in ("kernel", "embedding") and not quantised else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 @jax.jit

@@ -147,6 +147,9 @@ def _cut_or_whole(
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed_tokens", ("tensor", "fsdp")),
     (r"lm_head", ("fsdp", "tensor")),
+    # Of int8 kernels: one for each output, cut where the outputs are.
+    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel_scale", ("tensor",)),
+    (r"(o_proj|down_proj)/kernel_scale", ("fsdp",)),
     (r"(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|mlp_0).*kernel", ("fsdp", "tensor")),
     (r"(o_proj|proj|down_proj|fc2|mlp_2).*kernel", ("tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj|qkv|gate_proj|up_proj|fc1|mlp_0).*bias", ("tensor",)),

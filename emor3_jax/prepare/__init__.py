@@ -16,7 +16,14 @@ from emor3_jax.prepare.data import (
     open_source,
     stated_values,
 )
-from emor3_jax.prepare.judge import Judges, judge_names, keeps_reference, load_judge
+from emor3_jax.prepare.judge import (
+    JudgeProcessors,
+    Judges,
+    judge_names,
+    keeps_reference,
+    load_judge,
+    prefix_windows,
+)
 from emor3_jax.prepare.policy import (
     attention_backend,
     decode_backend,
@@ -44,6 +51,7 @@ from emor3_jax.prepare.rollout import (
 __all__ = [
     "PARQUET_LABELS",
     "Data",
+    "JudgeProcessors",
     "Judges",
     "attention_backend",
     "check_reachable",
@@ -71,6 +79,7 @@ __all__ = [
     "make_update_spec",
     "open_data",
     "open_source",
+    "prefix_windows",
     "read_policy",
     "reference_settings",
     "rollout_plan",

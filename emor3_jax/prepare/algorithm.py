@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax.config import uses_reference
-from emor3_jax.flops import QuestionTokens, mean_shapes, step_flops
+from emor3_jax.flops import QuestionTokens, mean_judge_shapes, mean_shapes, step_flops
 from emor3_jax.learner.gradients import UpdateSpec
 from emor3_jax.learner.learner import Learner, StepSpec
 from emor3_jax.learner.logprobs import LogprobSpec
@@ -274,8 +274,16 @@ def _group(path: tuple) -> str:
     return "embedding" if "embed_tokens" in keys or keys[0] == "lm_head" else "decoder"
 
 
-def make_meter(config: ConfigDict, rollout: Rollout) -> Callable[[Observed], float]:
-    """Returns a function from the arrays of a step to the FLOPs that the model needs for it."""
+def make_meter(
+    config: ConfigDict, rollout: Rollout, judge: Policy | None = None
+) -> Callable[[Observed], float]:
+    """Returns a function from the arrays of a step to the FLOPs that the model needs for it.
+
+    Args:
+      config: of the run.
+      rollout: of its steps.
+      judge: who is asked; None is the policy itself.
+    """
 
     def questions(replies: object) -> Iterator[tuple[str, QuestionTokens]]:
         for prompted in rollout.reflection.questions:
@@ -301,8 +309,11 @@ def make_meter(config: ConfigDict, rollout: Rollout) -> Callable[[Observed], flo
         shapes = mean_shapes(observed.batch, observed.lengths, asked)
         # Hosts hold as many rows each, so the mean over all rows is that of their means.
         names = "prompt_tokens", "patches", "shared_tokens"
-        means = hosts.exchange([getattr(shapes, name) for name in names])
-        shapes = shapes._replace(**dict(zip(names, np.mean(means, axis=0), strict=True)))
+        shapes = _mean_over_hosts(shapes, names)
+        if judge is not None and asked:
+            seen = mean_judge_shapes(config.reflect.judge, judge.shapes, observed.batch)
+            seen = _mean_over_hosts(seen, ("tokens", "patches", "shared_tokens"))
+            shapes = shapes._replace(judge=seen)
         recompute = config.policy_update.old_logprobs == "recompute"
         return step_flops(
             rollout.policy.shapes,
@@ -315,3 +326,9 @@ def make_meter(config: ConfigDict, rollout: Rollout) -> Callable[[Observed], flo
         )
 
     return flops
+
+
+def _mean_over_hosts(shapes: Any, names: tuple[str, ...]) -> Any:
+    """Returns a named tuple with the means of some of its fields over all hosts."""
+    means = hosts.exchange([getattr(shapes, name) for name in names])
+    return shapes._replace(**dict(zip(names, np.mean(means, axis=0), strict=True)))

@@ -21,7 +21,7 @@ from emor3_jax.config import (
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
 from emor3_jax.files import is_file, is_utf8
-from emor3_jax.io.sinks import SINKS
+from emor3_jax.io.sinks import SINKS, missing_library
 from emor3_jax.models import FAMILIES, is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
 from emor3_jax.models.decode_attention import BLOCK
@@ -138,6 +138,8 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     need(config.profile in ("paper", "release"), "profile", "must be 'paper' or 'release'")
     dtypes = ("float32", "bfloat16")
     need(config.policy.dtype in dtypes, "policy.dtype", f"must be one of {dtypes}")
+    kept = config.rollout.weight_dtype
+    need(kept in ("", "int8"), "rollout.weight_dtype", "must be '' (policy.dtype) or 'int8'")
     kept = config.policy_update.mu_dtype
     need(kept in dtypes, "policy_update.mu_dtype", f"must be one of {dtypes}")
     backends = ("auto", *BACKENDS)
@@ -209,6 +211,8 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     for field in ("data.prompt_lengths", "data.image_windows", "reflect.text_lengths"):
         _need_buckets(config, field)
     _need_buckets(config, "policy_update.response_lengths")
+    if config.reflect.judge_windows:
+        _need_buckets(config, "reflect.judge_windows")
     for section in ("rollout", "reflect"):
         need(0 < config[section].top_p <= 1, f"{section}.top_p", "must lie in (0, 1]")
     need(0 <= config.evaluate.top_p <= 1, "evaluate.top_p", "must lie in (0, 1], or be 0")
@@ -254,6 +258,9 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     need(update.old_logprobs in sources, "policy_update.old_logprobs", f"must be one of {sources}")
     known = all(name in SINKS for name in config.log.sinks)
     need(known, "log.sinks", f"must be some of {', '.join(map(repr, SINKS))}")
+    for name in config.log.sinks:
+        if package := missing_library(name):
+            need(False, "log.sinks", f"{name!r} is not installed here: pip install {package}")
     need("jsonl" in config.log.sinks, "log.sinks", "must hold 'jsonl', by which a run resumes")
     sets = tuple(config.evaluate.sets)
     for name in sets:

@@ -23,8 +23,10 @@ from emor3_jax.data.sources import Source, expand_files
 from emor3_jax.data.views import SUBSETS, Joined, Relabelled, Subset, read_ids
 from emor3_jax.files import expand_user
 from emor3_jax.models import LoadedPolicy
+from emor3_jax.models.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import host_rows
+from emor3_jax.prepare.judge import JudgeProcessors, make_prefixes
 from emor3_jax.prepare.profile import drops_last_batch, template_names
 from emor3_jax.prepare.responses import Responses
 from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
@@ -173,6 +175,7 @@ def open_data(
     mesh: Mesh | None = None,
     *,
     imitate: bool = False,
+    judges: JudgeProcessors | None = None,
 ) -> Data:
     """Opens the training data and all evaluation sets.
 
@@ -182,11 +185,12 @@ def open_data(
       mesh: says which rows of each batch this host reads; None is all.
       imitate: supervised fine-tuning; with `sft.target="response"`, training rows without a
         response that can be learned are left out.
+      judges: for whom images are encoded too, in training and in evaluation; None is nobody.
 
     Raises:
       ConfigError, DataError: naming the field or file, the value and the way out.
     """
-    template = load_templates(config).set
+    judges, template = judges or JudgeProcessors(), load_templates(config).set
     if tag := opened_tag(policy.processor.tokenizer):
         logger.warning(
             "the policy's chat template opens %s for each response: a response that begins there "
@@ -209,7 +213,7 @@ def open_data(
     def rows(name: str) -> tuple:
         return sources[name], policy.processor, template, labels[name]
 
-    def spec(prompts: int, dataset: ConfigDict) -> BatchSpec:
+    def spec(prompts: int, dataset: ConfigDict, judge: Processor | None) -> BatchSpec:
         return BatchSpec(
             prompts,
             tuple(config.data.prompt_lengths),
@@ -219,12 +223,13 @@ def open_data(
             graded=dataset.graded,
             cut_questions=config.data.long_prompts == "cut",
             read_ahead=config.data.read_ahead,
+            prefixes=make_prefixes(config, judge),
         )
 
     return Data(
         train_batches(
             *rows("train"),
-            spec(config.rollout.prompts, config.data.train)._replace(
+            spec(config.rollout.prompts, config.data.train, judges.training)._replace(
                 drop_last=drops_last_batch(config),
                 learnable=None if responses is None else responses.read,
             ),
@@ -234,7 +239,9 @@ def open_data(
         ),
         {
             name: eval_batches(
-                *rows(name), spec(config.evaluate.prompts, dataset), limit=dataset.limit
+                *rows(name),
+                spec(config.evaluate.prompts, dataset, judges.evaluation),
+                limit=dataset.limit,
             )
             for name, dataset in config.evaluate.sets.items()
         },

@@ -32,7 +32,7 @@ def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> L
     check_policy(mesh, read_config(folder).shapes)
     loaded = load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
     policy = with_attention(loaded.policy, config, mesh.devices.flat[0].platform)
-    return LoadedPolicy(policy, loaded.params, _sized(config, loaded.processor), folder)
+    return LoadedPolicy(policy, loaded.params, sized(config, loaded.processor), folder)
 
 
 def read_policy(config: ConfigDict, say: Callable[[str], None]) -> LoadedPolicy:
@@ -44,10 +44,10 @@ def read_policy(config: ConfigDict, say: Callable[[str], None]) -> LoadedPolicy:
     """
     folder = ensure_policy(config, say)
     policy = read_config(folder)
-    return LoadedPolicy(policy, {}, _sized(config, read_processor(folder, policy)), folder)
+    return LoadedPolicy(policy, {}, sized(config, read_processor(folder, policy)), folder)
 
 
-def _sized(config: ConfigDict, processor: Processor) -> Processor:
+def sized(config: ConfigDict, processor: Processor) -> Processor:
     """Returns a processor with the config's image sizes, its patches in the compute type.
 
     In the release's profile the policy's folder decides the last size alone.

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.config import ConfigError
 from emor3_jax.parallel import hosts
@@ -18,6 +19,7 @@ from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.rules import LabelError
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rollout.rollout import Rollout
+from emor3_jax.rollout.tokens import suppressed_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +42,22 @@ def check_reachable(rollout: Rollout) -> None:
       LabelError: if a score is not 1, or the sampler cannot draw a token; naming the label.
     """
     scorer: Scorer = rollout.scorer
-    labels, tokenizer = scorer.labels, scorer.tokenizer
+    labels, judges = scorer.labels, scorer.reply_tokenizer
+    suppressed = rollout.suppressed
+    if judges is not scorer.tokenizer:
+        suppressed = suppressed_tokens(len(judges), judges)
 
-    def spell(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def spell(
+        texts: list[str],
+        tokenizer: PreTrainedTokenizerBase = scorer.tokenizer,
+        suppressed: np.ndarray = rollout.suppressed,
+    ) -> tuple[np.ndarray, np.ndarray]:
         rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
             for token in row:
-                if rollout.suppressed[token]:
+                if suppressed[token]:
                     raise LabelError(
                         f"label {labels[i]!r}: the sampler cannot draw the token "
                         f"{tokenizer.convert_ids_to_tokens(token)!r} of {texts[i]!r}, since the "
@@ -70,13 +79,15 @@ def check_reachable(rollout: Rollout) -> None:
     replies = {}
     reflection = rollout.reflection
     if reflection is not None and QUESTIONS.keys() == _KNOWN:
-        replies = {"coherence": spell(list(labels)), "consistency": spell(["yes"] * len(labels))}
+        said = {"coherence": list(labels), "consistency": ["yes"] * len(labels)}
+        replies = {name: spell(texts, judges, suppressed) for name, texts in said.items()}
         for name, (_, lengths) in {} if reflection.soft else replies.items():
             longest, most = int(lengths.max()), reflection.sampling.max_tokens
             if longest >= most:
                 reply = "yes" if name == "consistency" else labels[int(lengths.argmax())]
                 rule = (
-                    f"cuts the reply {reply!r} of {name}, which takes {longest} tokens and its "
+                    f"cuts the reply {reply!r} of {name}, which takes {longest} tokens "
+                    f"{'of the judge ' if judges is not scorer.tokenizer else ''}and its "
                     f"end: it could never be right; give {longest + 1} or more"
                 )
                 raise ConfigError("reflect.max_tokens", most, rule)

@@ -1,12 +1,17 @@
 """From a config to the rollout of training, and to that of evaluation."""
 
+import logging
+
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from emor3_jax.config import reward_terms
 from emor3_jax.models import LoadedPolicy
+from emor3_jax.models.processor import Processor
 from emor3_jax.prepare.data import load_templates
+from emor3_jax.prepare.judge import make_retokenizer
 from emor3_jax.prepare.profile import evaluation_sampling, listed_labels, reply_tokens
+from emor3_jax.prepare.reachable import check_reachable
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rewards.terms import Term
@@ -18,9 +23,15 @@ from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.rollout.tokens import stop_ids, suppressed_tokens
 
+logger = logging.getLogger(__name__)
+
 
 def make_rollout(
-    config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...], mesh: Mesh
+    config: ConfigDict,
+    policy: LoadedPolicy,
+    labels: tuple[str, ...],
+    mesh: Mesh,
+    judge: Processor | None = None,
 ) -> Rollout:
     """Returns the rollout of training.
 
@@ -29,23 +40,37 @@ def make_rollout(
       policy: its policy and tokenizer.
       labels: the label set.
       mesh: of the devices.
+      judge: processor of a judge that shares nothing but the text; None asks in the tokens of the
+        policy.
     """
     c = config.rollout
+    int8 = c.weight_dtype == "int8"
+    if int8 and config.policy_update.correction == "off":
+        logger.warning(
+            "rollout.weight_dtype='int8': samples from a policy that differs by rounding from the "
+            "one that learns, and policy_update.correction='off' corrects nothing of it; set that "
+            "to 'token_truncate', and policy_update.old_logprobs to 'recompute'"
+        )
     return Rollout(
         policy.policy,
-        _scorer(config, policy, labels),
+        _scorer(config, policy, labels, judge),
         suppressed_tokens(policy.shapes.vocab_size, policy.processor.tokenizer),
         make_sampling(config, stop_ids(policy.processor.tokenizer)),
         c.responses,
-        _reflection(config, policy, labels) if config.reflect.enabled else None,
+        _reflection(config, policy, labels, judge) if config.reflect.enabled else None,
         rollout_plan(config),
         ESTIMATORS[config.policy_update.advantage].greedy,
         mesh.shape["data"] * mesh.shape["fsdp"],
+        int8,
     )
 
 
 def make_evaluation_rollout(
-    config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...], mesh: Mesh
+    config: ConfigDict,
+    policy: LoadedPolicy,
+    labels: tuple[str, ...],
+    mesh: Mesh,
+    judge: Processor | None = None,
 ) -> Rollout:
     """Returns the rollout of an evaluation.
 
@@ -54,18 +79,25 @@ def make_evaluation_rollout(
       policy: its policy and tokenizer.
       labels: the label set.
       mesh: of the devices.
+      judge: as of `make_rollout`.
+
+    Raises:
+      ConfigError, LabelError: as `check_reachable`, for a judge of its own tokens.
     """
     asks = config.reflect.enabled or config.evaluate.reflect
-    return Rollout(
+    rollout = Rollout(
         policy.policy,
-        _scorer(config, policy, labels),
+        _scorer(config, policy, labels, judge),
         suppressed_tokens(policy.shapes.vocab_size, policy.processor.tokenizer),
         make_evaluation_sampling(config, stop_ids(policy.processor.tokenizer)),
         config.evaluate.votes,
-        _reflection(config, policy, labels) if asks else None,
+        _reflection(config, policy, labels, judge) if asks else None,
         evaluation_plan(config),
         num_shards=mesh.shape["data"] * mesh.shape["fsdp"],
     )
+    if judge is not None:
+        check_reachable(rollout)
+    return rollout
 
 
 def make_label_likelihood(config: ConfigDict, rollout: Rollout) -> LabelLikelihood | None:
@@ -120,16 +152,26 @@ def evaluation_plan(config: ConfigDict) -> Plan:
     return rollout_plan(config)._replace(slots=c.slots, refill=c.refill, lanes=c.lanes)
 
 
-def _scorer(config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]) -> Scorer:
-    reward, folder = make_reward(config), config.reward.table_cache
-    return Scorer(policy.processor.tokenizer, labels, reward=reward, cache=folder)
+def _scorer(
+    config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...], judge: Processor | None
+) -> Scorer:
+    return Scorer(
+        policy.processor.tokenizer,
+        labels,
+        reward=make_reward(config),
+        cache=config.reward.table_cache,
+        reply_tokenizer=judge and judge.tokenizer,
+    )
 
 
-def _reflection(config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...]) -> Reflection:
-    tokenizer = policy.processor.tokenizer
+def _reflection(
+    config: ConfigDict, policy: LoadedPolicy, labels: tuple[str, ...], judge: Processor | None
+) -> Reflection:
+    tokenizer = (judge or policy.processor).tokenizer
     return Reflection(
         prompt_questions(tokenizer, load_templates(config), labels, listed_labels(config, labels)),
         make_reply_sampling(config, stop_ids(tokenizer)),
         tuple(config.reflect.text_lengths),
         config.reflect.soft,
+        make_retokenizer(policy.processor, judge),
     )

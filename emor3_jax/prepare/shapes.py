@@ -4,21 +4,27 @@ Assumptions, numbered, beside those of `emor3_jax.flops.step`:
  1. Steps 1 to 3 of a response are of equal length and fill it: coherence judges two thirds,
     consistency one.
  2. All prompt tokens that are not text are image tokens (drawn scenes have their own size).
+ 3. A judge that reads images by itself scales them to as many pixels as the policy, and a judged
+    text has as many tokens for it.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.config import EMBEDDED, ConfigError
 from emor3_jax.data.prompts import reflection_parts, render_prompt, shared_length
 from emor3_jax.embedded.emoscenes.words import QUESTION
-from emor3_jax.flops import QuestionTokens, ShapeError, StepShapes
-from emor3_jax.models import Policy, published, read_config, read_processor
+from emor3_jax.flops import JudgeShapes, QuestionTokens, ShapeError, StepShapes
+from emor3_jax.models import LoadedPolicy, Policy, published, read_config, read_processor
 from emor3_jax.models.family import Shapes
+from emor3_jax.models.processor import Processor
 from emor3_jax.prepare.data import load_templates, train_labels
+from emor3_jax.prepare.judge import differences, judge_names, make_retokenizer
+from emor3_jax.prepare.policy import sized
 from emor3_jax.prepare.profile import listed_labels
 from emor3_jax.rewards.questions import QUESTIONS
 
@@ -88,21 +94,101 @@ def read_policy_shapes(config: ConfigDict) -> tuple[Policy, TemplateTokens]:
     Raises:
       ConfigError: if the policy is neither on this machine nor a published one.
     """
-    path = config.policy.path
-    if path == EMBEDDED:
-        path = config.policy.embedded_folder
-    folder = Path(path)
+    policy, texts, _ = _read_shapes(config, "policy.path", config.policy.path)
+    return policy, texts
+
+
+class JudgeToLoad(NamedTuple):
+    """A judge without its parameters.
+
+    Attributes:
+      policy: its shapes.
+      texts: token counts of the templates, in its tokens.
+      reads_alone: it shares nothing but the text with the policy.
+      retokenizes: it lacks tokens of the policy.
+    """
+
+    policy: Policy
+    texts: TemplateTokens
+    reads_alone: bool = False
+    retokenizes: bool = False
+
+
+def read_judge_shapes(config: ConfigDict, field: str, name: str) -> JudgeToLoad:
+    """Returns a judge that is neither the policy nor its reference, without its parameters.
+
+    Where one of the two is not on this machine, only their families are compared.
+
+    Args:
+      config: of the run.
+      field: of the config that names it.
+      name: its folder or id on the hub.
+
+    Raises:
+      ConfigError: if it is neither on this machine nor a published one.
+    """
+    policy, _, ours = _read_shapes(config, "policy.path", config.policy.path)
+    judge, texts, theirs = _read_shapes(config, field, name)
+    if ours is None or theirs is None:
+        alone = policy.family is not judge.family
+        return JudgeToLoad(judge, texts, alone, alone)
+    alone = bool(differences(LoadedPolicy(policy, {}, ours), LoadedPolicy(judge, {}, theirs)))
+    retokenizes = alone and make_retokenizer(ours, theirs) is not None
+    return JudgeToLoad(judge, texts, alone, retokenizes)
+
+
+def _read_shapes(
+    config: ConfigDict, field: str, path: str
+) -> tuple[Policy, TemplateTokens, Processor | None]:
+    """Returns a policy, its texts, and its processor if its folder is on this machine."""
+    found = config.policy.embedded_folder if path == EMBEDDED else path
+    folder = Path(found)
     if (folder / "config.json").is_file():
         policy, labels = read_config(folder), train_labels(config)
-        tokenizer = read_processor(folder, policy).tokenizer
-        return policy, count_template_tokens(config, tokenizer, labels)
-    if (policy := published(path)) is not None:
-        return policy, QWEN_TEMPLATE_TOKENS
+        processor = sized(config, read_processor(folder, policy))
+        return policy, count_template_tokens(config, processor.tokenizer, labels), processor
+    if (policy := published(found)) is not None:
+        return policy, QWEN_TEMPLATE_TOKENS, None
     rule = (
         "is not on this machine; name a published policy, "
-        "--config.policy.path=Qwen/Qwen2.5-VL-3B-Instruct, or train the embedded one first"
+        f"--config.{field}=Qwen/Qwen2.5-VL-3B-Instruct, or train the embedded one first"
     )
-    raise ConfigError("policy.path", config.policy.path, rule)
+    raise ConfigError(field, path, rule)
+
+
+def make_judge_shapes(config: ConfigDict, policy: Policy, step: StepShapes) -> StepShapes:
+    """Returns the shapes of a step with those of its judge, in whose tokens the questions are then.
+
+    Args:
+      config: of the run.
+      policy: the policy.
+      step: its shapes, the questions in the policy's tokens.
+
+    Raises:
+      ConfigError: as `read_judge_shapes`.
+    """
+    name = judge_names(config)[0]
+    if name == "policy" or not step.questions:
+        return step
+    read = None if name == "reference" else read_judge_shapes(config, "reflect.judge", name)
+    judge = policy if read is None else read.policy
+    parameters = sum(x.size for x in jax.tree.leaves(judge.param_shapes()))
+    seen = step.prompt_tokens - 1, step.patches, step.shared_tokens
+    questions = step.questions
+    if read is not None and read.reads_alone:
+        # As many pixels, in patches of its own size.
+        unit, pixels = judge.shapes.merge_unit, step.patches * policy.shapes.vision.patch_size**2
+        image = max(1, round(pixels / judge.shapes.vision.patch_size**2 / unit))
+        tokens = read.texts.before + image
+        seen = tokens, image * unit, tokens
+        around, replies = read.texts.questions, read.texts.replies
+        questions = {
+            key: q._replace(head=around[key][0], tail=around[key][1], reply=replies[key])
+            for key, q in questions.items()
+        }
+    return step._replace(
+        judge=JudgeShapes(name, judge.shapes, *seen, parameters), questions=questions
+    )
 
 
 def make_step_shapes(

@@ -22,13 +22,16 @@ logger = logging.getLogger(__name__)
 _CODE = ("automaton.py", "rules.py", "spans.py", "patterns.py", "questions.py")
 
 
-def key(tokens: Sequence[bytes], labels: Sequence[str], patterns: Sequence[str] = ()) -> str:
+def key(
+    tokens: Sequence[bytes], labels: Sequence[str], patterns: Sequence[str] = (), kind: str = ""
+) -> str:
     """Returns the hash that names the tables.
 
     Args:
       tokens: byte string of each token.
       labels: the label set, in order.
       patterns: further rules, as text.
+      kind: of the tables; "" for all rules.
     """
     found = hashlib.sha256()
 
@@ -45,6 +48,7 @@ def key(tokens: Sequence[bytes], labels: Sequence[str], patterns: Sequence[str] 
         *(label.encode() for label in labels),
         b"patterns",
         *(pattern.encode() for pattern in patterns),
+        *(word.encode() for word in ("kind", kind) if kind),
     ):
         add(part)
     return found.hexdigest()

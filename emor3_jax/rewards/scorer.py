@@ -13,7 +13,7 @@ from emor3_jax.rewards.automaton import token_bytes
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.rules import LabelError, lowercase_labels
-from emor3_jax.rewards.tables import cut_spans, make_tables
+from emor3_jax.rewards.tables import cut_spans, make_reply_tables, make_tables
 from emor3_jax.rewards.terms import TermError
 from emor3_jax.spelling import normalize
 from emor3_jax.types import Batch, Replies, ReplyProbs, Samples, Scores
@@ -26,6 +26,7 @@ class Scorer:
 
     Attributes:
       tokenizer: a byte-level BPE tokenizer.
+      reply_tokenizer: of who is asked the questions, the same unless a judge has its own.
       labels: the label set.
       reward: rules and weights.
       tables: the rules as token tables.
@@ -40,6 +41,7 @@ class Scorer:
         *,
         reward: Reward | None = None,
         cache: str | Path = "",
+        reply_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Builds the tables, or reads them from disk.
 
@@ -50,9 +52,10 @@ class Scorer:
           coherence_target: "label", or "answer": the response's own boxed answer.
           reward: replaces the two before it.
           cache: folder where tables are kept; "" keeps none.
+          reply_tokenizer: of a judge with other tokens; None has replies in those of `tokenizer`.
 
         Raises:
-          TokenizerError: if the tokenizer is not byte-level.
+          TokenizerError: if a tokenizer is not byte-level.
           LabelError: if the labels cannot be told apart.
           PatternError: if a pattern cannot be read.
           ValueError: if `profile` or `coherence_target` is unknown.
@@ -62,6 +65,10 @@ class Scorer:
         self.tokenizer, self.labels = tokenizer, lowercase_labels(labels)
         self.reward = reward or Reward(profile, coherence_target)
         self.tables = make_tables(tokenizer, labels, self.reward.patterns, cache)
+        self.reply_tokenizer = reply_tokenizer or tokenizer
+        if reply_tokenizer is not None:
+            replies = make_reply_tables(reply_tokenizer, labels, cache)
+            self.tables = self.tables._replace(replies=replies)
 
     def score(self, batch: Batch, samples: Samples, replies: Replies | ReplyProbs | None) -> Scores:
         """Scores the responses to a batch."""
@@ -148,20 +155,9 @@ class Scorer:
             "consistency_replies": consistency_replies,
             **more_replies,
         }
-        spelled = {name: x if x is None else self._spell(x) for name, x in given.items()}
-        return self.score_tokens(*self._spell(responses), answers, **spelled)
-
-    def _spell(self, texts: Sequence[str]) -> Tokens:
-        """Writes texts as byte tokens, in lengths rounded up so that few shapes are compiled."""
-        if isinstance(texts, str):
-            raise ValueError(f"{texts!r}: must be a list of texts")
-        single = {t[0]: i for i, t in enumerate(token_bytes(self.tokenizer)) if len(t) == 1}
-        codes = [text.encode("utf-8", "replace") for text in texts]
-        size = 1 << max(4, max(map(len, codes), default=1).bit_length())
-        tokens = np.zeros((len(codes), size), np.int32)
-        for i, code in enumerate(codes):
-            tokens[i, : len(code)] = [single[b] for b in code]
-        return jnp.asarray(tokens), jnp.asarray([len(c) for c in codes], jnp.int32)
+        own = self.reply_tokenizer
+        spelled = {name: x if x is None else _spell(own, x) for name, x in given.items()}
+        return self.score_tokens(*_spell(self.tokenizer, responses), answers, **spelled)
 
     def _score_texts(self, answers: jax.Array, samples: Samples) -> dict[str, np.ndarray]:
         """Returns the terms that are functions of the text, float32[B, G] each."""
@@ -182,6 +178,19 @@ class Scorer:
                         f"response {text[:200]!r}; it must return a number"
                     ) from error
         return scores
+
+
+def _spell(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tokens:
+    """Writes texts as byte tokens, in lengths rounded up so that few shapes are compiled."""
+    if isinstance(texts, str):
+        raise ValueError(f"{texts!r}: must be a list of texts")
+    single = {t[0]: i for i, t in enumerate(token_bytes(tokenizer)) if len(t) == 1}
+    codes = [text.encode("utf-8", "replace") for text in texts]
+    size = 1 << max(4, max(map(len, codes), default=1).bit_length())
+    tokens = np.zeros((len(codes), size), np.int32)
+    for i, code in enumerate(codes):
+        tokens[i, : len(code)] = [single[b] for b in code]
+    return jnp.asarray(tokens), jnp.asarray([len(c) for c in codes], jnp.int32)
 
 
 def _as_samples(tokens: jax.Array, lengths: jax.Array) -> Samples:

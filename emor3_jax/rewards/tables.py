@@ -23,7 +23,7 @@ class Tables(NamedTuple):
 
     Attributes:
       response: the rules of format and box, then custom patterns.
-      replies: name of a question → the rule that reads a reply.
+      replies: name of a question → the rule that reads a reply, in the tokens of who is asked.
       spans: the parts of a response that are judged.
     """
 
@@ -58,17 +58,39 @@ def make_tables(
         response += map(PatternRule, patterns)
         return Tables(
             build_automaton(response, tokens),
-            {name: build_automaton([q.rule(labels)], tokens) for name, q in QUESTIONS.items()},
+            _reply_rules(labels, tokens),
             spans.build_spans(tokens),
         )
 
     several = (0,) * (2 + len(patterns))
     like = Tables(
         Automaton(several, 0, several),
-        {name: Automaton((0,), 0, (0,)) for name in QUESTIONS},
+        _LIKE_REPLIES,
         SpanTables(*[0] * len(SpanTables._fields)),
     )
     return cache.load_or_build(folder, cache.key(tokens, checked, patterns), like, build)
+
+
+def make_reply_tables(
+    tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], folder: str | Path = ""
+) -> dict[str, Automaton]:
+    """Builds `Tables.replies` for the tokens of a judge, or reads them from disk.
+
+    Args:
+      tokenizer: of the judge.
+      labels: the label set.
+      folder: as of `make_tables`, which says what is raised.
+    """
+    checked, tokens = rules.lowercase_labels(labels), token_bytes(tokenizer)
+    key = cache.key(tokens, checked, kind="replies")
+    return cache.load_or_build(folder, key, _LIKE_REPLIES, lambda: _reply_rules(labels, tokens))
+
+
+def _reply_rules(labels: Sequence[str], tokens: Sequence[bytes]) -> dict[str, Automaton]:
+    return {name: build_automaton([q.rule(labels)], tokens) for name, q in QUESTIONS.items()}
+
+
+_LIKE_REPLIES = {name: Automaton((0,), 0, (0,)) for name in QUESTIONS}
 
 
 def score_response(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:

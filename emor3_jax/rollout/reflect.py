@@ -1,7 +1,8 @@
 """The questions of the Reflective Emotional Reward, asked of the policy itself or of a judge.
 
 The judged text is the response's own tokens (`rewards.cut_spans`), put between a head and a tail
-that were tokenised once; nothing is decoded.
+that were tokenised once; nothing is decoded, but for a judge that lacks these tokens
+(`rollout.retokenize`).
 
 Deviations, numbered:
  1. The image is not encoded again: a question with the image continues from the rollout's keys and
@@ -41,6 +42,7 @@ from emor3_jax.rewards.spans import Span
 from emor3_jax.rewards.tables import Tables, cut_spans
 from emor3_jax.rollout.generate import Opening, generate
 from emor3_jax.rollout.likelihood import Candidates, make_candidates, probabilities
+from emor3_jax.rollout.retokenize import Retokenizer, widened
 from emor3_jax.rollout.sampling import Sampling, noise
 from emor3_jax.types import Prompt, Replies, ReplyProbs, Samples, bucket
 
@@ -69,12 +71,20 @@ class Reflection(NamedTuple):
       sampling: of the replies.
       text_lengths: rising padded lengths of the judged texts.
       soft: score replies by their probability instead of sampling them.
+      retokenizer: writes the judged texts in the tokens of a judge; None leaves them as they are.
     """
 
     questions: tuple[PromptedQuestion, ...]
     sampling: Sampling
     text_lengths: tuple[int, ...]
     soft: bool = False
+    retokenizer: Retokenizer | None = None
+
+    def sizes(self, response_tokens: int) -> tuple[int, ...]:
+        """Returns rising padded lengths of the texts of responses of so many tokens."""
+        if self.retokenizer is None:
+            return (*self.text_lengths, response_tokens)
+        return tuple(sorted({*self.text_lengths, response_tokens}))
 
 
 class Asked(NamedTuple):
@@ -146,10 +156,12 @@ def reflect(
     """
     key, rows = noise_of
     spans, longest = find_spans(tables, samples)
+    sizes = reflection.sizes(samples.tokens.shape[-1])
+    if reflection.retokenizer is not None:
+        spans, longest = reflection.retokenizer(spans, sizes)
     keys = jax.random.split(key, len(reflection.questions))
     judged = [spans[prompted.question.span] for prompted in reflection.questions]
     longest = hosts.fetch([longest[prompted.question.span] for prompted in reflection.questions])
-    sizes = (*reflection.text_lengths, samples.tokens.shape[-1])
     replies: dict[str, Any] = {}
     for i, (prompted, span, most) in enumerate(
         zip(reflection.questions, judged, longest, strict=True)
@@ -191,8 +203,11 @@ def reflect_programs(
     """Yields the programs of `reflect` at the longest texts; arguments as there, but abstract."""
     key, rows = noise_of
     spans, _ = yield Program("spans", find_spans, (tables, samples))
-    sizes = (*reflection.text_lengths, samples.tokens.shape[-1])
+    sizes = reflection.sizes(samples.tokens.shape[-1])
     size = bucket(samples.tokens.shape[-1], sizes)
+    if reflection.retokenizer is not None:
+        size = sizes[-1]
+        spans = tuple(widened(span, size) for span in spans)
     replies, found, lengths = {}, {}, {}
     for prompted in reflection.questions:
         name, span = prompted.question.name, spans[prompted.question.span]

@@ -71,7 +71,8 @@ def resample(
             experience = picked._replace(batch=experience.batch)
             useless[free[:used]] = False
     if experience is not first:
-        experience = experience._replace(batch=put(prompts.batch))
+        # The questions are asked; what the judge alone reads stays on the host.
+        experience = experience._replace(batch=put(prompts.batch._replace(judge_prefix=None)))
     return (
         prompts,
         experience,

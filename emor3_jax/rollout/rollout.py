@@ -44,6 +44,7 @@ from emor3_jax.types import (
     Batch,
     Clock,
     Experience,
+    ImagePrefix,
     NoClock,
     Replies,
     ReplyProbs,
@@ -71,6 +72,8 @@ class Rollout:
       plan: number of prompts in flight at once.
       greedy: also reward one greedy response to each prompt.
       num_shards: number of equal parts that the devices cut the prompts into.
+      int8: decode with quantised weights (`models.quantisation`), whose policy the responses and
+        their log-probabilities, and the replies of a policy that is asked itself, are of.
     """
 
     policy: Policy
@@ -82,6 +85,7 @@ class Rollout:
     plan: Plan = ALL_AT_ONCE
     greedy: bool = False
     num_shards: int = 1
+    int8: bool = False
 
     def __call__(
         self,
@@ -112,7 +116,7 @@ class Rollout:
     def respond(self, params: dict, batch: Batch, key: jax.Array) -> tuple[KV, Samples]:
         """Samples responses to each prompt at once; returns the prompts' keys and values too."""
         engine = self._engine(self.group_size, self.sampling, ALL_AT_ONCE)
-        params = cast_for_decoding(params, self.policy.dtype)
+        params = cast_for_decoding(params, self.policy.dtype, int8=self.int8)
         (finished,) = self._sample(params, batch, key, engine)
         return finished.prefix, finished.samples
 
@@ -136,11 +140,13 @@ class Rollout:
         if self.reflection is None:
             return None
         rows, prefix = np.asarray(finished.row, np.int32), finished.prefix
-        shared = take((batch.shared_length, batch.shared_position), rows)
         if judge is None:
             judge = Judge(self.policy, params, self.suppressed)
+            shared = take((batch.shared_length, batch.shared_position), rows)
         else:
-            prefix = prefill(judge.params, take(batch, rows), policy=judge.policy)
+            seen = take(batch.seen_by_judge, rows)
+            prefix = prefill(judge.params, seen, policy=judge.policy)
+            shared = seen.shared_length, seen.shared_position
         return reflect(
             judge.policy,
             judge.params,
@@ -151,6 +157,15 @@ class Rollout:
             (key, rows),
             judge.suppressed,
         )
+
+    def counters(self) -> dict[str, float]:
+        """Returns `reflect/texts_cut`: judged texts so far that were too long for a judge's tokens.
+
+        Empty where the texts are read as they were written.
+        """
+        if self.reflection is None or self.reflection.retokenizer is None:
+            return {}
+        return {"reflect/texts_cut": float(self.reflection.retokenizer.cut)}
 
     def programs(self, params: Any, batch: Batch, key: Any, judge: Judge | None = None) -> Programs:
         """Yields every jitted program of a call, at its largest shapes.
@@ -181,10 +196,11 @@ class Rollout:
         self, params: Any, batch: Batch, key: Any, engine: Engine, judge: Judge | None
     ) -> Programs:
         mesh, prompts = mesh_of(batch), len(batch.last_token)
-        params = yield from _sync_programs(mesh, params, self.policy)
+        params = yield from _sync_programs(mesh, params, self.policy, self.int8)
         alive = {"parameters": params}
         refill = engine.sizes(prompts)[1]
         waves = prompts // refill
+        batch, everything = _of_policy(batch), batch
         # All at once they are the batch itself, not a part beside it.
         part = first_rows(batch, refill) if waves > 1 else batch
         rows = by_prompts(mesh, jax.ShapeDtypeStruct((refill,), jnp.int32))
@@ -210,17 +226,17 @@ class Rollout:
         if self.reflection is not None:
             # The slots are still there; the prompts that left are in none of them.
             alive["cache"] = engine.abstract_flight(every), prefix
-            shared = part.shared_length, part.shared_position
-            every_shared = (batch.shared_length, batch.shared_position), rows
-            shared = yield Program("take", take_rows, every_shared, {}, alive, calls=waves)
             if judge is None:
                 judge = Judge(self.policy, params, self.suppressed)
+                args = (batch.shared_length, batch.shared_position), rows
+                shared = yield Program("take", take_rows, args, {}, alive, calls=waves)
             else:
-                args = (batch, rows)
-                wave = yield Program("judge.take", take_rows, args, {}, alive, calls=waves)
-                how, held = {"policy": judge.policy}, {**alive, "data": wave}
-                args = (judge.params, wave)
+                args = everything.seen_by_judge, rows
+                seen = yield Program("judge.take", take_rows, args, {}, alive, calls=waves)
+                how, held = {"policy": judge.policy}, {**alive, "data": seen}
+                args = (judge.params, seen)
                 prefix = yield Program("judge.prefill", prefill, args, how, held, calls=waves)
+                shared = seen.shared_length, seen.shared_position
             asked = reflect_programs(
                 judge.policy,
                 judge.params,
@@ -263,7 +279,7 @@ class Rollout:
         clock: Clock,
         judge: Judge | None,
     ) -> Experience:
-        params = cast_for_decoding(params, self.policy.dtype)
+        params = cast_for_decoding(params, self.policy.dtype, int8=self.int8)
         sampling_key, reflection_key = jax.random.split(key)
         found, rows = [], []
         for finished in self._sample(params, batch, sampling_key, engine):
@@ -276,7 +292,7 @@ class Rollout:
         scores = self.scorer.score(batch, samples, replies)
         rewards = self.scorer.reward.shape(scores, samples)
         clock.mark("reward", rewards)
-        return Experience(batch, samples, replies, scores, rewards)
+        return Experience(_of_policy(batch), samples, replies, scores, rewards)
 
     def _sample(
         self, params: dict, batch: Batch, key: jax.Array, engine: Engine
@@ -286,7 +302,7 @@ class Rollout:
         waves = prompts // refill
 
         def admissions() -> Iterator[Admission]:
-            for wave, part in enumerate(iterate_parts(batch, waves)):
+            for wave, part in enumerate(iterate_parts(_of_policy(batch), waves)):
                 rows = np.arange(wave, prompts, waves, dtype=np.int32)
                 prefix = prefill(params, part, policy=self.policy)
                 yield Admission(rows, part.last_token, part.next_position, prefix)
@@ -294,19 +310,25 @@ class Rollout:
         return engine.run(params, admissions(), prompts, key)
 
 
-def _sync_programs(mesh: Mesh, params: Any, policy: Policy) -> Programs:
+def _sync_programs(mesh: Mesh, params: Any, policy: Policy, int8: bool = False) -> Programs:
     """Yields the program of `cast_for_decoding`, if it does anything; returns its result."""
     kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    if kinds != {jnp.dtype(policy.dtype)} or mesh.size > 1:
+    if kinds != {jnp.dtype(policy.dtype)} or mesh.size > 1 or int8:
         args = params, jnp.dtype(policy.dtype)
-        params = yield Program("weight_sync", weight_sync, args)
+        how = {"int8": True} if int8 else {}
+        params = yield Program("weight_sync", weight_sync, args, how)
     return params
+
+
+def _of_policy(batch: Batch) -> Batch:
+    """Returns a batch without what the judge alone reads: it is not learned from."""
+    return batch._replace(judge_prefix=None)
 
 
 @partial(jax.jit, static_argnames="policy")
 @laid_out(prefix_layout)
-def prefill(params: dict, batch: Batch, *, policy: Policy) -> KV:
-    """Returns keys and values of the prompts of a batch."""
+def prefill(params: dict, batch: Batch | ImagePrefix, *, policy: Policy) -> KV:
+    """Returns keys and values of the prompts of a batch, or of what a judge reads instead."""
     return policy.prefill(params, batch.prompt, batch.images)
 
 

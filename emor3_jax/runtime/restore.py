@@ -57,14 +57,15 @@ def load_judge_of_evaluation(
     The reference is `policy.path`, which a checkpoint started from.
 
     Raises:
-      ConfigError: if the judge reads other tokens or images than the policy.
+      ConfigError: as `prepare.load_judge`.
     """
     name = prepare.judge_names(config)[1]
     if name == "policy" or (name == "reference" and not config.evaluate.checkpoint):
         return None
     path = config.policy.path if name == "reference" else name
     say(f"loading the judge {path}")
-    return prepare.load_judge(config, "evaluate.judge", path, policy, say, mesh)
+    field = "evaluate.judge" if config.evaluate.judge else "reflect.judge"
+    return prepare.load_judge(config, field, path, policy, say, mesh)
 
 
 def restore_newest(

@@ -45,6 +45,7 @@ from emor3_jax.io.checkpoints import Checkpoints, DamagedError, release
 from emor3_jax.io.console import Console
 from emor3_jax.io.metrics import MetricWriter, memory
 from emor3_jax.learner.learner import Learner
+from emor3_jax.models.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
@@ -174,11 +175,14 @@ class Run:
                 raise ConfigError("steps", config.steps, rule)
         self.say(f"loading the policy {config.policy.path}")
         self.policy = prepare.load_policy(config, self.say, self.mesh)
-        self._judges = prepare.Judges(config, self.policy, self.say, self.mesh)
+        self._judges = prepare.Judges(config, self.policy, self.say, self.mesh, imitate=imitate)
+        judges = self._judges.processors
         self._learner: Learner | None = None
         self._stop.check()
         self.say("opening the data")
-        self.data = prepare.open_data(config, self.policy, self.mesh, imitate=imitate)
+        self.data = prepare.open_data(
+            config, self.policy, self.mesh, imitate=imitate, judges=judges
+        )
         self._stop.check()
         job.keep_config(config, workdir)
         self._settings = inference_settings(
@@ -189,7 +193,7 @@ class Run:
         self.say("building the reward tables")
         self._rollouts = {
             name: prepare.make_evaluation_rollout(
-                config, self.policy, self.data.labels[name], self.mesh
+                config, self.policy, self.data.labels[name], self.mesh, judges.evaluation
             )
             for name in self.data.evaluate
         }
@@ -302,6 +306,15 @@ class Run:
         """Who is asked about the responses of a step; None for the policy itself."""
         return self._judges.of_training(self._learner)
 
+    def _judged_by(self) -> str:
+        """Returns who is asked, as behind the title of the report."""
+        return report.judged_by(self._judges.evaluation, self._judges.training)
+
+    @property
+    def judge_processor(self) -> Processor | None:
+        """That of a judge which shares nothing but the text with the policy; else None."""
+        return self._judges.processors.training
+
     def put(self, batch: Batch) -> Batch:
         """Puts a batch of host arrays on the devices; that of the next step is there already."""
         if self._placed is not None and self._upcoming and batch is self._upcoming.batch:
@@ -333,7 +346,10 @@ class Run:
         self._counters, self._rollout, self._learner = counters, rollout, learner
         if rollout is not None:
             prepare.check_reachable(rollout)
-            self._meter = prepare.make_meter(self.config, rollout)
+            judge = self._judges.policy_of_training()
+            self._meter = prepare.make_meter(self.config, rollout, judge)
+        if asked := self._judged_by():
+            self.say(asked.removeprefix(", "))
         # State and reference alone hold parameters from here on.
         self.policy = dataclasses.replace(self.policy, params={})
         if self._step or self._progress:
@@ -412,6 +428,7 @@ class Run:
         self._step = step
         # As of this step, whenever it is logged: the next batch may leave out further rows.
         info = info | self.data.counters() | self._counters()
+        info |= self._rollout.counters() if self._rollout else {}
         # The device is busy now: meanwhile the host sends the next batch and logs the step before.
         self._position, started = self.data.train.get_state(), time.perf_counter()
         self._upcoming = next(self.data.train) if step < self.config.steps else None
@@ -507,13 +524,8 @@ class Run:
         if hosts.is_first():
             (workdir / "evaluations.json").write_text(json.dumps(metrics, indent=2) + "\n")
             images = {name: self.data.image(name) for name in names}
-            report.write_report(
-                workdir,
-                f"EMO-R3: {workdir.name}{report.judged_by(self._judges.evaluation)}",
-                before,
-                after,
-                images,
-            )
+            title = f"EMO-R3: {workdir.name}{self._judged_by()}"
+            report.write_report(workdir, title, before, after, images)
         trained_policy = dataclasses.replace(self.policy, params=trained)
         card = card_of_run(
             workdir.name,
@@ -564,7 +576,8 @@ class Run:
         if self._rollout is not None and hosts.is_first() and due:
             shown = done.read(self._rollout.scorer, report.SAMPLES)
             page = self.workdir / "samples" / f"{done.step:06d}.html"
-            report.write_samples(page, done.step, shown, self.data.image("train"))
+            image, judge = self.data.image("train"), self._judges.training
+            report.write_samples(page, done.step, shown, image, judge)
 
     def _with_replay(self, error: GuardError, done: StepRecord) -> GuardError:
         """Keeps the batch of the step that ends the run; returns the error, which says so."""

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from emor3_jax.data.batch import Example, collate, pick_prompts
+from emor3_jax.data.prefix import PrefixEncoder
 
 BUCKETS = {"prompt_lengths": (8, 16), "image_windows": (1, 2, 4)}
 
@@ -113,3 +114,21 @@ def test_picked_rows_are_those_of_one_batch(policy):
         assert [x.dtype for x in jax.tree.leaves(found)] == [
             x.dtype for x in jax.tree.leaves(wanted)
         ]
+
+
+def test_picked_rows_keep_the_prefixes_of_a_judge(policy, processor, make):
+    encode = PrefixEncoder(processor, (1, 2))
+    rows = [
+        example(policy, 4, 4, name=name)._replace(prefix=encode(make["png"](i, 16, width)))
+        for i, (name, width) in enumerate((("a", 16), ("b", 16), ("c", 32), ("d", 16)))
+    ]
+
+    def batch(rows: list, windows: int):
+        how = {"prefixes": encode, "prefix_windows": windows}
+        return collate(rows, policy.layout, batch_size=len(rows), **BUCKETS, **how)
+
+    first, second = batch(rows[:2], 1), batch(rows[2:], 2)
+    for order in ([0, 2], [3, 1], [1, 1, 2]):
+        found, _ = pick_prompts(first, second, np.asarray(order))
+        wanted, _ = batch([rows[i] for i in order], 2)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)

@@ -46,11 +46,18 @@ def _loss(labels: np.ndarray | None) -> tuple[float, list, jax.Array]:
     prefixes = Prefixes(prompt, position, text)
     about_images = ((_examples(2, 1, 1, 1.0), SIZE), (_examples(2, 3, 2, 2.0), SIZE))
     about_text = (_examples(2, 1, 3, 4.0), SIZE)
-    value, metrics = pretrain.loss(
-        POLICY, PARAMS, prefixes, images, about_images, about_text, labels
-    )
-    hidden, _ = pretrain.forward_images(POLICY, PARAMS, prompt, images)
-    return float(value), metrics["exact"], POLICY.logits(PARAMS, hidden[:, -1])
+
+    # One program instead of one for each operation.
+    @jax.jit
+    def find(params: dict) -> tuple:
+        value, metrics = pretrain.loss(
+            POLICY, params, prefixes, images, about_images, about_text, labels
+        )
+        hidden, _ = pretrain.forward_images(POLICY, params, prompt, images)
+        return value, metrics["exact"], POLICY.logits(params, hidden[:, -1])
+
+    value, exact, logits = find(PARAMS)
+    return float(value), exact, logits
 
 
 # Replies of two tokens: 2 of weight 1, 6 of weight 2 and 2 of weight 4.

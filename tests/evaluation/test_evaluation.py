@@ -16,7 +16,12 @@ class _Rollout:
 
     def __init__(self, answers: list, inferred: list, reflects: bool, group_size: int = 1) -> None:
         tokenizer = SimpleNamespace(decode=lambda tokens, **_: self.says)
-        self.scorer = SimpleNamespace(tokenizer=tokenizer, labels=("joy", "fear"), reward=Reward())
+        self.scorer = SimpleNamespace(
+            tokenizer=tokenizer,
+            reply_tokenizer=tokenizer,
+            labels=("joy", "fear"),
+            reward=Reward(),
+        )
         questions = [SimpleNamespace(question=question) for question in QUESTIONS.values()]
         self.reflection = SimpleNamespace(questions=questions) if reflects else None
         self.group_size, self.graded = group_size, None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from emor3_jax.flops import Cost, QuestionTokens, StepShapes
+from emor3_jax.flops import Cost, JudgeShapes, QuestionTokens, StepShapes
 from emor3_jax.flops.seconds import (
     CHIPS,
     REASONS,
@@ -17,8 +17,10 @@ from emor3_jax.flops.seconds import (
     Lengths,
     Machine,
     Phase,
+    layer_weights,
     phase_seconds,
 )
+from emor3_jax.models.params import leaves
 from emor3_jax.parallel import topology
 
 SHAPES = tiny.make_policy().shapes
@@ -78,6 +80,18 @@ def test_each_phase_is_the_longest_of_three() -> None:
     assert found["update"].seconds == max(found["update"])
 
 
+def test_a_judge_has_weights_of_its_own() -> None:
+    step = STEP._replace(judge=JudgeShapes("a/b", SHAPES, 12, 16, 12, parameters=500))
+    costs = COSTS | {"judge": Cost(linear=1e6)}
+    found = phase_seconds(SHAPES, step, costs, MACHINE, WHOLE, PARAMETERS)
+    assert list(found)[3:5] == ["judge", "coherence"]
+    assert found["judge"].flops == 1e6 / 0.5 / 4e6
+    # 1000 bytes for each of four waves; a quarter of them read, and all written, when gathered.
+    assert found["judge"].memory == pytest.approx(5.25 * 1000 / 1e5)
+    assert found["judge"].links == pytest.approx(0.75 * 1000 / 1e4)
+    assert found["coherence"].memory == pytest.approx(4 * 3 * 1000 / 1e5)
+
+
 def test_decoding_reads_weights_prompts_and_keys_in_every_round() -> None:
     decode = phase_seconds(SHAPES, STEP, COSTS, MACHINE, WHOLE, PARAMETERS)["decode"]
     # 480 tokens on 8 lanes, half of them idle; then a quarter of the longest response.
@@ -95,6 +109,29 @@ def test_decoding_reads_weights_prompts_and_keys_in_every_round() -> None:
     read = rounds * (1000 + 2 * prompts * token / 2) + 2 * own * token / 2
     assert halved.memory == pytest.approx(read / 1e5)
     assert halved.links == pytest.approx(rounds * 2 * SHAPES.num_layers * WHOLE.latency)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_rollout_reads_a_byte_for_each_weight_of_int8_layers(family: str) -> None:
+    policy = tiny.make_policy(family)
+    layers = policy.param_shapes()["model"]["layers"]
+    kernels = sum(x.size for path, x in leaves(layers) if path.endswith("kernel"))
+    assert layer_weights(policy.shapes) == kernels
+    args = policy.shapes, STEP, COSTS
+    parameters = 2 * kernels
+    plain, int8 = (
+        phase_seconds(*args, MACHINE._replace(int8=int8), WHOLE, parameters)
+        for int8 in (False, True)
+    )
+    # Half of the weights take half the bytes: 3/4 of before.
+    for name in ("vision and prefill", "coherence"):
+        assert int8[name].memory == pytest.approx(0.75 * plain[name].memory)
+    assert int8["weight sync"].links == pytest.approx(0.75 * plain["weight sync"].links)
+    rounds = 120 + WHOLE.tail * WHOLE.lengths.most
+    saved = plain["decode"].memory - int8["decode"].memory
+    assert saved == pytest.approx(rounds * kernels / 1e5)
+    for name in ("reference", "update"):
+        assert int8[name] == plain[name]
 
 
 def test_collectives_of_compiled_programs_replace_the_counted_ones() -> None:

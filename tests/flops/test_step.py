@@ -13,9 +13,11 @@ from support.tiny_flops import STEP, TINY, policy_of, products, prompt_shapes
 from emor3_jax.flops import (
     PHASES,
     Cost,
+    JudgeShapes,
     QuestionTokens,
     ShapeError,
     StepShapes,
+    mean_judge_shapes,
     mean_shapes,
     phase_costs,
     step_flops,
@@ -28,7 +30,7 @@ from emor3_jax.models.qwen2_5_vl.shapes import Qwen25VLShapes
 from emor3_jax.rl.update import combine, partition
 from emor3_jax.rollout.generate import Opening, generate
 from emor3_jax.rollout.sampling import Sampling
-from emor3_jax.types import Batch, Images, Prompt, Samples
+from emor3_jax.types import Batch, ImagePrefix, Images, Prompt, Samples
 
 
 def test_the_grouped_step_by_hand() -> None:
@@ -97,6 +99,30 @@ def _score(shapes: Qwen25VLShapes, s: StepShapes, remat: bool) -> Callable[[Para
         return score_responses(policy, params, batch, samples, spec, suppressed).logprobs.sum()
 
     return score
+
+
+def test_a_judge_reads_the_prompts_and_questions_by_hand() -> None:
+    plain, itself = phase_costs(TINY, STEP), JudgeShapes("reference", TINY, 11, 32, 9)
+    costs = phase_costs(TINY, STEP._replace(judge=itself))
+    judged = costs.pop("judge")
+    assert costs == plain and judged == plain["vision"] + plain["prefill"]
+    # Of twice as many layers, with 5 tokens of its own, 4 of them an image of 16 patches.
+    deeper = JudgeShapes("a/b", dataclasses.replace(TINY, num_layers=4), 5, 16, 5)
+    costs = phase_costs(TINY, STEP._replace(judge=deeper))
+    assert tuple(costs)[3:6] == ("judge", "coherence", "consistency")
+    # 1 + … + 5 = 15 pairs; 16 keys in a window and in the full layer.
+    tower = 16 * 784, 4 * 4 * 16 * (16 + 16)
+    pairs = 2 * 15 * 128
+    assert costs["judge"] == Cost(10, 2, 2, 2 * (tower[0] + 5 * 3456), 2 * tower[1] + pairs)
+    assert costs["coherence"] == Cost(45, 0, 0, 45 * 3456 + 12 * 320, 128 * (6 + 6 * 49))
+    # 5 tokens behind 5 shared ones (25 + 15 pairs), 1 token of the reply (11 pairs).
+    assert costs["consistency"] == Cost(36, 0, 0, 36 * 3456 + 12 * 320, 6 * 51 * 128)
+    assert all(costs[phase] == plain[phase] for phase in PHASES)
+    # Where nothing is asked, nothing is read.
+    unasked = STEP._replace(judge=deeper, questions={})
+    assert phase_costs(TINY, unasked) == phase_costs(TINY, STEP._replace(questions={}))
+    with pytest.raises(ShapeError, match=r"judge\.shared_tokens=5: must hold the 8 tokens of 32"):
+        phase_costs(TINY, STEP._replace(judge=deeper._replace(patches=32)))
 
 
 def _masked(config: Qwen25VLShapes, s: StepShapes) -> int:
@@ -176,6 +202,16 @@ def test_shapes_of_a_step_are_its_means() -> None:
     found = mean_shapes(batch, np.array([[3, 6, 6], [9, 1, 2]]), STEP.questions)
     assert found == StepShapes(2, 3, 8.5, 4.5, 10.0, 4.5, STEP.questions)
     assert step_flops(TINY, found) > 0
+    same = mean_judge_shapes("reference", TINY, batch)
+    assert same == JudgeShapes("reference", TINY, 7.5, 10.0, 4.5)
+    own = ImagePrefix(
+        prompt=Prompt(*[None] * 2, np.arange(8) < np.array([[3], [4]]), None),
+        images=Images(None, None, np.ones((2, 1, 8), bool)),
+        shared_length=np.array([3, 4]),
+        shared_position=None,
+    )
+    found = mean_judge_shapes("a/b", TINY, batch._replace(judge_prefix=own))
+    assert found == JudgeShapes("a/b", TINY, 3.5, 8.0, 3.5)
 
 
 @pytest.mark.parametrize(

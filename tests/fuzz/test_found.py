@@ -15,6 +15,10 @@ FOUND = {
         doors.model_config,
         json.dumps(json.loads(doors.seeds()["model_config"][0]) | {"eos_token_id": []}).encode(),
     ),
+    "a parquet file whose row group has more rows than it": (
+        doors.parquet,
+        doors.seeds()["parquet"][0][:1081] + b"\x26\x06" + doors.seeds()["parquet"][0][1083:],
+    ),
     "a single word in a list of two": (doors.csv, b"train_0001.jpg\n"),
 }
 

@@ -15,15 +15,17 @@ from emor3_jax.io.sinks.tensorboard import read_events
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh
 
+FILES = "jsonl", "tensorboard"
+
 
 def test_a_run_that_goes_on_drops_later_and_torn_lines(tmp_path):
-    writer = MetricWriter(tmp_path, SINKS)
+    writer = MetricWriter(tmp_path, FILES)
     for step in range(4):
         writer.write(step, {"reward/overall": step / 2, "policy/kl": float("nan")})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')
-    writer = MetricWriter(tmp_path, SINKS, first_step=2)
+    writer = MetricWriter(tmp_path, FILES, first_step=2)
     writer.write(2, {"reward/overall": 9.0})
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
@@ -46,7 +48,7 @@ def test_damaged_lines_are_counted_and_dropped(tmp_path, caplog):
 
 def test_the_file_is_closed_after_each_step(tmp_path):
     # A mounted bucket keeps a file when it is closed: what is written next goes to a new one.
-    writer = MetricWriter(tmp_path, SINKS)
+    writer = MetricWriter(tmp_path, FILES)
     writer.write(0, {"policy/kl": 1.0})
     (tmp_path / "metrics.jsonl").rename(tmp_path / "first.jsonl")
     writer.write(1, {"policy/kl": 2.0})
@@ -58,13 +60,13 @@ def test_the_file_is_closed_after_each_step(tmp_path):
 
 def test_what_is_made_up_for_is_added_to_the_last_step(tmp_path):
     (tmp_path / "none").mkdir()
-    writer = MetricWriter(tmp_path, SINKS)
+    writer = MetricWriter(tmp_path, FILES)
     for step in range(2):
         writer.write(step, {"policy/kl": 1.0})
     writer.close()
     for _ in range(2):
         # The second time after a kill.
-        writer = MetricWriter(tmp_path, SINKS, first_step=2)
+        writer = MetricWriter(tmp_path, FILES, first_step=2)
         writer.amend(1, {"eval/test/f1": 0.5, "eval/test/uar": float("nan")})
         writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
@@ -140,7 +142,7 @@ def test_events_are_on_the_disk_after_each_step_and_none_is_there_twice(tmp_path
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "is_first", lambda: False)
-    writer = MetricWriter(tmp_path, SINKS)
+    writer = MetricWriter(tmp_path, FILES)
     writer.write(0, {"policy/kl": 1.0})
     writer.add_events(0, {"policy/kl": 1.0})
     writer.close()

@@ -32,6 +32,8 @@ from emor3_jax.learner.packing import join
 from emor3_jax.learner.reference import Reference
 from emor3_jax.models import decode_kernel, weights
 from emor3_jax.models.attention import Own, Shared, attend
+from emor3_jax.models.params import weight_sync
+from emor3_jax.models.quantisation import SCALE
 from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from emor3_jax.rl.losses import PolicyLoss
 from emor3_jax.rl.surrogates import Clip
@@ -229,6 +231,31 @@ def decode() -> None:
         record("decode", sizes, np.abs(found - wanted).max())
 
 
+def quantise() -> None:
+    """Weights for decoding in int8: integers and scales are those of one device."""
+    policy = tiny.make_policy()
+    params = tiny.strong_params(policy)
+    wanted = jax.device_get(weight_sync(params, jnp.bfloat16, int8=True))
+    for sizes in ((1, 8, 1), (2, 2, 2), (1, 4, 2)):
+        mesh = make_mesh(*sizes)
+        with jax.set_mesh(mesh):
+            given = jax.device_put(params, param_shardings(params, mesh))
+            found = weight_sync(given, jnp.bfloat16, int8=True)
+        cut = param_shardings(found, mesh, gathered=True)
+        same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), found, cut)
+        assert all(jax.tree.leaves(same))
+        # Whole but for `tensor`, and the scale as the outputs of its kernel.
+        layers = found["model"]["layers"]
+        for module, axis in ((layers["mlp"]["up_proj"], "tensor"), (layers["mlp"]["down_proj"], 0)):
+            held = [x.sharding.shard_shape(x.shape) for x in (module["kernel"], module[SCALE])]
+            parts = mesh.shape["tensor"] if axis else 1
+            assert [shape[-1] for shape in held] == [module[SCALE].shape[-1] // parts] * 2
+        differences = jax.tree.map(
+            lambda a, b: np.abs(np.float32(a) - np.float32(b)).max(), jax.device_get(found), wanted
+        )
+        record("quantise", sizes, np.max(jax.tree.leaves(differences)))
+
+
 def checkpoint() -> None:
     """Reads a policy onto the devices, each its own part, and writes it; all bit for bit."""
     equal = partial(jax.tree.map, np.testing.assert_array_equal)
@@ -259,5 +286,5 @@ def checkpoint() -> None:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    for part in (score, update, rollout, attention, decode, checkpoint):
+    for part in (score, update, rollout, attention, decode, quantise, checkpoint):
         part()

@@ -36,6 +36,8 @@ def make_config(folder: Path, steps: int) -> ConfigDict:
     # So that a run that is to end earlier takes the same steps.
     config.policy_update.schedule = "constant"
     config.evaluate.during = 4
+    # Each process compiles all of it; training asks the questions over both.
+    config.evaluate.reflect = False
     return config
 
 

@@ -31,6 +31,10 @@ class FakeMesh(NamedTuple):
         ("model/layers/self_attn/o_proj/kernel", (4, 64, 64), P(None, "tensor", "fsdp")),
         ("model/layers/mlp/down_proj/kernel", (4, 96, 64), P(None, "tensor", "fsdp")),
         ("model/layers/input_layernorm/scale", (4, 64), P()),
+        # Scales of int8 kernels are cut where the outputs of these are.
+        ("model/layers/self_attn/q_proj/kernel_scale", (4, 64), P(None, "tensor")),
+        ("model/layers/self_attn/o_proj/kernel_scale", (4, 64), P(None, "fsdp")),
+        ("model/layers/mlp/down_proj/kernel_scale", (4, 64), P(None, "fsdp")),
         ("visual/blocks/attn/proj/kernel", (3, 32, 32), P(None, "tensor", "fsdp")),
         # 6 does not divide by 4: a bias stays whole.
         ("model/layers/self_attn/k_proj/bias", (4, 6), P(None, None)),
@@ -96,6 +100,8 @@ def eight() -> subprocess.CompletedProcess:
         ("attention", 4, 2e-5),
         # The kernel of decoded tokens: likewise.
         ("decode", 4, 2e-6),
+        # Weights quantised for decoding, bit for bit.
+        ("quantise", 3, 0.0),
         # Each device reads its own part of a checkpoint.
         ("checkpoint", 3, 0.0),
     ],

@@ -303,6 +303,28 @@ def test_a_field_that_would_do_nothing_is_refused(tmp_path):
             prepare.open_source(default(), "data.train", dataset(**fields))
 
 
+def test_int8_weights_are_for_training_alone_and_want_a_correction(folder, caplog, monkeypatch):
+    monkeypatch.setattr("emor3_jax.prepare.rollout._scorer", lambda *args: None)
+    config, labels, mesh = default(), ("joy", "fear"), make_mesh()
+    config.policy.path = str(folder)
+    policy = prepare.read_policy(config, print)
+    policy = dataclasses.replace(policy, policy=tiny.make_policy(vocab_size=320))
+    config.reflect.enabled, config.reward.table_cache = False, ""
+    made = prepare.make_rollout(config, policy, labels, mesh)
+    assert not made.int8 and not caplog.records
+    config.rollout.weight_dtype = "int8"
+    assert prepare.make_rollout(config, policy, labels, mesh).int8
+    (warned,) = caplog.records
+    assert "rollout.weight_dtype='int8'" in warned.message
+    assert "policy_update.correction='off'" in warned.message
+    caplog.clear()
+    update = config.policy_update
+    update.old_logprobs, update.correction = "recompute", "token_truncate"
+    assert prepare.make_rollout(config, policy, labels, mesh).int8 and not caplog.records
+    # An evaluation is of the policy as it is saved.
+    assert not prepare.make_evaluation_rollout(config, policy, labels, mesh).int8
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_split_of_json_lines_is_honoured_or_refused(tmp_path, split):
     rows = [{"image": "x.png", "label": "joy", "split": name} for name in ("train", "dev")]

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import tiny
 
+from emor3_jax.models.quantisation import quantise_layers
 from emor3_jax.rollout.generate import Opening, generate
+from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.types import Prompt
 
@@ -107,3 +110,19 @@ def test_ragged_openings_give_what_each_gives_alone_without_padding(setting):
         np.testing.assert_array_equal(together.tokens[b, g], alone.tokens[0, 0])
         np.testing.assert_allclose(together.logprobs[b, g], alone.logprobs[0, 0], atol=1e-4)
         assert together.lengths[b, g] == alone.lengths[0, 0]
+
+
+def test_log_probabilities_of_int8_weights_are_their_own(setting, rule):
+    """Those of the policy that sampled, not of the one that it was rounded from."""
+    rollout = Rollout(setting.policy, None, setting.suppressed, rule, 3, int8=True)
+    _, samples = rollout.respond(setting.params, setting.batch, jax.random.key(6))
+
+    quantised = jax.device_get(quantise_layers(setting.params))
+    given = samples.tokens, samples.lengths, rule.temperature
+    score = jax.jit(lambda params: setting.score(params, *given))
+    own, before = (
+        np.where(samples.mask, score(params) - samples.logprobs, 0.0)
+        for params in (tiny.dequantised(quantised), setting.params)
+    )
+    assert np.abs(own).max() < 1e-4
+    assert np.abs(before).max() > 1e-2

@@ -2,8 +2,8 @@
 
     python tests/support/golden_runs.py WORKDIR [--write]
 
-runs all of them and writes what was found to `WORKDIR/runs.json`; `--write` writes it to
-`tests/golden/runs.json` too.
+runs all of them, with the flags of XLA that tests have, and writes what was found to
+`WORKDIR/runs.json`; `--write` writes it to `tests/golden/runs.json` too.
 
 A digest stands for every number of a run: a change of the code that should change no number must
 leave it as it is. Digests are comparable between machines of equal processors and equal versions
@@ -28,6 +28,13 @@ from ml_collections import ConfigDict
 ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support import compiler_flags  # noqa: E402
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Read when JAX looks for its devices.
+    os.environ["XLA_FLAGS"] = compiler_flags.FAST
 
 from support import tiny_run  # noqa: E402
 
@@ -115,7 +122,8 @@ def machine() -> str:
     """Returns a digest of all that decides how XLA rounds on a CPU."""
     processor = Path("/proc/cpuinfo")
     flags = re.search(r"^(?:flags|Features)\s*:.*$", processor.read_text(), re.M)
-    known = (jaxlib.__version__, os.cpu_count(), flags and " ".join(sorted(flags[0].split())))
+    cpu = flags and " ".join(sorted(flags[0].split()))
+    known = jaxlib.__version__, os.cpu_count(), cpu, compiler_flags.FAST
     return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
@@ -173,7 +181,6 @@ def run_all(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     found = json.dumps(run_all(Path(sys.argv[1])), indent=1) + "\n"
     (Path(sys.argv[1]) / "runs.json").write_text(found)
     if sys.argv[2:] == ["--write"]:

@@ -13,13 +13,13 @@ from unittest import mock
 
 import jax
 from ml_collections import ConfigDict
-from support import tiny_run
 
 from emor3_jax import models, train
 from emor3_jax.compiler.record import Recorder
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.prepare import rollout as prepared
+from support import tiny_run
 
 COMPILED = re.compile(r"Compiling jit\(([\w.<>]+)\)")
 
@@ -40,8 +40,9 @@ def everything_else(config: ConfigDict) -> None:
 
 
 def adapters(config: ConfigDict) -> None:
-    """The method as it is, with adapters that are merged once a step."""
+    """The method as it is, with adapters that are merged once a step, then quantised."""
     config.policy.lora_rank = 2
+    config.rollout.weight_dtype = "int8"
     config.rollout.unroll = True
 
 

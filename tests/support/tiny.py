@@ -8,6 +8,7 @@ import numpy as np
 
 from emor3_jax.models import Policy, parse_config
 from emor3_jax.models.params import Params
+from emor3_jax.models.quantisation import SCALE
 
 _CONFIG = {
     "model_type": "qwen2_5_vl",
@@ -102,3 +103,12 @@ def strong_params(policy: Policy, seed: int = 0) -> Params:
         return (1.3 * noise / np.sqrt(leaf.shape[-2])).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, policy.param_shapes())
+
+
+def dequantised(params: Params) -> Params:
+    """Returns parameters with the weights that int8 kernels stand for in their place."""
+    if SCALE in params:
+        rest = {name: x for name, x in params.items() if name != SCALE}
+        scale = np.asarray(params[SCALE])[..., None, :]
+        return {**rest, "kernel": np.float32(params["kernel"]) * scale}
+    return {k: dequantised(v) if isinstance(v, dict) else v for k, v in params.items()}

@@ -70,9 +70,9 @@ def small_policy(tokenizer: PreTrainedTokenizerBase, family: str = "qwen2_5_vl")
     return parse_config(FAMILIES[family].small_config(sizes) | special_ids(tokenizer))
 
 
-def write_policy(folder: Path, family: str = "qwen2_5_vl") -> None:
-    """Writes a random policy as `small_policy` describes it."""
-    tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
+def write_policy(folder: Path, family: str = "qwen2_5_vl", words: int = 800) -> None:
+    """Writes a random policy as `small_policy` describes it, of at most so many words."""
+    tokenizer = train_tokenizer(tasks.text_corpus(20), words)
     policy = small_policy(tokenizer, family)
     params = jax.device_get(policy.init(jax.random.key(0)))
     images = ImageSettings(min_pixels=112**2, max_pixels=112**2)

@@ -1,5 +1,6 @@
 """Sinks of a run's metrics, each in a file of its own; a new one is a row of `SINKS`."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -23,15 +24,39 @@ class Sink(Protocol):
         """Releases what is open."""
 
 
+# Imported where a run writes to them: their libraries take seconds, and trackers are optional.
+
+
 def _open_tensorboard(workdir: Path, first_step: int) -> Sink:
-    # Its library imports torch where that is installed: seconds, of which most programs need none.
     from emor3_jax.io.sinks.tensorboard import TensorBoardSink
 
     return TensorBoardSink(workdir, first_step)
 
 
+def _open_wandb(workdir: Path, first_step: int) -> Sink:
+    from emor3_jax.io.sinks.wandb import WandbSink
+
+    return WandbSink(workdir, first_step)
+
+
+def _open_mlflow(workdir: Path, first_step: int) -> Sink:
+    from emor3_jax.io.sinks.mlflow import MlflowSink
+
+    return MlflowSink(workdir, first_step)
+
+
 SINKS: dict[str, Callable[[Path, int], Sink]] = {
     "jsonl": JsonLinesSink,
     "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
+    "mlflow": _open_mlflow,
 }
 """Name in `log.sinks` → sink."""
+
+
+def missing_library(name: str) -> str | None:
+    """Returns what to install before a sink can be opened, None if it is there."""
+    packages = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+    if name in packages and importlib.util.find_spec(name) is None:
+        return packages[name]
+    return None

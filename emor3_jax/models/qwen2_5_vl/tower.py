@@ -92,8 +92,8 @@ class Qwen25VLTower(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
-            # Nothing depends on the check, which traces each layer a second time.
-            check_constancy_invariants=False,
+            # It traces each layer a second time; without it, fresh parameters are others.
+            check_constancy_invariants=self.is_initializing(),
         )
         x, _ = stack(c, self.compute, name="blocks")(
             keep_rows(embed(all_frames(images.patches.astype(self.compute.dtype), c))),

@@ -191,8 +191,8 @@ class Qwen3VLTower(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
-            # Nothing depends on the check, which traces each layer a second time.
-            check_constancy_invariants=False,
+            # It traces each layer a second time; without it, fresh parameters are others.
+            check_constancy_invariants=self.is_initializing(),
         )
         table = rope.vision_table(coords, c.head_dim)
         (x, kept), _ = stack(block, (x, keep_rows(kept)), jnp.asarray(place), table, mask)

@@ -16,6 +16,9 @@ from emor3_jax.embedded.faces.captions import CaptionBatch
 from emor3_jax.models import rope
 from emor3_jax.rl.update import TrainState
 
+# One program instead of one for each operation.
+caption_logits = jax.jit(vision_pretraining.caption_logits, static_argnums=0)
+
 
 def test_whitened_patches_have_unit_covariance_up_to_the_scale() -> None:
     rng = np.random.default_rng(0)
@@ -124,7 +127,7 @@ def test_images_are_mixed_in_pairs() -> None:
         [s * patches[i] + (1 - s) * patches[i - 1] for i, s in enumerate(shares.tolist())]
     )
     mixed = batch.images._replace(patches=mixed)
-    logits = vision_pretraining.caption_logits(policy, state.params, prompt, mixed)
+    logits = caption_logits(policy, state.params, prompt, mixed)
     # Here nothing follows the image's end, so both places are one.
     np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
     logps = np.asarray(jax.nn.log_softmax(logits[:, 0]))
@@ -134,7 +137,7 @@ def test_images_are_mixed_in_pairs() -> None:
     ]
     assert loss(0.5) == loss(0.5) == pytest.approx(-np.mean(expected), rel=1e-5)
     assert loss(0.5, seed=4) != loss(0.5)
-    plain = vision_pretraining.caption_logits(policy, state.params, prompt, batch.images)[:, 0]
+    plain = caption_logits(policy, state.params, prompt, batch.images)[:, 0]
     plain = np.take_along_axis(np.asarray(jax.nn.log_softmax(plain)), targets, axis=1)
     assert loss(0.0) == pytest.approx(-np.mean(plain), rel=1e-5)
 
@@ -180,7 +183,7 @@ def test_targets_are_predicted_where_the_image_ends_and_where_the_prompt_does() 
 
     def logits(tokens: list[int]) -> jax.Array:
         prompt, _ = pretrain.make_prompt(tokens, (1, 2, 2), slots, policy)
-        return vision_pretraining.caption_logits(policy, state.params, prompt, batch.images)
+        return caption_logits(policy, state.params, prompt, batch.images)
 
     tokens = [9, policy.shapes.image_token_id, 10, 21, 22]
     both = logits(tokens)

@@ -1,0 +1,115 @@
+"""MLflow: one run of its tracking for each workdir, which goes on when the run does.
+
+Server and experiment are those of its own variables (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME);
+the experiment is `emor3_jax` otherwise.
+
+Deviations, numbered:
+ 1. A run that resumes writes some steps again; MLflow keeps both values and shows the later one.
+"""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from emor3_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_MOST_PARAMS, _LONGEST = 100, 500
+"""Parameters of one call, and characters of a value, that every server takes."""
+
+_FOREIGN = re.compile(r"[^\w\-./ ]")
+
+
+class MlflowSink:
+    """Writes values to an MLflow server; one that fails later loses values, never the run."""
+
+    def __init__(self, workdir: Path, first_step: int) -> None:
+        """Begins the run there, or goes on with it.
+
+        Args:
+          workdir: folder of the run; its MLflow id is kept in `mlflow_run`, its config is sent.
+          first_step: steps from here on are written, maybe again.
+
+        Raises:
+          UserError: if the server refuses or is not there.
+        """
+        del first_step
+        self._client, self._lost = MlflowClient(), 0
+        known = workdir / "mlflow_run"
+        try:
+            if known.exists():
+                self._id = known.read_text("utf-8").strip()
+                self._client.update_run(self._id, status="RUNNING")
+            else:
+                self._id = self._begin(workdir)
+                known.write_text(self._id, "utf-8")
+        except MlflowException as error:
+            rule = (
+                f"{str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a server that is there"
+            )
+            raise UserError(f"log.sinks='mlflow': {rule}") from error
+
+    def _begin(self, workdir: Path) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "emor3_jax")
+        there = self._client.get_experiment_by_name(name)
+        experiment = there.experiment_id if there else self._client.create_experiment(name)
+        run = self._client.create_run(experiment, run_name=workdir.name).info.run_id
+        config = workdir / "config.json"
+        fields = dict(_flat("", json.loads(config.read_text("utf-8")))) if config.exists() else {}
+        params = [Param(_named(key), str(value)[:_LONGEST]) for key, value in fields.items()]
+        for i in range(0, len(params), _MOST_PARAMS):
+            self._client.log_batch(run, params=params[i : i + _MOST_PARAMS])
+        self._client.log_batch(run, tags=[RunTag("workdir", str(workdir.absolute()))])
+        return run
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Writes the values of a step, without those that are None."""
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(_named(name), value, now, step)
+            for name, value in values.items()
+            if value is not None
+        ]
+        try:
+            self._client.log_batch(self._id, metrics=metrics)
+        except MlflowException as error:
+            self._lost += 1
+            if self._lost == 1:
+                logger.warning("mlflow: step %d is not written: %s", step, error)
+
+    def amend(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Writes further values of a step."""
+        self.write(step, values)
+
+    def close(self) -> None:
+        """Ends the run there, and says how many steps it lacks."""
+        if self._lost:
+            logger.warning("mlflow lacks %d steps; metrics.jsonl has all", self._lost)
+        try:
+            self._client.set_terminated(self._id)
+        except MlflowException as error:
+            logger.warning("mlflow: the run stays open there: %s", error)
+
+
+def _named(name: str) -> str:
+    """Returns a name that every server takes."""
+    return _FOREIGN.sub("_", name)
+
+
+def _flat(at: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the fields of a config, by their dotted names."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{at}.{key}" if at else key, inner)
+    else:
+        yield at, value
