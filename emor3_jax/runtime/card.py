@@ -1,6 +1,7 @@
 """The model card of a run's policy, from its config, data and results."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def card_of_run(
     """
     base = config.policy.path
     is_id = base != EMBEDDED and is_hub_id(base) and not Path(base).exists()
-    named = "the embedded base policy" if base == EMBEDDED else base if is_id else Path(base).name
+    named = "the embedded base policy" if base == EMBEDDED else _without_folder(base)
     described = [
         DescribedSet(
             where,
@@ -65,7 +66,7 @@ def card_of_run(
         Origin(family, program, step, config.steps, named, is_id),
         described,
         list(_changed(config)),
-        judge_names(config),
+        tuple(map(_without_folder, judge_names(config))),
         results,
         snippet(name, "photo.jpg", settings.prompt, settings.max_tokens),
     )
@@ -78,8 +79,14 @@ def _changed(config: ConfigDict) -> Iterator[tuple[str, str]]:
         if field in usual and value == usual[field]:
             continue
         if not field.startswith(_LEFT_OUT):
-            is_path = isinstance(value, str) and "/" in value and not is_hub_id(value)
-            yield field, json.dumps(Path(value).name if is_path else value, ensure_ascii=False)
+            shown = _without_folder(value) if isinstance(value, str) else value
+            yield field, json.dumps(shown, ensure_ascii=False)
+
+
+def _without_folder(name: str) -> str:
+    """Returns the last part of a path; an id on the hub, and any other text, as it is."""
+    is_path = "/" in name and (os.path.exists(name) or not is_hub_id(name))
+    return Path(name).name if is_path else name
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ def config():
     config.evaluate.sets.test = dataset(kind="fi", path="/home/someone/fi", split="test")
     config.data.templates.set = "/home/someone/own.txt"
     config.policy_update.learning_rate = 1e-5
-    config.reflect.judge = "reference"
+    config.reflect.judge, config.evaluate.judge = "reference", "/home/someone/judge"
     return config
 
 
@@ -36,7 +36,7 @@ def test_a_card_says_where_a_policy_comes_from(config):
     assert "| test | fi | test | of the data | – |" in card
     assert "| policy_update.learning_rate | 1e-05 |" in card
     assert "| data.templates.set | &#34;own.txt&#34; |" in card
-    assert "asked of reference in training, and of reference in evaluation" in card
+    assert "asked of reference in training, and of judge in evaluation" in card
     assert "| test | accuracy | – | 50.0 |" in card
     assert "/home" not in card
 
