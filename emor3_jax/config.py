@@ -4,6 +4,7 @@ A file in `configs/` starts from `default()` and sets what differs. `--config.ke
 on the command line; an unknown key is an error that names the nearest one (`ml_collections`).
 """
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -88,10 +89,18 @@ def reward_term(**fields: object) -> ConfigDict:
 
 
 def _updated(config: ConfigDict, fields: dict[str, object]) -> ConfigDict:
-    """Returns a description with fields of it changed; an unknown one is a `KeyError`."""
-    config.lock()
+    """Returns a description with fields of it changed; raises UserError for an unknown one."""
+    for name, value in fields.items():
+        if name not in config:
+            raise UserError(f"{name}={value!r}: {no_field(name, config.keys())}")
     config.update(fields)
-    return config.unlock()
+    return config
+
+
+def no_field(name: str, known: Iterable[str]) -> str:
+    """Returns that there is no such field, and the nearest one."""
+    (nearest,) = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    return f"there is no such field; the nearest one is {nearest}"
 
 
 def default() -> ConfigDict:
@@ -471,23 +480,31 @@ def base_policy() -> ConfigDict:
     return config
 
 
+_NAMED = ("data.mix", "evaluate.sets", "evaluate.groups", "reward.terms")
+"""Sections whose entries have names of one's own."""
+
+
 def check_complete(config: ConfigDict, made: Callable[[], ConfigDict]) -> None:
-    """Checks that a config has all fields that its program reads.
+    """Checks that a config has all fields that its program reads, and no others.
 
     Args:
       config: of a program.
       made: the function of this module that makes a whole one.
 
     Raises:
-      UserError: naming the first field that is missing.
+      UserError: naming the first field that is missing, or that nothing reads.
     """
-    have = {field for field, _ in _fields(config)}
-    missing = next((field for field, _ in _fields(made()) if field not in have), None)
+    whole = made()
+    have, known = ({field for field, _ in _fields(each)} for each in (config, whole))
+    missing = next((field for field, _ in _fields(whole) if field not in have), None)
     if missing is not None:
         raise UserError(
             f"--config: has no field {missing}, so it is not for this program; a config for it "
             f"starts from emor3_jax.config.{made.__name__}()"
         )
+    for field, value in _fields(config):
+        if field not in known and not any(field.startswith(f"{each}.") for each in _NAMED):
+            raise ConfigError(field, value, no_field(field, known))
 
 
 def uses_reference(config: ConfigDict) -> bool:

@@ -26,8 +26,9 @@ from emor3_jax.runtime import cli, job
 from emor3_jax.runtime.restore import load_evaluated, load_judge_of_evaluation
 
 
-def main(config: ConfigDict, workdir: Path) -> dict[str, Evaluation]:
+def main(config: ConfigDict, workdir: str | Path) -> dict[str, Evaluation]:
     """Evaluates a policy on `config.evaluate.sets`; see the module's docstring."""
+    workdir = Path(workdir)
     validate(config)
     if (workdir / "checkpoints").is_dir():
         raise UserError(

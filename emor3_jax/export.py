@@ -7,23 +7,28 @@ writes it by itself; this is for one that was stopped earlier. The config must n
 the run started from.
 """
 
+import dataclasses
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from emor3_jax import prepare
 from emor3_jax.config import check_complete, default
+from emor3_jax.data.inference_settings import FILE, InferenceSettings
 from emor3_jax.errors import UserError
+from emor3_jax.io.card import CARD_FILE
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
-from emor3_jax.models import LoadedPolicy, read_config, read_processor
+from emor3_jax.models import read_config
 from emor3_jax.parallel.mesh import check_policy, make_mesh
+from emor3_jax.prepare.inference import inference_settings
 from emor3_jax.runtime import cli, job
+from emor3_jax.runtime.card import card_of_run
 from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.restore import read_checkpoint_params
 
 
-def export(config: ConfigDict, workdir: Path) -> Path:
+def export(config: ConfigDict, workdir: str | Path) -> Path:
     """Writes `workdir/policy` from the newest checkpoint.
 
     Args:
@@ -36,6 +41,7 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     Raises:
       UserError: if the run has no checkpoint, or a field of the config is missing.
     """
+    workdir = Path(workdir)
     check_complete(config, default)
     say = Console("export")
     job.start_jax(config.log.compile_cache)
@@ -51,7 +57,11 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     params, step = read_checkpoint_params(config, base, checkpoints, None, mesh)
     checkpoints.close()
     folder = workdir / "policy"
-    save_whole(LoadedPolicy(policy, params, read_processor(base, policy), base), folder)
+    settings = InferenceSettings.read(workdir) or inference_settings(config)
+    exported = dataclasses.replace(prepare.read_policy(config, say), params=params)
+    family = policy.family.model_type
+    card = card_of_run(workdir.name, "", config, family, step, settings)
+    save_whole(exported, folder, {FILE: settings.to_json(), CARD_FILE: card})
     say(f"wrote the policy of step {step} to {folder}")
     return folder
 

@@ -66,7 +66,7 @@ _HISTOGRAMS = {
 
 
 def main(
-    config: ConfigDict, workdir: Path, samples: int = 12, leakage: str = "bytes"
+    config: ConfigDict, workdir: str | Path, samples: int = 12, leakage: str = "bytes"
 ) -> dict[str, Any]:
     """Prints and writes the contents of a config's data sets.
 
@@ -84,6 +84,7 @@ def main(
     Raises:
       ConfigError, DataError: as training would.
     """
+    workdir = Path(workdir)
     validate(config)
     say = Console("inspect")
     job.start_jax("", devices=False)

@@ -36,7 +36,7 @@ from emor3_jax.types import Experience
 FLAGS = flags.FLAGS
 
 
-def replay(folder: Path) -> Iterator[str]:
+def replay(folder: str | Path) -> Iterator[str]:
     """Yields lines about a step, as they are found out.
 
     Args:
@@ -45,6 +45,7 @@ def replay(folder: Path) -> Iterator[str]:
     Raises:
       UserError: if the batch, the run's config, its data or its checkpoints cannot be used.
     """
+    folder = Path(folder)
     kept, workdir = replays.read(folder), folder.absolute().parents[1]
     config, imitate = job.read_config(workdir), kept.origin.program == "sft"
     say = Console("replay")

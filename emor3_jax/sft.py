@@ -38,7 +38,7 @@ from emor3_jax.runtime.step_log import observe
 from emor3_jax.types import Batch, Experience, Samples
 
 
-def train(config: ConfigDict, workdir: Path) -> Results:
+def train(config: ConfigDict, workdir: str | Path) -> Results:
     """Runs fine-tuning from its start, or from the last checkpoint, to `config.steps`.
 
     Args:

@@ -25,7 +25,7 @@ from emor3_jax.runtime.run import Results, Run
 from emor3_jax.runtime.step_log import observe
 
 
-def train(config: ConfigDict, workdir: Path) -> Results:
+def train(config: ConfigDict, workdir: str | Path) -> Results:
     """Runs training from its start, or from the last checkpoint, to `config.steps`.
 
     Args:

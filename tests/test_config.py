@@ -202,10 +202,22 @@ def test_every_data_set_of_the_docs_is_a_config() -> None:
 
 
 def test_an_unknown_field_of_a_description_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(KeyError, match='Did you mean "subset"'):
+    with pytest.raises(UserError, match=r"subst=2000: there is no .* nearest one is subset"):
         dataset(kind="emoset", subst=2000)
-    with pytest.raises(KeyError, match='Did you mean "weight"'):
+    with pytest.raises(UserError, match=r"weigth=1.0: there is no .* nearest one is weight"):
         reward_term(weigth=1.0)
+
+
+def test_a_field_that_nothing_reads_is_refused_with_the_nearest_one() -> None:
+    config = default()
+    config.rollout.promts = 4
+    with pytest.raises(ConfigError, match=r"config.rollout.promts=4: .* one is prompts$"):
+        validate(config)
+    config = default()
+    config.evaluate.sets.test = dataset()
+    config.evaluate.sets.test.spilt = "test"
+    with pytest.raises(ConfigError, match=r"evaluate.sets.test.spilt='test': .* one is split$"):
+        validate(config)
 
 
 WRONG = [
@@ -472,8 +484,8 @@ def test_what_does_not_go_together_is_refused_naming_both(fields: dict, named: s
 def test_published_algorithms_are_valid() -> None:
     for fields in (
         {"advantage": "dr_grpo", "mean": "constant", "kl": "off", "clip_dual": math.inf},
-        {"ratio": "sequence", "mean": "seq", "clip_low": 3e-4, "clip_high": 4e-4, "kl": "off"},
-        {"ratio": "group", "mean": "seq", "clip_low": 1.0, "clip_high": math.inf},
+        {"surrogate": "gspo", "mean": "seq", "clip_low": 3e-4, "clip_high": 4e-4, "kl": "off"},
+        {"surrogate": "gepo", "mean": "seq", "clip_low": 1.0, "clip_high": math.inf},
         {"advantage": "rloo", "kl": "k1", "kl_place": "reward", "mean": "seq"},
         {"advantage": "remax", "kl_target": 0.02},
     ):

@@ -60,6 +60,10 @@ BELOW = {
         ),
         *("learner", "evaluation", "io", "flops", "prepare"),
     },
+    "inference": {
+        *("errors", "files", "types", "config", "parallel", "models", "data", "rewards", "rollout"),
+        *("io", "prepare", "runtime"),
+    },
     "compiler": {
         *("types", "parallel", "models", "data", "rewards", "rl", "rollout", "learner", "flops"),
         "prepare",

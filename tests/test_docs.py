@@ -13,6 +13,9 @@ from ml_collections import ConfigDict
 import emor3_jax
 from configs.emoset import MACHINES
 from emor3_jax import account
+from emor3_jax.data.inference_settings import InferenceSettings
+from emor3_jax.embedded.emoscenes.words import QUESTION
+from emor3_jax.io.card import snippet
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "tpu/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -23,12 +26,16 @@ OF_ALL = {"workdir", "help"}
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """Yields the words after "python -m" of each command in a block or between backticks."""
+    """Yields program and arguments of each command in a block or between backticks.
+
+    A command is `python -m module …`, or `emor3 program …`.
+    """
     text = text.replace("\\\n", " ")
     lines = [
         line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.split("\n")
     ]
     for line in (*lines, *re.findall(r"`([^`\n]+)`", text)):
+        line = re.sub(r"^\s*emor3 (?=[a-z])", "python -m emor3_jax.", line)
         if "python -m " not in line or line.lstrip().startswith("#"):
             continue
         words = shlex.split(line.split("python -m ", 1)[1], comments=True)
@@ -50,6 +57,7 @@ def _config(words: list[str]) -> ConfigDict | None:
     if not given or given[0] == "FILE":
         return None
     path, *options = given[0].split(":", 1)
+    path = path if "/" in path else f"configs/{path}.py"
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     return module.get_config(*options)
 
@@ -64,6 +72,8 @@ def test_every_command_of_the_docs_can_be_given(command: tuple[str, ...]) -> Non
     source = Path(spec.origin).read_text()
     if "account.define_flags()" in source:
         source += Path(account.__file__).read_text()
+    if "infer.define_flags()" in source:
+        source += (ROOT / "emor3_jax" / "infer.py").read_text()
     config = _config(words)
     for word in words:
         name = word.split("=", 1)[0].removeprefix("--")
@@ -84,6 +94,12 @@ def test_the_commands_of_the_docs_are_found() -> None:
     programs = {command[1] for command in FOUND}
     assert len(FOUND) > 50
     assert {"emor3_jax.train", "emor3_jax.compile", "emor3_jax.account"} <= programs
+
+
+def test_the_lines_for_transformers_are_those_of_a_card() -> None:
+    prompt = InferenceSettings().changed(question=QUESTION, template="tiny").prompt
+    code = snippet("runs/demo/policy", "photo.jpg", prompt, 64)
+    assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text()
 
 
 def test_the_table_of_machines_has_them_all() -> None:

@@ -21,8 +21,11 @@ from emor3_jax.compiler.record import Recorder
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.config import ConfigError, dataset, reward_term
 from emor3_jax.data.errors import DataError
+from emor3_jax.data.inference_settings import InferenceSettings
+from emor3_jax.data.labels import label_set
 from emor3_jax.errors import UserError
 from emor3_jax.export import export
+from emor3_jax.inference.loading import find_policy
 from emor3_jax.io import checkpoints
 from emor3_jax.models import load
 from emor3_jax.parallel.mesh import make_mesh
@@ -88,6 +91,21 @@ def test_run_leaves_what_the_readme_promises(whole):
     trained, base = load(whole / "policy"), load(whole.parent / "policy")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.params, base.params)
     assert max(jax.tree.leaves(moved)) > 0
+    # What it was asked goes along.
+    settings = InferenceSettings.read(whole / "policy")
+    assert settings == InferenceSettings.read(whole)
+    assert (settings.question, settings.max_tokens) == ("which emotion ?", 8)
+    assert settings.labels == label_set("mikels8") and "<step1> seen" in settings.prompt
+
+
+def test_a_run_and_its_checkpoints_can_be_asked(whole):
+    newest, second = find_policy(str(whole)), find_policy(whole / "checkpoints" / "2")
+    assert newest.policy.source == whole / "policy" and newest.settings == second.settings
+    params = newest.policy.params, second.policy.params
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *params)
+    assert max(jax.tree.leaves(moved)) > 0
+    with pytest.raises(UserError, match=r"checkpoints/7: no such checkpoint; .* has 2, 3"):
+        find_policy(whole / "checkpoints" / "7")
 
 
 def test_a_checkpoint_is_evaluated_as_training_did(whole, folder):
@@ -388,7 +406,7 @@ def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
     monkeypatch.setattr(prepare, "open_data", open_and_signal)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        assert train(config, workdir) == {}
+        assert train(config, str(workdir)) == {}
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])

@@ -14,7 +14,7 @@ Deviations, numbered:
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -101,6 +101,20 @@ class PromptTemplates:
         """
         chosen = {"coherence": coherence, "consistency": consistency, **others}
         return cls(_read("set", set), {kind: _read(kind, x) for kind, x in chosen.items()})
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str], where: str) -> "PromptTemplates":
+        """Takes the templates as they are.
+
+        Args:
+          texts: "set" and the name of each question → template.
+          where: names them in errors.
+
+        Raises:
+          DataError: as `load`.
+        """
+        checked = {kind: _check(kind, text, where) for kind, text in texts.items()}
+        return cls(checked.pop("set"), checked)
 
 
 def has_release_order(kind: str) -> bool:
@@ -276,6 +290,11 @@ def _read(kind: str, source: str | Path) -> str:
             f"of {', '.join(built_in)}"
         )
     template = read_text(path, DataError, MAX_TEMPLATE_BYTES).rstrip("\n")
+    return _check(kind, template, str(path))
+
+
+def _check(kind: str, template: str, path: str) -> str:
+    """Returns a template; raises DataError if its placeholders are not those of its kind."""
     names = [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
     required, optional = _PLACEHOLDERS.get(kind, _FURTHER_QUESTION)
     known = ", ".join(f"{{{name}}}" for name in sorted(required | optional))

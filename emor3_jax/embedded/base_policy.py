@@ -20,9 +20,13 @@ from ml_collections import ConfigDict
 
 from emor3_jax import config as configs
 from emor3_jax.config import ConfigError, check_complete, check_numbers
+from emor3_jax.data.inference_settings import InferenceSettings
+from emor3_jax.data.labels import LABEL_SETS
+from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.dataset import PretrainDataset
 from emor3_jax.embedded.emoscenes.dataset import drawn_scenes
+from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.embedded.faces.captions import CaptionLoader, caption_targets
 from emor3_jax.embedded.faces.dataset import labelled_faces
 from emor3_jax.embedded.faces.images import read_images
@@ -107,7 +111,7 @@ def _loss(
     )
 
 
-def train(config: ConfigDict, folder: Path) -> dict[str, float]:
+def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     """Trains a base policy and saves it.
 
     Args:
@@ -123,6 +127,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     Raises:
       ConfigError: if a field cannot be used.
     """
+    folder = Path(folder)
     say = Console("base policy")
     _check(config)
     if config.compile_cache:
@@ -174,6 +179,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, float]:
     scores |= found
     say("held-out replies exactly right: " + "  ".join(f"{k} {v:.2f}" for k, v in scores.items()))
     save(LoadedPolicy(policy, params, processor), folder)
+    if config.data.kind == "emoscenes":
+        templates = PromptTemplates.load("tiny", "tiny", "tiny")
+        InferenceSettings(LABEL_SETS["mikels8"], QUESTION, templates, (), 64).write(folder)
     say(f"saved {folder}")
     return scores
 

@@ -191,6 +191,16 @@ def markdown(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) 
     )
 
 
+def score_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> str:
+    """Returns the scores alone as Markdown; arguments as of `markdown`."""
+    return pages.render(
+        "evaluation.md.j2",
+        scores=list(_scores(before, after, (*_shares(after), *_numbers(after), *_MEANS))),
+        data_sets=[],
+        groups={name: each.members for name, each in after.items() if each.members},
+    )
+
+
 def _shares(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:
     """Returns the scores that are shares, in the order of the tables."""
     return (*_FIRST, *question_names(evaluations), "decoupling")

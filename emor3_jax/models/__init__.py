@@ -60,6 +60,14 @@ class LoadedPolicy:
         """Sizes and special ids."""
         return self.policy.shapes
 
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        count = sum(leaf.size for leaf in leaves)
+        kinds = ", ".join(sorted({leaf.dtype.name for leaf in leaves})) or "none"
+        source = "" if self.source is None else f" from {str(self.source)!r}"
+        family = self.policy.family.model_type
+        return f"<LoadedPolicy {family}: {count:,} parameters ({kinds}){source}>"
+
 
 def load(
     name: str | Path,

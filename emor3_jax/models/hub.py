@@ -10,8 +10,8 @@ from emor3_jax.models.families import FAMILIES, NOT_YET
 from emor3_jax.models.policy import Policy
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-"""Files of a repository that are downloaded: no weights in other formats."""
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*"]
+"""Files of a repository that are downloaded: no weights in other formats, and no code."""
 
 
 def find(name: str | Path) -> Path:

@@ -14,6 +14,7 @@ from emor3_jax.config import (
     dataset,
     default,
     field_value,
+    no_field,
     reward_term,
     reward_terms,
 )
@@ -283,15 +284,20 @@ _FREE = {"data.mix": dataset(), "evaluate.sets": dataset(), "reward.terms": rewa
 
 
 def _check_types(config: ConfigDict, defaults: ConfigDict, prefix: str) -> None:
-    """Checks that each field has the type that its default has.
+    """Checks that each field has the type that its default has, and that there are no others.
 
     Raises:
-      ConfigError: naming the field, its value and the type.
+      ConfigError: naming the field, its value, and the type or the nearest field.
     """
+    for key in defaults:
+        if key not in config:
+            rule = "is missing; start from emor3_jax.config.default()"
+            raise ConfigError(f"{prefix}{key}", None, rule)
+    for key in config:
+        if key not in defaults:
+            raise ConfigError(f"{prefix}{key}", config[key], no_field(key, defaults))
     for key, usual in defaults.items():
         field = f"{prefix}{key}"
-        if key not in config:
-            raise ConfigError(field, None, "is missing; start from emor3_jax.config.default()")
         value = config[key]
         if isinstance(usual, ConfigDict):
             if not isinstance(value, ConfigDict):

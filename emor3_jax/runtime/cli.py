@@ -12,8 +12,9 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+import emor3_jax
 from emor3_jax.errors import LASTING, RunError, UserError, os_error_text
-from emor3_jax.files import is_folder, show
+from emor3_jax.files import is_file, is_folder, show
 from emor3_jax.io.console import escape_what_cannot_be_shown, tell
 from emor3_jax.runtime.stopping import STOPPED, Stopped
 
@@ -90,7 +91,7 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
         with errors_told():
             program(config.value)
 
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)
 
 
 @contextlib.contextmanager
@@ -115,6 +116,8 @@ def errors_told() -> Iterator[None]:
         _refuse(RunError(told), status=2 if error.errno in LASTING else 1)
 
 
+PACKAGE = Path(emor3_jax.__file__).parent
+
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status of a program that Ctrl-C ended, as shells tell it."""
 
@@ -124,8 +127,54 @@ def _refuse(error: Exception, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
+def configs_folder() -> Path:
+    """Returns the folder of the package's configs: in a wheel its own, else the repository's."""
+    shipped = PACKAGE / "share" / "configs"
+    return shipped if is_folder(shipped) else PACKAGE.parent / "configs"
+
+
+def find_config(given: str, folder: Path | None = None) -> str:
+    """Returns a config's file, which may be given by its name alone.
+
+    Args:
+      given: a file such as "configs/tpu_v4.py", or a name, "tpu_v4"; options behind a colon stay.
+      folder: of the package's configs, by default `configs_folder()`.
+
+    Returns:
+      The file in the working directory if there is one, else that of the package; what names
+      neither is returned as it is.
+    """
+    folder = folder or configs_folder()
+    path, colon, options = given.partition(":")
+    if is_file(path):
+        return given
+    name = path.removeprefix("configs/").removesuffix(".py")
+    for place in (Path("configs"), folder):
+        if "/" not in name and is_file(place / f"{name}.py"):
+            return f"{place / name}.py{colon}{options}"
+    return given
+
+
+def _with_config_file(arguments: Sequence[str]) -> list[str]:
+    """Returns the command line with the config's file in the place of its name."""
+    found, is_value = [], False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if is_value:
+            argument = find_config(argument)
+        elif equals and flag in ("--config", "-config"):
+            argument = f"{flag}={find_config(value)}"
+        is_value = argument in ("--config", "-config")
+        found.append(argument)
+    return found
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
     """Parses the command line; what the config's file refuses is one line, without its trace."""
+    arguments = _with_config_file(arguments)
+    # Configs import each other as `configs.<name>`.
+    if (root := str(configs_folder().parent)) not in sys.path:
+        sys.path.append(root)
     try:
         return flags.FLAGS(list(arguments))
     except OSError as error:
@@ -168,5 +217,6 @@ def _refuse_missing_config(error: OSError) -> None:
     cause = str(error.__cause__)
     if cause.startswith("Failed loading config file"):
         reason = cause.splitlines()[-1].strip()
-        rule = "start at the root of the repository; its configs are configs/*.py"
+        names = ", ".join(sorted(file.stem for file in configs_folder().glob("*.py")))
+        rule = f"give a file, or the name of a config of the package: {names}"
         _refuse(UserError(f"--config: {reason}; {rule}"))

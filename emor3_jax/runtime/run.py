@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from emor3_jax import flops, prepare
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
+from emor3_jax.data.inference_settings import FILE
 from emor3_jax.errors import LASTING, RunError, UserError, os_error_number, os_error_text
 from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.evaluation.records import (
@@ -39,6 +40,7 @@ from emor3_jax.evaluation.records import (
     with_groups,
 )
 from emor3_jax.io import report
+from emor3_jax.io.card import CARD_FILE
 from emor3_jax.io.checkpoints import Checkpoints, DamagedError, release
 from emor3_jax.io.console import Console
 from emor3_jax.io.metrics import MetricWriter, memory
@@ -47,10 +49,12 @@ from emor3_jax.models.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.prepare.checks import check_batches, validate
+from emor3_jax.prepare.inference import inference_settings
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job, replays
+from emor3_jax.runtime.card import card_of_run
 from emor3_jax.runtime.guards import GuardError, Watch
 from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.progress import (
@@ -97,7 +101,7 @@ class Run:
     _begun, _evaluated = False, 0
 
     def __init__(
-        self, program: str, config: ConfigDict, workdir: Path, *, imitate: bool = False
+        self, program: str, config: ConfigDict, workdir: str | Path, *, imitate: bool = False
     ) -> None:
         """Checks the config, loads the policy onto the mesh and opens the data.
 
@@ -116,6 +120,7 @@ class Run:
         self._stop = StopSignal(config.checkpoint.stop_seconds)
         self._lock: job.WorkdirLock | None = None
         self._step = 0
+        workdir = Path(workdir)
         self.config, self.workdir, self.say = config, workdir, Console(program)
         self._program = program
         try:
@@ -180,6 +185,11 @@ class Run:
         )
         self._stop.check()
         job.keep_config(config, workdir)
+        self._settings = inference_settings(
+            config, self.data.labels["train"], self.data.sources["train"]
+        )
+        if hosts.is_first():
+            self._settings.write(workdir)
         self.say("building the reward tables")
         self._rollouts = {
             name: prepare.make_evaluation_rollout(
@@ -516,7 +526,19 @@ class Run:
             images = {name: self.data.image(name) for name in names}
             title = f"EMO-R3: {workdir.name}{self._judged_by()}"
             report.write_report(workdir, title, before, after, images)
-        save_whole(dataclasses.replace(self.policy, params=trained), workdir / "policy")
+        trained_policy = dataclasses.replace(self.policy, params=trained)
+        card = card_of_run(
+            workdir.name,
+            self._program,
+            self.config,
+            self.policy.policy.family.model_type,
+            self._step,
+            self._settings,
+            {name: len(source) for name, source in self.data.sources.items()},
+            (before, after),
+        )
+        texts = {FILE: self._settings.to_json(), CARD_FILE: card}
+        save_whole(trained_policy, workdir / "policy", texts)
         for line in report.before_after_table(before, after).splitlines():
             self.say(line)
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")

@@ -106,6 +106,22 @@ def test_what_the_user_can_mend_is_told_in_one_line(kind: str, tmp_path: Path) -
         assert ran.stderr == "error: steps=-1: must be 0 or more\n"
 
 
+def test_a_config_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = cli.configs_folder()
+    assert (shipped / "tpu_v4.py").is_file()
+    monkeypatch.chdir(tmp_path)
+    for given in ("tpu_v4:7b,chips=32", "tpu_v4.py:7b,chips=32", "configs/tpu_v4.py:7b,chips=32"):
+        assert cli.find_config(given) == f"{shipped}/tpu_v4.py:7b,chips=32"
+    # One's own goes first, and what is neither is told as it was given.
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tpu_v4.py").write_text("")
+    (tmp_path / "own.py").write_text("")
+    assert cli.find_config("tpu_v4") == "configs/tpu_v4.py"
+    assert cli.find_config("own.py:a") == "own.py:a"
+    for given in ("none", "runs/tpu_v5e.py", "other/cpu_demo"):
+        assert cli.find_config(given) == given
+
+
 def _account(*arguments: str) -> subprocess.CompletedProcess:
     return program.run("emor3_jax.account", *arguments)
 

@@ -36,11 +36,10 @@ if __name__ == "__main__":
     # Read when JAX looks for its devices.
     os.environ["XLA_FLAGS"] = compiler_flags.FAST
 
-from support import tiny_run  # noqa: E402
-
 from emor3_jax import sft, train  # noqa: E402
 from emor3_jax.config import reward_term  # noqa: E402
 from emor3_jax.models import load  # noqa: E402
+from support import tiny_run  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden" / "runs.json"
 

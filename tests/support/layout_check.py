@@ -8,12 +8,12 @@ import sys
 from typing import Any
 
 import jax
-from support import real_step, tiny_step
 
 from emor3_jax.compiler.record import Recorder
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.parallel.program import Program
+from support import real_step, tiny_step
 
 
 class Comparison(Recorder):

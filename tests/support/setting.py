@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from support import tiny
 
 from emor3_jax.learner.logprobs import LogprobSpec, score_responses
 from emor3_jax.models import Policy
@@ -15,6 +14,7 @@ from emor3_jax.rollout.rollout import prefill
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.rollout.slots import Admission
 from emor3_jax.types import Batch, Images, Prompt, Samples
+from support import tiny
 
 STOP, SUPPRESSED = 7, (70, 71, 72, 73)
 

@@ -15,7 +15,6 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from support import tiny
 
 from emor3_jax.compiler import hlo
 from emor3_jax.compiler.record import Recorder, Report
@@ -27,6 +26,7 @@ from emor3_jax.models.policy import Policy
 from emor3_jax.models.qwen2_5_vl import tower
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.rollout import rollout
+from support import tiny
 
 # Widths unlike each other and unlike any length, so that a shape tells what it is.
 POLICY = tiny.make_policy(
