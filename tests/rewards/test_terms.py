@@ -5,6 +5,7 @@ import pytest
 from emor3_jax import rewards
 from emor3_jax.config import ConfigError, default, reward_term, reward_terms
 from emor3_jax.prepare.checks import validate
+from emor3_jax.rewards.scorer import _spell
 from emor3_jax.rewards.terms import TermError, make_term
 from emor3_jax.types import Samples
 
@@ -12,7 +13,7 @@ from emor3_jax.types import Samples
 def test_patterns_are_read_beside_the_rules(straddling, labels):
     terms = (rewards.Term("opened", 0.1, r"^<step1>"), rewards.Term("joyful", 0.1, r"jo+y"))
     scorer = rewards.Scorer(straddling.tokenizer, labels, reward=rewards.Reward(terms=terms))
-    tokens, lengths = scorer._spell(["<step1> jooy", " <step1>", "\\boxed{joy}"])
+    tokens, lengths = _spell(straddling.tokenizer, ["<step1> jooy", " <step1>", "\\boxed{joy}"])
     format_, answer, first, second = rewards.score_response(scorer.tables, tokens, lengths)
     assert format_.tolist() == [0, 0, 0] and answer.tolist() == [-1, -1, 0]
     assert first.tolist() == [1, 0, 0] and second.tolist() == [1, 0, 1]
@@ -58,7 +59,7 @@ def test_a_group_of_which_a_term_is_no_number_is_left_out(labels, straddling):
         rewards.Term("size", 0.0, function=lambda group: jnp.zeros(group.lengths.shape)),
     )
     scorer = rewards.Scorer(straddling.tokenizer, labels, reward=rewards.Reward(terms=terms))
-    tokens, lengths = scorer._spell(["a", "ab", "aa", "a"])
+    tokens, lengths = _spell(straddling.tokenizer, ["a", "ab", "aa", "a"])
     samples = Samples(
         np.asarray(tokens).reshape(2, 2, -1),
         np.zeros((2, 2, tokens.shape[1]), np.float32),
