@@ -21,7 +21,10 @@ LINES = re.findall(r"^--config\..*$", PAGE.read_text(), re.M)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("algorithms"))
+    """Has a judge of the other family beside the policy, in the place of one of the hub."""
+    folder = make_folder(tmp_path_factory.mktemp("algorithms"))
+    tiny_run.write_policy(folder / "judge", "qwen3_vl")
+    return folder
 
 
 def test_every_paper_has_flags() -> None:
@@ -39,7 +42,7 @@ def test_two_steps_of(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     config.reward.terms.letters = reward_term(weight=0.1, text="support.tiny_run:letters")
     # Half of the time of a compile is the tower's.
     config.policy.freeze_vision_tower, config.policy_update.remat = True, "none"
-    command = ["program", *line.split()]
+    command = ["program", *line.replace("Qwen/Qwen3-VL-8B-Instruct", f"{folder}/judge").split()]
     # Where `config_flags` looks for the fields that are given.
     monkeypatch.setattr(sys, "argv", command)
     values = flags.FlagValues()

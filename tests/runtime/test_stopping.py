@@ -121,9 +121,12 @@ def test_a_run_that_was_stopped_within_a_step_goes_on_exactly(folder, stopped):
 
 @pytest.fixture
 def stop():
+    # The tests may run under `nohup`, which ignores it.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     listening = StopSignal(300.0)
     yield listening
     listening.restore()
+    signal.signal(signal.SIGHUP, before)
 
 
 def eventually(condition) -> bool:
