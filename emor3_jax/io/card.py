@@ -44,7 +44,7 @@ class DescribedSet(NamedTuple):
     rows: int | str
 
 
-class Origin(NamedTuple):
+class Provenance(NamedTuple):
     """Where a policy comes from.
 
     Attributes:
@@ -83,7 +83,7 @@ def snippet(folder: str, image: str, prompt: str, max_tokens: int) -> str:
 
 def model_card(
     name: str,
-    origin: Origin,
+    provenance: Provenance,
     data_sets: Sequence[DescribedSet],
     changed: Sequence[tuple[str, Any]],
     judges: tuple[str, str],
@@ -94,7 +94,7 @@ def model_card(
 
     Args:
       name: of the policy.
-      origin: where it comes from.
+      provenance: where it comes from.
       data_sets: of training and evaluation.
       changed: fields of the config that are not the defaults, and their values.
       judges: who was asked about responses in training and in evaluation.
@@ -104,12 +104,12 @@ def model_card(
     return pages.render(
         "card.md.j2",
         name=name,
-        family=origin.family,
-        program=origin.program,
-        step=origin.step,
-        steps=origin.steps,
-        base=origin.base,
-        base_id=origin.base if origin.is_hub_id else "",
+        family=provenance.family,
+        program=provenance.program,
+        step=provenance.step,
+        steps=provenance.steps,
+        base=provenance.base,
+        base_id=provenance.base if provenance.is_hub_id else "",
         data_sets=data_sets,
         changed=changed,
         judges=judges,

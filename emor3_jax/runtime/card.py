@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from emor3_jax.config import EMBEDDED, default
 from emor3_jax.data.inference_settings import InferenceSettings
 from emor3_jax.evaluation.records import Evaluation
-from emor3_jax.io.card import DescribedSet, Origin, model_card, snippet
+from emor3_jax.io.card import DescribedSet, Provenance, model_card, snippet
 from emor3_jax.models import is_hub_id
 from emor3_jax.prepare import judge_names
 from emor3_jax.prepare.data import data_sets
@@ -63,7 +63,7 @@ def card_of_run(
     ]
     return model_card(
         name,
-        Origin(family, program, step, config.steps, named, is_id),
+        Provenance(family, program, step, config.steps, named, is_id),
         described,
         list(_changed(config)),
         tuple(map(_without_folder, judge_names(config))),
