@@ -65,7 +65,7 @@ def make_tables(
     several = (0,) * (2 + len(patterns))
     like = Tables(
         Automaton(several, 0, several),
-        _LIKE_REPLIES,
+        _like_replies(),
         SpanTables(*[0] * len(SpanTables._fields)),
     )
     return cache.load_or_build(folder, cache.key(tokens, checked, patterns), like, build)
@@ -83,14 +83,16 @@ def make_reply_tables(
     """
     checked, tokens = rules.lowercase_labels(labels), token_bytes(tokenizer)
     key = cache.key(tokens, checked, kind="replies")
-    return cache.load_or_build(folder, key, _LIKE_REPLIES, lambda: _reply_rules(labels, tokens))
+    return cache.load_or_build(folder, key, _like_replies(), lambda: _reply_rules(labels, tokens))
 
 
 def _reply_rules(labels: Sequence[str], tokens: Sequence[bytes]) -> dict[str, Automaton]:
     return {name: build_automaton([q.rule(labels)], tokens) for name, q in QUESTIONS.items()}
 
 
-_LIKE_REPLIES = {name: Automaton((0,), 0, (0,)) for name in QUESTIONS}
+def _like_replies() -> dict[str, Automaton]:
+    # Questions may have been added by now.
+    return {name: Automaton((0,), 0, (0,)) for name in QUESTIONS}
 
 
 def score_response(tables: Tables, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
