@@ -140,7 +140,7 @@ def mean_shapes(
 
 
 def mean_judge_shapes(name: str, judge: Shapes, batch: Batch) -> JudgeShapes:
-    """Returns what a judge has read in a step that was taken, means over its prompts.
+    """Returns a judge's shapes and the mean sizes of its prompts in a step that was taken.
 
     Args:
       name: as the config has it.

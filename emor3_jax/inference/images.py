@@ -100,7 +100,7 @@ def image_bytes(image: Any) -> bytes:
 
 
 def fetch(address: str, most: int = MAX_FETCHED_BYTES, seconds: float = FETCH_SECONDS) -> bytes:
-    """Returns what an address sends.
+    """Downloads the bytes of an address.
 
     Args:
       address: of http or https, where it is moved to likewise.
@@ -152,7 +152,7 @@ def _fetch(address: str, most: int, seconds: float) -> bytes:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """Returns what opens http and https alone: no file:// or ftp://, to which one may be moved."""
+    """Returns an opener of http and https alone: no redirect leads to file:// or ftp://."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,

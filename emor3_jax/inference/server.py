@@ -86,7 +86,7 @@ class Service:
         self._device, self._waiting = threading.Lock(), threading.Semaphore(MAX_WAITING)
 
     def about(self) -> dict[str, Any]:
-        """Returns what the page shows of the policy."""
+        """Returns name, labels and question of the policy, and the limit of an image's bytes."""
         settings = self.predictor.settings
         return {
             "policy": self.name,

@@ -72,8 +72,8 @@ class UpdateSpec(NamedTuple):
     frozen: Frozen | None = None
     entropy_coef: float = 0.0
 
-    def of_gradients(self) -> "UpdateSpec":
-        """Returns what a micro-batch reads, so that runs with other schedules share its program."""
+    def without_optimizer(self) -> "UpdateSpec":
+        """Returns the spec of a micro-batch: runs with other schedules share its program."""
         return self._replace(optimizer=None)
 
 

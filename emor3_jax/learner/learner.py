@@ -370,7 +370,7 @@ class Learner:
                 self.bonus.applied if self.step.adapt_entropy else None,
             ),
             self.lora,
-            spec=self.spec.of_gradients(),
+            spec=self.spec.without_optimizer(),
             shape=micro.shape,
         )
 
@@ -457,7 +457,7 @@ class Learner:
             kl_coef if step.adapt_kl else None, bonus.applied if step.adapt_entropy else None
         )
         args = *args, coefs, self.lora
-        how = {"spec": spec.of_gradients(), "shape": shape}
+        how = {"spec": spec.without_optimizer(), "shape": shape}
         held = held | {"optimizer": grads}
         grads, metrics = yield Program("update", add_micro_batch, args, how, held, calls=passes)
         parts = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -26,7 +26,7 @@ from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.processor import Processor
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import host_rows
-from emor3_jax.prepare.judge import JudgeProcessors, make_prefixes
+from emor3_jax.prepare.judge import JudgeProcessors, make_prefix_encoder
 from emor3_jax.prepare.profile import drops_last_batch, template_names
 from emor3_jax.prepare.responses import Responses
 from emor3_jax.prepare.sources import SOURCES, SourceContext, check_kind
@@ -223,7 +223,7 @@ def open_data(
             graded=dataset.graded,
             cut_questions=config.data.long_prompts == "cut",
             read_ahead=config.data.read_ahead,
-            prefixes=make_prefixes(config, judge),
+            prefixes=make_prefix_encoder(config, judge),
         )
 
     return Data(

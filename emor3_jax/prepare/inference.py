@@ -18,7 +18,7 @@ _ROWS = 1000
 def inference_settings(
     config: ConfigDict, labels: tuple[str, ...] = (), source: Source | None = None
 ) -> InferenceSettings:
-    """Returns what a policy that a run trains is asked: as in training.
+    """Returns labels, question, templates and length limit with which a policy was trained.
 
     Args:
       config: of the run.

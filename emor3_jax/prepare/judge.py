@@ -176,13 +176,13 @@ def prefix_windows(config: ConfigDict) -> tuple[int, ...]:
     return tuple(config.reflect.judge_windows or config.data.image_windows)
 
 
-def make_prefixes(config: ConfigDict, processor: Processor | None) -> PrefixEncoder | None:
-    """Returns what encodes images for a judge; None where it reads the policy's prompts."""
+def make_prefix_encoder(config: ConfigDict, processor: Processor | None) -> PrefixEncoder | None:
+    """Returns the encoder of a judge's images; None where it reads the policy's prompts."""
     return processor and PrefixEncoder(processor, prefix_windows(config))
 
 
 def make_retokenizer(policy: Processor, judge: Processor | None) -> Retokenizer | None:
-    """Returns what writes texts in the judge's tokens; None where it has those of the policy."""
+    """Returns the retokenizer of judged texts; None where the judge has the policy's tokens."""
     if judge is None or has_tokens(judge.tokenizer, policy.tokenizer):
         return None
     return Retokenizer(policy.tokenizer, judge.tokenizer)
@@ -192,7 +192,7 @@ def _check_processor(config: ConfigDict, field: str, path: str, processor: Proce
     """Raises ConfigError if a judge cannot be asked by its own tokenizer and image settings."""
     try:
         check_fit(processor)
-        prefixes = make_prefixes(config, processor)
+        prefixes = make_prefix_encoder(config, processor)
         token_bytes(processor.tokenizer)
     except (DataError, TokenizerError) as error:
         rule = f"cannot be asked about images and texts: {error}; name another judge"

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,6 +11,7 @@ from emor3_jax.config import EMBEDDED, default
 from emor3_jax.data.inference_settings import InferenceSettings
 from emor3_jax.evaluation.records import Evaluation
 from emor3_jax.io.card import DescribedSet, Provenance, model_card, snippet
+from emor3_jax.io.fields import fields_of
 from emor3_jax.models import is_hub_id
 from emor3_jax.prepare import judge_names
 from emor3_jax.prepare.data import data_sets
@@ -74,8 +74,8 @@ def card_of_run(
 
 def _changed(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """Yields the settings that are not the defaults; of a file its name alone."""
-    usual = dict(_flat(json.loads(default().to_json_best_effort())))
-    for field, value in _flat(json.loads(config.to_json_best_effort())):
+    usual = dict(fields_of(json.loads(default().to_json_best_effort())))
+    for field, value in fields_of(json.loads(config.to_json_best_effort())):
         if field in usual and value == usual[field]:
             continue
         if not field.startswith(_LEFT_OUT):
@@ -87,11 +87,3 @@ def _without_folder(name: str) -> str:
     """Returns the last part of a path; an id on the hub, and any other text, as it is."""
     is_path = "/" in name and (os.path.exists(name) or not is_hub_id(name))
     return Path(name).name if is_path else name
-
-
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from _flat(value, f"{path}.{key}" if path else key)

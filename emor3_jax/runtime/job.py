@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from emor3_jax.config import ConfigError, default
 from emor3_jax.errors import UserError
 from emor3_jax.files import read_json
+from emor3_jax.io.fields import fields_of
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.devices import expected_platform, find_devices
 from emor3_jax.parallel.flags import set_flags
@@ -156,7 +156,7 @@ def check_settings(config: ConfigDict, workdir: Path) -> None:
 
     before = read_json(path, refuse, dict, finite=False)
     now = json.loads(config.to_json_best_effort())
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(fields_of(before)), dict(fields_of(now))
     stated_old, stated_new = _stated(before), _stated(now)
     changed = [
         f"  {key}: {json.dumps(old[key])} before, {json.dumps(new[key])} now"
@@ -198,15 +198,7 @@ def _stated(settings: dict[str, Any]) -> dict[str, Any]:
     # A config of another version may lack a field; it is compared by what it has.
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         settings = profile.stated(ConfigDict(settings)).to_dict()
-    return dict(_flat(settings))
-
-
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from _flat(value, f"{path}.{key}" if path else key)
+    return dict(fields_of(settings))
 
 
 def keep_config(config: ConfigDict, workdir: Path) -> None:

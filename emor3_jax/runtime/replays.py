@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emor3_jax.errors import UserError
 from emor3_jax.files import read_json
+from emor3_jax.runtime.guards import GuardError
 from emor3_jax.runtime.step_log import StepRecord
 from emor3_jax.types import Samples, Scores
 
@@ -68,6 +69,27 @@ class Replay(NamedTuple):
         nothing = np.zeros(self.samples.lengths.shape, np.int32)
         rest = {name: value for name, value in self.scores.items() if name not in own}
         return Scores(*(self.scores[name] for name in own), {}, nothing, nothing, rest)
+
+
+def with_batch(
+    error: GuardError,
+    workdir: Path,
+    record: StepRecord,
+    origin: Origin,
+    key: jax.Array,
+    tokenizer: PreTrainedTokenizerBase,
+) -> GuardError:
+    """Keeps the batch of the step that ends a run; returns the error, which says where.
+
+    Args:
+      error: of the guard.
+      workdir, record, origin, key, tokenizer: as of `write`.
+    """
+    try:
+        place = write(workdir, record, origin, key, tokenizer)
+    except OSError as failed:
+        return GuardError(f"{error}. Its batch could not be kept: {failed}")
+    return GuardError(f"{error}. To look into it: python -m emor3_jax.replay {place}")
 
 
 def write(

@@ -30,7 +30,6 @@ from emor3_jax import flops, prepare
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
 from emor3_jax.data.inference_settings import FILE
-from emor3_jax.errors import LASTING, RunError, UserError, os_error_number, os_error_text
 from emor3_jax.evaluation.evaluation import Extras, evaluate
 from emor3_jax.evaluation.records import (
     Evaluation,
@@ -55,6 +54,7 @@ from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job, replays
 from emor3_jax.runtime.card import card_of_run
+from emor3_jax.runtime.failures import raise_failure
 from emor3_jax.runtime.guards import GuardError, Watch
 from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.progress import (
@@ -130,29 +130,8 @@ class Run:
                 self.say("stopped as asked, before the first step of this start")
             self._stop.restore()
             self._unlock()
-            self._raise_failure(error)
+            raise_failure(error, self.workdir, self._step, begun=self._begun)
             raise
-
-    def _raise_failure(self, error: BaseException | None) -> None:
-        """Raises RunError in place of an error of the file system.
-
-        But before the first step, a file that is not there, or a folder that may not be written, is
-        one that the user named.
-        """
-        users = (UserError,) if self._begun else (UserError, FileNotFoundError)
-        if error is None or isinstance(error, users):
-            return
-        if (number := os_error_number(error)) is not None:
-            named = getattr(error, "filename", None) or str(error).splitlines()[0][:300]
-            if number in LASTING and not self._begun:
-                raise UserError(
-                    f"--workdir={str(self.workdir)!r}: {os_error_text(number)} ({named}), or give "
-                    "another folder"
-                ) from error
-            raise RunError(
-                f"{self.workdir}: the run was ended after step {self._step} by "
-                f"{os_error_text(number)} ({named}), and start again with this workdir to go on"
-            ) from error
 
     def _open(self, config: ConfigDict, workdir: Path, imitate: bool) -> None:
         self._compiles = job.start_jax(config.log.compile_cache)
@@ -208,8 +187,7 @@ class Run:
         self._begin_at(latest)
         self.clock = StepClock(self._stop.check)
         self._finished: FinishedStep | None = None
-        self._due, self._saved_at = False, time.monotonic()
-        self._told_stopped = False
+        self._due, self._told_stopped, self._saved_at = False, False, time.monotonic()
         self._stop.rescue = self._rescue
         self._maintenance = MaintenanceWatch(self._stop.request)
         self._pending: StepRecord | None = None
@@ -253,7 +231,7 @@ class Run:
                 self._say_stopped()
                 # As all hosts do now; after an error they may not.
                 self.data.train.close()
-            self._raise_failure(error)
+            raise_failure(error, self.workdir, self._step, begun=self._begun)
 
     def close(self) -> None:
         """Lets go of signals, threads and files."""
@@ -557,8 +535,7 @@ class Run:
         values = done.metrics() | memory()
         if self._meter is not None:
             device = self.mesh.devices.flat[0].device_kind
-            needed = self._meter(done.observed)
-            seconds = values["time/step_s"]
+            needed, seconds = self._meter(done.observed), values["time/step_s"]
             values |= flops.throughput(needed, seconds, device, self.mesh.devices.size)
         values["compile/count"] = float(self._compiles.count)
         values |= evaluations
@@ -566,7 +543,11 @@ class Run:
         try:
             warnings = self._guards.see(done.step, values)
         except GuardError as error:
-            raise self._with_replay(error, done) from None
+            if hosts.is_first():
+                origin = replays.Origin(self._program, str(error), self.data.labels["train"])
+                key, tokenizer = self.key(done.step), self.policy.processor.tokenizer
+                error = replays.with_batch(error, self.workdir, done, origin, key, tokenizer)
+            raise error from None
         for warning in warnings:
             self.say(warning)
         left = self._pace.left(done.step)
@@ -578,18 +559,6 @@ class Run:
             page = self.workdir / "samples" / f"{done.step:06d}.html"
             image, judge = self.data.image("train"), self._judges.training
             report.write_samples(page, done.step, shown, image, judge)
-
-    def _with_replay(self, error: GuardError, done: StepRecord) -> GuardError:
-        """Keeps the batch of the step that ends the run; returns the error, which says so."""
-        if not hosts.is_first():
-            return error
-        origin = replays.Origin(self._program, str(error), self.data.labels["train"])
-        key, tokenizer = self.key(done.step), self.policy.processor.tokenizer
-        try:
-            place = replays.write(self.workdir, done, origin, key, tokenizer)
-        except OSError as failed:
-            return GuardError(f"{error}. Its batch could not be kept: {failed}")
-        return GuardError(f"{error}. To look into it: python -m emor3_jax.replay {place}")
 
     def _until_stopped(self, batches: Iterable[Prompts]) -> Iterator[Prompts]:
         """Yields the batches of an evaluation; raises Stopped between them if a signal came."""
@@ -611,9 +580,8 @@ class Run:
         """
         found = {}
         for name in names:
-            extras = self._extras[name]
+            extras = self._extras[name]._replace(judge=self._judges.of_evaluation(self._learner))
             extras = extras._replace(likelihood=None) if limit else extras
-            extras = extras._replace(judge=self._judges.of_evaluation(self._learner))
             path = self.workdir / "predictions" / f"{step:06d}" / f"{name}.jsonl"
             rows = self.data.evaluate[name]
             with prediction_file(path) as record:

@@ -9,16 +9,8 @@ from emor3_jax.errors import RunError, UserError
 from emor3_jax.io import console
 from emor3_jax.runtime import policy_folder
 from emor3_jax.runtime import run as run_module
+from emor3_jax.runtime.failures import raise_failure
 from emor3_jax.runtime.progress import Pace
-from emor3_jax.runtime.run import Run
-
-
-def make_run(begun: bool) -> Run:
-    """A run of which only its failures are asked."""
-    run = object.__new__(Run)
-    run.workdir, run._step, run._begun = Path("runs/a"), 7, begun
-    return run
-
 
 GONE = FileNotFoundError(errno.ENOENT, "No such file or directory", "b.png")
 
@@ -47,22 +39,22 @@ GONE = FileNotFoundError(errno.ENOENT, "No such file or directory", "b.png")
 )
 def test_a_late_error_of_the_file_system_ends_with_status_1(error: Exception, said: str) -> None:
     with pytest.raises(RunError, match=said):
-        make_run(begun=True)._raise_failure(error)
+        raise_failure(error, Path("runs/a"), 7, begun=True)
 
 
 def test_only_before_the_first_step_a_missing_file_is_the_users() -> None:
-    make_run(begun=False)._raise_failure(GONE)
+    raise_failure(GONE, Path("runs/a"), 7, begun=False)
     for error in (None, ValueError("of the program's own"), UserError("a file: (os error 2)")):
-        make_run(begun=True)._raise_failure(error)
+        raise_failure(error, Path("runs/a"), 7, begun=True)
 
 
 def test_a_folder_that_may_not_be_written_is_the_users_before_the_first_step() -> None:
     # With status 1, `tpu/watch.sh` would start such a run for ever.
     denied = PermissionError(errno.EACCES, "", "runs/a/.lock")
     with pytest.raises(UserError, match=r"--workdir='runs/a': Permission denied; .*\.lock\), or"):
-        make_run(begun=False)._raise_failure(denied)
+        raise_failure(denied, Path("runs/a"), 7, begun=False)
     with pytest.raises(RunError, match=r"^runs/a: .* after step 7 by Permission denied"):
-        make_run(begun=True)._raise_failure(denied)
+        raise_failure(denied, Path("runs/a"), 7, begun=True)
 
 
 def test_the_time_that_is_left_does_not_count_the_compile(monkeypatch) -> None:

@@ -55,7 +55,7 @@ SINKS: dict[str, Callable[[Path, int], Sink]] = {
 
 
 def missing_library(name: str) -> str | None:
-    """Returns what to install before a sink can be opened, None if it is there."""
+    """Returns the package that a sink lacks, None if it can be opened."""
     packages = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
     if name in packages and importlib.util.find_spec(name) is None:
         return packages[name]

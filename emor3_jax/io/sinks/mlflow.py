@@ -12,15 +12,15 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from emor3_jax.errors import UserError
+from emor3_jax.io.fields import fields_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class MlflowSink:
         experiment = there.experiment_id if there else self._client.create_experiment(name)
         run = self._client.create_run(experiment, run_name=workdir.name).info.run_id
         config = workdir / "config.json"
-        fields = dict(_flat("", json.loads(config.read_text("utf-8")))) if config.exists() else {}
+        fields = dict(fields_of(json.loads(config.read_text("utf-8")))) if config.exists() else {}
         params = [Param(_named(key), str(value)[:_LONGEST]) for key, value in fields.items()]
         for i in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(run, params=params[i : i + _MOST_PARAMS])
@@ -104,12 +104,3 @@ class MlflowSink:
 def _named(name: str) -> str:
     """Returns a name that every server takes."""
     return _FOREIGN.sub("_", name)
-
-
-def _flat(at: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the fields of a config, by their dotted names."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(f"{at}.{key}" if at else key, inner)
-    else:
-        yield at, value
