@@ -1,6 +1,8 @@
 """The notebooks: well formed, without outputs, and their part for a CPU run as it stands there."""
 
+import ast
 import glob
+import importlib.util
 import json
 import os
 import subprocess
@@ -58,6 +60,18 @@ def test_what_a_notebook_names_is_there(name: str) -> None:
         word = word.rstrip(".,:").removeprefix("--config=")
         if word.startswith(("configs/", "docs/", "emor3_jax/", "notebooks/", "tpu/")):
             assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_notebook_imports_is_there(name: str) -> None:
+    code = [cell["source"] for cell in read(name) if cell["cell_type"] == "code"]
+    lines = [x for x in "\n".join(code).splitlines() if not x.startswith(("!", "%"))]
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(("emor3_jax", "configs")):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(inner), inner
 
 
 @pytest.fixture(scope="module")
