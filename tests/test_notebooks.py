@@ -119,8 +119,9 @@ def test_the_part_for_a_cpu_runs(name, settings, tmp_path, monkeypatch, capsys) 
     display = types.ModuleType("IPython.display")
     display.HTML, display.display = str, shown.append
     ipython = types.ModuleType("IPython")
-    # Matplotlib asks for it.
-    ipython.version_info = (9, 0, 0)
+    # Matplotlib asks for them.
+    ipython.version_info, ipython.get_ipython = (9, 0, 0), lambda: None
+    monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.chdir(ROOT)
