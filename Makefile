@@ -2,11 +2,15 @@
 # make test-long: the further cases, which take minutes
 # make parity: compare with transformers and torch      make bench: print the benchmark tables
 # make bench-step: a training step beside TRL, generation beside transformers
+# make docs: build the site into site/
 # make fuzz: look for inputs that break a door
 # make faults: kill, stop and damage tiny runs in all ways, and print the table
 # make compile-matrix: what fits on which TPU slice, by the TPU's compiler
 
-PYTHON ?= python3.11
+# The first of these that is 3.11 or later. PYTHON=… names another.
+PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.14; do \
+    "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; \
+    done)
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 FUZZ_SECONDS ?= 600
@@ -24,11 +28,13 @@ export MALLOC_TRIM_THRESHOLD_ = 536870912
 # Compiled programs, kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test test-long parity fuzz faults bench bench-step compile-matrix lint setup clean
+.PHONY: demo test test-long parity docs fuzz faults bench bench-step compile-matrix lint setup clean
 
 setup: $(VENV)/installed
 
 $(VENV)/installed: setup.py
+	@test -n "$(PYTHON)" || { echo "no Python of 3.11 or later was found (python3, python3.11 to" \
+	    "python3.14): install one, or name one: make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable .
 	touch $@
@@ -71,6 +77,15 @@ test-long: export JAX_PLATFORMS = cpu
 test-long: $(VENV)/installed-test
 	$(PYTEST) tests --ignore=tests/parity -m long
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Without a network, once it is installed.
+docs: export JAX_PLATFORMS = cpu
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 $(VENV)/installed-compile: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable '.[compile]'
 	touch $@
@@ -110,4 +125,4 @@ bench-step: $(VENV)/installed-peers
 	$(RUN) -m benchmarks.generation
 
 clean:
-	rm -rf $(VENV) runs .cache
+	rm -rf $(VENV) runs site .cache
