@@ -60,19 +60,26 @@ class _Shown(NamedTuple):
 def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> str:
     """Returns a text table: one line a data set and score, before → after, in percent.
 
+    Behind the scores stand the rows of `after`, and the 95 % interval of its accuracy.
+
     Args:
       before, after: data set → evaluation; a set missing from `before` shows a dash.
     """
     scores = list(_scores(before, after, _shares(after)))
-    # Questions may have names of any length.
+    # Questions and data sets may have names of any length.
+    wide = max([16, *(len(each.data_set) + 2 for each in scores)])
     width = max([14, *(len(each.score) + 2 for each in scores)])
-    lines = [f"{'data set':<16}{'score':<{width}}{'before':>9}{'after':>9}{'change':>9}"]
+    head = f"{'before':>9}{'after':>9}{'change':>9}{'rows':>8}  {'95 % interval':<14}"
+    lines = [f"{'data set':<{wide}}{'score':<{width}}{head}"]
     for each in scores:
         if each.change is None:
             numbers = f"{'–':>9}{each.after:>9.1f}{'–':>9}"
         else:
             numbers = f"{each.before:>9.1f}{each.after:>9.1f}{each.change:>+9.1f}"
-        lines.append(f"{each.data_set:<16}{each.score:<{width}}{numbers}")
+        rows = after[each.data_set].metrics.get("rows")
+        rows = "–" if rows is None else f"{rows:.0f}"
+        line = f"{each.data_set:<{wide}}{each.score:<{width}}{numbers}{rows:>8}"
+        lines.append(f"{line}  {each.interval:<14}")
     return "\n".join(lines)
 
 

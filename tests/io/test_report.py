@@ -37,11 +37,19 @@ def evaluations() -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
 
 def test_the_table_has_before_after_and_change(evaluations) -> None:
     lines = report.before_after_table(*evaluations).splitlines()
-    assert lines[0].split() == ["data", "set", "score", "before", "after", "change"]
-    assert lines[1].split() == ["scenes", "accuracy", "25.0", "62.5", "+37.5"]
-    assert lines[2].split() == ["scenes", "decoupling", "50.0", "12.5", "-37.5"]
-    assert lines[3].split() == ["other", "accuracy", "–", "50.0", "–"]
+    head = ["data", "set", "score", "before", "after", "change", "rows", "95", "%", "interval"]
+    assert lines[0].split() == head
+    assert lines[1].split() == ["scenes", "accuracy", "25.0", "62.5", "+37.5", "8"]
+    assert lines[2].split() == ["scenes", "decoupling", "50.0", "12.5", "-37.5", "8"]
+    assert lines[3].split() == ["other", "accuracy", "–", "50.0", "–", "–"]
     assert len(lines) == 4 and len(set(map(len, lines))) == 1
+
+
+def test_the_table_has_the_interval_of_the_accuracy() -> None:
+    metrics = {"accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.8125, "rows": 1234.0}
+    lines = report.before_after_table({}, {"a_set_of_a_long_name": Evaluation(metrics, [])})
+    row = lines.splitlines()[1]
+    assert re.fullmatch(r"a_set_of_a_long_name +accuracy +– +50\.0 +– +1234  25\.0 to 81\.2 +", row)
 
 
 def test_evaluations_survive_json(evaluations) -> None:
@@ -125,12 +133,13 @@ def test_a_third_question_is_in_tables_curves_and_samples(tmp_path: Path) -> Non
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward/pleasant": 0.125}))
     table = [line.split() for line in report.before_after_table(before, after).splitlines()]
     assert [row[1] for row in table[1:]] == ["accuracy", "coherence", "pleasant", "decoupling"]
-    assert table[3] == ["scenes", "pleasant", "50.0", "75.0", "+25.0"]
+    assert table[3] == ["scenes", "pleasant", "50.0", "75.0", "+25.0", "4"]
     # A long name moves its column.
     longer = _sample(replies={"a_long_question": ""})
     wide = report.before_after_table({}, {"s": Evaluation({"a_long_question": 1.0}, [longer])})
     head, row = wide.splitlines()
-    assert row.split() == ["s", "a_long_question", "–", "100.0", "–"] and len(head) == len(row)
+    assert row.split() == ["s", "a_long_question", "–", "100.0", "–", "–"]
+    assert len(head) == len(row)
     images = {"scenes": lambda _: None}
     page = report.write_report(tmp_path, "t", before, after, images).read_text(encoding="utf-8")
     assert "<td>scenes · pleasant</td><td>50.0</td><td>75.0</td><td>+25.0</td>" in page
