@@ -105,12 +105,20 @@ class StepRecord(NamedTuple):
         return values | {name: float(value) for name, value in self.info.items()}
 
     def read(self, scorer: Scorer, count: int) -> list[Sample]:
-        """Decodes the first response to each of a few prompts; of a record that was fetched."""
+        """Decodes the first response to each of a few prompts; of a record that was fetched.
+
+        Its advantage, where there is one, stands beside the scores.
+        """
         answers, experience = self.observed.answers, self.observed.experience
-        ids = self.observed.ids[:count]
-        return [
+        samples = [
             read_sample(scorer, row_id, answers[i], (i, 0), experience)
-            for i, row_id in enumerate(ids)
+            for i, row_id in enumerate(self.observed.ids[:count])
+        ]
+        if (advantages := experience.advantages) is None:
+            return samples
+        return [
+            sample._replace(scores=sample.scores | {"advantage": float(advantages[i, 0])})
+            for i, sample in enumerate(samples)
         ]
 
 
