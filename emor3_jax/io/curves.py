@@ -23,6 +23,9 @@ _MOST = 400
 _FEW = 20
 """Points of a curve up to which each is marked."""
 
+_NAME = 44
+"""Letters of a group's name, of which the last ones are shown."""
+
 _PHASES = ("rollout", "reflect", "reward", "reference", "old", "update")
 _GIB = 2**30
 _CUT = 2.5
@@ -89,7 +92,13 @@ def points_of(rows: Rows, metric: str, scale: float = 1.0) -> Points:
       metric: its name.
       scale: factor of the values.
     """
-    points = [(row["step"], scale * row[metric]) for row in rows if row.get(metric) is not None]
+    return _thinned(
+        [(row["step"], scale * row[metric]) for row in rows if row.get(metric) is not None]
+    )
+
+
+def _thinned(points: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Returns at most `_MOST` points, each the mean of neighbours."""
     size = -(-len(points) // _MOST)
     parts = (points[i : i + size] for i in range(0, len(points), max(size, 1)))
     return [tuple(sum(x) / len(part) for x in zip(*part, strict=True)) for part in parts]
@@ -214,6 +223,79 @@ def memory_curves(rows: Rows) -> "Figure | None":
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
     return figure
+
+
+class RunGroup(NamedTuple):
+    """Runs whose configs differ in their seed alone.
+
+    Attributes:
+      name: of the group.
+      rows: lines of metrics.jsonl, of each run.
+    """
+
+    name: str
+    rows: Sequence[Rows]
+
+
+def learning_curves(groups: Sequence[RunGroup], data_sets: Sequence[str]) -> Iterator[Drawn]:
+    """Yields curves of several runs, one a group; none of what no run has logged.
+
+    Args:
+      groups: of runs.
+      data_sets: whose held-out accuracy is drawn.
+    """
+    held_out = ((f"eval/{x}/accuracy", f"accuracy of {x}", "% of rows", 100.0) for x in data_sets)
+    for metric, name, unit, scale in (
+        *held_out,
+        ("reward/overall", "reward", "mean of the step", 1.0),
+        ("policy/kl", "KL to the reference", "nats a token", 1.0),
+        ("policy/entropy", "entropy", "nats a token", 1.0),
+        ("response/length_mean", "response length", "tokens", 1.0),
+    ):
+        if figure := group_curves(groups, metric, unit, scale):
+            figure.axes[0].set_title(name, loc="left", fontsize=10, parse_math=False)
+            yield Drawn(f"{name} of each run", figure)
+
+
+def group_curves(
+    groups: Sequence[RunGroup], metric: str, ylabel: str, scale: float = 1.0
+) -> "Figure | None":
+    """Draws a metric of several runs; a group is its mean, in a band from minimum to maximum.
+
+    A group is drawn at the steps that all its runs have.
+
+    Args:
+      groups: of runs.
+      metric: its name.
+      ylabel: title of its axis.
+      scale: factor of the values.
+
+    Returns:
+      The figure; None if no run has logged the metric.
+    """
+    figure, axes = _over_steps(ylabel)
+    for group, (line, colour) in zip(groups, styles(), strict=False):
+        runs = [
+            {row["step"]: scale * row[metric] for row in rows if row.get(metric) is not None}
+            for rows in group.rows
+        ]
+        shared = sorted(set(runs[0]).intersection(*runs[1:]))
+        points = [(step, *_band([run[step] for run in runs])) for step in shared]
+        if not points:
+            continue
+        steps, mean, low, high = zip(*_thinned(points), strict=True)
+        if len(runs) > 1:
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        name = group.name if len(group.name) <= _NAME else f"…{group.name[-_NAME:]}"
+        _line(axes, list(zip(steps, mean, strict=True)), name, colour, line)
+    if not axes.lines:
+        return None
+    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
+    return figure
+
+
+def _band(values: Sequence[float]) -> tuple[float, float, float]:
+    return sum(values) / len(values), min(values), max(values)
 
 
 def _over_steps(ylabel: str) -> "tuple[Figure, Axes]":

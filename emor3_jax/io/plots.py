@@ -30,7 +30,7 @@ _BEFORE, _AFTER = "#999999", "#4477aa"
 _RIGHT, _WRONG = (0.09, 0.45, 0.27), (0.70, 0.15, 0.12)
 # Points of a curve up to which each is marked.
 _FEW = 20
-COLOURS = ("#4477aa", "#228833", "#ee6677", "#ccbb44", "#66ccee", "#aa3377")
+COLOURS = ("#4477aa", "#228833", "#ee6677", "#aa8800", "#2299bb", "#aa3377")
 LINES = ("solid", "dashed", "dotted", "dashdot")
 
 

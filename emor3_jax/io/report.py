@@ -158,7 +158,7 @@ def write_report(
     Returns:
       The file.
     """
-    rows = _read_metrics(workdir / "metrics.jsonl")
+    rows = read_metrics(workdir / "metrics.jsonl")
     intervals = plots.accuracy_intervals(before, after)
     sets = {name: each for name, each in after.items() if not each.members}
     gallery = [(name, x) for name, each in sets.items() for x in _shown(each.samples, images[name])]
@@ -192,7 +192,7 @@ def write_report(
     return path
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
     """Returns the lines of a run's metrics; what is no JSON, after a full disk, is passed over."""
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():

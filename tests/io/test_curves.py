@@ -124,3 +124,30 @@ def test_each_figure_of_a_run_has_a_name_of_its_own(reward: bool) -> None:
     assert all(each.figure.axes[0].get_ylabel() for each in drawn)
     assert np.isfinite(drawn[0].figure.axes[0].lines[0].get_ydata()).all()
     assert list(curves.training_curves([], {}, ())) == []
+
+
+def test_runs_of_other_seeds_are_a_mean_in_a_band() -> None:
+    def run(*values: float | None) -> list[dict]:
+        return [{"step": s, "policy/kl": x} for s, x in enumerate(values)]
+
+    groups = [
+        curves.RunGroup("x" * 50, [run(1.0, 2.0, 6.0), run(3.0, None, 2.0, 9.0)]),
+        curves.RunGroup("one", [run(0.5)]),
+        curves.RunGroup("none", [[{"step": 1}]]),
+    ]
+    (axes,) = curves.group_curves(groups, "policy/kl", "nats", 2.0).axes
+    mean, single = axes.lines
+    # At the steps that both have.
+    assert (mean.get_xdata().tolist(), mean.get_ydata().tolist()) == ([0, 2], [4, 8])
+    (band,) = axes.collections
+    assert {tuple(x) for x in band.get_paths()[0].vertices.tolist()} == {
+        (0, 2),
+        (0, 6),
+        (2, 4),
+        (2, 12),
+    }
+    assert single.get_ydata().tolist() == [1] and single.get_marker() == "o"
+    assert mean.get_label() == "…" + "x" * 44 and axes.get_ylabel() == "nats"
+    assert [each.name for each in curves.learning_curves(groups, ["a"])] == [
+        "KL to the reference of each run"
+    ]
