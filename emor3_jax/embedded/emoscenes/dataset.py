@@ -8,6 +8,9 @@ from emor3_jax.embedded.emoscenes import builder, tasks
 from emor3_jax.embedded.emoscenes.scene import Scene
 from emor3_jax.embedded.pretrain import Size
 
+SIZES = (Size(100, 56), Size(44, 16), Size(64, 4))
+"""Of SET responses, questions about an image, and texts to judge."""
+
 
 def drawn_scenes(config: ConfigDict) -> PretrainDataset:
     """Returns both pretraining splits of EmoScenes, and draws them first if needed.
@@ -15,12 +18,9 @@ def drawn_scenes(config: ConfigDict) -> PretrainDataset:
     Args:
       config: see `emor3_jax.config.base_policy`.
     """
-    built = builder.prepare(config.data.folder, config.data.size)
-    rows = [
-        row
-        for split in ("pretrain", "shifted_pretrain")
-        for row in builder.load(split, built.data_dir)
-    ]
+    splits = ("pretrain", "shifted_pretrain")
+    built = builder.prepare(config.data.folder, config.data.size, splits=splits)
+    rows = [row for split in splits for row in builder.load(split, built.data_dir)]
     order = np.random.default_rng(config.seed).permutation(len(rows))[: config.data.limit]
     rows = [rows[i] for i in order]
     scenes = [Scene.from_json(bytes(row["scene"]).decode()) for row in rows]
@@ -31,6 +31,6 @@ def drawn_scenes(config: ConfigDict) -> PretrainDataset:
         caption_prefix="",
         caption_targets={},
         corpus=tasks.text_corpus(),
-        sizes=(Size(100, 56), Size(44, 16), Size(64, 4)),
+        sizes=SIZES,
         held_out=256,
     )
