@@ -486,6 +486,7 @@ class Run:
         self.say("evaluating after training")
         before = from_json(self._progress["before"])
         after = self._evaluate(trained, names, self._step)
+        self._task.note("report and policy")
         self._writer.add_events(self._step, evaluation_metrics(after))
         metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
         if hosts.is_first():
