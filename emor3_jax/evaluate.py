@@ -55,8 +55,7 @@ def main(config: ConfigDict, workdir: str | Path) -> dict[str, Evaluation]:
         title = f"Evaluation of {config.evaluate.checkpoint or config.policy.path}"
         title += report.judged_by(prepare.judge_names(config)[1])
         report.write_report(workdir, title, {}, results, images)
-    for line in report.before_after_table({}, results).splitlines():
-        say(line)
+    say.block(report.before_after_table({}, results))
     return results
 
 

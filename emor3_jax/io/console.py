@@ -44,6 +44,14 @@ class Console:
             return
         _print("stdout", self._head() + line)
 
+    def block(self, text: str) -> None:
+        """Prints lines that belong together; on a terminal from its edge on, where more fits."""
+        for line in text.splitlines():
+            if self._bars is None:
+                self(line)
+            else:
+                _print("stdout", line)
+
     @property
     def width(self) -> int | None:
         if self._bars is None:

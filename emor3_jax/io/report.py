@@ -85,18 +85,18 @@ def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Eva
     """
     scores = list(_scores(before, after, _shares(after)))
     # Questions and data sets may have names of any length.
-    wide = max([16, *(len(each.data_set) + 2 for each in scores)])
+    wide = max([10, *(len(each.data_set) + 2 for each in scores)])
     width = max([14, *(len(each.score) + 2 for each in scores)])
-    head = f"{'before':>9}{'after':>9}{'change':>9}{'rows':>8}  {'95 % interval':<14}"
+    head = f"{'before':>8}{'after':>8}{'change':>8}{'rows':>7}  {'95 % interval':<14}"
     lines = [f"{'data set':<{wide}}{'score':<{width}}{head}"]
     for each in scores:
         if each.change is None:
-            numbers = f"{'–':>9}{each.after:>9.1f}{'–':>9}"
+            numbers = f"{'–':>8}{each.after:>8.1f}{'–':>8}"
         else:
-            numbers = f"{each.before:>9.1f}{each.after:>9.1f}{each.change:>+9.1f}"
+            numbers = f"{each.before:>8.1f}{each.after:>8.1f}{each.change:>+8.1f}"
         rows = after[each.data_set].metrics.get("rows")
         rows = "–" if rows is None else f"{rows:.0f}"
-        line = f"{each.data_set:<{wide}}{each.score:<{width}}{numbers}{rows:>8}"
+        line = f"{each.data_set:<{wide}}{each.score:<{width}}{numbers}{rows:>7}"
         lines.append(f"{line}  {each.interval:<14}")
     return "\n".join(lines)
 

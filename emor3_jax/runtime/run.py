@@ -507,8 +507,7 @@ class Run:
         )
         texts = {FILE: self._settings.to_json(), CARD_FILE: card}
         save_whole(trained_policy, workdir / "policy", texts)
-        for line in report.before_after_table(before, after).splitlines():
-            self.say(line)
+        self.say.block(report.before_after_table(before, after))
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
         self.close()
         return {"before": before, "after": after}

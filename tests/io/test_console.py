@@ -41,7 +41,9 @@ def test_without_a_terminal_there_are_lines_alone(capsys: pytest.CaptureFixture[
     say = Console("train")
     _follow(say)
     assert say.width is None
-    assert capsys.readouterr().out == "[train 00:00] a [line] of 3\n"
+    say.block("a\nb")
+    heads = ("a [line] of 3", "a", "b")
+    assert capsys.readouterr().out == "".join(f"[train 00:00] {line}\n" for line in heads)
 
 
 def test_a_terminal_has_bars_below_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +53,8 @@ def test_a_terminal_has_bars_below_the_lines(monkeypatch: pytest.MonkeyPatch) ->
     _follow(say)
     shown = screen.getvalue()
     assert "[train 00:00] a [line] of 3\n" in shown and "too late" not in shown
+    say.block("a\nb")
+    assert screen.getvalue().endswith("a\nb\n")
     assert " 4/20 " in shown and "steps" in shown and "rollout" in shown
     assert "200/800" in shown and "rows" in shown
     # The cursor stays, and standard output is given back.
