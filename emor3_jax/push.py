@@ -28,7 +28,7 @@ from emor3_jax.inference.loading import PolicyPlace, find_policy, locate
 from emor3_jax.io.card import CARD_FILE
 from emor3_jax.io.console import Console
 from emor3_jax.io.upload import check_name, check_token, upload
-from emor3_jax.models import check_folder
+from emor3_jax.models import check_folder, vllm
 from emor3_jax.parallel.devices import expected_platform
 from emor3_jax.parallel.flags import set_flags
 from emor3_jax.runtime import cli, job
@@ -77,6 +77,8 @@ def push(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_exported(place, name, say))
         check_folder(folder)
+        for line in vllm.advice(folder):
+            say(line)
         message = message or f"Upload the policy {_title(place, name)}"
         staged = stack.enter_context(_staged(folder, repository, say))
         say(f"uploading {place.folder or show(name)} to {api.endpoint}/{repository}")

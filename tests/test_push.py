@@ -156,6 +156,14 @@ def test_what_would_not_load_is_refused_before_anything_is_sent(run, hub, api, t
     assert hub.calls == []
 
 
+def test_what_vllm_would_not_load_is_told(run, hub, api, tmp_path):
+    shutil.copytree(run / "policy", tmp_path / "copy")
+    (tmp_path / "copy" / "chat_template.jinja").write_text("{{ messages }}")
+    said = []
+    push(tmp_path / "copy", NAME, api=api, say=said.append)
+    assert said[0].startswith("vLLM would not load this folder: chat template='{{ messages }}'")
+
+
 def test_tokens(run, hub, monkeypatch):
     def told(token: str) -> str:
         with pytest.raises(UserError) as refused:
