@@ -1,4 +1,5 @@
 # make demo: set up and run the main job      make test: set up and pass the tests
+# make test-long: the further cases, which take minutes
 # make parity: compare with transformers and torch      make bench: print the benchmark tables
 # make bench-step: a training step beside TRL, generation beside transformers
 # make fuzz: look for inputs that break a door
@@ -23,7 +24,7 @@ export MALLOC_TRIM_THRESHOLD_ = 536870912
 # Compiled programs, kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test parity fuzz faults bench bench-step compile-matrix lint setup clean
+.PHONY: demo test test-long parity fuzz faults bench bench-step compile-matrix lint setup clean
 
 setup: $(VENV)/installed
 
@@ -47,6 +48,8 @@ $(VENV)/installed-peers: $(VENV)/installed
 # On a CPU, also where the extra of a TPU or GPU is installed: its library would look for the device,
 # print errors and take seconds. JAX_PLATFORMS=tpu make demo takes a TPU.
 demo: export JAX_PLATFORMS ?= cpu
+# Programs compile in less than half of the time and are as fast; ignored elsewhere than on CPU.
+demo: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1
 demo: setup
 	$(RUN) -m emor3_jax.train --config=configs/cpu_demo.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 
@@ -61,7 +64,12 @@ lint: $(VENV)/installed-test
 PYTEST = $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 test: export JAX_PLATFORMS = cpu
 test: lint
-	$(PYTEST) tests --ignore=tests/parity
+	$(PYTEST) tests --ignore=tests/parity -m "not long"
+
+# Further cases of what `make test` tries: other meshes, other moments of a signal, longer compiles.
+test-long: export JAX_PLATFORMS = cpu
+test-long: $(VENV)/installed-test
+	$(PYTEST) tests --ignore=tests/parity -m long
 
 $(VENV)/installed-compile: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable '.[compile]'

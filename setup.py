@@ -32,6 +32,7 @@ setup(
             "data/templates/*.txt",
             "data/templates/release/*.txt",
             "embedded/templates/*.txt",
+            "embedded/policy/*",
             "io/templates/*.j2",
             "inference/page/*",
         ]

@@ -115,10 +115,10 @@ def default() -> ConfigDict:
     config.policy = ConfigDict()
     # A Hugging Face folder; an id on the hub, "owner/name" or "owner/name@revision"; or "embedded".
     config.policy.path = EMBEDDED
-    # Where the embedded base policy is kept, and trained first if it is not there.
-    config.policy.embedded_folder = "runs/base_policy"
-    # Architecture of the embedded base policy, where it has to be trained: "qwen2_5_vl" or
-    # "qwen3_vl".
+    # Where the embedded base policy is kept, and trained first if it is not there; "" is the one of
+    # the package for Qwen2.5-VL and scenes of 112 pixels, else a folder in runs.
+    config.policy.embedded_folder = ""
+    # Architecture of the embedded base policy: "qwen2_5_vl" or "qwen3_vl".
     config.policy.embedded_family = "qwen2_5_vl"
     # Type of the layers' arithmetic; master weights, norms and softmax are float32. What bfloat16
     # changes in log-probabilities: docs/results/precision.md.
@@ -349,8 +349,8 @@ def default() -> ConfigDict:
     config.sft.responses = 4
 
     config.evaluate = ConfigDict()
-    # Name → data set; the first one is watched during training. On the command line a new one
-    # is made by its kind: --config.evaluate.sets.mine.kind=jsonl.
+    # Name → data set; the first one by the alphabet is watched during training. On the command line
+    # a new one is made by its kind: --config.evaluate.sets.mine.kind=jsonl.
     config.evaluate.sets = ConfigDict()
     # Rows of each set that are evaluated before training: -1 is all, 0 is none.
     config.evaluate.before = -1
@@ -472,6 +472,8 @@ def base_policy() -> ConfigDict:
 
     config.steps = 380
     config.batch = 32
+    # Type of the saved parameters; training is in float32.
+    config.dtype = "float32"
     config.learning_rate = 2e-3
     config.warmup_steps = 30
     config.weight_decay = 0.02

@@ -164,7 +164,11 @@ def test_emoscenes_says_what_is_right_only_where_asked(tmp_path, monkeypatch):
 
     counts = {"train": 2}
     original = builder.prepare
-    monkeypatch.setattr(builder, "prepare", lambda folder, size: original(folder, size, counts))
+    monkeypatch.setattr(
+        builder,
+        "prepare",
+        lambda folder, size, splits: original(folder, size, counts, splits=splits),
+    )
     config = make_sft_config(tmp_path, "response")
     config.data.train, config.data.folder = dataset(split="train"), str(tmp_path)
     for target, there in (("response", PHRASINGS), ("label", 0)):

@@ -16,6 +16,7 @@ from emor3_jax.files import expand_user, is_file, is_folder, show
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.models import LoadedPolicy, is_hub_id, load
 from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.prepare.embedded_policy import embedded_folder
 from emor3_jax.prepare.inference import inference_settings
 from emor3_jax.runtime import job
 from emor3_jax.runtime.restore import read_checkpoint_params
@@ -138,8 +139,8 @@ def _of_checkpoint(
 ) -> FoundPolicy:
     config = job.read_config(place.run)
     embedded = config.policy.path == EMBEDDED
-    path = config.policy.embedded_folder if embedded else config.policy.path
-    if embedded and not is_file(Path(path) / "config.json"):
+    path = embedded_folder(config) if embedded else Path(config.policy.path)
+    if embedded and not is_file(path / "config.json"):
         raise UserError(
             f"{show(name)}: the run started from {path}, which is not there; start from the "
             "folder that the run was started from"

@@ -86,12 +86,8 @@ def read_params(
         tensors = list(policy.family.hub_tensors(path, leaf.shape, policy.shapes))
         kind = jnp.dtype(dtype or reader.dtype(tensors))
         value = _read_param(reader, path, leaf.shape, tensors, kind, sharding)
-        if not _finite(value):
-            raise WeightsError(
-                f"{_first_bad(value, tensors)} holds numbers that are not finite: the policy would "
-                f"learn nothing; download it again, or take weights from before ({folder})"
-            )
         _put(params, path, value)
+    _check_finite(params, policy, folder)
     logger.info("%s", parameter_overview(params))
     return params
 
@@ -365,21 +361,25 @@ def _read_param(
     return array
 
 
+def _check_finite(params: Params, policy: Policy, folder: str | Path) -> None:
+    """Raises WeightsError, naming the first tensor on the hub that is not finite."""
+    found = list(leaves(params))
+    # One program for all: one for each would compile as long as a small policy is read.
+    finite = hosts.fetch(_are_finite([x for _, x in found]))
+    for (path, x), good in zip(found, finite, strict=True):
+        if good:
+            continue
+        tensors = list(policy.family.hub_tensors(path, x.shape, policy.shapes))
+        layers = hosts.fetch(_are_finite(list(x))) if tensors[0].layer is not None else [False]
+        raise WeightsError(
+            f"{tensors[int(np.argmin(layers))].name} holds numbers that are not finite: the policy "
+            f"would learn nothing; download it again, or take weights from before ({folder})"
+        )
+
+
 @jax.jit
-def _is_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
-
-
-def _finite(x: jax.Array) -> bool:
-    return bool(hosts.fetch(_is_finite(x)))
-
-
-def _first_bad(x: jax.Array, tensors: list[HubTensor]) -> str:
-    """Returns the name on the hub of the first tensor of a parameter that is not finite."""
-    for tensor in tensors:
-        if not _finite(x if tensor.layer is None else x[tensor.layer]):
-            return tensor.name
-    return tensors[0].name
+def _are_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
 @functools.cache

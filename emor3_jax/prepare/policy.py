@@ -17,6 +17,7 @@ from emor3_jax.parallel.mesh import (
     check_policy,
     param_shardings,
 )
+from emor3_jax.prepare.embedded_policy import embedded_folder
 from emor3_jax.prepare.profile import resizes_twice
 
 
@@ -130,14 +131,14 @@ def ensure_policy(config: ConfigDict, say: Callable[[str], None]) -> Path:
     path = config.policy.path
     with hosts.first_goes_first():
         if path == EMBEDDED:
-            path = config.policy.embedded_folder
+            path = str(embedded_folder(config))
             if not (Path(path) / "config.json").is_file():
                 if not hosts.is_first():
                     raise FileNotFoundError(
                         f"{path}: another host has made the base policy; give folders that all "
                         "hosts share, as policy.embedded_folder, data.folder and the workdir"
                     )
-                say(f"no base policy in {path} yet: training one, about three minutes on 2 cores")
+                say(f"no base policy in {path} yet: training one, some minutes on 2 cores")
                 with hosts.on_own_devices():
                     _train_base_policy(config, Path(path))
             found = read_config(path).family.model_type

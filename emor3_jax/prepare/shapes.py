@@ -23,6 +23,7 @@ from emor3_jax.models import LoadedPolicy, Policy, published, read_config, read_
 from emor3_jax.models.family import Shapes
 from emor3_jax.models.processor import Processor
 from emor3_jax.prepare.data import load_templates, train_labels
+from emor3_jax.prepare.embedded_policy import embedded_folder
 from emor3_jax.prepare.judge import differences, judge_names, make_retokenizer
 from emor3_jax.prepare.policy import sized
 from emor3_jax.prepare.profile import listed_labels
@@ -141,7 +142,7 @@ def _read_shapes(
     config: ConfigDict, field: str, path: str
 ) -> tuple[Policy, TemplateTokens, Processor | None]:
     """Returns a policy, its texts, and its processor if its folder is on this machine."""
-    found = config.policy.embedded_folder if path == EMBEDDED else path
+    found = str(embedded_folder(config)) if path == EMBEDDED else path
     folder = Path(found)
     if (folder / "config.json").is_file():
         policy, labels = read_config(folder), train_labels(config)

@@ -44,9 +44,12 @@ def _split(dataset: ConfigDict) -> str:
 
 
 def _open_emoscenes(dataset: ConfigDict, run: SourceContext) -> Opened:
-    built = builder.prepare(run.folder, run.scene_size)
     question = dataset.question or words.QUESTION
     split = _split(dataset)
+    try:
+        built = builder.prepare(run.folder, run.scene_size, splits=(split,))
+    except ValueError as error:
+        raise ConfigError(f"{run.field}.split", split, str(error)) from error
     source = EmoScenesSource(split, built.data_dir, question, responses=run.responses)
     return source, "emotion6" if split.startswith("shifted") else "mikels8"
 

@@ -172,26 +172,30 @@ def over_bytes(rule: Rule) -> tuple[np.ndarray, np.ndarray]:
             return held
         return functools.reduce(lambda k, _: _FOLLOW[k][2], held[1:], _lead(held[0]))
 
-    def after(inner: np.ndarray, held: bytes | str, byte: int) -> np.ndarray:
-        """The states that follow `inner` with some bytes held back."""
-        if not held:
-            begun = _lead(byte)
-            if begun is None:
-                return (table[inner, byte] if byte < 128 else other[inner]) * width
-            return inner * width + index.get(bytes([byte]), index[begun])
-        first, last, following = _FOLLOW[kind(held)]
-        if not first <= byte <= last:
-            return after(other[inner], b"", byte)
+    def begin(byte: int) -> np.ndarray:
+        """The states that follow each state with a byte that begins a character, or none."""
+        begun = _lead(byte)
+        if begun is None:
+            return (table[:, byte] if byte < 128 else other) * width
+        return np.arange(n) * width + index.get(bytes([byte]), index[begun])
+
+    def go_on(held: bytes | str, byte: int, following: str) -> np.ndarray:
+        """The states that follow each state and some bytes held back."""
         code = held + bytes([byte]) if isinstance(held, bytes) else None
         if following == _DONE:
-            return (table[inner, code_of[code]] if code in code_of else other[inner]) * width
-        return inner * width + index.get(code, index[following])
+            return (table[:, code_of[code]] if code in code_of else other) * width
+        return np.arange(n) * width + index.get(code, index[following])
 
-    everywhere = np.arange(n, dtype=np.int32)
+    anew = np.column_stack([begin(byte) for byte in range(256)])
     following = np.empty((n, width, 256), np.int32)
+    following[:, 0] = anew
     for held, i in index.items():
-        for byte in range(256):
-            following[:, i, byte] = after(everywhere, held, byte)
+        if held:
+            # A byte that does not go on ends what was held, and begins anew.
+            following[:, i] = anew[other]
+            first, last, kind_after = _FOLLOW[kind(held)]
+            for byte in range(first, last + 1):
+                following[:, i, byte] = go_on(held, byte, kind_after)
     # A text that ends within a character has an invalid one there.
     results = np.column_stack([outputs, *[outputs[other]] * (width - 1)])
     return merge(following.reshape(n * width, 256), results.ravel())

@@ -40,7 +40,11 @@ class _Node(NamedTuple):
 _MATCH = 0
 _MOST = 1000
 """Largest repetition, and largest number of positions."""
-_ALL = "".join(chr(p) for p in range(0x110000) if not 0xD800 <= p < 0xE000)
+
+
+@functools.cache
+def _all_characters() -> str:
+    return "".join(chr(p) for p in range(0x110000) if not 0xD800 <= p < 0xE000)
 
 
 class _Class(NamedTuple):
@@ -59,8 +63,8 @@ class _Class(NamedTuple):
 def _read_class(test: re.Pattern) -> _Class:
     """Asks the engine about every character; cached, since one class often stands many times."""
     if test.fullmatch(OTHER):
-        return _Class(frozenset(test.sub("", _ALL)), True)
-    return _Class(frozenset(test.findall(_ALL)), False)
+        return _Class(frozenset(test.sub("", _all_characters())), True)
+    return _Class(frozenset(test.findall(_all_characters())), False)
 
 
 class PatternRule:

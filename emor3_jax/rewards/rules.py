@@ -4,6 +4,7 @@ Format and boxed answer read the normalised text: every run of whitespace next t
 removed first. `Normalised` does that on the fly, in front of a rule.
 """
 
+import functools
 import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
@@ -195,6 +196,12 @@ class Normalised:
         return self._rule.output(state[0])
 
 
+@functools.cache
+def _changed_by_lower() -> tuple[str, ...]:
+    """Returns all characters with another lower case; surrogates have none."""
+    return tuple(c for c in map(chr, range(0x110000)) if c.lower() != c)
+
+
 class _Words:
     """Reads text as long as it may become one of some lower-case words, whatever its case.
 
@@ -216,8 +223,9 @@ class _Words:
         wanted = {c for letter in parts for c in unicodedata.normalize("NFD", letter)}
         wanted |= {c for letter in parts for part in (letter, *parts[letter]) for c in part}
         wanted |= {self._FINAL} if self._SIGMA in wanted else set()
-        points = (p for p in range(128, 0x110000) if not 0xD800 <= p < 0xE000)
-        self.alphabet = tuple(c for c in map(chr, points) if set(c.lower()) <= wanted)
+        found = {c for c in wanted if c.lower() == c}
+        found |= {c for c in _changed_by_lower() if set(c.lower()) <= wanted}
+        self.alphabet = tuple(sorted(c for c in found if c >= "\x80"))
 
     def _fold(self, text: str) -> str:
         return text.replace(self._CAPITAL, self._SIGMA).replace(self._FINAL, self._SIGMA)

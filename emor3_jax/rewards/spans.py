@@ -13,6 +13,7 @@ Deviations, numbered:
  1. Special tokens within a span are left out of it, as decoding skips them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -153,18 +154,28 @@ def build_spans(tokens: Sequence[bytes]) -> SpanTables:
     return SpanTables(*_machine(tokens), row, parts)
 
 
-def _machine(tokens: Sequence[bytes]) -> tuple[np.ndarray, ...]:
-    """Returns the fields of `SpanTables` up to `token`."""
+@functools.cache
+def _over_bytes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the machine over bytes: int32[S, 256], flags int32[S], and which held bytes are text.
+
+    It does not depend on the tokenizer; the last is bool[S, 256, 2], as `_Tags.read` returns it.
+    """
     machine = _Tags()
     states, table = close(machine.start, machine.step)
     # The tags are read in this order, so their flags rise along any text.
     order = np.argsort([machine.flags(s) & (_OPENED | _COHERENCE) for s in states], kind="stable")
     states, table = [states[i] for i in order], np.argsort(order).astype(np.int32)[table[order]]
     flags = np.asarray([machine.flags(state) for state in states], np.int32)
+    texts = np.asarray([[machine.read(s, b)[1:] for b in range(256)] for s in states])
+    return table, flags, texts
+
+
+def _machine(tokens: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+    """Returns the fields of `SpanTables` up to `token`."""
+    table, flags, texts = _over_bytes()
     bounds = [np.sum(flags & flag == 0) for flag in (_OPENED, _COHERENCE)]
     sizes = np.asarray([*map(len, tokens), 0], np.int32)
-    texts = np.asarray([[machine.read(s, b)[1:] for b in range(256)] for s in states])
-    shape = (len(states), len(tokens) + 1)
+    shape = (len(flags), len(tokens) + 1)
     following = np.repeat(np.arange(shape[0], dtype=np.int32)[:, None], shape[1], axis=1)
     begin, end, last, stop = (np.zeros(shape, np.int16) for _ in range(4))
     for offset in range(sizes.max()):
@@ -188,7 +199,7 @@ def _machine(tokens: Sequence[bytes]) -> tuple[np.ndarray, ...]:
             whole[:, alive] = some
     tables, token_class = classify([following, begin, end, last, stop])
     following, begin, end, last, stop = tables
-    bits = np.asarray([len(states).bit_length(), int(sizes.max() + 3).bit_length()], np.int32)
+    bits = np.asarray([len(flags).bit_length(), int(sizes.max() + 3).bit_length()], np.int32)
     if bits[0] + 2 * bits[1] > 31:
         raise TokenizerError(f"the tokenizer has a token of {sizes.max()} bytes; 1000 would do")
     entry = following | last << bits[0] | stop << (bits[0] + bits[1])

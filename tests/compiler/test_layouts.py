@@ -126,6 +126,7 @@ def test_programs_for_tpu_move_no_more_either(for_tpu: tuple[dict[str, Report], 
 
 @needs_compiler
 @pytest.mark.loads_tpu_compiler
+@pytest.mark.long
 def test_the_update_of_prompts_that_share_rows_compiles_for_tpu() -> None:
     """With splash attention, whose mask is data; weights are gathered layer by layer, and once."""
     mesh = meshes.make_mesh(1, 4, 1, topology.parse("v4-8").devices())

@@ -175,7 +175,7 @@ def test_data_sets_and_reward_terms_are_added_by_the_command_line() -> None:
     config = cpu_demo.get_config()
     fields = ["evaluate.sets.mine.limit", "evaluate.sets.mine.kind", "data.mix.more.kind"]
     cli.add_entries(config, [*fields, "reward.terms.brief.pattern", "evaluate.sets.shifted.limit"])
-    assert [*config.evaluate.sets] == ["emoscenes", "shifted", "mine"]
+    assert [*config.evaluate.sets] == ["emoscenes", "mine", "shifted"]
     assert config.evaluate.sets.mine == dataset() and [*config.data.mix] == ["more"]
     assert config.reward.terms.brief == reward_term()
     # A misspelt name makes none.

@@ -66,6 +66,11 @@ def steps_of(workdir: Path) -> list[int]:
     return steps
 
 
+def long(*values: object) -> object:
+    """Returns a case of `make test-long`."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.fixture(scope="module")
 def stopped(folder):
     """Runs a program once, that a signal stops at a moment; returns how it ended."""
@@ -76,9 +81,9 @@ def stopped(folder):
     ("moment", "saved", "logged", "said"),
     [
         ("startup", [], None, "stopped as asked, before the first step"),
-        ("first_evaluation", [], None, "stopped as asked, before the first checkpoint"),
+        long("first_evaluation", [], None, "stopped as asked, before the first checkpoint"),
         ("evaluation", [2], [0, 1, 2], "stopped as asked, saved after step 2"),
-        ("last_evaluation", [1], [0, 1], "stopped as asked, saved after step 1"),
+        long("last_evaluation", [1], [0, 1], "stopped as asked, saved after step 1"),
         ("rollout", [1], [0, 1], "stopped as asked, saved after step 1"),
         ("compiling", [1], [0, 1], "not waited for after 1 seconds"),
         ("group", [1], [0, 1], "stopped"),

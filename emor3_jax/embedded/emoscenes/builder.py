@@ -41,12 +41,15 @@ class EmoScenesConfig(tfds.core.BuilderConfig):
       size: pixels a side, 112 to 224.
       counts: images of each split; a split left out is not drawn.
       seed: another seed draws other images.
+      splits: of `counts`, those that are drawn; the others are only kept free of their images. None
+        draws all.
     """
 
     name: str = ""
     size: int = 112
     counts: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(DEMO_COUNTS))
     seed: int = 0
+    splits: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not MIN_SIZE <= self.size <= MAX_SIZE:
@@ -60,6 +63,11 @@ class EmoScenesConfig(tfds.core.BuilderConfig):
                 raise ValueError(f"counts[{split!r}] is {count}; it must be at least 1")
         counts = "_".join(str(self.counts.get(split, 0)) for split in STYLE_OF_SPLIT)
         self.name = f"{self.size}px_seed{self.seed}_{counts}"
+        if self.splits is not None:
+            for split in self.splits:
+                if split not in self.counts:
+                    raise ValueError(f"splits names {split!r}; counts has {', '.join(self.counts)}")
+            self.name += "".join(f"_{split}" for split in self.splits)
 
 
 class EmoScenes(tfds.core.GeneratorBasedBuilder):
@@ -84,8 +92,10 @@ class EmoScenes(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager
-        drawn = sample_splits(self.builder_config.counts, self.builder_config.seed)
-        return {split: self._generate_examples(split, found) for split, found in drawn.items()}
+        config = self.builder_config
+        sampled = sample_splits(config.counts, config.seed)
+        wanted = sampled if config.splits is None else config.splits
+        return {split: self._generate_examples(split, sampled[split]) for split in wanted}
 
     def _generate_examples(self, split: str, found: Sequence[scenes.Scene]) -> Iterator:
         for number, scene in enumerate(found):
@@ -130,6 +140,7 @@ def prepare(
     size: int = 112,
     counts: Mapping[str, int] | None = None,
     seed: int = 0,
+    splits: Sequence[str] | None = None,
 ) -> EmoScenes:
     """Draws the dataset below `data_dir`, or finds it there.
 
@@ -138,11 +149,15 @@ def prepare(
       size: pixels a side, 112 to 224.
       counts: images by split, by default `DEMO_COUNTS`.
       seed: another seed draws other images.
+      splits: those to draw, each with the images that it has where all are drawn; None for all.
 
     Raises:
       ValueError: a split is unknown, a count below 1 or the size out of range.
     """
-    config = EmoScenesConfig(size=size, counts=dict(counts or DEMO_COUNTS), seed=seed)
+    chosen = None if splits is None else tuple(splits)
+    config = EmoScenesConfig(
+        size=size, counts=dict(counts or DEMO_COUNTS), seed=seed, splits=chosen
+    )
     builder = EmoScenes(config=config, data_dir=str(data_dir), file_format="array_record")
     tfds.disable_progress_bar()
     builder.download_and_prepare()

@@ -43,6 +43,15 @@ def test_prepare_finds_what_is_there(data_dir):
     assert before == {p: p.stat().st_mtime_ns for p in data_dir.rglob("*") if p.is_file()}
 
 
+def test_a_split_drawn_alone_has_the_same_images(data_dir, tmp_path):
+    alone = builders.prepare(tmp_path, counts=COUNTS, splits=["test"])
+    assert set(alone.info.splits) == {"test"}
+    found, whole = builders.load("test", alone.data_dir), builders.load("test", data_dir)
+    assert [found[i] for i in range(len(found))] == [whole[i] for i in range(len(whole))]
+    with pytest.raises(ValueError, match="splits names 'tests'; counts has train, test"):
+        builders.EmoScenesConfig(counts=COUNTS, splits=("tests",))
+
+
 def test_source_travels_to_workers(data_dir):
     source = builders.load("train", data_dir)
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
