@@ -25,20 +25,30 @@ from emor3_jax.runtime import cli, job
 from emor3_jax.runtime.evaluator import Evaluator
 from emor3_jax.runtime.restore import load_evaluated, load_judge_of_evaluation
 
+OF_A_RUN = ("checkpoints", "metrics.jsonl", "evaluations.json")
+"""Files of a run that an evaluation does not write."""
+
 
 def main(config: ConfigDict, workdir: str | Path) -> dict[str, Evaluation]:
     """Evaluates a policy on `config.evaluate.sets`; see the module's docstring."""
     workdir = Path(workdir)
     validate(config)
-    if (workdir / "checkpoints").is_dir():
+    if any((workdir / name).exists() for name in OF_A_RUN):
         raise UserError(
             f"--workdir={str(workdir)!r}: holds a run, whose report would be overwritten; give "
-            "another folder, and --config.evaluate.checkpoint= the run's to evaluate its policy"
+            "another folder, and --config.evaluate.checkpoint= the run's, or "
+            "--config.policy.path= its policy's folder, to evaluate its policy"
         )
     say = Console("evaluate")
     job.start_jax(config.log.compile_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    jax.set_mesh(mesh)
+    with jax.set_mesh(mesh):
+        return _evaluate(config, workdir, mesh, say)
+
+
+def _evaluate(
+    config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, say: Console
+) -> dict[str, Evaluation]:
     check_batches(mesh, config, ("evaluate",))
     policy = load_evaluated(config, say, mesh)
     judge = load_judge_of_evaluation(config, policy, say, mesh)

@@ -65,6 +65,7 @@ class Evaluator:
         *,
         judge: Judge | None = None,
         limit: int = 0,
+        likelihood: bool = True,
         look: Callable[[], None] = lambda: None,
     ) -> dict[str, Evaluation]:
         """Evaluates a policy; returns data set or group of them → its evaluation.
@@ -75,15 +76,16 @@ class Evaluator:
           folder: gets the file of predictions of each.
           say: shows how far it is.
           judge: who is asked about the responses; None asks the policy.
-          limit: at most so many rows of each, which are watched without the labels' likelihood; 0
-            is all.
+          limit: at most so many rows of each; 0 is all.
+          likelihood: weigh the labels too, where the config asks for it.
           look: called before each batch; what it raises ends the evaluation.
         """
         config, found = self._config, {}
         for name in names:
             extras, rows = self._extras[name]._replace(judge=judge), self._data.evaluate[name]
-            if limit:
-                extras, rows = extras._replace(likelihood=None), rows.take(limit)
+            if not likelihood:
+                extras = extras._replace(likelihood=None)
+            rows = rows.take(limit) if limit else rows
             with (
                 prediction_file(folder / f"{name}.jsonl") as record,
                 say.task(name, rows.size, "rows") as task,

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 from ml_collections import ConfigDict
@@ -58,26 +58,11 @@ from emor3_jax.runtime.progress import (
     evaluation_metrics,
     start_trace,
 )
-from emor3_jax.runtime.step_log import StepRecord, progress_line
+from emor3_jax.runtime.step_log import FinishedStep, StepRecord, progress_line
 from emor3_jax.runtime.stopping import MaintenanceWatch, Stopped, StopSignal
 from emor3_jax.types import Batch, Observed
 
 Results = dict[str, dict[str, Evaluation]]
-
-
-class FinishedStep(NamedTuple):
-    """The last step that was finished, as long as its state is there.
-
-    Attributes:
-      step: its number.
-      learner, state: after its updates; the state is donated to those of the next step.
-      position: in the data, where the next step begins.
-    """
-
-    step: int
-    learner: Learner
-    state: TrainState
-    position: Any
 
 
 class Run:
@@ -113,6 +98,7 @@ class Run:
         validate(config, imitate=imitate)
         self._stop = StopSignal(config.checkpoint.stop_seconds)
         self._lock: job.WorkdirLock | None = None
+        self._scope = contextlib.ExitStack()
         self._step = 0
         workdir = Path(workdir)
         self.config, self.workdir, self.say = config, workdir, Console(program)
@@ -124,6 +110,7 @@ class Run:
                 self.say("stopped as asked, before the first step of this start")
             self._stop.restore()
             self._unlock()
+            self._scope.close()
             raise_failure(error, self.workdir, self._step, begun=self._begun)
             raise
 
@@ -132,7 +119,7 @@ class Run:
         job.check_hosts(config)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         # For attention kernels, which must be told the part of a batch that is a device's.
-        jax.set_mesh(self.mesh)
+        self._scope.enter_context(jax.set_mesh(self.mesh))
         # The devices' own library may have taken the signals.
         self._stop.listen()
         check_batches(self.mesh, config)
@@ -217,8 +204,9 @@ class Run:
             raise_failure(error, self.workdir, self._step, begun=self._begun)
 
     def close(self) -> None:
-        """Lets go of signals, threads and files."""
+        """Lets go of signals, threads and files; the mesh that was set before is set again."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self._scope.close)
             stack.callback(self._unlock)
             ends = self._stop.restore, self._writer.close, self._checkpoints.close
             for each in (*ends, self._task.close):
@@ -327,12 +315,9 @@ class Run:
                 self._writer.amend(self._step, owed)
                 self._evaluated = self._step
         else:
-            names = tuple(self.config.evaluate.sets)
-            self.say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
-            before = self._evaluate(learner.params(state), names, 0)
+            before = self._evaluate_before(learner.params(state))
             self._progress = {"before": to_json(before)}
             self._writer.write(0, evaluation_metrics(before))
-            self._say_evaluated(before)
             self._checkpoints.compile(learner.checkpoint(state))
         self.say(f"training to step {self.config.steps}; the first step compiles")
         self._saved_at = time.monotonic()
@@ -440,6 +425,16 @@ class Run:
         config = self.config
         due = step % config.evaluate.every == 0 and step < config.steps
         return due and len(config.evaluate.sets) > 0
+
+    def _evaluate_before(self, params: dict) -> dict[str, Evaluation]:
+        """Evaluates on `evaluate.before` rows of each set; {} where that is none."""
+        rows, names = self.config.evaluate.before, tuple(self.config.evaluate.sets)
+        if not rows or not names:
+            return {}
+        self.say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
+        before = self._evaluate(params, names, 0, max(rows, 0))
+        self._say_evaluated(before)
+        return before
 
     def _evaluate_during(self, step: int, learner: Learner, state: TrainState) -> dict[str, float]:
         """Evaluates on rows of the first set; returns the metrics."""
@@ -559,11 +554,18 @@ class Run:
           params: of the policy.
           names: of the evaluation sets.
           step: steps done.
-          limit: at most so many rows of each; 0 is all.
+          limit: at most so many rows of each; 0 is all. After the first step they are watched
+            without the labels' likelihood.
         """
         folder = self.workdir / "predictions" / f"{step:06d}"
-        judge = self._judges.of_evaluation(self._learner)
         self._task.note("evaluation")
         return self._evaluator(
-            params, names, folder, self.say, judge=judge, limit=limit, look=self._stop.check
+            params,
+            names,
+            folder,
+            self.say,
+            judge=self._judges.of_evaluation(self._learner),
+            limit=limit,
+            likelihood=not (limit and step),
+            look=self._stop.check,
         )

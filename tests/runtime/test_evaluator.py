@@ -68,6 +68,7 @@ def test_labels_are_weighed_before_and_after_training_alone(
     evaluator({}, ("emoscenes",), tmp_path, say, look=lambda: looked.append("looked"))
     assert say.told == [("emoscenes", 5, "rows"), (3,), (2,), ("closed",)]
     assert looked == ["looked", "used"] * 2
-    evaluator({}, ("emoscenes",), tmp_path, say, limit=3)
+    evaluator({}, ("emoscenes",), tmp_path, say, limit=3, likelihood=False)
     assert say.told[4:] == [("emoscenes", 3, "rows"), (3,), ("closed",)]
-    assert seen == [full, full._replace(likelihood=None)]
+    evaluator({}, ("emoscenes",), tmp_path, say, limit=3)
+    assert seen == [full, full._replace(likelihood=None), full]
