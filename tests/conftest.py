@@ -25,7 +25,7 @@ MAPPINGS = 10_000
 
 @pytest.fixture(autouse=True, scope="module")
 def _let_go_of_what_programs_keep() -> Iterator[None]:
-    """Frees the programs of the tests so far, each of which maps some pages, where they are many."""
+    """Frees the programs of the tests so far, each of which maps some pages, if they are many."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > MAPPINGS:

@@ -428,7 +428,8 @@ class Run:
 
     def _evaluate_before(self, params: dict) -> dict[str, Evaluation]:
         """Evaluates on `evaluate.before` rows of each set; {} where that is none."""
-        rows, names = self.config.evaluate.before, tuple(self.config.evaluate.sets)
+        config = self.config
+        rows, names = config.evaluate.before, tuple(config.evaluate.sets)
         if not rows or not names:
             return {}
         self.say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
