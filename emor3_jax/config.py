@@ -210,8 +210,8 @@ def default() -> ConfigDict:
     config.reflect = ConfigDict()
     # False is plain GRPO: no reflection is asked, and its weight goes as the profile says.
     config.reflect.enabled = True
-    # Who is asked: "policy", itself; "reference", from which the KL is measured; or the folder or
-    # hub id of another policy, of any family and any tokens.
+    # Who is asked: "policy", itself; "reference", from which the KL is measured;
+    # "embedded", the base policy; or the folder or hub id of another, of any family and any tokens.
     config.reflect.judge = "policy"
     # Numbers of windows of the images of a judge of another family, tokens or image settings, as
     # `data.image_windows`, which () takes; images with more are left out.

@@ -1,4 +1,4 @@
-"""A hundred thousand texts: the token tables against plain Python, the box against the grader package.
+"""Many texts: the token tables against plain Python, the box against the grader package.
 
 As `tests/rewards`, which draws the same kinds of texts in the thousands: near misses of the tags,
 broken nesting, Unicode spaces, several and nested boxes, escapes, characters cut in half, tokens in
