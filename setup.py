@@ -59,6 +59,7 @@ setup(
         "numpy",
         "pillow",
         "pyarrow",
+        "rich>=13.7",
         "safetensors",
         "scipy",
         "tensorboardX>=2.6",

@@ -18,6 +18,7 @@ PROGRAMS = (
     "infer",
     "serve",
     "export",
+    "push",
     "compare",
     "replay",
     "inspect",

@@ -360,8 +360,11 @@ def default() -> ConfigDict:
     config.sft.responses = 4
 
     config.evaluate = ConfigDict()
-    # Name → data set; the first one is watched during training.
+    # Name → data set; the first one by the alphabet is watched during training. On the command line
+    # a new one is made by its kind: --config.evaluate.sets.mine.kind=jsonl.
     config.evaluate.sets = ConfigDict()
+    # Rows of each set that are evaluated before training: -1 is all, 0 is none.
+    config.evaluate.before = -1
     # Steps between evaluations of the first set, on `evaluate.during` of its rows.
     config.evaluate.every = 50
     config.evaluate.during = 200

@@ -19,7 +19,7 @@ from emor3_jax.errors import UserError
 from emor3_jax.io.card import CARD_FILE
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
-from emor3_jax.models import read_config
+from emor3_jax.models import read_config, vllm
 from emor3_jax.parallel.mesh import check_policy, make_mesh
 from emor3_jax.prepare.inference import inference_settings
 from emor3_jax.runtime import cli, job
@@ -63,6 +63,8 @@ def export(config: ConfigDict, workdir: str | Path) -> Path:
     card = card_of_run(workdir.name, "", config, family, step, settings)
     save_whole(exported, folder, {FILE: settings.to_json(), CARD_FILE: card})
     say(f"wrote the policy of step {step} to {folder}")
+    for line in vllm.advice(folder):
+        say(line)
     return folder
 
 

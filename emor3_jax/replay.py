@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from emor3_jax import prepare
 from emor3_jax.data.batch import Prompts
@@ -47,13 +48,30 @@ def replay(folder: str | Path) -> Iterator[str]:
     """
     folder = Path(folder)
     kept, workdir = replays.read(folder), folder.absolute().parents[1]
-    config, imitate = job.read_config(workdir), kept.origin.program == "sft"
+    config = job.read_config(workdir)
     say = Console("replay")
     job.start_jax(config.log.compile_cache)
     job.check_hosts(config)
     yield from describe(kept)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    jax.set_mesh(mesh)
+    yield from _under(mesh, _replay(kept, workdir, config, mesh, say))
+
+
+def _under(mesh: jax.sharding.Mesh, lines: Iterator[str]) -> Iterator[str]:
+    """Yields lines that are found out under a mesh, which is not set where they are used."""
+    while True:
+        with jax.set_mesh(mesh):
+            line = next(lines, None)
+        if line is None:
+            return
+        yield line
+
+
+def _replay(
+    kept: Replay, workdir: Path, config: ConfigDict, mesh: jax.sharding.Mesh, say: Console
+) -> Iterator[str]:
+    """Yields what the updates of a step are, from the newest checkpoint."""
+    imitate = kept.origin.program == "sft"
     policy = prepare.load_policy(config, say, mesh)
     data = prepare.open_data(config, policy, mesh, imitate=imitate)
     prompts = data.train.of_rows(kept.ids)

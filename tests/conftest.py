@@ -25,12 +25,8 @@ MAPPINGS = 10_000
 
 @pytest.fixture(autouse=True, scope="module")
 def _let_go_of_what_programs_keep() -> Iterator[None]:
-    """Frees the programs of the tests so far, each of which maps some pages, where they are many.
-
-    A run leaves its mesh set, which must not reach the tests of the next file.
-    """
+    """Frees the programs of the tests so far, each of which maps some pages, if they are many."""
     yield
-    jax.set_mesh(None)
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > MAPPINGS:
         jax.clear_caches()

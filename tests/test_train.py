@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
 from ml_collections import ConfigDict
-from support import tiny_run
+from support import hub, tiny_run
 from support.tiny_run import make_folder, read_metrics, write_rows
 
 from emor3_jax import evaluate, prepare
@@ -30,6 +32,7 @@ from emor3_jax.io import checkpoints
 from emor3_jax.models import load
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.prepare.shapes import read_policy_shapes
+from emor3_jax.push import push
 from emor3_jax.rewards import QUESTIONS, Group
 from emor3_jax.runtime import job, run
 from emor3_jax.train import train
@@ -85,7 +88,10 @@ def test_run_leaves_what_the_readme_promises(whole):
     assert "eval/test/accuracy" in rows[0] and "eval/test/accuracy" in rows[2]
     assert json.loads((whole / "config.json").read_text())["rollout"]["responses"] == 3
     assert "<img" in (whole / "report.html").read_text()
-    assert list((whole / "samples").glob("*.html"))
+    assert "advantage " in (whole / "samples" / "000001.html").read_text()
+    # Before, between and after training.
+    steps = re.findall(r">step (\d)</span>", (whole / "report.html").read_text())
+    assert steps and steps == ["0", "2", "3"] * (len(steps) // 3)
     before, after = json.loads((whole / "evaluations.json").read_text())
     assert before["test"]["rows"] == after["test"]["rows"] == 6
     trained, base = load(whole / "policy"), load(whole.parent / "policy")
@@ -106,6 +112,22 @@ def test_a_run_and_its_checkpoints_can_be_asked(whole):
     assert max(jax.tree.leaves(moved)) > 0
     with pytest.raises(UserError, match=r"checkpoints/7: no such checkpoint; .* has 2, 3"):
         find_policy(whole / "checkpoints" / "7")
+
+
+def test_a_checkpoint_is_pushed_as_a_policy(whole, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with hub.running() as there:
+        api = HfApi(endpoint=there.address, token=hub.WRITES)
+        push(whole / "checkpoints" / "2", "someone/second", api=api)
+        push(whole, "someone/newest", api=api)
+    second, newest = (there.files[f"someone/{name}"]["main"] for name in ("second", "newest"))
+    assert there.commits[0][2] == "Upload the policy whole, step 2"
+    assert second.keys() == newest.keys() and "emor3.json" in second
+    assert second["model.safetensors"] != newest["model.safetensors"]
+    assert newest["model.safetensors"] == (whole / "policy" / "model.safetensors").read_bytes()
+    told = second["README.md"].decode()
+    assert "to step\n2 of 3" in told and "not evaluated after this step" in told
+    assert "| test | accuracy |" in newest["README.md"].decode()
 
 
 def test_a_checkpoint_is_evaluated_as_training_did(whole, folder):

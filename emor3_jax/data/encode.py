@@ -25,7 +25,8 @@ REASONS = {
     "unknown_candidate": "a candidate is no label of the label set, or the answer no candidate",
     "bad_distribution": "graded accuracy needs shares of the labels, none negative, not all 0",
     "unreadable_image": "the image cannot be decoded, is too thin, or over data.max_decoded_pixels",
-    "large_image": "the image has more windows than the largest of data.image_windows",
+    "large_image": "the image has more windows than the largest of data.image_windows; raise that, "
+    "or lower data.max_pixels",
     "judge_image": "for the judge the image has more windows than the largest of "
     "reflect.judge_windows",
     "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",

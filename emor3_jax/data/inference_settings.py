@@ -34,6 +34,8 @@ class InferenceSettings:
       templates: of the question and the reflections.
       listed: the labels in the order in which the reflections list them.
       max_tokens: longest response.
+      first_resize: least and most pixels (0 for no limit) that an image is brought to before the
+        resize of the policy's folder, as the release does; None for none.
     """
 
     labels: tuple[str, ...] = LABEL_SETS["mikels8"]
@@ -41,6 +43,7 @@ class InferenceSettings:
     templates: PromptTemplates = dataclasses.field(default_factory=PromptTemplates.load)
     listed: tuple[str, ...] = ()
     max_tokens: int = 512
+    first_resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_labels(self.labels)
@@ -102,6 +105,8 @@ class InferenceSettings:
             "listed": self.listed or self.labels,
             "max_tokens": self.max_tokens,
         }
+        if self.first_resize is not None:
+            data["first_resize"] = self.first_resize
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
     def write(self, folder: str | Path) -> None:
@@ -146,6 +151,9 @@ class InferenceSettings:
             raise DataError(f"{where}: templates has no {', '.join(sorted(missing))}; add it")
         if type(data.get("max_tokens")) is not int:
             raise refuse("max_tokens", "a whole number")
+        first = data.get("first_resize")
+        if first is not None and not _is_range(first):
+            raise refuse("first_resize", "two whole numbers of pixels, the least and the most")
         try:
             return cls(
                 labels=tuple(data["labels"]),
@@ -155,9 +163,19 @@ class InferenceSettings:
                 ),
                 listed=tuple(data["listed"]),
                 max_tokens=data["max_tokens"],
+                first_resize=first and tuple(first),
             )
         except DataError as error:
             raise DataError(str(error) if where in str(error) else f"{where}: {error}") from error
+
+
+def _is_range(values: object) -> bool:
+    """Recognises the least and the most, of which 0 is no limit."""
+    if not isinstance(values, list) or len(values) != 2:
+        return False
+    if not all(type(value) is int and 0 <= value < 2**31 for value in values):
+        return False
+    return not values[1] or values[0] <= values[1]
 
 
 def _is_texts(values: object) -> bool:

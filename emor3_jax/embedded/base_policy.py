@@ -25,13 +25,9 @@ from ml_collections import ConfigDict
 
 from emor3_jax import config as configs
 from emor3_jax.config import ConfigError, check_complete, check_numbers
-from emor3_jax.data.inference_settings import InferenceSettings
-from emor3_jax.data.labels import LABEL_SETS
-from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.embedded import pretrain
 from emor3_jax.embedded.dataset import PretrainDataset
 from emor3_jax.embedded.emoscenes.dataset import drawn_scenes
-from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.embedded.faces.captions import CaptionLoader, caption_targets
 from emor3_jax.embedded.faces.dataset import labelled_faces
 from emor3_jax.embedded.faces.images import read_images
@@ -185,9 +181,8 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     say("held-out replies exactly right: " + "  ".join(f"{k} {v:.2f}" for k, v in scores.items()))
     stored = jax.tree.map(lambda x: x.astype(config.dtype), params)
     save(LoadedPolicy(policy, stored, processor), folder)
-    if config.data.kind == "emoscenes":
-        templates = PromptTemplates.load("tiny", "tiny", "tiny")
-        InferenceSettings(LABEL_SETS["mikels8"], QUESTION, templates, (), 64).write(folder)
+    if dataset.settings is not None:
+        dataset.settings.write(folder)
     say(f"saved {folder}")
     return scores
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from emor3_jax.data.inference_settings import InferenceSettings
 from emor3_jax.embedded.pretrain import Size
 from emor3_jax.embedded.tasks import QAExample
 
@@ -23,6 +24,7 @@ class PretrainDataset(NamedTuple):
       corpus: texts for the tokenizer.
       sizes: of the examples: SET responses, other questions about an image, texts to judge.
       held_out: number of rows at the end that are kept for the report.
+      settings: what the policy is asked later, its `emor3.json`; None writes none.
     """
 
     images: Sequence[bytes]
@@ -33,3 +35,4 @@ class PretrainDataset(NamedTuple):
     corpus: list[str]
     sizes: tuple[Size, Size, Size]
     held_out: int
+    settings: InferenceSettings | None = None

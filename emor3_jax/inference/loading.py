@@ -29,11 +29,27 @@ class FoundPolicy(NamedTuple):
       policy: with its parameters.
       settings: of its folder or run; None if they say nothing.
       name: that it was asked for by.
+      step: of the checkpoint that it was read from; None of a folder.
     """
 
     policy: LoadedPolicy
     settings: InferenceSettings | None
     name: str
+    step: int | None = None
+
+
+class PolicyPlace(NamedTuple):
+    """Where a policy is.
+
+    Attributes:
+      folder: in Hugging Face's format, or an id on the hub; None if it is a checkpoint.
+      run: workdir of the run that it is of; None if it is of none that is known.
+      step: of the checkpoint; None takes the newest that is what was written.
+    """
+
+    folder: Path | str | None
+    run: Path | None = None
+    step: int | None = None
 
 
 def find_policy(
@@ -51,19 +67,39 @@ def find_policy(
     Raises:
       UserError, FileNotFoundError: if there is no such policy, or it cannot be read.
     """
-    say, folder = say or (lambda line: None), expand_user(name)
+    say = say or (lambda line: None)
+    place = locate(name)
+    if place.folder is None:
+        return _of_checkpoint(place, str(name), dtype, say)
+    if place.run is None:
+        return _of_folder(place.folder, str(name), dtype)
+    say(f"loading {place.folder}")
+    found = _of_folder(place.folder, str(name), dtype)
+    # A run of an earlier version wrote no settings.
+    return found._replace(settings=found.settings or settings_of_run(place.run))
+
+
+def locate(name: str | Path) -> PolicyPlace:
+    """Finds a policy by any of its names, and reads nothing of it.
+
+    Args:
+      name: as of `find_policy`.
+
+    Raises:
+      UserError: if there is no such policy, run or checkpoint.
+    """
+    folder = expand_user(name)
     run, step = folder, None
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
         run, step = folder.parent.parent, int(folder.name)
     if folder.name == "policy" and is_folder(folder.parent / "checkpoints"):
-        found = _of_folder(folder, str(name), dtype)
-        return found._replace(settings=found.settings or _settings_of_run(folder.parent))
+        return PolicyPlace(folder, folder.parent)
     if is_folder(run / "checkpoints"):
-        return _of_run(run, step, str(name), dtype, say)
+        return _locate_in_run(run, step, name)
     if is_file(folder / "config.json"):
-        return _of_folder(folder, str(name), dtype)
+        return PolicyPlace(folder)
     if is_folder(folder / "policy"):
-        return _of_folder(folder / "policy", str(name), dtype)
+        return PolicyPlace(folder / "policy")
     if not is_folder(folder) and not is_hub_id(str(name)):
         raise UserError(
             f"there is no policy {show(name)}: give a folder in Hugging Face's format, the folder "
@@ -74,7 +110,23 @@ def find_policy(
             f"{show(name)} holds neither a policy (config.json and weights) nor a run with a "
             "checkpoint; give the folder of one"
         )
-    return _of_folder(str(name), str(name), dtype)
+    return PolicyPlace(str(name))
+
+
+def _locate_in_run(run: Path, step: int | None, name: str | Path) -> PolicyPlace:
+    checkpoints = Checkpoints(run, keep=None)
+    try:
+        steps = checkpoints.steps()
+    finally:
+        checkpoints.close()
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{show(name)}: no such checkpoint; {run} has {known}")
+    if step is None and _is_newer(run / "policy", run / "checkpoints", steps):
+        return PolicyPlace(run / "policy", run)
+    if not steps:
+        raise UserError(f"{show(name)}: the run has no checkpoint yet; train first")
+    return PolicyPlace(None, run, step)
 
 
 def _of_folder(folder: str | Path, name: str, dtype: Any) -> FoundPolicy:
@@ -82,42 +134,32 @@ def _of_folder(folder: str | Path, name: str, dtype: Any) -> FoundPolicy:
     return FoundPolicy(policy, InferenceSettings.read(policy.source), name)
 
 
-def _of_run(
-    workdir: Path, step: int | None, name: str, dtype: Any, say: Callable[[str], None]
+def _of_checkpoint(
+    place: PolicyPlace, name: str, dtype: Any, say: Callable[[str], None]
 ) -> FoundPolicy:
-    checkpoints = Checkpoints(workdir, keep=None)
+    config = job.read_config(place.run)
+    embedded = config.policy.path == EMBEDDED
+    path = embedded_folder(config) if embedded else Path(config.policy.path)
+    if embedded and not is_file(path / "config.json"):
+        raise UserError(
+            f"{show(name)}: the run started from {path}, which is not there; start from the "
+            "folder that the run was started from"
+        )
+    base = prepare.read_policy(config, say)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    checkpoints = Checkpoints(place.run, keep=None)
     try:
-        steps = checkpoints.steps()
-        if step is not None and step not in steps:
-            known = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{show(name)}: no such checkpoint; {workdir} has {known}")
-        if step is None and _is_newer(workdir / "policy", workdir / "checkpoints", steps):
-            say(f"loading {workdir / 'policy'}")
-            found = _of_folder(workdir / "policy", name, dtype)
-            # A run of an earlier version wrote no settings.
-            return found._replace(settings=found.settings or _settings_of_run(workdir))
-        if not steps:
-            raise UserError(f"{show(name)}: the run has no checkpoint yet; train first")
-        config = job.read_config(workdir)
-        embedded = config.policy.path == EMBEDDED
-        path = embedded_folder(config) if embedded else Path(config.policy.path)
-        if embedded and not is_file(path / "config.json"):
-            raise UserError(
-                f"{show(name)}: the run started from {path}, which is not there; start from the "
-                "folder that the run was started from"
-            )
-        base = prepare.read_policy(config, say)
-        mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-        params, step = read_checkpoint_params(config, base.source, checkpoints, step, mesh)
+        params, step = read_checkpoint_params(config, base.source, checkpoints, place.step, mesh)
     finally:
         checkpoints.close()
-    say(f"loaded step {step} of {workdir}")
+    say(f"loaded step {step} of {place.run}")
     params = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]).astype(dtype), params)
     loaded = dataclasses.replace(base, params=params)
-    return FoundPolicy(loaded, _settings_of_run(workdir), name)
+    return FoundPolicy(loaded, settings_of_run(place.run), name, step)
 
 
-def _settings_of_run(workdir: Path) -> InferenceSettings:
+def settings_of_run(workdir: Path) -> InferenceSettings:
+    """Returns what the policy of a run is asked."""
     return InferenceSettings.read(workdir) or inference_settings(job.read_config(workdir))
 
 

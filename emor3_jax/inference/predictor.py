@@ -171,7 +171,7 @@ class Predictor:
                 f"max_tokens={self.settings.max_tokens}: must be 1 to {most}, the positions that "
                 "the policy has"
             )
-        self.policy = _prepared(policy, self.options)
+        self.policy = _prepared(policy, self.options, self.settings)
         self._batches = itertools.count()
         tokenizer, labels = policy.processor.tokenizer, self.settings.labels
         templates = self.settings.templates
@@ -328,15 +328,20 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def _prepared(policy: LoadedPolicy, options: InferenceOptions) -> LoadedPolicy:
+def _prepared(
+    policy: LoadedPolicy, options: InferenceOptions, settings: InferenceSettings
+) -> LoadedPolicy:
     config = default()
     config.policy.dtype = dtype = options.dtype or default_dtype()
     policy = with_pixel_cap(policy, options.max_pixels)
+    processor = policy.processor.with_dtype(jnp.dtype(dtype))
+    if settings.first_resize is not None:
+        processor = processor.with_first_resize(*settings.first_resize)
     return dataclasses.replace(
         policy,
         policy=with_attention(policy.policy, config, jax.default_backend()),
         params=cast_for_decoding(policy.params, jnp.dtype(dtype)),
-        processor=policy.processor.with_dtype(jnp.dtype(dtype)),
+        processor=processor,
     )
 
 

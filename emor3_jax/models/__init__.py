@@ -27,6 +27,7 @@ __all__ = [
     "FAMILIES",
     "LoadedPolicy",
     "Policy",
+    "check_folder",
     "find",
     "forward_logits",
     "is_hub_id",
@@ -100,6 +101,24 @@ def load(
 def read_processor(folder: str | Path, policy: Policy) -> Processor:
     """Reads tokenizer and image settings of a policy's folder; raises ProcessorError."""
     return Processor.from_folder(folder, policy.layout)
+
+
+def check_folder(folder: str | Path) -> Policy:
+    """Checks that a policy's folder would load, without its weights: names, shapes, types, files.
+
+    Args:
+      folder: in Hugging Face's format.
+
+    Returns:
+      The policy that it holds.
+
+    Raises:
+      FileNotFoundError, ShapesError, WeightsError, ProcessorError: as `load`.
+    """
+    policy = read_config(folder)
+    read_processor(folder, policy)
+    weights.check(folder, policy)
+    return policy
 
 
 def save(

@@ -92,6 +92,15 @@ def read_params(
     return params
 
 
+def check(folder: str | Path, policy: Policy) -> None:
+    """Checks names, shapes and types of a folder's tensors by their files' headers.
+
+    Args:
+      folder, policy: as of `read_params`, which says what is raised.
+    """
+    _Reader(Path(folder), policy).check(policy.param_shapes())
+
+
 def write_params(
     params: Params, policy: Policy, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:

@@ -71,6 +71,7 @@ _AT_LEAST = {
     "reference.every": 1,
     "reference.image_cache": 0,
     "sft.responses": 1,
+    "evaluate.before": -1,
     "evaluate.every": 1,
     "evaluate.during": 1,
     "evaluate.prompts": 1,

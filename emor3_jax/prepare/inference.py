@@ -9,7 +9,7 @@ from emor3_jax.data.inference_settings import QUESTION, InferenceSettings
 from emor3_jax.data.sources import Source
 from emor3_jax.embedded.emoscenes.words import QUESTION as SCENES_QUESTION
 from emor3_jax.prepare.data import load_templates, train_labels
-from emor3_jax.prepare.profile import listed_labels
+from emor3_jax.prepare.profile import listed_labels, resizes_twice
 
 _ROWS = 1000
 """Rows whose questions are compared."""
@@ -18,7 +18,7 @@ _ROWS = 1000
 def inference_settings(
     config: ConfigDict, labels: tuple[str, ...] = (), source: Source | None = None
 ) -> InferenceSettings:
-    """Returns labels, question, templates and length limit with which a policy was trained.
+    """Returns labels, question, templates, length and first resize with which a policy was trained.
 
     Args:
       config: of the run.
@@ -33,10 +33,12 @@ def inference_settings(
         first = itertools.islice(source.texts(), _ROWS)
         asked = collections.Counter(texts.question for texts in first if texts.question)
         question = asked.most_common(1)[0][0] if asked else question
+    limits = config.data.min_pixels, config.data.max_pixels
     return InferenceSettings(
         labels,
         question,
         load_templates(config),
         listed_labels(config, labels),
         config.rollout.max_tokens,
+        limits if resizes_twice(config) and any(limits) else None,
     )

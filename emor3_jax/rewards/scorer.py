@@ -61,7 +61,10 @@ class Scorer:
           ValueError: if `profile` or `coherence_target` is unknown.
         """
         if isinstance(labels, str):
-            raise LabelError(f"labels={labels!r}: must be a list of labels, not one text")
+            rule = (
+                "must be a list of labels, as emor3_jax.data.labels.label_set returns for this text"
+            )
+            raise LabelError(f"labels={labels!r}: {rule}")
         self.tokenizer, self.labels = tokenizer, lowercase_labels(labels)
         self.reward = reward or Reward(profile, coherence_target)
         self.tables = make_tables(tokenizer, labels, self.reward.patterns, cache)

@@ -1,21 +1,25 @@
 """The command line of the programs: `--config`, mostly `--workdir`, and errors without a trace."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 import emor3_jax
+from emor3_jax.config import dataset, field_value, no_field, reward_term
 from emor3_jax.errors import LASTING, RunError, UserError, os_error_text
 from emor3_jax.files import is_file, is_folder, show
 from emor3_jax.io.console import escape_what_cannot_be_shown, tell
+from emor3_jax.io.fields import fields_of
 from emor3_jax.runtime.stopping import STOPPED, Stopped
 
 
@@ -85,6 +89,7 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
       program: takes the config.
     """
     config = config_flags.DEFINE_config_file("config", None, "File that returns the config.")
+    flags.FLAGS["config"].parser = _ConfigParser("config")
     flags.mark_flag_as_required("config")
 
     def main(_: Sequence[str]) -> None:
@@ -155,6 +160,72 @@ def find_config(given: str, folder: Path | None = None) -> str:
     return given
 
 
+class _ConfigParser(ConfigFileFlagParser):
+    """Reads a config's file, and makes the entries that the command line names and it has not."""
+
+    def parse(self, path: str) -> ConfigDict:
+        """Returns the config."""
+        config = super().parse(path)
+        if isinstance(config, ConfigDict):
+            fields = _overridden(sys.argv)
+            add_entries(config, fields)
+            _check_fields(config, fields)
+        return config
+
+
+def _overridden(arguments: Sequence[str]) -> list[str]:
+    """Returns the fields that overrides on the command line name, "evaluate.every" for example."""
+    names = (re.match(r"--?(?:no)?config\.([\w.]+)(?:=|$)", argument) for argument in arguments)
+    return [name[1] for name in names if name]
+
+
+def _check_fields(config: ConfigDict, fields: Sequence[str]) -> None:
+    """Raises UserError for a field that a config has not, naming the nearest one."""
+    known = [field for field, _ in fields_of(json.loads(config.to_json_best_effort()))]
+    for field in fields:
+        if not any(x == field or x.startswith(f"{field}.") for x in known):
+            try:
+                field_value(config, field)
+            except (KeyError, TypeError, AttributeError):
+                raise UserError(f"--config.{field}: {no_field(field, known)}") from None
+
+
+_ENTRIES = {
+    "evaluate.sets": (dataset, ("kind",)),
+    "data.mix": (dataset, ("kind",)),
+    "reward.terms": (reward_term, ("pattern", "function", "text")),
+}
+"""Field of entries with names of one's own → what makes one, and what it cannot be without."""
+
+
+def add_entries(config: ConfigDict, fields: Sequence[str]) -> None:
+    """Makes data sets and reward terms that overrides name and a config has not.
+
+    Args:
+      config: of a program; gets new entries with their defaults.
+      fields: that are overridden, "evaluate.sets.mine.kind" for example.
+
+    Raises:
+      UserError: for an entry without the field that makes it one, as a misspelt name is.
+    """
+    for where, (make, wanted) in _ENTRIES.items():
+        section, _, name = where.partition(".")
+        beginning = f"{where}."
+        if section not in config or name not in config[section]:
+            continue
+        there = config[section][name]
+        given = [x.removeprefix(beginning).split(".") for x in fields if x.startswith(beginning)]
+        for entry in dict.fromkeys(path[0] for path in given if len(path) == 2):
+            if entry in there:
+                continue
+            if not any([entry, field] in given for field in wanted):
+                rule = " or ".join(f"--config.{beginning}{entry}.{field}=…" for field in wanted)
+                known = f"; there are {', '.join(there)}" if there else ""
+                raise UserError(f"--config.{beginning}{entry}: is new, so give {rule}{known}")
+            with there.unlocked():
+                there[entry] = make()
+
+
 def _with_config_file(arguments: Sequence[str]) -> list[str]:
     """Returns the command line with the config's file in the place of its name."""
     found, is_value = [], False
@@ -180,11 +251,6 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     except OSError as error:
         _refuse_missing_config(error)
         raise
-    except (AttributeError, KeyError) as error:
-        # An override of no field; what the config's own file raises keeps its trace.
-        if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-        _refuse(UserError(f"--config: no field {' '.join(str(error.args[0]).split())}"))
     except flags.Error as error:
         # `config_flags` wraps what a file raises, once with its trace as the message.
         refused, cause = None, error.__context__
@@ -197,12 +263,8 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
             cause = cause.__context__
         if refused is not None:
             _refuse(refused)
-    try:
-        # Says what is wrong with a flag.
-        return app.parse_flags_with_usage(list(arguments))
-    except SystemExit:
-        # Not 1, by which a program that failed would be started again.
-        sys.exit(2)
+        # A fault of the config's file has its trace in the message.
+        _refuse(UserError(str(error)))
 
 
 def _takes_no_options(error: BaseException) -> bool:

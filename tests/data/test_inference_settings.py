@@ -1,5 +1,6 @@
 """`emor3.json`: written, read back, and named where it is damaged."""
 
+import dataclasses
 import json
 
 import pytest
@@ -19,6 +20,9 @@ def test_settings_are_read_back(tmp_path):
     assert found.question == "¿qué?" and found.max_tokens == 64
     assert found.prompt == CHANGED.prompt
     assert InferenceSettings.read(tmp_path / "other") is None
+    assert found.first_resize is None and "first_resize" not in CHANGED.to_json()
+    resized = dataclasses.replace(CHANGED, first_resize=(0, 4096))
+    assert InferenceSettings.from_json(resized.to_json()).first_resize == (0, 4096)
 
 
 def test_a_name_of_templates_takes_its_reflections_too(tmp_path):
@@ -46,6 +50,8 @@ def test_a_name_of_templates_takes_its_reflections_too(tmp_path):
         ({"templates": []}, r"templates=\[\]: must be an object of texts"),
         ({"max_tokens": True}, r"max_tokens=True: must be a whole number"),
         ({"max_tokens": 0}, r"max_tokens=0: must be 1 to"),
+        ({"first_resize": [9, 4]}, r"first_resize=\[9, 4\]: must be two whole numbers of pixels"),
+        ({"first_resize": 9}, r"first_resize=9: must be two"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, change, message):

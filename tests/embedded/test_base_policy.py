@@ -10,6 +10,7 @@ from PIL import Image
 from support.tiny_faces import COUNT
 
 from emor3_jax.config import ConfigError
+from emor3_jax.data.inference_settings import InferenceSettings
 from emor3_jax.embedded import base_policy
 from emor3_jax.embedded.faces import tasks
 from emor3_jax.embedded.loader import ExampleLoader
@@ -33,6 +34,9 @@ def test_a_base_policy_of_faces_trains_its_vision_then_on_examples(
     assert "vision pretraining: step 24/24" in told and "QA examples: step 3/3" in told
     assert f"{COUNT} images" in told
     policy = load(tmp_path / "policy")
+    settings = InferenceSettings.read(tmp_path / "policy")
+    assert (settings.labels, settings.question) == (tasks.LABELS, "which emotion ?")
+    assert "<step1> seen" in settings.prompt and settings.max_tokens == 64
     assert policy.shapes.vision.patch_size == 4 and policy.shapes.vision.window_size == 16
     _, grid = policy.processor.patches(Image.new("L", (48, 48)))
     assert grid == (1, 4, 4)

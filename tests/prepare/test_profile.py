@@ -11,6 +11,7 @@ from emor3_jax.models import LoadedPolicy, save
 from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.prepare import profile
 from emor3_jax.prepare.checks import validate
+from emor3_jax.prepare.inference import inference_settings
 from emor3_jax.rollout.reflect import prompt_questions
 
 MIKELS = ("amusement", "awe", "contentment", "excitement", "anger", "disgust", "fear", "sadness")
@@ -124,3 +125,17 @@ def test_the_release_resizes_first_and_leaves_the_folders_limits(tmp_path, token
     found = settings("paper", **limits)
     assert (found.min_pixels, found.max_pixels, found.first_resize) == (256, 1024, None)
     assert settings("release").first_resize is None
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "found"),
+    [
+        ("release", (256, 1024), (256, 1024)),
+        ("release", (0, 0), None),
+        ("paper", (256, 1024), None),
+    ],
+)
+def test_who_asks_the_policy_later_resizes_likewise(name, limits, found):
+    config = config_of(name)
+    config.data.min_pixels, config.data.max_pixels = limits
+    assert inference_settings(config, ("joy", "fear")).first_resize == found

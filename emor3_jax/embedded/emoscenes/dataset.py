@@ -3,9 +3,13 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from emor3_jax.data.inference_settings import InferenceSettings
+from emor3_jax.data.labels import LABEL_SETS
+from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.embedded.dataset import PretrainDataset
 from emor3_jax.embedded.emoscenes import builder, tasks
 from emor3_jax.embedded.emoscenes.scene import Scene
+from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.embedded.pretrain import Size
 
 SIZES = (Size(100, 56), Size(44, 16), Size(64, 4))
@@ -33,4 +37,7 @@ def drawn_scenes(config: ConfigDict) -> PretrainDataset:
         corpus=tasks.text_corpus(),
         sizes=SIZES,
         held_out=256,
+        settings=InferenceSettings(
+            LABEL_SETS["mikels8"], QUESTION, PromptTemplates.load("tiny", "tiny", "tiny"), (), 64
+        ),
     )

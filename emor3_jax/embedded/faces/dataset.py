@@ -1,8 +1,11 @@
 """Labelled faces as pretraining data of the base policy."""
 
+import collections
+
 import numpy as np
 from ml_collections import ConfigDict
 
+from emor3_jax.data.inference_settings import QUESTION, InferenceSettings
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.data.sources import ParquetSource
@@ -28,7 +31,9 @@ def labelled_faces(config: ConfigDict) -> PretrainDataset:
     rows = [row for row in rows if normalize(row.texts.answer or "") in tasks.LABELS]
     labels = [normalize(row.texts.answer) for row in rows]
     templates = PromptTemplates.load(set="tiny", coherence="tiny", consistency="tiny")
-    questions = sorted({row.texts.question for row in rows})
+    counts = collections.Counter(row.texts.question for row in rows)
+    questions = sorted(counts)
+    asked = next((question for question, _ in counts.most_common(1)), QUESTION)
 
     def examples(i: int, rng: np.random.Generator) -> list[QAExample]:
         return tasks.face_examples(labels[i], rows[i].texts.question, templates, rng)
@@ -42,4 +47,5 @@ def labelled_faces(config: ConfigDict) -> PretrainDataset:
         corpus=tasks.corpus(questions, templates),
         sizes=(Size(152, 64), Size(44, 20), Size(72, 4)),
         held_out=1024,
+        settings=InferenceSettings(tasks.LABELS, asked, templates, (), 64),
     )
