@@ -71,7 +71,7 @@ def config_sections(source: str, function: str, values: ConfigDict) -> list[Sect
     comment, names = "", []
     for line in map(str.strip, [*body.split("\n"), ""]):
         field = re.match(r"config\.([\w.]+)(\[name\])? = ", line)
-        opens = field and re.search(rf"config\.{re.escape(field[1])}[.\[]", body)
+        opens = field and re.search(rf"^ +config\.{re.escape(field[1])}[.\[]", body, re.M)
         if names and (not field or (opens and not field[2])):
             sections[-1].fields.append(Fields(tuple(names), comment))
             comment, names = "", []

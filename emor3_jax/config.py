@@ -487,11 +487,11 @@ def base_policy() -> ConfigDict:
     # Training on QA examples: its length, its batch, and its optimizer.
     config.steps = 380
     config.batch = 32
-    # Type of the saved parameters; training is in float32.
-    config.dtype = "float32"
     config.learning_rate = 2e-3
     config.warmup_steps = 30
     config.weight_decay = 0.02
+    # Type of the saved parameters; training is in float32.
+    config.dtype = "float32"
     config.rates = ConfigDict()
     # Factor on the learning rate of the vision tower while training on QA examples.
     config.rates.tower = 1.0
