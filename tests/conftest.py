@@ -25,8 +25,12 @@ MAPPINGS = 10_000
 
 @pytest.fixture(autouse=True, scope="module")
 def _let_go_of_what_programs_keep() -> Iterator[None]:
-    """Frees the programs of the tests so far, each of which maps some pages, if they are many."""
+    """Frees the programs of the tests so far where they are many: each maps some pages.
+
+    No run leaves its mesh set, which would reach the tests of the next file.
+    """
     yield
+    assert jax.sharding.get_mesh().empty
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > MAPPINGS:
         jax.clear_caches()

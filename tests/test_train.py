@@ -63,9 +63,18 @@ def make_config(folder: Path) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
-    workdir = folder / "whole"
-    train(make_config(folder), workdir)
+    workdir, own = folder / "whole", jax.make_mesh((1,), ("own",))
+    # As in a notebook: the mesh that was set is set again.
+    with jax.set_mesh(own):
+        train(make_config(folder), workdir)
+        assert jax.sharding.get_mesh() == own
     return workdir
+
+
+@pytest.fixture(autouse=True)
+def _no_mesh_is_left_set():
+    yield
+    assert jax.sharding.get_mesh().empty
 
 
 def test_run_leaves_what_the_readme_promises(whole):

@@ -197,4 +197,5 @@ def test_overrides_of_a_new_set_are_read(monkeypatch: pytest.MonkeyPatch) -> Non
     values["config"].parser = cli._ConfigParser("config")
     values(arguments)
     config = values.config
-    assert config.evaluate.sets.mine == dataset(kind="jsonl", limit=3) and config.steps == 7
+    assert config.evaluate.sets.mine.to_dict() == dataset(kind="jsonl", limit=3).to_dict()
+    assert config.steps == 7
