@@ -11,6 +11,7 @@ import types
 from importlib import metadata
 from pathlib import Path
 
+import jax
 import pytest
 from support import tiny_run
 from support.cloud import ROOT
@@ -108,13 +109,14 @@ def of_notebook(name: str, fields: dict) -> dict:
     rows = str(Path(fields["policy.path"]).parent / "rows.parquet")
     for each in ("data.train", *(f"evaluate.sets.{each}" for each in sets)):
         found |= {f"{each}.kind": "parquet", f"{each}.path": rows, f"{each}.split": ""}
+        found[f"{each}.subset"] = 0
     if name != "method":
         found["evaluate.sets.shifted.labels"] = "mikels8"
     return found
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_part_for_a_cpu_runs(name, settings, tmp_path, monkeypatch, capsys) -> None:
+def test_the_part_for_a_cpu_runs(name, settings, tmp_path, monkeypatch, capsys, request) -> None:
     shown: list[str] = []
     display = types.ModuleType("IPython.display")
     display.HTML, display.display = str, shown.append
@@ -125,6 +127,8 @@ def test_the_part_for_a_cpu_runs(name, settings, tmp_path, monkeypatch, capsys) 
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.chdir(ROOT)
+    # A notebook may set a mesh for its further cells.
+    request.addfinalizer(lambda: jax.set_mesh(None))
     names: dict = {"__name__": "__main__"}
     ran = 0
     for cell in read(name):
