@@ -59,6 +59,7 @@ setup(
         "numpy",
         "pillow",
         "pyarrow",
+        "rich>=13.7",
         "safetensors",
         "scipy",
         "tensorboardX>=2.6",
@@ -86,6 +87,7 @@ setup(
             "wandb>=0.26",
             "mlflow-skinny>=3.9",
         ],
+        "docs": ["mkdocs-material>=9.6,<10"],
         # Looks for inputs that break the doors; has wheels for Linux alone.
         "fuzz": ["atheris>=3", "hypothesis>=6"],
         "parity": ["torch==2.13.0", "mathruler", "pylatexenc", "trl==1.16.0"],

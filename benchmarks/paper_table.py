@@ -9,7 +9,7 @@ that was stopped goes on from its checkpoint. After each cell the page is writte
 there; what has not been run says so. Seed 0 of all rows comes first, then the next seed.
 
 Options that begin with `--config.` are passed on to every program, such as `--config.policy.path`
-of the base policy; without it the first cell also trains that policy. A folder belongs to one set
+of another base policy than that of the package. A folder belongs to one set
 of such options.
 """
 
@@ -44,12 +44,22 @@ ROWS = {
     "emo_r3": "EMO-R3",
     "grpo_cold": "GRPO, with Cold-Start-Emo",
     "emo_r3_cold": "EMO-R3, with Cold-Start-Emo",
+    "emo_r3_gdpo": "EMO-R3 with GDPO",
+    "emo_r3_cispo": "EMO-R3 with CISPO",
+    "emo_r3_sapo": "EMO-R3 with SAPO",
+    "emo_r3_judge": "EMO-R3, judged by the reference",
+    "emo_r3_gdpo_judge": "EMO-R3 with GDPO, judged by the reference",
+    "grpo_long": "GRPO, 200 steps",
+    "emo_r3_long": "EMO-R3, 200 steps",
+    "emo_r3_gdpo_judge_long": "EMO-R3 with GDPO, judged by the reference, 200 steps",
 }
 """Name of a row → what the page calls it, in the page's order."""
 
 ORDER = (
     *("base", "sft", "grpo", "emo_r3", "grpo_set", "cold_start", "emo_r3_cold", "dapo"),
+    *("emo_r3_gdpo_judge", "emo_r3_judge", "emo_r3_gdpo", "emo_r3_cispo", "emo_r3_sapo"),
     *("grpo_set_coherence", "grpo_set_consistency", "grpo_cold"),
+    *("grpo_long", "emo_r3_long", "emo_r3_gdpo_judge_long"),
 )
 """In which rows of a seed are run: the most telling first."""
 
@@ -83,6 +93,15 @@ STEPS = (
     ("grpo_cold", "grpo"),
     ("emo_r3_cold", "emo_r3"),
     ("emo_r3_cold", "grpo_cold"),
+    ("emo_r3_gdpo", "emo_r3"),
+    ("emo_r3_cispo", "emo_r3"),
+    ("emo_r3_sapo", "emo_r3"),
+    ("emo_r3_judge", "emo_r3"),
+    ("emo_r3_gdpo_judge", "emo_r3"),
+    ("emo_r3_gdpo_judge", "grpo"),
+    ("emo_r3_long", "grpo_long"),
+    ("emo_r3_gdpo_judge_long", "grpo_long"),
+    ("emo_r3_gdpo_judge_long", "emo_r3_long"),
 )
 """What is compared, seed by seed: a row with the one before it."""
 
@@ -127,7 +146,9 @@ def commands(row: str, seed: int, folder: Path, options: Sequence[str]) -> list[
     workdir, common = folder / row / str(seed), [f"--config.seed={seed}", *options]
     if row.endswith("_cold"):
         common += _from(folder / "cold_start" / str(seed))
-    config = f"--config=configs/table.py:{row.removesuffix('_cold')}"
+    if row.endswith("_long"):
+        common += ["--config.steps=200", "--config.evaluate.every=50"]
+    config = f"--config=configs/table.py:{row.removesuffix('_cold').removesuffix('_long')}"
     program = f"emor3_jax.{PROGRAMS.get(row, 'train')}"
     found = [[program, config, f"--workdir={workdir}", *common]]
     if row == "cold_start":
@@ -314,7 +335,7 @@ def _curves(cells: Cells, seeds: Sequence[int]) -> list[str]:
     steps = sorted({step for found in curves.values() for curve in found for step in curve})
     text = [
         "Accuracy in % on emoscenes by step, mean over the seeds. The first and the last are of",
-        "all its images, those between of its first 200.",
+        "all its images, those between of its first 100.",
         "",
     ]
 
@@ -370,6 +391,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--folder", type=Path, default=Path("runs/paper_table"))
+    parser.add_argument("--hours", type=float, default=3.0, help="begin no cell after so many")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given, options = parser.parse_known_args()
     if odd := [option for option in options if not option.startswith("--config.")]:
@@ -382,7 +404,11 @@ def main() -> None:
 
     given.folder.mkdir(parents=True, exist_ok=True)
     failed = []
+    ended = time.time() + 3600 * given.hours
     for row, seed in () if given.page else order(given.rows, given.seeds):
+        if time.time() > ended:
+            print(f"{given.hours} hours are over; started again, it goes on", flush=True)
+            break
         if (row, seed) in load(given.folder):
             continue
         print(f"{row}, seed {seed}", flush=True)

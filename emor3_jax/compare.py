@@ -8,7 +8,8 @@ compared with the first one: scores with bootstrap intervals of their change, Mc
 the same by label, and the rows that only one of the two gets right. Rows that are not in both are
 named. Prints the numbers; `workdir/compare.json` has all of them, with the ids of rows, and
 `workdir/compare.html` shows rows with their images, which are read by the config beside the
-predictions.
+predictions, and the learning curves of runs that were trained: runs whose configs differ in the
+seed alone are one, with a band.
 """
 
 import json
@@ -34,8 +35,13 @@ from emor3_jax.files import read_json
 from emor3_jax.io import comparison
 from emor3_jax.io.comparison import Compared
 from emor3_jax.io.console import Console
+from emor3_jax.io.curves import RunGroup
+from emor3_jax.io.report import read_metrics
 from emor3_jax.prepare import open_source
 from emor3_jax.runtime import cli, job
+
+_NO_RESULT = "seed", "log", "checkpoint"
+"""Settings that a group of runs may differ in."""
 
 
 def main(
@@ -105,13 +111,61 @@ def main(
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, indent=1, ensure_ascii=False)
     (workdir / "compare.json").write_text(text + "\n", encoding="utf-8")
-    comparison.write_page(workdir / "compare.html", "Comparison of runs", found)
-    say(f"numbers: {workdir / 'compare.json'}   rows: {workdir / 'compare.html'}")
+    page = workdir / "compare.html"
+    comparison.write_page(page, "Comparison of runs", found, _groups(runs))
+    say(f"numbers: {workdir / 'compare.json'}   curves and rows: {page}")
     return data
 
 
 def _no_image(_: str) -> None:
     return None
+
+
+def _groups(runs: Sequence[str]) -> list[RunGroup]:
+    """Returns the runs that were trained, those together whose configs differ in the seed alone."""
+    found: dict[str, list[str]] = {}
+    for run in dict.fromkeys(runs):
+        folder = _trained(run)
+        if folder is None:
+            continue
+        config = read_json(folder / "config.json", DataError, dict, finite=False)
+        kept = {key: value for key, value in config.items() if key not in _NO_RESULT}
+        found.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
+    return [
+        RunGroup(
+            each[0] if len(each) == 1 else f"{each[0]} and {len(each) - 1} of other seeds",
+            [_read_rows(_trained(run)) for run in each],
+        )
+        for each in found.values()
+    ]
+
+
+def _trained(run: str) -> Path | None:
+    """Returns the folder of a training run, which may be given by a folder within it."""
+    path = Path(run)
+    return next(
+        (
+            x
+            for x in (path, *path.parents[:2])
+            if (x / "metrics.jsonl").is_file() and _has_config(x)
+        ),
+        None,
+    )
+
+
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics, with the evaluation after its last step."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    ended = folder / "evaluations.json"
+    if rows and ended.is_file():
+        _, after = read_json(ended, DataError, list, finite=False)
+        values = {
+            f"eval/{name}/{metric}": value
+            for name, metrics in after.items()
+            for metric, value in metrics.items()
+        }
+        rows[-1] = rows[-1] | values
+    return rows
 
 
 def _images(

@@ -78,6 +78,7 @@ def dataset(**fields: object) -> ConfigDict:
 def reward_term(**fields: object) -> ConfigDict:
     """Returns the description of one reward term; give its weight and one of the three kinds."""
     config = ConfigDict()
+    # Factor of the term in the reward; negative for a penalty.
     config.weight = 0.1
     # A regular expression: 1 where it matches the response, else 0.
     config.pattern = ""
@@ -106,6 +107,7 @@ def no_field(name: str, known: Iterable[str]) -> str:
 def default() -> ConfigDict:
     """Returns the defaults: the paper's method at the release's settings."""
     config = ConfigDict()
+    # Seed of the data's order, of sampling and of subsets.
     config.seed = 0
     # Optimisation steps; each rolls out `rollout.prompts` prompts.
     config.steps = 100
@@ -129,13 +131,15 @@ def default() -> ConfigDict:
     config.policy.decode_attention = "auto"
     # Then the tower has no backward pass, no moments and no part in the gradient's norm.
     config.policy.freeze_vision_tower = False
-    # Train adapters of this rank alone (models/lora.py), in these modules: those of the decoder by
-    # name, those of the vision tower as "visual/qkv". 0 trains the weights themselves.
+    # Train adapters of this rank alone (models/lora.py), scaled by alpha over rank, in these
+    # modules: those of the decoder by name, those of the vision tower as "visual/qkv". Rank 0
+    # trains the weights themselves.
     config.policy.lora_rank = 0
     config.policy.lora_alpha = 32.0
     config.policy.lora_modules = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     config.data = ConfigDict()
+    # The training set.
     config.data.train = dataset()
     # Name → data set: further training sets, mixed with `data.train` by their weights and put into
     # its labels.
@@ -176,6 +180,7 @@ def default() -> ConfigDict:
     # B, prompts a step, and G, responses to each.
     config.rollout.prompts = 512
     config.rollout.responses = 8
+    # T, the longest response; one that reaches it is cut off.
     config.rollout.max_tokens = 2048
     # Prompts in flight at once; 0 is all of them. As groups end, `refill` prompts leave and others
     # enter; both must divide (docs/engine.md).
@@ -198,20 +203,22 @@ def default() -> ConfigDict:
     # DAPO's dynamic sampling: further batches a step may draw to replace prompts whose rewards are
     # all equal; then it goes on with what it has. 0 keeps every prompt.
     config.rollout.resample = 0
+    # Of sampling in training.
     config.rollout.temperature = 1.0
     config.rollout.top_p = 1.0
 
     config.reflect = ConfigDict()
     # False is plain GRPO: no reflection is asked, and its weight goes as the profile says.
     config.reflect.enabled = True
-    # Who is asked: "policy", itself; "reference", from which the KL is measured; or the folder or
-    # hub id of another policy, of any family and any tokens.
+    # Who is asked: "policy", itself; "reference", from which the KL is measured;
+    # "embedded", the base policy; or the folder or hub id of another, of any family and any tokens.
     config.reflect.judge = "policy"
     # Numbers of windows of the images of a judge of another family, tokens or image settings, as
     # `data.image_windows`, which () takes; images with more are left out.
     config.reflect.judge_windows = ()
     # Beyond the method: score replies by their likelihood, in one pass, instead of sampling one.
     config.reflect.soft = False
+    # Of sampled replies.
     config.reflect.temperature = 0.6
     config.reflect.top_p = 0.95
     # Replies are cut at so many tokens; a label and the end of sequence must fit. 0 is the
@@ -223,6 +230,7 @@ def default() -> ConfigDict:
     config.reward = ConfigDict()
     # "label", or "answer": coherence against the response's own boxed answer (paper, Figure 2).
     config.reward.coherence_target = "label"
+    # Weights of the reflection and of the format in the reward (docs/method.md).
     config.reward.lambda_reflect = 0.1
     config.reward.lambda_format = 0.1
     # What the format score asks for: "set", the three steps and the box; or "boxed", the box alone.
@@ -239,9 +247,11 @@ def default() -> ConfigDict:
     config.reward.table_cache = "runs/reward_tables"
 
     config.policy_update = ConfigDict()
+    # Prompts of an update; a step takes `rollout.prompts` over this of them.
     config.policy_update.prompts = 256
     # Prompts whose activations are in memory at once.
     config.policy_update.micro_prompts = 8
+    # Of AdamW.
     config.policy_update.learning_rate = 2e-6
     # Updates over which the learning rate rises to its value.
     config.policy_update.warmup_steps = 0
@@ -253,6 +263,7 @@ def default() -> ConfigDict:
     config.policy_update.rates.merger = 1.0
     config.policy_update.rates.embedding = 1.0
     config.policy_update.rates.decoder = 1.0
+    # AdamW's weight decay, and the norm that a larger gradient is scaled down to.
     config.policy_update.weight_decay = 1e-2
     config.policy_update.max_grad_norm = 1.0
     # In which AdamW's first moment is kept: "bfloat16" takes 2 bytes a parameter less.
@@ -403,12 +414,12 @@ def default() -> ConfigDict:
 
     # Guards of a run (runtime/guards.py): updates all skipped, rewards all equal, responses all
     # truncated, a KL that runs away, rewards or losses that are no numbers. The batch of the step
-    # that ends a run is kept, and python -m emor3_jax.replay WORKDIR looks into it. Steps in a row
-    # after which one warns, and ends the run; 0 for never.
+    # that ends a run is kept, and python -m emor3_jax.replay WORKDIR looks into it.
     config.guard = ConfigDict()
+    # Steps in a row after which a guard warns, and ends the run; 0 for never.
     config.guard.warn_after = 3
     config.guard.stop_after = 50
-    # In nats a token; 0 is no limit.
+    # Largest KL, in nats a token; 0 is no limit.
     config.guard.max_kl = 10.0
 
     config.log = ConfigDict()
@@ -428,9 +439,11 @@ def default() -> ConfigDict:
 def base_policy() -> ConfigDict:
     """Returns the defaults: a policy of 2.1 million parameters on EmoScenes."""
     config = ConfigDict()
+    # Seed of the weights, and of the order of the examples.
     config.seed = 0
-    # "emoscenes", or "faces": the parquet files of `data.path`, as `configs/fer2013.py` reads.
     config.data = ConfigDict()
+    # "emoscenes", which is drawn into `data.folder`; or "faces": the parquet files of `data.path`,
+    # as `configs/fer2013.py` reads.
     config.data.kind = "emoscenes"
     config.data.folder = "runs/data"
     config.data.path = ""
@@ -442,13 +455,14 @@ def base_policy() -> ConfigDict:
     config.data.warp = 0.0
 
     config.model = ConfigDict()
-    # Architecture: "qwen2_5_vl" or "qwen3_vl".
+    # Architecture, "qwen2_5_vl" or "qwen3_vl", and the size of its vocabulary.
     config.model.family = "qwen2_5_vl"
     config.model.vocab_size = 1200
     # Sides in pixels of a patch, and of a window that most layers of Qwen2.5-VL attend in: whole
     # tokens.
     config.model.patch = 14
     config.model.window = 112
+    # Width, layers and heads of the vision tower, and of the decoder.
     config.model.vision_width = 128
     config.model.vision_layers = 3
     config.model.vision_heads = 4
@@ -457,9 +471,9 @@ def base_policy() -> ConfigDict:
     config.model.heads = 6
     config.model.kv_heads = 2
 
-    # Vision pretraining, before the QA examples: predict the emotion from the image alone; 0 steps
-    # for none.
+    # Vision pretraining, before the QA examples: predict the emotion from the image alone.
     config.look = ConfigDict()
+    # Its length, 0 for none; its batch, and its optimizer.
     config.look.steps = 0
     config.look.batch = 256
     config.look.learning_rate = 5e-3
@@ -470,6 +484,7 @@ def base_policy() -> ConfigDict:
     # Probability that an image has a random rectangle erased.
     config.look.erase = 0.0
 
+    # Training on QA examples: its length, its batch, and its optimizer.
     config.steps = 380
     config.batch = 32
     # Type of the saved parameters; training is in float32.
@@ -477,8 +492,8 @@ def base_policy() -> ConfigDict:
     config.learning_rate = 2e-3
     config.warmup_steps = 30
     config.weight_decay = 0.02
-    # Factor on the learning rate of the vision tower while training on QA examples.
     config.rates = ConfigDict()
+    # Factor on the learning rate of the vision tower while training on QA examples.
     config.rates.tower = 1.0
     # Folder of compiled programs; "" keeps none.
     config.compile_cache = "runs/compile_cache"

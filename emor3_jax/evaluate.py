@@ -15,14 +15,14 @@ from ml_collections import ConfigDict
 
 from emor3_jax import prepare
 from emor3_jax.errors import UserError
-from emor3_jax.evaluation.evaluation import Extras, evaluate
-from emor3_jax.evaluation.records import Evaluation, prediction_file, with_groups
+from emor3_jax.evaluation.records import Evaluation
 from emor3_jax.io import report
 from emor3_jax.io.console import Console
 from emor3_jax.parallel import hosts
-from emor3_jax.parallel.mesh import make_mesh, shard_batch
+from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.prepare.checks import check_batches, validate
 from emor3_jax.runtime import cli, job
+from emor3_jax.runtime.evaluator import Evaluator
 from emor3_jax.runtime.restore import load_evaluated, load_judge_of_evaluation
 
 OF_A_RUN = ("checkpoints", "metrics.jsonl", "evaluations.json")
@@ -55,36 +55,17 @@ def _evaluate(
     processor = judge and judge.processor
     judges = prepare.JudgeProcessors(evaluation=processor)
     data = prepare.open_data(config, policy, mesh, judges=judges)
-    results = {}
-    for name, batches in data.evaluate.items():
-        say(f"evaluating on {name}")
-        labels = data.labels[name]
-        rollout = prepare.make_evaluation_rollout(config, policy, labels, mesh, processor)
-        with prediction_file(workdir / "predictions" / f"{name}.jsonl") as record:
-            results[name] = evaluate(
-                rollout,
-                policy.params,
-                batches,
-                config.seed,
-                put=lambda batch: shard_batch(batch, mesh),
-                keep=report.SAMPLES,
-                graded=config.evaluate.sets[name].graded,
-                record=record,
-                extras=Extras(
-                    prepare.make_label_likelihood(config, rollout),
-                    prepare.stated_values(config, data.sources[name]),
-                    judge,
-                ),
-            )
-    results = with_groups(results, config.evaluate.groups)
+    evaluator = Evaluator(config, policy, data, mesh, processor)
+    names = tuple(data.evaluate)
+    say(f"evaluating on {', '.join(names)}")
+    results = evaluator(policy.params, names, workdir / "predictions", say, judge=judge)
     if hosts.is_first():
         job.write_config(config, workdir / "predictions" / "config.json")
         images = {name: data.image(name) for name in data.evaluate}
         title = f"Evaluation of {config.evaluate.checkpoint or config.policy.path}"
         title += report.judged_by(prepare.judge_names(config)[1])
         report.write_report(workdir, title, {}, results, images)
-    for line in report.before_after_table({}, results).splitlines():
-        say(line)
+    say.block(report.before_after_table({}, results))
     return results
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,28 @@ def test_numbers_lines_and_page(runs, tmp_path, capsys) -> None:
     assert page.count("data:image/png;base64,") == 2
     assert f"Only {runs[1]} is right: 1 of 1 rows" in page
     assert "&lt;b&gt; is fear" in page and "<b> is" not in page
+
+
+def test_learning_curves_are_those_of_runs_with_other_seeds_together(runs, tmp_path) -> None:
+    third = Path(shutil.copytree(runs[1], tmp_path / "three"))
+    config = json.loads((third / "predictions" / "config.json").read_text())
+    for seed, run in enumerate((*runs, third)):
+        config["policy_update"]["kl_coef"] = 0.5 if run == third else 0.25
+        (Path(run) / "config.json").write_text(json.dumps(config | {"seed": seed}))
+        rows = [{"step": 0, "eval/test/accuracy": 0.25}, {"step": 1, "reward/overall": 0.5}]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (Path(run) / "metrics.jsonl").write_text(text)
+        after = {"test": {"accuracy": 0.75}}
+        (Path(run) / "evaluations.json").write_text(json.dumps([{}, after]))
+    first = str(Path(runs[0]) / "predictions")
+    groups = compare._groups([first, runs[1], str(third), str(third)])
+    assert [group.name for group in groups] == [f"{first} and 1 of other seeds", str(third)]
+    assert [len(group.rows) for group in groups] == [2, 1]
+    assert [row.get("eval/test/accuracy") for row in groups[1].rows[0]] == [0.25, 0.75]
+    compare.main([*runs, str(third)], tmp_path / "out", images=False)
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "Learning curves" in page and "differ in the seed alone" in page
+    assert page.count('aria-label="accuracy of test of each run"') == 1
 
 
 def test_without_data_there_are_no_images(runs, tmp_path, capsys) -> None:

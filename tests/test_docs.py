@@ -18,7 +18,10 @@ from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.io.card import snippet
 
 ROOT = Path(emor3_jax.__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "tpu/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tpu/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 STANDS_FOR = {"MACHINE": "v5e-8", "configs/X.py": "configs/cpu_demo.py"}
 """Placeholders of commands → a value of theirs."""
 
@@ -35,7 +38,7 @@ def _commands(text: str) -> Iterator[list[str]]:
         line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.split("\n")
     ]
     for line in (*lines, *re.findall(r"`([^`\n]+)`", text)):
-        line = re.sub(r"^\s*emor3 (?=[a-z])", "python -m emor3_jax.", line)
+        line = re.sub(r"^\s*(\.venv/bin/)?emor3 (?=[a-z])", "python -m emor3_jax.", line)
         if "python -m " not in line or line.lstrip().startswith("#"):
             continue
         words = shlex.split(line.split("python -m ", 1)[1], comments=True)
@@ -99,7 +102,36 @@ def test_the_commands_of_the_docs_are_found() -> None:
 def test_the_lines_for_transformers_are_those_of_a_card() -> None:
     prompt = InferenceSettings().changed(question=QUESTION, template="tiny").prompt
     code = snippet("runs/demo/policy", "photo.jpg", prompt, 64)
-    assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text()
+    assert f"```python\n{code}\n```" in (ROOT / "docs/inference.md").read_text()
+
+
+def test_every_target_of_make_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    pages = "".join(page.read_text() for page in PAGES)
+    (targets,) = re.findall(r"^\.PHONY: (.*)", makefile, re.M)
+    named = set(re.findall(r"`make ([a-z][a-z-]*)[`\s]", pages))
+    for block in re.findall(r"```bash\n(.*?)```", pages, re.S):
+        named |= set(re.findall(r"^make ([a-z][a-z-]*)", block, re.M))
+    # A piece of a trace is named so.
+    named.discard("batch")
+    assert {"demo", "test", "docs"} <= named <= set(targets.split())
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_numbers_of_the_readme_are_those_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    results = (ROOT / "docs/results/cpu_demo.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| ((?:accuracy|decoupling) \|.*)", readme, re.M)
+    assert len(rows) == 4 and all(row in results for row in rows)
+    machines = dict(
+        re.findall(r"^\|[^|]+\| `([^`]+)` \|(?:[^|]*\|){2} ([0-9]+ s) \|", readme, re.M)
+    )
+    train = (ROOT / "docs/train_3b.md").read_text()
+    assert machines == dict(re.findall(r"^\|[^|]+\| `([^`]+)` \|.*\| ([0-9]+ s) \|$", train, re.M))
+    assert set(machines) == set(MACHINES)
 
 
 def test_the_table_of_machines_has_them_all() -> None:

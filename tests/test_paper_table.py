@@ -38,6 +38,8 @@ def test_a_row_with_a_cold_start_begins_with_that_of_its_seed() -> None:
         # The last one counts.
         "--config.policy.path=runs/cold_start/1/policy",
     ]
+    [long] = table.commands("emo_r3_gdpo_judge_long", 0, Path("runs"), [])
+    assert long[1] == "--config=configs/table.py:emo_r3_gdpo_judge" and "--config.steps=200" in long
     learn, evaluate = table.commands("cold_start", 1, Path("runs"), [])
     assert learn[:2] == ["emor3_jax.sft", "--config=configs/table.py:cold_start"]
     assert evaluate[:2] == ["emor3_jax.evaluate", "--config=configs/table.py:base"]

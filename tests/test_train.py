@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -96,7 +97,10 @@ def test_run_leaves_what_the_readme_promises(whole):
     assert "eval/test/accuracy" in rows[0] and "eval/test/accuracy" in rows[2]
     assert json.loads((whole / "config.json").read_text())["rollout"]["responses"] == 3
     assert "<img" in (whole / "report.html").read_text()
-    assert list((whole / "samples").glob("*.html"))
+    assert "advantage " in (whole / "samples" / "000001.html").read_text()
+    # Before, between and after training.
+    steps = re.findall(r">step (\d)</span>", (whole / "report.html").read_text())
+    assert steps and steps == ["0", "2", "3"] * (len(steps) // 3)
     before, after = json.loads((whole / "evaluations.json").read_text())
     assert before["test"]["rows"] == after["test"]["rows"] == 6
     trained, base = load(whole / "policy"), load(whole.parent / "policy")

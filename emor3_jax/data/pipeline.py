@@ -443,10 +443,12 @@ class EvalBatches:
     Attributes:
       stats: the rows left out so far.
       rows: usable rows of the source.
+      size: rows of one pass.
     """
 
     def __init__(self, rows: _Rows, limit: int = 0) -> None:
         self.stats, self.rows = rows.stats, rows.total
+        self.size = min(limit, rows.total) if limit else rows.total
         self._rows, self._limit = rows, limit
 
     def take(self, limit: int) -> "EvalBatches":

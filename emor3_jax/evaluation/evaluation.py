@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from emor3_jax.data.batch import Prompts
+from emor3_jax.evaluation.gallery import Gallery
 from emor3_jax.evaluation.metrics import (
     confusion_matrix,
     decoupling,
@@ -84,14 +85,14 @@ def evaluate(
         are padding.
       seed: of the sampling noise; the same seed gives the same responses.
       put: puts this host's rows on the devices, as a batch of all hosts.
-      keep: number of responses to return as text.
+      keep: number of responses to return as text, and further ones of rare kinds (`Gallery`).
       graded: report the accuracy by soft labels beside the exact one, and how far the shares of
         votes and likelihood are from those of raters.
       record: takes each row with its responses, as it is written to a file of predictions.
       extras: readings beyond the method.
     """
     columns: dict[str, list[np.ndarray]] = {}
-    samples: list[Sample] = []
+    gallery = Gallery(keep)
     labels, responses = rollout.scorer.labels, range(rollout.group_size)
     likelihood, values, judge = extras or Extras()
     # Training folds its step into the same seed: one more number keeps the two apart.
@@ -115,7 +116,8 @@ def evaluate(
         new |= read_shares(found.scores.answer, chosen, likely, len(labels))
         for name, value in new.items():
             columns.setdefault(name, []).append(value[rows])
-        samples += [shown[i] for i in rows[: max(keep - len(samples), 0)]]
+        for i in rows:
+            gallery.add(shown[i])
         for i in rows if record else ():
             each = [shown[i] if g == chosen[i] else read(i, g) for g in responses]
             named = (*labels, "")[new["lenient"][i]]
@@ -125,7 +127,7 @@ def evaluate(
     metrics = _means(data, rollout, graded) | label_scores(data, labels) | scores
     metrics |= value_scores(data)
     confusion = confusion_matrix(data["label"], data["answer"], len(labels)).tolist()
-    return Evaluation(metrics, samples, labels, tuple(map(tuple, confusion)), curves)
+    return Evaluation(metrics, gallery.samples, labels, tuple(map(tuple, confusion)), curves)
 
 
 def _read(

@@ -128,6 +128,26 @@ def prediction(
     }
 
 
+def read_prediction(row: Mapping[str, Any]) -> Sample:
+    """Returns the response that answers for a row, from the JSON that `prediction` made.
+
+    Raises:
+      KeyError, TypeError, AttributeError: for what is no such JSON.
+    """
+    said = [each for each in row["responses"] if each["answer"] == row["answer"]]
+    # Of a majority that is right for other reasons than any single response.
+    chosen = (said or row["responses"])[0]
+    replies = {
+        name.removesuffix("_reply"): text
+        for name, text in chosen.items()
+        if name.endswith("_reply")
+    }
+    fields = row["id"], row["label"], row["answer"], chosen["response"]
+    if not all(isinstance(text, str) for text in (*fields, *replies.values())):
+        raise TypeError("a field is no text")
+    return Sample(*fields, replies, dict(chosen["scores"]))
+
+
 def read_sample(
     scorer: Scorer, row_id: str, label: int, at: tuple[int, int], experience: Experience
 ) -> Sample:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emor3_jax.evaluation.comparison import Answered, Comparison
-from emor3_jax.io import pages
+from emor3_jax.io import pages, plots
+from emor3_jax.io.curves import RunGroup, learning_curves
 
 SHOWN = 12
 """Rows that only one run gets right and that a page shows, of each run."""
@@ -91,14 +92,19 @@ def notes(compared: Compared) -> list[str]:
     ]
 
 
-def write_page(path: Path, title: str, compared: Sequence[Compared]) -> None:
+def write_page(
+    path: Path, title: str, compared: Sequence[Compared], groups: Sequence[RunGroup] = ()
+) -> None:
     """Writes the HTML page of comparisons, its folder made if needed.
 
     Args:
       path: the file.
       title: of the page.
       compared: data sets of pairs of runs.
+      groups: of the runs that were trained, for their learning curves.
     """
+    data_sets = list(dict.fromkeys(each.data_set for each in compared))
+    drawn = learning_curves(groups, data_sets)
     sections = [
         {
             "data_set": each.data_set,
@@ -115,7 +121,13 @@ def write_page(path: Path, title: str, compared: Sequence[Compared]) -> None:
         for each in compared
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = pages.render("compare.html.j2", title=title, sections=sections)
+    page = pages.render(
+        "compare.html.j2",
+        title=title,
+        sections=sections,
+        curves=[plots.to_svg(each.figure, each.name) for each in drawn],
+        seeds=any(len(group.rows) > 1 for group in groups),
+    )
     path.write_text(page, encoding="utf-8")
 
 

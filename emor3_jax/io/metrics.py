@@ -117,13 +117,19 @@ class Lap:
 
 
 def memory() -> dict[str, float]:
-    """Returns `memory/host_bytes` (resident now) and, where known, `memory/device_peak_bytes`."""
+    """Returns the memory of the process, in bytes.
+
+    `memory/host_bytes` is resident now, `memory/host_peak_bytes` the most that was, and
+    `memory/device_peak_bytes` is there where the device tells it.
+    """
+    # Linux counts kibibytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         host = pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    values = {"memory/host_bytes": float(host)}
+        host = peak
+    values = {"memory/host_bytes": float(host), "memory/host_peak_bytes": float(max(host, peak))}
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         values["memory/device_peak_bytes"] = float(stats["peak_bytes_in_use"])

@@ -2,9 +2,14 @@
 
 import base64
 import functools
+import io
 
 import jinja2
 import markupsafe
+import PIL.Image
+
+_LARGE, _SIDE = 40_000, 336
+"""Bytes of an image that a page holds as it is; pixels of the longer side of a smaller one."""
 
 
 def render(template: str, **values: object) -> str:
@@ -21,6 +26,21 @@ def data_url(encoded: bytes) -> str:
     """Returns a `data:` URL of an encoded PNG or JPEG."""
     kind = "png" if encoded.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def thumbnail(encoded: bytes) -> bytes:
+    """Returns an encoded image no larger than a page shows it; a small one as it is."""
+    if len(encoded) <= _LARGE:
+        return encoded
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
+            smaller = image.convert("RGB")
+    except (OSError, ValueError):
+        return encoded
+    smaller.thumbnail((_SIDE, _SIDE))
+    out = io.BytesIO()
+    smaller.save(out, "JPEG", quality=85)
+    return min(encoded, out.getvalue(), key=len)
 
 
 def _number(value: float | None, spec: str = ".1f", missing: str = "–") -> str:

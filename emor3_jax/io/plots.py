@@ -7,8 +7,8 @@ stay unused.
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, cycle, product
-from typing import TYPE_CHECKING, Any
+from itertools import cycle, product
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH = 4.8
+WIDTH = 4.8
 """Width of a figure in inches; at 96 pixels an inch it nearly fits a phone."""
 
 _MIN_SCALE = 0.7
@@ -28,11 +28,10 @@ _MIN_SCALE = 0.7
 
 _BEFORE, _AFTER = "#999999", "#4477aa"
 _RIGHT, _WRONG = (0.09, 0.45, 0.27), (0.70, 0.15, 0.12)
-_TOTAL = "#222222"
 # Points of a curve up to which each is marked.
 _FEW = 20
-_COLOURS = ("#4477aa", "#228833", "#ee6677", "#ccbb44", "#66ccee", "#aa3377")
-_LINES = ("solid", "dashed", "dotted", "dashdot")
+COLOURS = ("#4477aa", "#228833", "#ee6677", "#aa8800", "#2299bb", "#aa3377")
+LINES = ("solid", "dashed", "dotted", "dashdot")
 
 
 def accuracy_intervals(
@@ -58,7 +57,7 @@ def accuracy_intervals(
             y += 0.5
     if not rows:
         return None
-    figure, axes = _new(_WIDTH, 0.8 + 0.26 * y)
+    figure, axes = new_figure(WIDTH, 0.8 + 0.26 * y)
     for y, metrics, colour in rows:
         low, middle, high = (
             100 * metrics[key] for key in ("accuracy_low", "accuracy", "accuracy_high")
@@ -84,7 +83,7 @@ def confusion_heatmap(labels: Sequence[str], confusion: Sequence[Sequence[int]])
     counts = np.asarray(confusion)
     k = len(labels)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = _new(1.4 + 0.38 * (k + 1), 1.4 + 0.38 * k)
+    figure, axes = new_figure(1.4 + 0.38 * (k + 1), 1.4 + 0.38 * k)
     axes.set_aspect("equal")
     colours = np.empty((k, k + 1, 4))
     colours[..., :3], colours[..., 3] = _WRONG, share
@@ -127,7 +126,7 @@ def bars(
       xlabel, ylabel: titles of the axes, with the unit.
       limit: end of the value axis; None fits it to the values.
     """
-    figure, axes = _new(_WIDTH, 0.8 + 0.26 * len(labels))
+    figure, axes = new_figure(WIDTH, 0.8 + 0.26 * len(labels))
     drawn = axes.barh(range(len(labels)), values, color=_AFTER)
     whole = all(float(value).is_integer() for value in values)
     axes.bar_label(drawn, fmt="{:.0f}" if whole else "{:.1f}", padding=3)
@@ -148,10 +147,10 @@ def reliability_diagram(calibrations: Mapping[str, Calibration]) -> "Figure":
     Args:
       calibrations: source of confidence → its curves.
     """
-    figure, axes = _new(_WIDTH, 3.4)
+    figure, axes = new_figure(WIDTH, 3.4)
     axes.plot([0, 1], [0, 1], color=_BEFORE, linewidth=1, linestyle="dotted")
     most = max(each.rows for curves in calibrations.values() for each in curves.bins)
-    for (source, curves), (line, colour) in zip(calibrations.items(), _styles(), strict=False):
+    for (source, curves), (line, colour) in zip(calibrations.items(), styles(), strict=False):
         there = [each for each in curves.bins if each.rows]
         x, y = [each.confidence for each in there], [each.accuracy for each in there]
         axes.plot(x, y, color=colour, linestyle=line, label=source)
@@ -173,8 +172,8 @@ def coverage_curves(calibrations: Mapping[str, Calibration]) -> "Figure":
     Args:
       calibrations: source of confidence → its curves.
     """
-    figure, axes = _new(_WIDTH, 3.4)
-    for (source, curves), (line, colour) in zip(calibrations.items(), _styles(), strict=False):
+    figure, axes = new_figure(WIDTH, 3.4)
+    for (source, curves), (line, colour) in zip(calibrations.items(), styles(), strict=False):
         coverage, accuracy = zip(*curves.coverage, strict=True)
         coverage, accuracy = ([100 * x for x in each] for each in (coverage, accuracy))
         marker = "o" if len(coverage) <= _FEW else None
@@ -188,57 +187,9 @@ def coverage_curves(calibrations: Mapping[str, Calibration]) -> "Figure":
     return figure
 
 
-def _styles() -> Iterator[tuple[str, str]]:
+def styles() -> Iterator[tuple[str, str]]:
     """Yields line style and colour of curves without end."""
-    return cycle(product(_LINES, _COLOURS))
-
-
-def reward_curves(rows: Sequence[Mapping[str, Any]], questions: Sequence[str]) -> "Figure | None":
-    """Draws the mean reward terms over the training steps.
-
-    Custom reward terms are left out, since they may be of any size.
-
-    Args:
-      rows: lines of metrics.jsonl.
-      questions: names of the reflections.
-
-    Returns:
-      The figure, its legend with the last values; None if no training step was logged.
-    """
-    curves = {
-        name: [
-            (row["step"], row[f"reward/{name}"])
-            for row in rows
-            if row.get(f"reward/{name}") is not None
-        ]
-        for name in ("overall", "format", "accuracy", *questions)
-    }
-    if not any(curves.values()):
-        return None
-    figure, axes = _new(_WIDTH, 3)
-    # By position, so that a term keeps its colour where another one is missing.
-    styles = chain([("solid", _TOTAL)], cycle(product(_LINES, _COLOURS)))
-    for (name, points), (line, colour) in zip(curves.items(), styles, strict=False):
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(
-                steps,
-                values,
-                # One point alone makes no line.
-                marker="o" if len(points) == 1 else None,
-                color=colour,
-                linestyle=line,
-                label=f"{name} {values[-1]:.2f}",
-            )
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0), max(high, 1.05))
-    axes.set_xlim(left=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("mean reward")
-    axes.grid(color="#eeeeee")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
-    return figure
+    return cycle(product(LINES, COLOURS))
 
 
 def to_svg(figure: "Figure", description: str) -> Markup:
@@ -275,7 +226,8 @@ def to_svg(figure: "Figure", description: str) -> Markup:
     return Markup(svg.replace("<svg", named, 1))
 
 
-def _new(width: float, height: float) -> "tuple[Figure, Axes]":
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """Returns a figure of so many inches and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")

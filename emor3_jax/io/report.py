@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from emor3_jax.errors import UserError
+from emor3_jax.evaluation.gallery import faults, watch
 from emor3_jax.evaluation.metrics import class_scores
 from emor3_jax.evaluation.records import Evaluation, Sample, question_names, to_json
-from emor3_jax.io import pages, plots
+from emor3_jax.io import curves, pages, plots
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = 12
-"""Number of samples in a gallery."""
+"""Number of samples in a gallery; of held-out rows, further ones of rare kinds."""
+
+WATCHED = 6
+"""Number of held-out rows that are shown over time."""
 
 _MEANS = {"response_length": 1, "rows": 0}
 """Scores that are not shares, and their digits behind the point."""
@@ -24,6 +29,9 @@ _FIRST = (
     *("uar", "macro_f1", "weighted_f1", "format"),
 )
 """Shares that come first in the tables."""
+
+_FAULTS = "wrong", "incoherent", "inconsistent", "malformed"
+"""Faults in the order of the buttons; others follow."""
 
 _DISTANCES = ("kl", "chebyshev", "clark", "canberra", "cosine", "intersection")
 _AGREEMENTS = ("mae", "plcc", "srcc", "ccc")
@@ -55,24 +63,41 @@ class _Shown(NamedTuple):
     sample: Sample
     image: str | None
     lines: list[str]
+    faults: list[str]
+
+
+class _WatchedRow(NamedTuple):
+    """A held-out row with the URL of its image, and its responses by step."""
+
+    label: str
+    id: str
+    image: str | None
+    answers: dict[int, _Shown]
 
 
 def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> str:
     """Returns a text table: one line a data set and score, before → after, in percent.
 
+    Behind the scores stand the rows of `after`, and the 95 % interval of its accuracy.
+
     Args:
       before, after: data set → evaluation; a set missing from `before` shows a dash.
     """
     scores = list(_scores(before, after, _shares(after)))
-    # Questions may have names of any length.
+    # Questions and data sets may have names of any length.
+    wide = max([10, *(len(each.data_set) + 2 for each in scores)])
     width = max([14, *(len(each.score) + 2 for each in scores)])
-    lines = [f"{'data set':<16}{'score':<{width}}{'before':>9}{'after':>9}{'change':>9}"]
+    head = f"{'before':>8}{'after':>8}{'change':>8}{'rows':>7}  {'95 % interval':<14}"
+    lines = [f"{'data set':<{wide}}{'score':<{width}}{head}"]
     for each in scores:
         if each.change is None:
-            numbers = f"{'–':>9}{each.after:>9.1f}{'–':>9}"
+            numbers = f"{'–':>8}{each.after:>8.1f}{'–':>8}"
         else:
-            numbers = f"{each.before:>9.1f}{each.after:>9.1f}{each.change:>+9.1f}"
-        lines.append(f"{each.data_set:<16}{each.score:<{width}}{numbers}")
+            numbers = f"{each.before:>8.1f}{each.after:>8.1f}{each.change:>+8.1f}"
+        rows = after[each.data_set].metrics.get("rows")
+        rows = "–" if rows is None else f"{rows:.0f}"
+        line = f"{each.data_set:<{wide}}{each.score:<{width}}{numbers}{rows:>7}"
+        lines.append(f"{line}  {each.interval:<14}")
     return "\n".join(lines)
 
 
@@ -120,12 +145,12 @@ def write_report(
     after: Mapping[str, Evaluation],
     images: Mapping[str, Callable[[str], bytes | None]],
 ) -> Path:
-    """Writes `workdir/report.html`: tables, plots, curves, and a dozen samples of each data set.
+    """Writes `workdir/report.html`: tables, plots, curves, held-out rows over time, a gallery.
 
     `evaluation.md` beside it has the same numbers, `evaluation.json` those of `after`.
 
     Args:
-      workdir: folder of the run, with its metrics.jsonl.
+      workdir: folder of the run, with its metrics.jsonl and predictions.
       title: of the page.
       before, after: data set → evaluation.
       images: data set → function that returns the encoded image of a row id, or None.
@@ -133,28 +158,29 @@ def write_report(
     Returns:
       The file.
     """
-    metrics = workdir / "metrics.jsonl"
-    rows = _read_metrics(metrics)
+    rows = read_metrics(workdir / "metrics.jsonl")
     intervals = plots.accuracy_intervals(before, after)
-    curves = plots.reward_curves(rows, question_names(after))
+    sets = {name: each for name, each in after.items() if not each.members}
+    gallery = [(name, x) for name, each in sets.items() for x in _shown(each.samples, images[name])]
+    found = {fault for _, x in gallery for fault in x.faults}
     page = pages.render(
         "report.html.j2",
         title=title,
         scores=list(_scores(before, after, _shares(after))),
         numbers=list(_scores(before, after, _numbers(after))),
+        rows={name: each.metrics.get("rows") for name, each in after.items()},
         groups={name: each.members for name, each in after.items() if each.members},
         intervals=intervals and plots.to_svg(intervals, "accuracy of each data set"),
-        data_sets=[
-            {
-                **_classes(name, each),
-                **_plots(name, each),
-                "samples": _shown(each.samples, images[name]),
-            }
-            for name, each in after.items()
-            if not each.members
+        data_sets=[{**_classes(name, each), **_plots(name, each)} for name, each in sets.items()],
+        curves=[
+            {"svg": plots.to_svg(each.figure, each.name), "caption": each.caption}
+            for each in curves.training_curves(rows, after, question_names(after))
         ],
-        curves=curves and plots.to_svg(curves, "reward terms over training steps"),
-        last_step=max((row["step"] for row in rows), default=0),
+        watched=_watched(workdir, next(iter(sets), ""), images),
+        gallery=gallery,
+        faults=[name for name in _FAULTS if name in found] + sorted(found - {*_FAULTS}),
+        labels=list(dict.fromkeys(label for each in sets.values() for label in each.labels))
+        or sorted({x.sample.label for _, x in gallery}),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     data = json.dumps(to_json(after), indent=2, ensure_ascii=False)
@@ -166,7 +192,7 @@ def write_report(
     return path
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
     """Returns the lines of a run's metrics; what is no JSON, after a full disk, is passed over."""
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
@@ -277,10 +303,35 @@ def _plots(name: str, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _shown(samples: Sequence[Sample], image: Callable[[str], bytes | None]) -> list[_Shown]:
-    shown = []
-    for sample in samples:
-        encoded = image(sample.id)
-        # Each later step of the response starts a line of its own.
-        lines = re.split(r"(?=<step2>|<step3>|\\boxed\{)", sample.response)
-        shown.append(_Shown(sample, None if encoded is None else pages.data_url(encoded), lines))
-    return shown
+    return [_show(sample, _url(image, sample.id)) for sample in samples]
+
+
+def _show(sample: Sample, image: str | None) -> _Shown:
+    # Each later step of the response starts a line of its own.
+    lines = re.split(r"(?=<step2>|<step3>|\\boxed\{)", sample.response)
+    return _Shown(sample, image, lines, faults(sample))
+
+
+def _url(image: Callable[[str], bytes | None], row_id: str) -> str | None:
+    encoded = image(row_id)
+    return None if encoded is None else pages.data_url(pages.thumbnail(encoded))
+
+
+def _watched(
+    workdir: Path, data_set: str, images: Mapping[str, Callable[[str], bytes | None]]
+) -> list[_WatchedRow]:
+    """Returns rows of a data set over time; what cannot be read does not end a run at its end."""
+    try:
+        found = watch(workdir / "predictions", data_set, WATCHED)
+    except UserError as error:
+        logger.warning("the report shows no rows over time: %s", error)
+        return []
+    return [
+        _WatchedRow(
+            row.label,
+            row.id,
+            _url(images[data_set], row.id),
+            {step: _show(sample, None) for step, sample in row.answers.items()},
+        )
+        for row in found
+    ]

@@ -6,8 +6,8 @@ are computed in float32, whatever the compute type.
 """
 
 import dataclasses
+import functools
 import math
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -82,7 +82,8 @@ class Policy:
 
     def param_shapes(self) -> Params:
         """Returns the tree of parameters as `jax.ShapeDtypeStruct`s, without computing anything."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        # A tree of the caller's own: it is kept for the next one.
+        return jax.tree.map(lambda leaf: leaf, _param_shapes(self.family, self.shapes))
 
     def encode_images(self, params: Params, images: Images) -> jax.Array:
         """Runs the vision tower.
@@ -251,7 +252,7 @@ class Policy:
         unrolled = "layers" not in params["model"]
         kind = self.compute.decode_attention
         sources: dict[str, Any] = {"prefix": prefix, "cache": cache}
-        fits = partial(decode_attention.fits, interpret=kind.endswith("interpret"))
+        fits = functools.partial(decode_attention.fits, interpret=kind.endswith("interpret"))
         if lengths is not None and kind != "xla" and fits(prefix, cache):
             sources = {"ring": decode_attention.make_ring(prefix, cache, lengths, slot)}
         hidden, keys = self._decoder(keep_keys=True, unrolled=unrolled).apply(
@@ -369,6 +370,11 @@ class Policy:
         if copies is not None:
             return by_rows(own, copies, path, hidden, targets, copies=True)
         return by_rows(own, head, path, hidden, targets)
+
+
+@functools.lru_cache(maxsize=16)
+def _param_shapes(family: Family, shapes: Shapes) -> Params:
+    return jax.eval_shape(lambda: Policy(family, shapes).init(jax.random.key(0)))
 
 
 def _side_by_side(prompt: Prompt, features: jax.Array, count: int) -> tuple[Prompt, jax.Array]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from emor3_jax.config import uses_reference
+from emor3_jax.config import EMBEDDED, uses_reference
 from emor3_jax.data.prompts import PLAIN_STYLES
 from emor3_jax.models import is_hub_id
 from emor3_jax.models.lora import TOWER
@@ -213,12 +213,12 @@ def check_reference(config: ConfigDict, need: Need) -> None:
             "name another judge",
         )
         path = Path(judge)
-        known = judge in ("policy", "reference") or (path / "config.json").is_file()
+        known = judge in ("policy", "reference", EMBEDDED) or (path / "config.json").is_file()
         need(
             known or (not path.exists() and is_hub_id(judge)),
             field,
-            "must be 'policy', 'reference', a Hugging Face folder with a config.json, or an id on "
-            "the hub ('owner/name')",
+            "must be 'policy', 'reference', 'embedded' (the base policy), a Hugging Face folder "
+            "with a config.json, or an id on the hub ('owner/name')",
         )
     need(
         reference.kind != "none" or not uses_reference(config),

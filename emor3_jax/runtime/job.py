@@ -54,6 +54,7 @@ def start_jax(cache: str, *, devices: bool = True) -> CompileCounter:
     # The data sets' own notices would drown the progress of the run.
     for name in ("absl", "grain", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("absl").addFilter(_is_no_notice_of_tfds)
     if not hosts.is_first():
         # All know the same of the data; one says it.
         logging.getLogger("emor3_jax").setLevel(logging.ERROR)
@@ -62,6 +63,11 @@ def start_jax(cache: str, *, devices: bool = True) -> CompileCounter:
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return CompileCounter()
+
+
+def _is_no_notice_of_tfds(record: logging.LogRecord) -> bool:
+    """Returns False for what tfds says of each builder of ours: its config is none of its list."""
+    return not str(record.msg).startswith("Using custom data configuration")
 
 
 def check_hosts(config: ConfigDict) -> None:

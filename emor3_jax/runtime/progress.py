@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from emor3_jax.evaluation.records import Evaluation
-from emor3_jax.io.console import duration
-from emor3_jax.io.metrics import PhaseClock
+from emor3_jax.io.console import duration, fitted
+from emor3_jax.io.metrics import Lap, PhaseClock
 from emor3_jax.rewards.questions import QUESTIONS
 
 _UNDER_WAY = ("update",)
@@ -17,22 +17,41 @@ _UNDER_WAY = ("update",)
 
 
 class StepClock(PhaseClock):
-    """A clock of phases that lets something look between them."""
+    """A clock of phases that lets something look between them, and tells which one is at work."""
 
-    def __init__(self, look: Callable[[], None]) -> None:
+    def __init__(
+        self, look: Callable[[], None], tell: Callable[[str], None] = lambda _: None
+    ) -> None:
         """Starts.
 
         Args:
           look: called after each phase but the update; what it raises ends the step.
+          tell: is told, from another thread, the phase that the device is in.
         """
         super().__init__()
-        self._look = look
+        self._look, self._tell = look, tell
+        self._last_marked = ""
+        # A phase is marked when all of it was launched, which may be near its end: the order of the
+        # step before says which one has begun.
+        self._following: dict[str, str] = {}
 
     def mark(self, phase: str, arrays: Any) -> None:
         """Marks the end of a phase, then looks."""
+        if phase != self._last_marked:
+            self._following[self._last_marked], self._last_marked = phase, phase
         super().mark(phase, arrays)
         if phase not in _UNDER_WAY:
             self._look()
+
+    def _wait(self, phase: str, arrays: Any, lap: Lap) -> None:
+        self._tell(phase)
+        super()._wait(phase, arrays, lap)
+        self._tell(self._following.get(phase, ""))
+
+    def restart(self) -> None:
+        """Begins a phase now."""
+        super().restart()
+        self._tell(self._following.get(self._last_marked, "compiling"))
 
 
 def start_trace(folder: Path) -> None:
@@ -78,10 +97,28 @@ def evaluation_metrics(results: dict[str, Evaluation]) -> dict[str, float]:
     }
 
 
-def evaluation_line(results: dict[str, Evaluation]) -> str:
-    """Returns the main metrics of each data set in one line."""
-    shown = ("accuracy", "format", *QUESTIONS, "decoupling")
-    return "; ".join(
-        f"{name}: " + "  ".join(f"{m} {r.metrics[m]:.3f}" for m in shown if m in r.metrics)
-        for name, r in results.items()
-    )
+def evaluation_lines(results: dict[str, Evaluation], width: int | None = None) -> list[str]:
+    """Returns a line for each data set: its main metrics, with rows and a 95 % interval.
+
+    Args:
+      results: data set → evaluation.
+      width: columns that a line may take; None leaves out nothing.
+    """
+    shown = ("format", *QUESTIONS, "decoupling")
+    lines = []
+    for name, result in results.items():
+        metrics = result.metrics
+        first = f"{name}: accuracy {metrics['accuracy']:.3f}{_certainty(metrics)}"
+        rest = (f"{metric} {metrics[metric]:.3f}" for metric in shown if metric in metrics)
+        lines.append(fitted([first, *rest], width))
+    return lines
+
+
+def _certainty(metrics: dict[str, float]) -> str:
+    """Returns the interval of the accuracy and the rows behind it, as far as they are there."""
+    said = []
+    if "accuracy_low" in metrics:
+        said.append(f"95 % {metrics['accuracy_low']:.3f} to {metrics['accuracy_high']:.3f}")
+    if "rows" in metrics:
+        said.append(f"{metrics['rows']:.0f} rows")
+    return f" ({', '.join(said)})" if said else ""

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,14 +30,7 @@ from emor3_jax import flops, prepare
 from emor3_jax.config import ConfigError
 from emor3_jax.data.batch import Prompts
 from emor3_jax.data.inference_settings import FILE
-from emor3_jax.evaluation.evaluation import Extras, evaluate
-from emor3_jax.evaluation.records import (
-    Evaluation,
-    from_json,
-    prediction_file,
-    to_json,
-    with_groups,
-)
+from emor3_jax.evaluation.records import Evaluation, from_json, to_json
 from emor3_jax.io import report
 from emor3_jax.io.card import CARD_FILE
 from emor3_jax.io.checkpoints import Checkpoints, DamagedError, release
@@ -54,13 +47,14 @@ from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job, replays
 from emor3_jax.runtime.card import card_of_run
+from emor3_jax.runtime.evaluator import Evaluator
 from emor3_jax.runtime.failures import raise_failure
 from emor3_jax.runtime.guards import GuardError, Watch
 from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.progress import (
     Pace,
     StepClock,
-    evaluation_line,
+    evaluation_lines,
     evaluation_metrics,
     start_trace,
 )
@@ -157,22 +151,10 @@ class Run:
         if hosts.is_first():
             self._settings.write(workdir)
         self.say("building the reward tables")
-        self._rollouts = {
-            name: prepare.make_evaluation_rollout(
-                config, self.policy, self.data.labels[name], self.mesh, judges.evaluation
-            )
-            for name in self.data.evaluate
-        }
-        self._extras = {
-            name: Extras(
-                prepare.make_label_likelihood(config, rollout),
-                prepare.stated_values(config, self.data.sources[name]),
-            )
-            for name, rollout in self._rollouts.items()
-        }
+        self._evaluator = Evaluator(config, self.policy, self.data, self.mesh, judges.evaluation)
         self._stop.check()
         self._begin_at(latest)
-        self.clock = StepClock(self._stop.check)
+        self.clock = StepClock(self._stop.check, lambda phase: self._task.note(phase))
         self._finished: FinishedStep | None = None
         self._due, self._told_stopped, self._saved_at = False, False, time.monotonic()
         self._stop.rescue = self._rescue
@@ -198,6 +180,7 @@ class Run:
         first = self._step + (latest is not None)
         self._writer = MetricWriter(self.workdir, config.log.sinks, first_step=first)
         self._pace = Pace(config.steps)
+        self._task = self.say.task(self._program, config.steps, "steps", self._step)
         self._last = self._step >= config.steps
         self._traced = range(self._step + 3, self._step + 3 + config.log.profile_steps)
 
@@ -225,7 +208,8 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.callback(self._scope.close)
             stack.callback(self._unlock)
-            for each in (self._stop.restore, self._writer.close, self._checkpoints.close):
+            ends = self._stop.restore, self._writer.close, self._checkpoints.close
+            for each in (*ends, self._task.close):
                 stack.callback(each)
             self._maintenance.close()
             self.clock.close()
@@ -352,6 +336,7 @@ class Run:
             except DamagedError as error:
                 self._checkpoints.give_up(self._step, error)
                 self._writer.close()
+                self._task.close()
                 self._begin_at(self._checkpoints.latest())
             else:
                 self._checkpoints.set_aside()
@@ -443,12 +428,13 @@ class Run:
 
     def _evaluate_before(self, params: dict) -> dict[str, Evaluation]:
         """Evaluates on `evaluate.before` rows of each set; {} where that is none."""
-        rows, names = self.config.evaluate.before, tuple(self.config.evaluate.sets)
+        config = self.config
+        rows, names = config.evaluate.before, tuple(config.evaluate.sets)
         if not rows or not names:
             return {}
         self.say(f"evaluating before training ({', '.join(names)}); the first batch compiles")
         before = self._evaluate(params, names, 0, max(rows, 0))
-        self.say(evaluation_line(before))
+        self._say_evaluated(before)
         return before
 
     def _evaluate_during(self, step: int, learner: Learner, state: TrainState) -> dict[str, float]:
@@ -456,8 +442,12 @@ class Run:
         config = self.config
         names = tuple(config.evaluate.sets)[:1]
         now = self._evaluate(learner.params(state), names, step, config.evaluate.during)
-        self.say(evaluation_line(now))
+        self._say_evaluated(now)
         return evaluation_metrics(now)
+
+    def _say_evaluated(self, found: dict[str, Evaluation]) -> None:
+        for line in evaluation_lines(found, self.say.width):
+            self.say(line)
 
     def save(self, step: int, learner: Learner, state: TrainState) -> None:
         """Begins to write a checkpoint where a step is due, and after the last one.
@@ -492,6 +482,7 @@ class Run:
         self.say("evaluating after training")
         before = from_json(self._progress["before"])
         after = self._evaluate(trained, names, self._step)
+        self._task.note("report and policy")
         self._writer.add_events(self._step, evaluation_metrics(after))
         metrics = [{name: e.metrics for name, e in each.items()} for each in (before, after)]
         if hosts.is_first():
@@ -512,8 +503,7 @@ class Run:
         )
         texts = {FILE: self._settings.to_json(), CARD_FILE: card}
         save_whole(trained_policy, workdir / "policy", texts)
-        for line in report.before_after_table(before, after).splitlines():
-            self.say(line)
+        self.say.block(report.before_after_table(before, after))
         self.say(f"report: {workdir / 'report.html'}   trained policy: {workdir / 'policy'}")
         self.close()
         return {"before": before, "after": after}
@@ -546,20 +536,15 @@ class Run:
         for warning in warnings:
             self.say(warning)
         left = self._pace.left(done.step)
+        self._task.advance()
         if done.step % config.log.every == 0 or done.step == config.steps:
-            self.say(progress_line(done.step, config.steps, values, left))
+            self.say(progress_line(done.step, config.steps, values, left, self.say.width))
         due = done.step % config.log.samples_every == 0 or done.step == 1
         if self._rollout is not None and hosts.is_first() and due:
             shown = done.read(self._rollout.scorer, report.SAMPLES)
             page = self.workdir / "samples" / f"{done.step:06d}.html"
             image, judge = self.data.image("train"), self._judges.training
             report.write_samples(page, done.step, shown, image, judge)
-
-    def _until_stopped(self, batches: Iterable[Prompts]) -> Iterator[Prompts]:
-        """Yields the batches of an evaluation; raises Stopped between them if a signal came."""
-        for prompts in batches:
-            self._stop.check()
-            yield prompts
 
     def _evaluate(
         self, params: dict, names: tuple[str, ...], step: int, limit: int = 0
@@ -573,22 +558,15 @@ class Run:
           limit: at most so many rows of each; 0 is all. After the first step they are watched
             without the labels' likelihood.
         """
-        found = {}
-        for name in names:
-            extras = self._extras[name]._replace(judge=self._judges.of_evaluation(self._learner))
-            extras = extras._replace(likelihood=None) if limit and step else extras
-            path = self.workdir / "predictions" / f"{step:06d}" / f"{name}.jsonl"
-            rows = self.data.evaluate[name]
-            with prediction_file(path) as record:
-                found[name] = evaluate(
-                    self._rollouts[name],
-                    params,
-                    self._until_stopped(rows.take(limit) if limit else rows),
-                    self.config.seed,
-                    put=self.put,
-                    keep=report.SAMPLES,
-                    graded=self.config.evaluate.sets[name].graded,
-                    record=record,
-                    extras=extras,
-                )
-        return with_groups(found, self.config.evaluate.groups)
+        folder = self.workdir / "predictions" / f"{step:06d}"
+        self._task.note("evaluation")
+        return self._evaluator(
+            params,
+            names,
+            folder,
+            self.say,
+            judge=self._judges.of_evaluation(self._learner),
+            limit=limit,
+            likelihood=not (limit and step),
+            look=self._stop.check,
+        )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from emor3_jax.evaluation.records import Sample, read_sample
+from emor3_jax.io.console import fitted
 from emor3_jax.io.metrics import Lap
 from emor3_jax.learner.learner import Learner
 from emor3_jax.parallel import hosts
@@ -121,17 +122,37 @@ class StepRecord(NamedTuple):
         return values | {name: float(value) for name, value in self.info.items()}
 
     def read(self, scorer: Scorer, count: int) -> list[Sample]:
-        """Decodes the first response to each of a few prompts; of a record that was fetched."""
+        """Decodes the first response to each of a few prompts; of a record that was fetched.
+
+        Its advantage, where there is one, stands beside the scores.
+        """
         answers, experience = self.observed.answers, self.observed.experience
-        ids = self.observed.ids[:count]
-        return [
+        samples = [
             read_sample(scorer, row_id, answers[i], (i, 0), experience)
-            for i, row_id in enumerate(ids)
+            for i, row_id in enumerate(self.observed.ids[:count])
+        ]
+        if (advantages := experience.advantages) is None:
+            return samples
+        return [
+            sample._replace(scores=sample.scores | {"advantage": float(advantages[i, 0])})
+            for i, sample in enumerate(samples)
         ]
 
 
-def progress_line(step: int, steps: int, values: dict[str, float], left: str) -> str:
-    """Returns the main metrics of a step in one line."""
+def progress_line(
+    step: int, steps: int, values: dict[str, float], left: str, width: int | None = None
+) -> str:
+    """Returns the main metrics of a step in one line.
+
+    Args:
+      step, steps: its number, and the last one's.
+      values: metric → value.
+      left: time that the run will still take.
+      width: columns of a terminal, whose bar says what is left: the line then holds as much as
+        fits, in columns that stand below each other.
+    """
+    if width is not None:
+        return _terminal_line(f"step {step:>{len(str(steps))}}/{steps}", values, width)
     if "reward/overall" not in values:
         return (
             f"step {step}/{steps}  loss {values['policy/loss']:.3f}  "
@@ -147,3 +168,16 @@ def progress_line(step: int, steps: int, values: dict[str, float], left: str) ->
         f"step {step}/{steps}  reward {values['reward/overall']:.3f} ({reward})  "
         f"kl {values['policy/kl']:.3f}  {values['time/step_s']:.2f} s ({phases})  left {left}"
     )
+
+
+def _terminal_line(step: str, values: dict[str, float], width: int) -> str:
+    parts = [f"{step}  {values['time/step_s']:6.2f} s"]
+    if "reward/overall" in values:
+        parts.append(f"reward {values['reward/overall']:.3f}")
+        names = ("accuracy", "format", *QUESTIONS)
+        parts += [f"{name} {values[f'reward/{name}']:.2f}" for name in names]
+        parts.append(f"kl {values['policy/kl']:.3f}")
+    else:
+        parts.append(f"loss {values['policy/loss']:.3f}")
+    parts.append(f"tokens {values['response/length_mean']:.1f}")
+    return fitted(parts, width)

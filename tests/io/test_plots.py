@@ -69,42 +69,6 @@ def test_bars_have_their_values() -> None:
     assert (axes.get_xlabel(), axes.get_title(loc="left")) == ("F1, %", "label")
 
 
-def test_curves_leave_out_what_was_not_measured() -> None:
-    rows = [{"step": 0, "eval/scenes/accuracy": 0.25}]
-    rows += [{"step": s, "reward/overall": -0.25 * s, "reward/format": None} for s in (1, 2, 3)]
-    rows[2]["reward/accuracy"] = 0.5
-    figure = plots.reward_curves(rows, ("coherence",))
-    (axes,) = figure.axes
-    overall, accuracy = axes.lines
-    assert overall.get_xdata().tolist() == [1, 2, 3]
-    assert overall.get_ydata().tolist() == [-0.25, -0.5, -0.75]
-    # A single point shows too.
-    assert accuracy.get_marker() == "o" and overall.get_marker() == "None"
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["overall -0.75", "accuracy 0.50"]
-    low, high = axes.get_ylim()
-    assert low < -0.75 and high == 1.05
-    assert plots.reward_curves(rows[:1], ()) is None
-
-
-def test_each_question_has_a_curve_of_its_own() -> None:
-    """Also where there are more questions than colours; a custom term has none."""
-    questions = [f"question {i}" for i in range(9)]
-    rows = [
-        {"step": s, "reward/overall": 0.5, "reward/letters": 80.0}
-        | {f"reward/{name}": (s + i) / 20 for i, name in enumerate(questions)}
-        for s in (1, 2)
-    ]
-    figure = plots.reward_curves(rows, questions)
-    (axes,) = figure.axes
-    labels = [line.get_label() for line in axes.lines]
-    assert labels == ["overall 0.50", *(f"{q} {(2 + i) / 20:.2f}" for i, q in enumerate(questions))]
-    styles = {(to_hex(line.get_color()), line.get_linestyle()) for line in axes.lines}
-    assert len(styles) == 10
-    # The third colour is the first question's, though neither format nor accuracy was measured.
-    assert to_hex(axes.lines[1].get_color()) == "#ee6677"
-
-
 def test_matplotlib_is_imported_on_first_use() -> None:
     script = (
         "import sys; from emor3_jax.io import plots\n"

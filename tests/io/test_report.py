@@ -37,11 +37,19 @@ def evaluations() -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
 
 def test_the_table_has_before_after_and_change(evaluations) -> None:
     lines = report.before_after_table(*evaluations).splitlines()
-    assert lines[0].split() == ["data", "set", "score", "before", "after", "change"]
-    assert lines[1].split() == ["scenes", "accuracy", "25.0", "62.5", "+37.5"]
-    assert lines[2].split() == ["scenes", "decoupling", "50.0", "12.5", "-37.5"]
-    assert lines[3].split() == ["other", "accuracy", "–", "50.0", "–"]
+    head = ["data", "set", "score", "before", "after", "change", "rows", "95", "%", "interval"]
+    assert lines[0].split() == head
+    assert lines[1].split() == ["scenes", "accuracy", "25.0", "62.5", "+37.5", "8"]
+    assert lines[2].split() == ["scenes", "decoupling", "50.0", "12.5", "-37.5", "8"]
+    assert lines[3].split() == ["other", "accuracy", "–", "50.0", "–", "–"]
     assert len(lines) == 4 and len(set(map(len, lines))) == 1
+
+
+def test_the_table_has_the_interval_of_the_accuracy() -> None:
+    metrics = {"accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.8125, "rows": 1234.0}
+    lines = report.before_after_table({}, {"a_set_of_a_long_name": Evaluation(metrics, [])})
+    row = lines.splitlines()[1]
+    assert re.fullmatch(r"a_set_of_a_long_name +accuracy +– +50\.0 +– +1234  25\.0 to 81\.2 +", row)
 
 
 def test_evaluations_survive_json(evaluations) -> None:
@@ -77,6 +85,28 @@ def test_a_report_without_training_says_so(tmp_path: Path, evaluations) -> None:
     assert "No training step was taken." in page
 
 
+def test_held_out_rows_are_shown_over_time(tmp_path: Path, evaluations, caplog) -> None:
+    _, after = evaluations
+    for step, answer in ((0, "fear"), (20, "awe")):
+        path = tmp_path / "predictions" / f"{step:06d}" / "scenes.jsonl"
+        path.parent.mkdir(parents=True)
+        said = {"answer": answer, "response": f"<i>{step}", "coherence_reply": "joy"}
+        scores = {"accuracy": float(answer == "awe"), "coherence": 0.0}
+        row = {"id": "test:7", "label": "awe", "answer": answer}
+        path.write_text(json.dumps(row | {"responses": [said | {"scores": scores}]}) + "\n")
+    images = {"scenes": lambda _: PNG, "other": lambda _: None}
+    page = report.write_report(tmp_path, "t", {}, after, images).read_text(encoding="utf-8")
+    section = page[page.index('<h2 id="time">') : page.index('<section id="gallery"')]
+    steps = re.findall(r'step (\d+)</span><b class="(\w+)">(\w+)</b>', section)
+    assert steps == [("0", "no", "fear"), ("20", "yes", "awe")]
+    assert section.count(">incoherent<") == 2 and section.count("<img") == 1
+    assert "&lt;i&gt;20" in section and "<i>" not in section
+    # What cannot be read is no reason to lose the report of a run.
+    path.write_text("{}\n")
+    page = report.write_report(tmp_path, "t", {}, after, images).read_text(encoding="utf-8")
+    assert 'id="time"' not in page and "line 1 of" in caplog.text
+
+
 def test_what_a_policy_says_is_escaped(tmp_path: Path) -> None:
     nasty = "<script>alert(1)</script>"
     sample = _sample(
@@ -90,7 +120,7 @@ def test_what_a_policy_says_is_escaped(tmp_path: Path) -> None:
     report.write_samples(path, 1, [sample], lambda _: b"jpeg")
     page = path.read_text(encoding="utf-8")
     assert "<script" not in page
-    assert page.count("&lt;script&gt;") == 6
+    assert page.count("&lt;script&gt;") == 7
     assert 'alt="&#34;&lt;script' in page
     assert "data:image/jpeg;base64," in page
 
@@ -102,7 +132,8 @@ def test_names_are_escaped_in_every_page(tmp_path: Path, evaluations) -> None:
     images = {nasty: lambda _: None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, f"reward/{nasty}": 0.5}) + "\n")
     page = report.write_report(tmp_path, nasty, {}, renamed, images).read_text(encoding="utf-8")
-    assert "<script" not in page and "&lt;script&gt;" in page
+    # Its own script alone.
+    assert page.count("<script") == 1 and nasty not in page and "&lt;script&gt;" in page
     table = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert "<script" not in table and "&lt;script&gt;a\\|b" in table
 
@@ -125,12 +156,13 @@ def test_a_third_question_is_in_tables_curves_and_samples(tmp_path: Path) -> Non
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward/pleasant": 0.125}))
     table = [line.split() for line in report.before_after_table(before, after).splitlines()]
     assert [row[1] for row in table[1:]] == ["accuracy", "coherence", "pleasant", "decoupling"]
-    assert table[3] == ["scenes", "pleasant", "50.0", "75.0", "+25.0"]
+    assert table[3] == ["scenes", "pleasant", "50.0", "75.0", "+25.0", "4"]
     # A long name moves its column.
     longer = _sample(replies={"a_long_question": ""})
     wide = report.before_after_table({}, {"s": Evaluation({"a_long_question": 1.0}, [longer])})
     head, row = wide.splitlines()
-    assert row.split() == ["s", "a_long_question", "–", "100.0", "–"] and len(head) == len(row)
+    assert row.split() == ["s", "a_long_question", "–", "100.0", "–", "–"]
+    assert len(head) == len(row)
     images = {"scenes": lambda _: None}
     page = report.write_report(tmp_path, "t", before, after, images).read_text(encoding="utf-8")
     assert "<td>scenes · pleasant</td><td>50.0</td><td>75.0</td><td>+25.0</td>" in page
@@ -199,7 +231,7 @@ def test_confidences_and_groups_are_in_all_three_forms(tmp_path: Path) -> None:
     assert "<p>group is the mean of scenes.</p>" in page
     assert ">mean confidence of the bin</text>" in page
     assert ">coverage, % of rows that are answered</text>" in page
-    assert page.count("<h2>Samples after training") == 1
+    assert page.count('<article class="sample" data-set="scenes"') == 1
     text = (tmp_path / "evaluation.md").read_text()
     assert "| scenes | votes_kl | – | 0.125 | |" in text
     assert "| scenes | valence_ccc | – | -0.500 | |" in text

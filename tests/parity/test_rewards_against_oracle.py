@@ -1,10 +1,11 @@
-"""A million texts: the token tables against plain Python, the box against the grader package.
+"""Many texts: the token tables against plain Python, the box against the grader package.
 
 As `tests/rewards`, which draws the same kinds of texts in the thousands: near misses of the tags,
 broken nesting, Unicode spaces, several and nested boxes, escapes, characters cut in half, tokens in
-an order that no text would give.
+an order that no text would give. `make parity TEXTS=1000000` reads a million.
 """
 
+import os
 import random
 
 import jax
@@ -16,7 +17,7 @@ from support import oracle
 
 from emor3_jax import rewards
 
-CASES = 1_000_000
+CASES = int(os.environ.get("TEXTS", "100000"))
 ROWS, WIDTH = 4096, 224
 _NOISE = [b"\xe2", b"\xe2\x80", b"\xc2", b"\xff", b"\x80", b"\xe2\x80 ", b"\xc2\xc2\xa0", b"\xed"]
 
@@ -61,7 +62,7 @@ def disagreements(speller, tables, rows) -> int:
 
 
 @pytest.mark.parametrize("name", list(tools.TOKENIZERS))
-def test_a_million_texts(name, enter):
+def test_many_texts(name, enter):
     speller = tools.speller_of(name)
     tables = jax.device_put(rewards.Scorer(speller.tokenizer, tools.LABELS).tables)
     rng = random.Random(name)

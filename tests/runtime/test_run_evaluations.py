@@ -6,45 +6,12 @@ from typing import Any
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
 from configs import cpu_demo
 from emor3_jax import evaluate, replay
 from emor3_jax.errors import UserError
-from emor3_jax.evaluation.evaluation import Extras
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.runtime import run as runtime
-
-
-def test_labels_are_weighed_before_and_after_training_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = cpu_demo.get_config()
-    assert config.evaluate.likelihood
-    config.evaluate.groups = ConfigDict()
-    seen: list[Extras] = []
-
-    def record(*_: Any, extras: Extras, **__: Any) -> None:
-        seen.append(extras)
-
-    monkeypatch.setattr(runtime, "evaluate", record)
-    monkeypatch.setattr(runtime, "with_groups", lambda found, groups: found)
-    full = Extras(likelihood=lambda *_: None, values={"a": {"valence": 1.0}})
-    fake = SimpleNamespace(
-        workdir=tmp_path,
-        config=config,
-        data=SimpleNamespace(evaluate={"emoscenes": SimpleNamespace(take=lambda limit: [])}),
-        put=None,
-        _extras={"emoscenes": full},
-        _rollouts={"emoscenes": None},
-        _judges=SimpleNamespace(of_evaluation=lambda learner: None),
-        _learner=None,
-        _until_stopped=lambda rows: rows,
-    )
-    runtime.Run._evaluate(fake, {}, ("emoscenes",), 0)
-    runtime.Run._evaluate(fake, {}, ("emoscenes",), 0, 50)
-    runtime.Run._evaluate(fake, {}, ("emoscenes",), 20, 200)
-    assert seen == [full, full, full._replace(likelihood=None)]
 
 
 @pytest.mark.parametrize(("rows", "limit"), [(-1, 0), (50, 50), (0, None)])
@@ -58,7 +25,9 @@ def test_before_training_as_many_rows_are_evaluated_as_asked(rows: int, limit: i
         seen.append(given)
         return {}
 
-    fake = SimpleNamespace(config=config, say=lambda line: None, _evaluate=record)
+    fake = SimpleNamespace(
+        config=config, say=lambda line: None, _evaluate=record, _say_evaluated=lambda found: None
+    )
     assert runtime.Run._evaluate_before(fake, {}) == {}
     assert seen == ([] if limit is None else [({}, ("emoscenes", "shifted"), 0, limit)])
 

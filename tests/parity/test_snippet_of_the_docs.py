@@ -1,4 +1,4 @@
-"""The README's lines for transformers alone say what `infer` says, on strong random policies."""
+"""The lines of the docs for transformers alone say what `infer` says, on strong random policies."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ from emor3_jax.infer import InferenceOptions, answer  # noqa: E402
 from emor3_jax.models import LoadedPolicy, load, save  # noqa: E402
 from emor3_jax.models.processor import ImageSettings, Processor  # noqa: E402
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/inference.md"
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -34,7 +34,7 @@ def test_it_has_the_response_of_infer(family, tmp_path, capsys):
     save(LoadedPolicy(policy, params, Processor(tokenizer, images, policy.layout)), folder)
     pixels = np.random.default_rng(0).integers(0, 255, (90, 130, 3), np.uint8)
     Image.fromarray(pixels).save(photo)
-    (code,) = re.findall(r"```python\n(import torch\n.*?)```", README.read_text(), re.S)
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", PAGE.read_text(), re.S)
     code = code.replace('"runs/demo/policy"', repr(str(folder))).replace(
         '"photo.jpg"', repr(str(photo))
     )
