@@ -38,6 +38,6 @@ def test_make_takes_the_first_python_that_is_new_enough(tmp_path: Path, found: s
     environment.pop("PYTHON", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if found:
-        assert f"\n{found} -m venv " in done.stdout
+        assert f" || {found} -m venv " in done.stdout
     else:
         assert done.returncode == 2 and "no Python of 3.11 or later was found" in done.stderr

@@ -90,6 +90,8 @@ def make_folder(folder: Path, family: str = "qwen2_5_vl") -> Path:
 def make_config(folder: Path) -> ConfigDict:
     """A run of three steps of 4 prompts with 3 responses each, in `folder`."""
     config = cpu_demo.get_config()
+    # Of golden runs, whatever the demo takes.
+    config.policy_update.learning_rate = 2e-4
     config.policy.path = str(folder / "policy")
     config.data.train = dataset(kind="parquet", path=str(folder / "train.parquet"))
     config.evaluate.sets = ConfigDict()
