@@ -20,7 +20,7 @@ def test_what_is_built_holds_configs_templates_and_the_page(tmp_path: Path) -> N
     assert {file.name for file in (package / "share" / "configs").iterdir()} == configs
 
     def others(folder: Path) -> set[str]:
-        kinds = (".txt", ".j2", ".html", ".css", ".js")
+        kinds = (".txt", ".j2", ".html", ".css", ".js", ".safetensors", ".jinja")
         files = (file for file in folder.rglob("*") if file.suffix in kinds)
         return {str(file.relative_to(folder)) for file in files}
 
