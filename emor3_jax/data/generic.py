@@ -5,6 +5,7 @@ Nothing is built: each is opened as it lies. For parquet files in the release's 
 """
 
 import bisect
+import functools
 import logging
 import os
 import zlib
@@ -65,8 +66,9 @@ def in_test(row_id: str) -> bool:
     return zlib.crc32(row_id.encode()) < TEST_SHARE * 2**32
 
 
+@functools.cache
 def tell_own_split(name: str, split: str, count: int, total: int) -> None:
-    """Logs how many rows a split of `in_test` has, so that none seem lost.
+    """Logs, once, how many rows a split of `in_test` has, so that none seem lost.
 
     Args:
       name: of the data set.
