@@ -12,8 +12,13 @@ os.environ.setdefault("XLA_FLAGS", compiler_flags.FAST)
 # Where compiled programs are kept, small ones too: many tests and their processes call the same.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import hypothesis
 import jax
 import pytest
+
+# No test is timed: two of them at once, on a busy machine, are slow.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # XLA has read its flags now. The TPU's compiler ends a process with a flag that it does not know.
 jax.devices()

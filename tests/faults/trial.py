@@ -35,7 +35,7 @@ class Ended(NamedTuple):
       status: exit status, negative for a signal.
       printed: on both streams.
       steps: that it took.
-      left: whether processes of its group were there 10 seconds later.
+      left: whether processes of its group were there a minute later.
     """
 
     workdir: Path
@@ -88,7 +88,7 @@ class Trials:
     def end(self, workdir: Path, process: BaseProcess) -> Ended:
         """Waits for the end of a victim."""
         process.join(PATIENCE)
-        left = not _eventually(lambda: _group_is_empty(process.pid), 10.0)
+        left = not _eventually(lambda: _group_is_empty(process.pid), 60.0)
         for each in (process.pid,) if left else ():
             os.killpg(each, signal.SIGKILL)
         log, steps = (workdir.with_name(workdir.name + end) for end in (".log", ".steps"))

@@ -109,7 +109,8 @@ def main(folder: Path, case: str) -> None:
     with mock.patch.object(prepared, "stop_ids", lambda tokenizer: stop):
         train.train(config, folder / "run")
     jax.config.update("jax_log_compiles", False)
-    found = sorted(foretold(config))
+    with jax.set_mesh(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)):
+        found = sorted(foretold(config))
     print("\n" + json.dumps({"compiled": sorted(set(compiled)), "foretold": found}))
 
 
