@@ -5,6 +5,7 @@ Nothing is built: each is opened as it lies. For parquet files in the release's 
 """
 
 import bisect
+import functools
 import logging
 import os
 import zlib
@@ -63,6 +64,25 @@ TEST_SHARE = 0.2
 def in_test(row_id: str) -> bool:
     """Returns whether a row belongs to the test split of a data set without splits of its own."""
     return zlib.crc32(row_id.encode()) < TEST_SHARE * 2**32
+
+
+@functools.cache
+def tell_own_split(name: str, split: str, count: int, total: int) -> None:
+    """Logs, once, how many rows a split of `in_test` has, so that none seem lost.
+
+    Args:
+      name: of the data set.
+      split: "train" or "test".
+      count, total: rows of the split, and of the whole data set.
+    """
+    logger.warning(
+        "%s has no splits of its own: split=%r takes %d of its %d rows, about a fifth of which are "
+        "the test split; split='whole' takes all",
+        name,
+        split,
+        count,
+        total,
+    )
 
 
 class FilesSource:
@@ -143,7 +163,7 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
             f"split={split!r}: {there}; without folders of splits, choose 'whole', 'train' or "
             "'test'"
         )
-    files, texts, labels, others = [], [], [], []
+    files, texts, labels, others, total = [], [], [], [], 0
     for folder in folders:
         images = list(_images(folder, 1, others))
         if not images:
@@ -155,6 +175,7 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
         if label in labels:
             raise DataError(f"two folders of {base} are the label {label!r}: join them")
         labels.append(label)
+        total += len(images)
         for file in images:
             row_id = _printable(file.relative_to(root).as_posix())
             if has_split or split == "whole" or (split == "test") == in_test(row_id):
@@ -162,6 +183,8 @@ def open_folders(path: str, split: str, question: str = "") -> FilesSource:
                 texts.append(Texts(question or QUESTION, label, row_id))
     if not labels:
         raise DataError(f"{base} holds no folders; it must hold one for each label")
+    if not has_split and split != "whole":
+        tell_own_split(show(root), split, len(files), total)
     if others:
         logger.warning(
             "%s: %d files are none of the images that are read (%s): %s",

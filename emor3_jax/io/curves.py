@@ -59,7 +59,8 @@ def training_curves(
     trained = [row for row in rows if "time/step_s" in row]
     last = max((row["step"] for row in rows), default=0)
     if figure := reward_curves(rows, questions):
-        caption = f"Mean reward terms over {last} steps; the legend gives their last values."
+        steps = "1 step" if last == 1 else f"{last} steps"
+        caption = f"Mean reward terms over {steps}; the legend gives their last values."
         yield Drawn("reward terms over training steps", figure, caption)
     if figure := accuracy_curves(rows, after):
         caption = "Held-out accuracy with its 95 % interval; during training of fewer rows."
@@ -193,6 +194,8 @@ def time_by_phase(rows: Rows) -> Drawn | None:
         for name, (value,), colour in zip(shown, seconds, colours, strict=True):
             axes.bar(steps, [value], bottom=floor, label=name, color=colour, width=0.5)
             floor += value
+        # Else the bar fills the axes, with marks between the steps.
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
     totals = [sum(each) for each in zip(*seconds, strict=True)]
     caption, most = "Time of each phase on the device.", _CUT * statistics.median(totals)
     if (longest := max(totals)) > most:
@@ -220,7 +223,9 @@ def memory_curves(rows: Rows) -> "Figure | None":
     for (name, points), (line, colour) in zip(curves.items(), styles(), strict=False):
         if points:
             _line(axes, points, name, colour, line)
-    axes.set_ylim(bottom=0)
+    # Values that are almost equal have no margin of their own above them.
+    highest = max(value for points in curves.values() for _, value in points)
+    axes.set_ylim(0, 1.05 * highest)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
     return figure
 

@@ -101,7 +101,7 @@ def test_class_folders_with_splits(tmp_path, make):
         open_folders(str(tmp_path), "dev")
 
 
-def test_class_folders_without_splits_are_parted_by_id(tmp_path, make):
+def test_class_folders_without_splits_are_parted_by_id(tmp_path, make, caplog):
     folders(tmp_path, make, count=40)
     parts = {
         split: {t.id for t in open_folders(str(tmp_path), split).texts()}
@@ -109,6 +109,10 @@ def test_class_folders_without_splits_are_parted_by_id(tmp_path, make):
     }
     assert len(parts["whole"]) == 80 and parts["train"] | parts["test"] == parts["whole"]
     assert not parts["train"] & parts["test"] and 5 < len(parts["test"]) < 30
+    # Whoever gives 80 images and sees fewer reads why; the whole needs no word.
+    for split in ("train", "test"):
+        assert f"split={split!r} takes {len(parts[split])} of its 80 rows" in caplog.text
+    assert "split='whole' takes 80" not in caplog.text
 
 
 def test_faulty_class_folders_are_named(tmp_path, make):

@@ -97,6 +97,7 @@ def test_time_is_stacked_by_phase_and_compiles_are_cut_off() -> None:
     one = curves.time_by_phase(rows[1:2])
     assert [bar.get_height() for bar in one.figure.axes[0].patches] == [2, 3]
     assert "cut off" not in one.caption
+    assert one.figure.axes[0].get_xlim() == (1, 3)
     assert curves.time_by_phase([{"step": 1}]) is None
 
 
@@ -110,6 +111,9 @@ def test_memory_is_in_gib() -> None:
         "host, resident": [0.5, 1.0],
         "device, peak": [2.0, 2.0],
     }
+    # A point of one step lies within the axes.
+    (axes,) = curves.memory_curves(rows[:1]).axes
+    assert axes.get_ylim() == pytest.approx((0, 2.1))
 
 
 @pytest.mark.parametrize("reward", [True, False])

@@ -83,6 +83,11 @@ def test_a_report_without_training_says_so(tmp_path: Path, evaluations) -> None:
     images = dict.fromkeys(after, lambda _: None)
     page = report.write_report(tmp_path, "t", {}, after, images).read_text(encoding="utf-8")
     assert "No training step was taken." in page
+    assert "Decoupling is the share" in page
+    # Without reflections there is none to explain.
+    plain = {"scenes": Evaluation({"accuracy": 0.25, "rows": 8.0}, [])}
+    page = report.write_report(tmp_path, "t", {}, plain, images).read_text(encoding="utf-8")
+    assert "Decoupling" not in page
 
 
 def test_held_out_rows_are_shown_over_time(tmp_path: Path, evaluations, caplog) -> None:

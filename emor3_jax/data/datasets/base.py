@@ -381,7 +381,7 @@ def build_dataset(
     name = _fingerprint(root, copy, splits)
     config = FolderConfig(name=name, root=str(root), copy=copy)
     with _one_at_a_time(Path(data_dir) / f"{builder.name}.{name}.lock"):
-        with _quiet():
+        with quiet():
             built = builder(config=config, data_dir=str(data_dir), file_format="array_record")
         checks = Path(built.data_dir) / "checks.json"
         if not checks.is_file():
@@ -389,7 +389,7 @@ def build_dataset(
             logger.warning(
                 "%s: building, once: looking at %d images in %s", built.name, files, root
             )
-            with _quiet():
+            with quiet():
                 built.download_and_prepare()
             if not hasattr(built, "found"):
                 raise DataError(f"{built.data_dir} is incomplete; delete it and start again")
@@ -421,7 +421,7 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps back what tfds says: that it downloads, and that a folder is no known configuration."""
     absl = logging.getLogger("absl")
     level = absl.level

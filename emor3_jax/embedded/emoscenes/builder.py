@@ -5,6 +5,7 @@ Every split is drawn from a seed; no image (cues and layout) is in two splits.
 
 import dataclasses
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from emor3_jax.data.datasets.base import quiet
 from emor3_jax.embedded.emoscenes import scene as scenes
 from emor3_jax.embedded.emoscenes.draw import MAX_SIZE, MIN_SIZE, draw
+
+logger = logging.getLogger(__name__)
 
 STYLE_OF_SPLIT = {
     "pretrain": "drawn",
@@ -159,8 +163,10 @@ def prepare(
         size=size, counts=dict(counts or DEMO_COUNTS), seed=seed, splits=chosen
     )
     builder = EmoScenes(config=config, data_dir=str(data_dir), file_format="array_record")
-    tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    if not Path(builder.data_dir).is_dir():
+        logger.warning("EmoScenes: drawing, once, images into %s", builder.data_dir)
+    with quiet():
+        builder.download_and_prepare()
     return builder
 
 

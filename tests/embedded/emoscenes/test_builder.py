@@ -66,8 +66,10 @@ def test_no_image_is_in_two_splits_and_seeds_differ():
     assert splits["train"] != builders.sample_splits(counts, seed=1)["train"]
 
 
-def test_another_count_is_another_dataset(data_dir, tmp_path):
+def test_another_count_is_another_dataset(data_dir, tmp_path, capsys, caplog):
     builders.prepare(tmp_path, counts={"test": 2})
+    # Nothing is downloaded, and nothing says so.
+    assert capsys.readouterr().out == "" and "drawing, once," in caplog.text
     builders.prepare(tmp_path, counts={"test": 3})
     with pytest.raises(FileNotFoundError, match="must hold one EmoScenes dataset"):
         builders.load("test", tmp_path)
