@@ -1,7 +1,8 @@
 """The main job over several seeds: python -m benchmarks.demo_seeds --seeds 0 1 2
 
 Each seed runs `configs/cpu_demo.py` in its own process from the same base policy, then the table
-below is printed, to be kept under docs/results. Finished runs are not repeated.
+below is printed, to be kept under docs/results. Finished runs are not repeated, whoever began them:
+`make demo SEED=1 WORKDIR=runs/demo_seeds/seed_1` makes one too.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from benchmarks.options import whole
 SCORES = ("accuracy", "macro_f1", "format", "coherence", "consistency", "decoupling")
 
 
-def run(seed: int, folder: Path, arguments: list[str]) -> tuple[dict, dict, float, int]:
-    """Runs one seed; returns its evaluations before and after, seconds, and peak memory in bytes.
+def run(seed: int, folder: Path, arguments: list[str]) -> tuple[dict, dict, float | None, int]:
+    """Returns evaluations before and after, seconds if known, and peak memory in bytes of a seed.
 
     Args:
       seed: of the run.
@@ -28,17 +29,17 @@ def run(seed: int, folder: Path, arguments: list[str]) -> tuple[dict, dict, floa
       arguments: passed on to the program.
     """
     workdir = folder / f"seed_{seed}"
-    result = workdir / "result.json"
-    if not result.exists():
+    took = workdir / "seconds.json"
+    if not (workdir / "report.html").exists():
         started = time.time()
         command = [sys.executable, "-m", "emor3_jax.train", "--config=configs/cpu_demo.py"]
         command += [f"--workdir={workdir}", f"--config.seed={seed}", *arguments]
         subprocess.run(command, check=True)
-        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-        peak = max(row.get("memory/host_bytes", 0) for row in rows)
-        evaluations = json.loads((workdir / "evaluations.json").read_text())
-        result.write_text(json.dumps([*evaluations, time.time() - started, peak]))
-    return tuple(json.loads(result.read_text()))
+        took.write_text(json.dumps(time.time() - started))
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    peak = max(row.get("memory/host_bytes", 0) for row in rows)
+    before, after = json.loads((workdir / "evaluations.json").read_text())
+    return before, after, json.loads(took.read_text()) if took.exists() else None, peak
 
 
 def main() -> None:
@@ -60,9 +61,11 @@ def main() -> None:
             cells = " | ".join(f"{b:.1f} → {a:.1f}" for b, a in pairs)
             change = sum(a - b for b, a in pairs) / len(pairs)
             print(f"| {name} | {score} | {cells} | {change:+.1f} |")
-    minutes = " | ".join(f"{seconds / 60:.1f} min" for _, _, seconds, _ in runs.values())
+    minutes = " | ".join(
+        "–" if seconds is None else f"{seconds / 60:.1f} min" for _, _, seconds, _ in runs.values()
+    )
     memory = " | ".join(f"{peak / 2**30:.2f} GiB" for *_, peak in runs.values())
-    print(f"| | time, without base policy | {minutes} | |")
+    print(f"| | time | {minutes} | |")
     print(f"| | host memory, highest step | {memory} | |")
 
 

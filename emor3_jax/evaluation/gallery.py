@@ -17,7 +17,7 @@ _MOST_STEPS = 12
 
 
 def faults(sample: Sample) -> list[str]:
-    """Returns what is wrong with a response: "wrong", "malformed", and questions that it fails.
+    """Returns the faults of a response: "wrong", "malformed", and those of `FAULTS`.
 
     Args:
       sample: the response. A question that has no reply was not asked.

@@ -159,7 +159,7 @@ def _of_checkpoint(
 
 
 def settings_of_run(workdir: Path) -> InferenceSettings:
-    """Returns what the policy of a run is asked."""
+    """Returns the inference settings of a run, or those that its config gives."""
     return InferenceSettings.read(workdir) or inference_settings(job.read_config(workdir))
 
 

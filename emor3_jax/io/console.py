@@ -103,7 +103,7 @@ class ProgressTask:
             bars.update(self._id, advance=units, refresh=True)
 
     def note(self, text: str) -> None:
-        """Says what is at work now; shown behind the bar."""
+        """Shows a text behind the bar, such as the phase that is at work."""
         if (bars := self._bars) is not None:
             bars.update(self._id, note=text)
 

@@ -6,6 +6,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from emor3_jax.evaluation.records import Evaluation
+from emor3_jax.io.metrics import PHASES
 from emor3_jax.io.plots import COLOURS, WIDTH, new_figure, styles
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ _FEW = 20
 _NAME = 44
 """Letters of a group's name, of which the last ones are shown."""
 
-_PHASES = ("rollout", "reflect", "reward", "reference", "old", "update")
 _GIB = 2**30
 _CUT = 2.5
 """Height of the time of steps, as a multiple of their median."""
@@ -179,14 +179,14 @@ def time_by_phase(rows: Rows) -> Drawn | None:
     Args:
       rows: lines of metrics.jsonl, of training steps.
     """
-    curves = {name: points_of(rows, f"time/{name}_s") for name in _PHASES}
+    curves = {name: points_of(rows, f"time/{name}_s") for name in PHASES}
     steps = sorted({step for points in curves.values() for step, _ in points})
     shown = [name for name, points in curves.items() if points]
     if not shown:
         return None
     seconds = [[dict(curves[name]).get(step, 0.0) for step in steps] for name in shown]
     figure, axes = _over_steps("seconds of a step")
-    colours = [COLOURS[_PHASES.index(name)] for name in shown]
+    colours = [COLOURS[PHASES.index(name)] for name in shown]
     if len(steps) > 1:
         axes.stackplot(steps, seconds, labels=shown, colors=colours, linewidth=0)
     else:

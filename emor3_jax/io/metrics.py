@@ -15,6 +15,9 @@ import jax
 from emor3_jax.io.sinks import SINKS
 from emor3_jax.parallel import hosts
 
+PHASES = ("rollout", "reflect", "reward", "reference", "old", "update")
+"""Phases of a step on the device, whose seconds are `time/<phase>_s`, in their order."""
+
 
 class MetricWriter:
     """Writes metrics to sinks.

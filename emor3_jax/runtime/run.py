@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 from ml_collections import ConfigDict
@@ -58,11 +58,26 @@ from emor3_jax.runtime.progress import (
     evaluation_metrics,
     start_trace,
 )
-from emor3_jax.runtime.step_log import FinishedStep, StepRecord, progress_line
+from emor3_jax.runtime.step_log import StepRecord, progress_line
 from emor3_jax.runtime.stopping import MaintenanceWatch, Stopped, StopSignal
 from emor3_jax.types import Batch, Observed
 
 Results = dict[str, dict[str, Evaluation]]
+
+
+class FinishedStep(NamedTuple):
+    """The last step that was finished, as long as its state is there.
+
+    Attributes:
+      step: its number.
+      learner, state: after its updates; the state is donated to those of the next step.
+      position: in the data, where the next step begins.
+    """
+
+    step: int
+    learner: Learner
+    state: TrainState
+    position: Any
 
 
 class Run:

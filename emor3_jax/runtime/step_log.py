@@ -4,38 +4,19 @@ A step is logged while the device works on the next one; until then its arrays m
 computed.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from emor3_jax.evaluation.records import Sample, read_sample
 from emor3_jax.io.console import fitted
-from emor3_jax.io.metrics import Lap
-from emor3_jax.learner.learner import Learner
+from emor3_jax.io.metrics import PHASES, Lap
 from emor3_jax.parallel import hosts
 from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.scorer import Scorer
 from emor3_jax.rl.advantages import zero_std_fraction
-from emor3_jax.rl.update import TrainState
 from emor3_jax.types import Array, Batch, Experience, Observed, Replies, Samples
-
-PHASES = ("rollout", "reflect", "reward", "reference", "old", "update")
-
-
-class FinishedStep(NamedTuple):
-    """The last step that was finished, as long as its state is there.
-
-    Attributes:
-      step: its number.
-      learner, state: after its updates; the state is donated to those of the next step.
-      position: in the data, where the next step begins.
-    """
-
-    step: int
-    learner: Learner
-    state: TrainState
-    position: Any
 
 
 def observe(ids: tuple[str, ...], batch: Batch, experience: Experience) -> Observed:

@@ -1,11 +1,11 @@
 """Images by their names and addresses; what is fetched is bounded in kind, size and time."""
 
 import http.server
-import threading
 import time
 
 import pytest
 from PIL import Image
+from support.serving import serving
 
 from emor3_jax.errors import UserError
 from emor3_jax.inference.images import expand, fetch, image_bytes
@@ -39,10 +39,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def address():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(server):
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 def test_an_address_is_fetched_where_it_was_moved_to(address):

@@ -1,5 +1,6 @@
 """Runs that are asked to stop: real signals to real processes, and notices of a cloud."""
 
+import contextlib
 import functools
 import http.server
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support import compiler_flags
+from support.serving import serving
 from support.tiny_run import make_config, make_folder, read_metrics
 
 from emor3_jax.io.checkpoints import Checkpoints
@@ -226,20 +228,15 @@ def test_notices_of_the_metadata_server_are_heard(monkeypatch, values, noticed):
             pass
 
     server = http.server.ThreadingHTTPServer(("localhost", 0), Metadata)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
     heard = threading.Event()
-    watch = MaintenanceWatch(heard.set, every=0.01)
-    try:
+    with serving(server), contextlib.closing(MaintenanceWatch(heard.set, every=0.01)):
         if noticed:
             assert heard.wait(60)
         else:
             # It asks again and again, and hears nothing.
             assert eventually(lambda: asked.count("maintenance-event") >= 3)
             assert not heard.is_set()
-    finally:
-        watch.close()
-        server.shutdown()
 
 
 def test_nothing_is_asked_where_there_is_no_cloud(monkeypatch):

@@ -1,7 +1,6 @@
 """A server with a stand-in for the policy, for tests of what is around it."""
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ from emor3_jax.data.inference_settings import InferenceSettings
 from emor3_jax.errors import UserError
 from emor3_jax.inference.predictor import Prediction
 from emor3_jax.inference.server import Server, Service
+from support.serving import serving
 
 FOUND = Prediction(
     label="joy",
@@ -41,10 +41,5 @@ class StandIn:
 
 @contextlib.contextmanager
 def running(service: Service) -> Iterator[Server]:
-    with Server(service, port=0) as listening:
-        thread = threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield listening
-        finally:
-            listening.shutdown()
+    with Server(service, port=0) as listening, serving(listening):
+        yield listening
