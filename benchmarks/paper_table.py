@@ -334,8 +334,8 @@ def _curves(cells: Cells, seeds: Sequence[int]) -> list[str]:
     }
     steps = sorted({step for found in curves.values() for curve in found for step in curve})
     text = [
-        "Accuracy in % on emoscenes by step, mean over the seeds. The first and the last are of",
-        "all its images, those between of its first 100.",
+        "Accuracy in % on emoscenes by step, mean over the seeds. The last of a row is of all its",
+        "images, those before of its first 100.",
         "",
     ]
 

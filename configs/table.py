@@ -160,7 +160,7 @@ def get_config(row: str = "emo_r3") -> ConfigDict:
     config.rollout.prompts = 16
     config.policy_update.prompts = 8
     config.evaluate.every = 20
-    config.evaluate.during = 100
+    config.evaluate.during = config.evaluate.before = 100
     config.checkpoint.every = 20
     config.evaluate.reflect = True
     # A yardstick that does not move: the policy that all rows begin with.
