@@ -173,8 +173,8 @@ def run(row: str, seed: int, folder: Path, options: Sequence[str]) -> bool:
     resumed, started = workdir.exists(), time.time()
     for command in commands(row, seed, folder, options):
         status = subprocess.run([sys.executable, "-m", *command], check=False).returncode
-        if status == cli.STOPPED or status < 0:
-            # A program that is evaluating ends by the signal itself, which a negative status is.
+        if status == cli.STOPPED or status < 0 or status > 128:
+            # A program that is evaluating ends by the signal itself, or says so by its status.
             sys.exit(cli.STOPPED)
         if status:
             print(f"{row}, seed {seed}: exit status {status}", flush=True)

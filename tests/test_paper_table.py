@@ -195,7 +195,7 @@ def _main(monkeypatch, folder: Path, statuses: list[int], *arguments: str) -> Pr
     return programs
 
 
-@pytest.mark.parametrize("status", [cli.STOPPED, -signal.SIGTERM])
+@pytest.mark.parametrize("status", [cli.STOPPED, -signal.SIGTERM, cli.INTERRUPTED])
 def test_finished_cells_are_not_run_again_and_a_stopped_one_is(
     monkeypatch, tmp_path, status: int
 ) -> None:

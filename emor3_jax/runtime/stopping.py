@@ -10,6 +10,7 @@ signal away from Python; `StopSignal.listen` takes it back.
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -32,10 +33,14 @@ NUMBERS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 """Signals that ask to stop; SIGHUP only where it is not ignored, as under nohup."""
 
 _NOTICE = b"\0"
-_SECOND = {signal.SIGHUP: signal.SIG_IGN}
-"""What a second one does where it ends nothing: a terminal that closes sends several."""
+_REPEATED = signal.SIGHUP
+"""Ends nothing, however often it comes: a terminal that closes sends several."""
 
-_ASKED = "asked to stop: what is under way is finished and saved; a second signal ends at once"
+_ONE_REQUEST = 1.0
+"""Seconds in which further signals belong to the first: a whole process group is sent one, and make
+passes its own on to the run, which has had one already."""
+
+_ASKED = "asked to stop: what is under way is finished and saved; a later signal ends at once"
 
 
 class Stopped(Exception):  # noqa: N818
@@ -43,7 +48,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopSignal:
-    """Turns the first SIGTERM, SIGINT or SIGHUP into a request to stop; a second one kills.
+    """Turns the first SIGTERM, SIGINT or SIGHUP into a request to stop; a later one ends at once.
 
     Attributes:
       requested: whether it came.
@@ -59,7 +64,7 @@ class StopSignal:
         """
         self.requested = False
         self.rescue: Callable[[], None] = lambda: None
-        self._seconds = seconds
+        self._seconds, self._handled = seconds, math.inf
         # Python calls handlers between two of its own instructions, which an hour of compiling is.
         # What it writes to this socket is written at once.
         self._heard, self._written = socket.socketpair()
@@ -104,18 +109,21 @@ class StopSignal:
         self._written.close()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
-        # Other event loops of this thread may have had the socket's place.
-        self.request()
-        signal.signal(number, _SECOND.get(number, signal.SIG_DFL))
+        if _ends(number, self._handled):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if self._handled == math.inf:
+            self.requested, self._handled = True, time.monotonic()
+            # Other event loops of this thread may have had the socket's place.
+            self.request()
 
     def _watch(self) -> None:
-        """Waits for the first request, then for the time to be over, a second one or `restore`."""
-        deadline = None
+        """Waits for the first request, then for the time to be over, a later one or `restore`."""
+        first = math.inf
         with self._heard:
             while True:
-                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-                self._heard.settimeout(left)
+                left = first + self._seconds - time.monotonic()
+                self._heard.settimeout(None if first == math.inf else max(left, 0.0))
                 try:
                     heard = self._heard.recv(1)
                 except TimeoutError:
@@ -123,11 +131,10 @@ class StopSignal:
                 if not heard:
                     return
                 if heard == _NOTICE or heard[0] in self._numbers:
-                    if deadline is None:
-                        self.requested = True
-                        deadline = time.monotonic() + self._seconds
+                    if first == math.inf:
+                        self.requested, first = True, time.monotonic()
                         tell(_ASKED)
-                    elif heard != _NOTICE and heard[0] not in _SECOND:
+                    elif heard != _NOTICE and _ends(heard[0], first):
                         os._exit(128 + heard[0])
         self._end()
 
@@ -142,6 +149,11 @@ class StopSignal:
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
             os._exit(STOPPED)
+
+
+def _ends(number: int, first: float) -> bool:
+    """Returns whether a signal ends the process, after a first request at a time of `monotonic`."""
+    return number != _REPEATED and time.monotonic() - first > _ONE_REQUEST
 
 
 _METADATA = "GCE_METADATA_HOST"

@@ -179,8 +179,31 @@ def test_a_signal_that_a_library_has_taken_is_taken_back(stop):
     stop.listen()
     os.kill(os.getpid(), signal.SIGTERM)
     assert eventually(lambda: stop.requested)
-    # A second one ends the process.
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+_TWICE = """
+import os, signal, time
+from emor3_jax.runtime.stopping import StopSignal
+stop = StopSignal(300.0)
+for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+    os.kill(os.getpid(), number)
+time.sleep(0.1)
+print("requested", stop.requested, flush=True)
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_signals_of_one_second_are_one_request_and_a_later_one_ends_at_once():
+    # As when a process group is told: make passes on what the run has heard itself.
+    ended = subprocess.run(
+        [sys.executable, "-c", _TWICE], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert ended.stdout == "requested True\n"
+    # By the signal itself, or by the thread that heard it first.
+    assert ended.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 def test_handlers_and_wakeup_are_those_of_before_once_it_is_over():
