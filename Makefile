@@ -22,12 +22,13 @@ WORKDIR ?= runs/cpu_demo
 SEED ?= 0
 
 # A training step on CPU spends up to half of its time on page faults, unless arrays lie in huge pages
-# and freed memory stays with the process, in one heap. Read by glibc, ignored elsewhere.
+# and all freed memory stays with the process, in one heap: a threshold that is below what an update
+# frees gives it back each time. Read by glibc, ignored elsewhere.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 export MALLOC_ARENA_MAX = 1
 export MALLOC_TOP_PAD_ = 67108864
 export MALLOC_MMAP_THRESHOLD_ = 8589934592
-export MALLOC_TRIM_THRESHOLD_ = 536870912
+export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
 # Compiled programs, kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax

@@ -160,7 +160,7 @@ class Ours:
         """Scores responses under the frozen policy."""
         spec = self.learner.spec
         return planned_logprobs(
-            self.policy.params,
+            self.learner.reference.params,
             experience.batch,
             experience.samples,
             plan,

@@ -21,6 +21,7 @@ from emor3_jax.parallel.devices import expected_platform, find_devices
 from emor3_jax.parallel.flags import set_flags
 from emor3_jax.prepare import profile
 from emor3_jax.prepare.data import data_sets, open_source
+from emor3_jax.runtime.allocator import keep_freed_memory
 
 
 class CompileCounter:
@@ -37,7 +38,8 @@ class CompileCounter:
 def start_jax(cache: str, *, devices: bool = True) -> CompileCounter:
     """Sets the platform's flags, joins the other processes, says what devices there are.
 
-    Also sets where compiled programs are kept, and starts to count compiles.
+    Also sets where compiled programs are kept, and starts to count compiles. On a CPU, memory that
+    is freed stays with the process (`runtime.allocator`).
 
     Args:
       cache: folder, made if needed; "" keeps none.
@@ -47,7 +49,11 @@ def start_jax(cache: str, *, devices: bool = True) -> CompileCounter:
       MeshError: as `hosts.start`.
       DeviceError: if a platform is asked for that is not here.
     """
-    set_flags(expected_platform())
+    platform = expected_platform()
+    set_flags(platform)
+    if devices and platform == "cpu":
+        # Before JAX starts its threads, each of which would have a heap of its own.
+        keep_freed_memory()
     hosts.start()
     if devices and (found := find_devices()) and hosts.is_first():
         print(found, flush=True)
