@@ -150,10 +150,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _counted(predictions: Iterator[Prediction], counts: dict[str, int]) -> Iterator[Prediction]:
+    # A terminal that shows the predictions shows what is wrong with an image among them.
+    seen = not FLAGS.out and sys.stdout.isatty() and sys.stderr.isatty()
     for each in predictions:
         counts["asked"] += 1
         counts["failed"] += bool(each.error)
-        if each.error:
+        if each.error and not seen:
             tell(f"{show(each.image)}: {each.error}")
         yield each
 

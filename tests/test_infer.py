@@ -196,6 +196,14 @@ def test_the_program_writes_json_lines(predictor, folder, monkeypatch, tmp_path,
     ]
     assert capsys.readouterr().err.splitlines()[-1] == "2 of 4 images could not be used"
     assert run_main(monkeypatch, flags, "policy", "gone.png", "lost.png") == 2
+    assert "gone.png: " in capsys.readouterr().err
+    # On a terminal that shows the rows, what is wrong with an image is not said once more.
+    flags.out = ""
+    for stream in (infer.sys.stdout, infer.sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    run_main(monkeypatch, flags, "policy", "gone.png", "lost.png")
+    printed = capsys.readouterr()
+    assert "gone.png" in printed.out and "gone.png" not in printed.err
 
 
 @pytest.mark.parametrize("name", ["images", "gone", "gs://box/policy"])
