@@ -33,7 +33,7 @@ NUMBERS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 """Signals that ask to stop; SIGHUP only where it is not ignored, as under nohup."""
 
 _NOTICE = b"\0"
-_REPEATED = signal.SIGHUP
+_SENT_SEVERAL_TIMES = signal.SIGHUP
 """Ends nothing, however often it comes: a terminal that closes sends several."""
 
 _ONE_REQUEST = 1.0
@@ -152,8 +152,13 @@ class StopSignal:
 
 
 def _ends(number: int, first: float) -> bool:
-    """Returns whether a signal ends the process, after a first request at a time of `monotonic`."""
-    return number != _REPEATED and time.monotonic() - first > _ONE_REQUEST
+    """Returns whether a signal ends the process at once, because it is a later request.
+
+    Args:
+      number: of the signal.
+      first: when the first request came, in seconds of `time.monotonic`; infinite if none did.
+    """
+    return number != _SENT_SEVERAL_TIMES and time.monotonic() - first > _ONE_REQUEST
 
 
 _METADATA = "GCE_METADATA_HOST"
