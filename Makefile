@@ -33,6 +33,10 @@ export MALLOC_TRIM_THRESHOLD_ = 8589934592
 # Compiled programs, kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
+# Each module is compiled when it is first imported, and kept, instead of all that pip installs, most
+# of which is never imported.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-long parity docs fuzz faults bench bench-step compile-matrix lint setup clean
 
 setup: $(VENV)/installed
@@ -42,7 +46,7 @@ define environment
 	    "python3.14): install one, or name one: make PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "installing the package and what it needs into $(@D): minutes, in which pip prints nothing"
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable '.$(1)'
+	$(@D)/bin/python -m pip install --quiet --no-compile --editable '.$(1)'
 	touch $@
 endef
 
