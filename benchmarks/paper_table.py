@@ -80,7 +80,7 @@ SCORES = {
 }
 """Name in a cell → heading. All but the length are shares, shown in percent."""
 
-STEPS = (
+PAIRS = (
     ("sft", "base"),
     ("grpo", "base"),
     ("dapo", "grpo"),
@@ -93,17 +93,28 @@ STEPS = (
     ("grpo_cold", "grpo"),
     ("emo_r3_cold", "emo_r3"),
     ("emo_r3_cold", "grpo_cold"),
+    ("emo_r3_gdpo", "grpo"),
+    ("emo_r3_cispo", "grpo"),
+    ("emo_r3_sapo", "grpo"),
+    ("emo_r3_judge", "grpo"),
+    ("emo_r3_gdpo_judge", "grpo"),
     ("emo_r3_gdpo", "emo_r3"),
     ("emo_r3_cispo", "emo_r3"),
     ("emo_r3_sapo", "emo_r3"),
     ("emo_r3_judge", "emo_r3"),
     ("emo_r3_gdpo_judge", "emo_r3"),
-    ("emo_r3_gdpo_judge", "grpo"),
     ("emo_r3_long", "grpo_long"),
     ("emo_r3_gdpo_judge_long", "grpo_long"),
     ("emo_r3_gdpo_judge_long", "emo_r3_long"),
 )
-"""What is compared, seed by seed: a row with the one before it."""
+"""What is compared, seed by seed: a row with another, which it builds on or competes with."""
+
+_COMPARISON = """\
+Change in points: **mean** (each seed that both rows have). Less decoupling is better, more of all
+others."""
+
+COMPARED = ("accuracy", "coherence", "consistency", "decoupling")
+"""Scores by which rows are compared."""
 
 _SPACES = re.compile(r"\s*([<>/])\s*")
 _FORMAT = re.compile(
@@ -258,7 +269,9 @@ def page(cells: Cells, seeds: Sequence[int], notes: str) -> str:
     lines = [notes.strip().replace("DATE", last), ""]
     for name, title in SETS.items():
         lines += [f"## {name}: {title}", "", *_scores(cells, seeds, name), ""]
-    lines += ["## Step by step", "", *_comparison(cells, seeds), ""]
+    lines += ["## Row against row", "", _COMPARISON, ""]
+    for name, title in SETS.items():
+        lines += [f"### {name}: {title}, compared", "", *_comparison(cells, seeds, name), ""]
     lines += ["## Learning curves", "", *_curves(cells, seeds), ""]
     lines += ["## What it cost", "", *_costs(cells, seeds), ""]
     lines += ["## Each seed", "", *_each_seed(cells, seeds)]
@@ -302,16 +315,15 @@ def _scores(cells: Cells, seeds: Sequence[int], name: str) -> list[str]:
     return _table(["row", "seeds", *SCORES.values()], map(line, ROWS))
 
 
-def _comparison(cells: Cells, seeds: Sequence[int]) -> list[str]:
-    """Returns differences within a seed, in points, as mean and each seed."""
-    shown = [(name, score) for score in ("accuracy", "decoupling") for name in SETS]
+def _comparison(cells: Cells, seeds: Sequence[int], name: str) -> list[str]:
+    """Returns differences within a seed on a data set, in points, as mean and each seed."""
 
     def line(after: str, before: str) -> list[str]:
         both = [s for s in seeds if (after, s) in cells and (before, s) in cells]
         if not both:
-            return [f"{ROWS[after]} − {ROWS[before]}", "not run", *[""] * (len(shown) - 1)]
+            return [f"{ROWS[after]} − {ROWS[before]}", "not run", *[""] * (len(COMPARED) - 1)]
         found = []
-        for name, score in shown:
+        for score in COMPARED:
             pairs = [
                 (_value(cells[after, s], name, score), _value(cells[before, s], name, score))
                 for s in both
@@ -321,9 +333,7 @@ def _comparison(cells: Cells, seeds: Sequence[int]) -> list[str]:
             found.append(f"**{statistics.fmean(changes):+.1f}** ({each})" if changes else "–")
         return [f"{ROWS[after]} − {ROWS[before]}", *found]
 
-    heads = [f"{score}, {name}" for name, score in shown]
-    text = "Change in points: **mean** (each seed that both rows have). Less decoupling is better."
-    return [text, "", *_table(["rows", *heads], (line(*pair) for pair in STEPS))]
+    return _table(["rows", *(SCORES[score] for score in COMPARED)], (line(*pair) for pair in PAIRS))
 
 
 def _curves(cells: Cells, seeds: Sequence[int]) -> list[str]:
