@@ -20,10 +20,8 @@ from emor3_jax.parallel.program import Program, by_prompts, laid_out, whole
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    ("case", "mesh"),
-    [("adapters", "2x2x2"), pytest.param("everything_else", "1x2x4", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("case", "mesh"), [("adapters", "2x2x2"), ("everything_else", "1x2x4")])
 def test_every_program_lays_its_results_out_as_foretold(case: str, mesh: str) -> None:
     environment = os.environ | {
         "XLA_FLAGS": compiler_flags.on_devices(8),

@@ -21,6 +21,7 @@ from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import make_mesh
 
 
+@pytest.mark.long
 def test_a_base_policy_of_faces_trains_its_vision_then_on_examples(
     config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -84,9 +84,9 @@ def stopped(folder):
     [
         ("startup", [], None, "stopped as asked, before the first step"),
         long("first_evaluation", [], None, "stopped as asked, before the first checkpoint"),
-        ("evaluation", [2], [0, 1, 2], "stopped as asked, saved after step 2"),
+        long("evaluation", [2], [0, 1, 2], "stopped as asked, saved after step 2"),
         long("last_evaluation", [1], [0, 1], "stopped as asked, saved after step 1"),
-        ("rollout", [1], [0, 1], "stopped as asked, saved after step 1"),
+        long("rollout", [1], [0, 1], "stopped as asked, saved after step 1"),
         ("compiling", [1], [0, 1], "not waited for after 1 seconds"),
         ("group", [1], [0, 1], "stopped"),
     ],
