@@ -431,6 +431,26 @@ TOGETHER = [
         "policy_update.entropy_most=1.0",
     ),
     ({"policy_update.advantage": "gdpo", "reward.overlong": 16}, "reward.overlong=16"),
+    ({"policy_update.advantage": "maxrl", "reward.overlong": 16}, "reward.overlong=16"),
+    (
+        {
+            "policy_update.advantage": "maxrl",
+            "policy_update.kl": "k2",
+            "policy_update.kl_place": "reward",
+        },
+        "policy_update.kl_place='reward'",
+    ),
+    (
+        {
+            "policy_update.advantage": "maxrl",
+            "reward.terms": {"swears": reward_term(weight=-0.5, pattern="damn")},
+        },
+        "reward.terms.swears.weight=-0.5",
+    ),
+    (
+        {"policy_update.mask_equal": True, "policy_update.advantage": "gdpo"},
+        "policy_update.advantage='gdpo'",
+    ),
     (
         {
             "policy_update.advantage": "gdpo",

@@ -238,6 +238,20 @@ def test_a_judge_that_cannot_be_asked_is_refused(folder):
         load_judge(config, "evaluate.judge", path, policy, print, mesh)
 
 
+def test_a_judge_that_thinks_aloud_is_warned_of(folder, caplog):
+    policy, mesh, path = load(folder / "policy"), make_mesh(), folder / "thinking"
+    tokenizer = load(folder / "foreign").processor.tokenizer
+    before = tokenizer.chat_template
+    tokenizer.chat_template = before.replace("assistant\\n'", "assistant\\n<think>\\n'")
+    assert tokenizer.chat_template != before
+    shutil.copytree(folder / "foreign", path)
+    save_tokenizer(tokenizer, path)
+    with jax.set_mesh(mesh):
+        config = make_config(folder, str(path))
+        load_judge(config, "reflect.judge", str(path), policy, print, mesh)
+    assert f"reflect.judge={path} opens <think> for each reply" in caplog.text
+
+
 def test_the_title_says_who_was_asked():
     assert report.judged_by("policy") == report.judged_by("policy", "policy") == ""
     assert report.judged_by("reference", "") == ", reflections asked of reference"

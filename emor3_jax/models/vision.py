@@ -26,6 +26,14 @@ TOWER_FIELDS = (
 """Fields of `VisionShapes` that every `vision_config` has."""
 
 
+def is_merger(module: str) -> bool:
+    """Returns whether a module of a tower, by its name, maps patches to the decoder's width.
+
+    Some families have one for each layer whose results the decoder sees (DeepStack).
+    """
+    return module == "merger" or module.startswith("deepstack_")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionShapes(abc.ABC):
     """Sizes of a tower; a family adds its own.

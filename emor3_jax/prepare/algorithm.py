@@ -20,6 +20,7 @@ from emor3_jax.learner.micro_batches import Buckets
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.policy import Policy
+from emor3_jax.models.vision import is_merger
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.prepare.judge import judge_names, keeps_reference
@@ -270,7 +271,7 @@ def _group(path: tuple) -> str:
     """Returns which of `policy_update.rates` a parameter belongs to."""
     keys = [getattr(part, "key", None) for part in path]
     if keys[0] == "visual":
-        return "merger" if keys[1] == "merger" else "tower"
+        return "merger" if is_merger(keys[1]) else "tower"
     return "embedding" if "embed_tokens" in keys or keys[0] == "lm_head" else "decoder"
 
 

@@ -58,10 +58,11 @@ def check_algorithm(config: ConfigDict, need: Need) -> None:
         "(rollout.prompts * rollout.responses)",
     )
     need(
-        update.kl != "k1" or update.kl_place == "reward",
+        update.kl != "k1" or update.kl_place == "reward" or update.kl_ratio,
         "policy_update.kl",
         "has a gradient that knows nothing of the reference, so that policy_update.kl_place='loss' "
-        "is of no use; set the place to 'reward', or the estimate to 'k2', 'k3' or 'abs'",
+        "is of no use; set the place to 'reward', policy_update.kl_ratio to True, or the estimate "
+        "to 'k2', 'k3' or 'abs'",
     )
 
     reward, limit = config.reward, config.rollout.max_tokens
@@ -135,7 +136,34 @@ def _check_tokens(config: ConfigDict, need: Need) -> None:
         "policy_update.entropy_coef",
         f"must be at most policy_update.entropy_most={update.entropy_most}, within which it adapts",
     )
-    if not ESTIMATORS[update.advantage].terms:
+    _check_advantage(config, need)
+
+
+def _check_advantage(config: ConfigDict, need: Need) -> None:
+    """Checks that the advantage has the rewards that it is meant for."""
+    update, reward = config.policy_update, config.reward
+    estimator = ESTIMATORS[update.advantage]
+    need(
+        estimator.equal_is_zero or not update.mask_equal,
+        "policy_update.mask_equal",
+        "leaves out groups whose rewards are all equal, but policy_update.advantage="
+        f"{update.advantage!r} gives such groups one too; set it to False, or the advantage to "
+        "'grpo'",
+    )
+    penalised = bool(reward.overlong and reward.overlong_weight)
+    in_reward = update.kl_place == "reward" and uses_reference(config)
+    if not estimator.negative:
+        rule = "measures rewards by their mean, which must not be negative, but "
+        fields = {
+            f"reward.overlong={reward.overlong} is taken off them; set it to 0": penalised,
+            "policy_update.kl_place='reward' takes the KL off them; set it to 'loss'": in_reward,
+        }
+        for name, term in reward.terms.items():
+            taken = f"reward.terms.{name}.weight={term.weight} takes a term off them; leave it out"
+            fields[taken] = term.weight < 0
+        for taken, used in fields.items():
+            need(not used, "policy_update.advantage", f"{rule}{taken}, or take another advantage")
+    if not estimator.terms:
         return
     weights = make_reward(config).weights(config.reflect.enabled)
     named = [name for name, weight in weights.items() if weight]
@@ -145,15 +173,14 @@ def _check_tokens(config: ConfigDict, need: Need) -> None:
         f"normalises each reward term by itself, but {', '.join(named) or 'none'} alone has a "
         "weight; give another term one, or take 'reinforce_pp_baseline', which is the same for one",
     )
-    reward = config.reward
     need(
-        not (reward.overlong and reward.overlong_weight),
+        not penalised,
         "policy_update.advantage",
         f"normalises each reward term by itself, but reward.overlong={reward.overlong} is taken "
         "off their sum; set it to 0, or take another advantage",
     )
     need(
-        update.kl_place == "loss" or not uses_reference(config),
+        not in_reward,
         "policy_update.advantage",
         "normalises each reward term by itself, but policy_update.kl_place='reward' takes the KL "
         "off their sum; set it to 'loss', or take another advantage",

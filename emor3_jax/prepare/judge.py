@@ -7,6 +7,7 @@ Deviations, numbered:
     those of Qwen2.5-VL, it reads the response's own.
 """
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,16 +19,20 @@ from emor3_jax.config import ConfigError, uses_reference
 from emor3_jax.data.encode import check_fit
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.prefix import PrefixEncoder
+from emor3_jax.data.prompts import opened_tag
 from emor3_jax.learner.learner import Learner
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.params import cast_matrices
 from emor3_jax.models.policy import Policy
 from emor3_jax.models.processor import Processor
+from emor3_jax.parallel.mesh import MeshError
 from emor3_jax.prepare.policy import load_policy
 from emor3_jax.rewards.automaton import TokenizerError, token_bytes
 from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.retokenize import Retokenizer, has_tokens
 from emor3_jax.rollout.tokens import suppressed_tokens
+
+logger = logging.getLogger(__name__)
 
 
 class JudgeProcessors(NamedTuple):
@@ -143,11 +148,14 @@ def load_judge(
     Raises:
       ConfigError: if its tokenizer or chat template is none that can be used, or its images do not
         fit `reflect.judge_windows`.
-      MeshError: if the mesh cannot cut it.
+      MeshError: naming the field too, if the mesh cannot cut it.
     """
     own = ConfigDict(config.to_dict())
     own.policy.path = path
-    judge = load_policy(own, say, mesh)
+    try:
+        judge = load_policy(own, say, mesh)
+    except MeshError as error:
+        raise MeshError(f"config.{field}={path!r}: {error}") from error
     params = cast_matrices(judge.params, jnp.dtype(config.policy.dtype))
     suppressed = suppressed_tokens(judge.shapes.vocab_size, judge.processor.tokenizer)
     found = differences(policy, judge)
@@ -155,6 +163,14 @@ def load_judge(
         return Judge(judge.policy, params, suppressed)
     say(f"the judge {path} has its own {', '.join(found)}: it reads image and text by itself")
     _check_processor(config, field, path, judge.processor)
+    if tag := opened_tag(judge.processor.tokenizer):
+        logger.warning(
+            "the chat template of %s=%s opens %s for each reply: one that begins there is neither "
+            "a label nor yes or no; take a template without it (chat_template.jinja in its folder)",
+            field,
+            path,
+            tag,
+        )
     return Judge(judge.policy, params, suppressed, judge.processor)
 
 

@@ -23,7 +23,8 @@ Deviations, numbered:
     the responses of a mean; the constant mean still counts it, being constant. The same holds for
     groups that `mask_equal` leaves out.
  4. Where tokens are selected, the entropy bonus still counts all of them; TRL's counts the selected
-    ones.
+    ones. The mean entropy has the weights of the loss, so that "constant" makes the bonus smaller;
+    TRL's is that of "token" always.
 """
 
 import math

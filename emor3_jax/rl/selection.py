@@ -80,7 +80,11 @@ def _covariance(mask: jax.Array, logprobs: jax.Array, advantages: jax.Array) -> 
 
 
 def _top(values: jax.Array, among: jax.Array, mask: jax.Array, share: float) -> jax.Array:
-    """Returns the highest values, bool, as many as a share of the mask; ties are all selected."""
+    """Returns the highest values, bool, as many as a share of the mask; of equal ones the first."""
     ordered = jnp.sort(jnp.where(among, values, -jnp.inf).ravel())[::-1]
     count = jnp.maximum(jnp.floor(share * mask.sum()).astype(jnp.int32), 1)
-    return among & (values >= ordered[count - 1])
+    least = ordered[count - 1]
+    above, equal = among & (values > least), among & (values == least)
+    # Where no response has an advantage, all covariances are equal.
+    place = jnp.cumsum(equal.ravel()).reshape(equal.shape)
+    return above | (equal & (place <= count - above.sum()))

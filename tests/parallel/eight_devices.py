@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from support import compiler_flags
@@ -22,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from support import ring_cases, tiny
+import pytest
+from ml_collections import ConfigDict
+from support import ring_cases, tiny, tiny_run
 from support.setting import build_setting, in_order
 
-from emor3_jax import models
+from emor3_jax import models, prepare
 from emor3_jax.learner.gradients import UpdateSpec
 from emor3_jax.learner.learner import Learner, StepSpec
 from emor3_jax.learner.logprobs import LogprobSpec, score_responses
@@ -34,12 +37,13 @@ from emor3_jax.learner.packing import join
 from emor3_jax.learner.reference import Reference
 from emor3_jax.models import decode_kernel, weights
 from emor3_jax.models.attention import Own, Shared, attend
-from emor3_jax.models.params import weight_sync
+from emor3_jax.models.params import cast_for_decoding, weight_sync
 from emor3_jax.models.quantisation import SCALE
-from emor3_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
+from emor3_jax.parallel.mesh import MeshError, make_mesh, param_shardings, shard_batch
+from emor3_jax.prepare.judge import load_judge
 from emor3_jax.rl.losses import PolicyLoss
 from emor3_jax.rl.surrogates import Clip
-from emor3_jax.rollout.engine import Plan
+from emor3_jax.rollout.engine import Finished, Plan
 from emor3_jax.rollout.sampling import Sampling
 from emor3_jax.types import Experience, Samples
 
@@ -197,6 +201,61 @@ def roll_out(name: str, family: str, meshes: Sequence[tuple[int, int, int]]) -> 
         record(name, sizes, np.sum(found.tokens != wanted.tokens))
 
 
+def judge() -> None:
+    """Replies of a judge of another family, cut as the policy is; one that cannot be is named."""
+    meshes = cases((2, 2, 2), (1, 4, 2), first=())
+    if not meshes:
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_run.write_policy(folder / "policy", parts=2)
+        tiny_run.write_policy(folder / "judge", "qwen3_vl", words=400, parts=2)
+        tiny_run.write_rows(folder / "train.parquet", 16, 0)
+        wanted = judged(folder, (1, 1, 1))
+        for sizes in meshes:
+            found = judged(folder, sizes)
+            errors = [np.abs(found[name] - probs).max() for name, probs in wanted.items()]
+            record("judge", sizes, max(errors))
+        tiny_run.write_policy(folder / "judge", "qwen3_vl", words=400)
+        rule = r"config\.reflect\.judge='.*judge': mesh\.tensor=2: does not divide"
+        with pytest.raises(MeshError, match=rule):
+            judged(folder, (2, 2, 2))
+
+
+def judged(folder: Path, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """What the judge says of a text that all policies have written, by question."""
+    config = tiny_run.make_config(folder)
+    config.data.train.path, config.evaluate.sets = str(folder / "train.parquet"), ConfigDict()
+    config.rollout.prompts, config.data.prompt_lengths = 8, (256,)
+    config.reflect.soft, config.reflect.judge = True, str(folder / "judge")
+    config.reflect.text_lengths = (32,)
+    mesh = make_mesh(*sizes, jax.devices()[: np.prod(sizes)])
+    with jax.set_mesh(mesh):
+        policy = prepare.load_policy(config, print_nothing, mesh)
+        judge = load_judge(
+            config, "reflect.judge", config.reflect.judge, policy, print_nothing, mesh
+        )
+        judge = judge._replace(params=cast_for_decoding(judge.params, judge.policy.dtype))
+        judges = prepare.JudgeProcessors(training=judge.processor)
+        data = prepare.open_data(config, policy, mesh, judges=judges)
+        rollout = prepare.make_rollout(config, policy, data.labels["train"], mesh, judge.processor)
+        text = "<step1> a dark wood </step1> <step2> uneasy </step2>"
+        ids = policy.processor.tokenizer.encode(text, add_special_tokens=False)
+        tokens = np.broadcast_to(np.int32(ids), (8, 3, len(ids)))
+        lengths = np.full((8, 3), len(ids), np.int32)
+        samples = Samples(tokens, np.zeros(tokens.shape, np.float32), lengths, lengths > 0)
+        batch, samples = shard_batch((next(data.train).batch, samples), mesh)
+        asked = Finished(np.arange(8), None, samples)
+        found = jax.device_get(rollout.reflect({}, batch, asked, jax.random.key(0), judge))
+        data.train.close()
+    assert all(x.all() for x in found.found.values())
+    return found.probs
+
+
+def print_nothing(text: str) -> None:
+    """Announces no stages."""
+
+
 def attention() -> None:
     """Results and gradients of Splash attention."""
     rng = np.random.default_rng(0)
@@ -292,5 +351,5 @@ def checkpoint() -> None:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    for part in (score, update, rollout, attention, decode, quantise, checkpoint):
+    for part in (score, update, rollout, judge, attention, decode, quantise, checkpoint):
         part()

@@ -99,6 +99,8 @@ def eight(request) -> tuple[subprocess.CompletedProcess, bool]:
         # Tokens of a greedy rollout with prompts in turns.
         ("rollout", (1, 2), 0.0),
         ("rollout qwen3_vl", (1, 1), 0.0),
+        # What a judge of another family says of a text.
+        ("judge", (0, 2), 1e-5),
         # Splash attention and its gradients: devices share prompts and heads.
         ("attention", (2, 4), 2e-5),
         # The kernel of decoded tokens: likewise.

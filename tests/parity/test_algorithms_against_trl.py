@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from emor3_jax.rewards.shaping import overlong
-from emor3_jax.rl import advantages, kl, losses, surrogates
+from emor3_jax.rl import advantages, entropy, kl, losses, surrogates
 from emor3_jax.rl.correction import Correction
+from emor3_jax.rl.entropy import EntropyBonus
 from emor3_jax.rl.selection import Selection
 
 B, G, T = 5, 4, 9
@@ -67,19 +68,23 @@ class _Trainer:
         return self._logprobs, entropies, None
 
 
-def trl_loss(trainer_class, draw, inputs: dict, args: dict | None = None, **options):
-    """TRL's loss and its gradient by the log-probabilities; `args` are those of the trainer's."""
-    mask, new, *_ = draw
-    logprobs = of_trl(new).requires_grad_()
-    trainer = _Trainer(logprobs, **options)
-    vars(trainer.args).update(args or {})
-    trainer.get_off_policy_mask = getattr(trainer_class, "get_off_policy_mask", None)
+def trl_inputs(draw, inputs: dict) -> dict:
+    """What TRL's losses take, with these."""
     blank = torch.zeros(B * G, 1, dtype=torch.long)
     ids = torch.zeros(B * G, T, dtype=torch.long)
     whole = {"prompt_ids": blank, "prompt_mask": blank, "completion_ids": ids} | inputs
-    whole["completion_mask"] = of_trl(mask).float()
+    whole["completion_mask"] = of_trl(draw[0]).float()
     whole["num_items_in_batch"] = whole["completion_mask"].sum()
-    loss = trainer_class._compute_loss(trainer, None, whole)
+    return whole
+
+
+def trl_loss(trainer_class, draw, inputs: dict, args: dict | None = None, **options):
+    """TRL's loss and its gradient by the log-probabilities; `args` are those of the trainer's."""
+    logprobs = of_trl(draw[1]).requires_grad_()
+    trainer = _Trainer(logprobs, **options)
+    vars(trainer.args).update(args or {})
+    trainer.get_off_policy_mask = getattr(trainer_class, "get_off_policy_mask", None)
+    loss = trainer_class._compute_loss(trainer, None, trl_inputs(draw, inputs))
     loss.backward()
     return loss.detach().numpy(), logprobs.grad.numpy().reshape(B, G, T)
 
@@ -280,6 +285,38 @@ def test_the_tokens_of_highest_entropy(draw, compare):
     loss = losses.PolicyLoss(surrogates.Clip(0.2, 0.3, float("inf")), kl="off", selection=selection)
     found = our_loss(draw, advantage, loss, 0.0, selected=chosen)
     compare_both(compare, "tokens of highest entropy", found, wanted)
+
+
+def test_the_entropy_bonus(draw, compare):
+    """Over steps of random entropies, above and below the target; one trainer adapts its weight."""
+    trl = pytest.importorskip("trl")
+    mask, new, old, _, _, advantage = draw
+    inputs = {"advantages": of_trl(advantage), "old_per_token_logps": of_trl(old)}
+    plain, _ = trl_loss(trl.GRPOTrainer, draw, inputs, loss_type="bnpo", **CLIP)
+    trainer = _Trainer(
+        of_trl(new),
+        loss_type="bnpo",
+        use_adaptive_entropy=True,
+        _entropy_bonus_enabled=True,
+        entropy_coef=0.001,
+        _last_world_entropy=0.0,
+        _entropy_window_stats=None,
+        **CLIP,
+    )
+    trainer.args.entropy_target, trainer.args.entropy_coef_delta = 0.2, 0.005
+    trainer.args.entropy_coef_min, trainer.args.entropy_coef_max = 0.0, 0.012
+    trainer.accelerator.sync_gradients = True
+    rng, bonus, found, wanted = np.random.default_rng(5), EntropyBonus(0.001, 0.001), [], []
+    for most in (0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.9, 0.1, 0.2):
+        entropies = rng.uniform(0, most, old.shape).astype(np.float32)
+        trainer.entropies = of_trl(entropies)
+        loss = trl.GRPOTrainer._compute_loss(trainer, None, trl_inputs(draw, inputs))
+        wanted.append(loss.numpy() - plain)
+        mean = entropies[mask].mean()
+        found.append(-bonus.applied * mean)
+        bonus = entropy.adapt(bonus, mean, target=0.2, delta=0.005, most=0.012)
+    assert sum(x == 0 for x in found) == 4
+    compare("TRL's entropy bonus and its weight over steps", np.float32(found), wanted, 1e-6)
 
 
 def test_gdpo_advantages(draw, compare):

@@ -31,6 +31,9 @@ def test_the_highest_entropies():
 def test_the_highest_covariances():
     wanted = np.sort(COVARIANCE)[-2] <= COVARIANCE
     assert select("kl_cov", 0.4) == wanted.tolist()
+    # Without any advantage all are equal: no more are selected.
+    equal = Selection("kl_cov", 0.4)(MASK, LOGPROBS, 0 * ADVANTAGES, None, KEY)
+    assert np.asarray(equal)[np.asarray(MASK)].tolist() == [True, True, False, False, False]
 
 
 def test_a_random_share_of_covariances_within_bounds():

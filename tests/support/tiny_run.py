@@ -52,17 +52,22 @@ def write_rows(
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def small_policy(tokenizer: PreTrainedTokenizerBase, family: str = "qwen2_5_vl") -> Policy:
-    """Returns a policy of 30 thousand parameters that reads scenes of 112 pixels a side."""
+def small_policy(
+    tokenizer: PreTrainedTokenizerBase, family: str = "qwen2_5_vl", parts: int = 1
+) -> Policy:
+    """Returns a policy of 30 thousand parameters that reads scenes of 112 pixels a side.
+
+    So many devices can cut its heads and vocabulary.
+    """
     sizes = SmallSizes(
-        vocab_size=len(tokenizer),
+        vocab_size=-(-len(tokenizer) // parts) * parts,
         width=32,
         layers=1,
-        heads=2,
-        kv_heads=1,
+        heads=2 * parts,
+        kv_heads=parts,
         vision_width=32,
         vision_layers=1,
-        vision_heads=1,
+        vision_heads=parts,
         patch=14,
         window=112,
         image=112,
@@ -70,10 +75,12 @@ def small_policy(tokenizer: PreTrainedTokenizerBase, family: str = "qwen2_5_vl")
     return parse_config(FAMILIES[family].small_config(sizes) | special_ids(tokenizer))
 
 
-def write_policy(folder: Path, family: str = "qwen2_5_vl", words: int = 800) -> None:
+def write_policy(
+    folder: Path, family: str = "qwen2_5_vl", words: int = 800, parts: int = 1
+) -> None:
     """Writes a random policy as `small_policy` describes it, of at most so many words."""
     tokenizer = train_tokenizer(tasks.text_corpus(20), words)
-    policy = small_policy(tokenizer, family)
+    policy = small_policy(tokenizer, family, parts)
     params = jax.device_get(policy.init(jax.random.key(0)))
     images = ImageSettings(min_pixels=112**2, max_pixels=112**2)
     save(LoadedPolicy(policy, params, Processor(tokenizer, images, policy.layout)), folder)

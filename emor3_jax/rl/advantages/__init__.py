@@ -73,6 +73,8 @@ class Estimator(NamedTuple):
       std: `function` takes the keyword `std`, see `grpo`.
       greedy: needs the reward of one greedy response to each prompt.
       terms: reads the reward terms apart, not what shaping adds to their sum.
+      equal_is_zero: a group whose rewards are all equal always has an advantage of 0.
+      negative: rewards under 0 have a meaning.
     """
 
     function: Callable[..., jax.Array]
@@ -80,6 +82,8 @@ class Estimator(NamedTuple):
     std: bool = False
     greedy: bool = False
     terms: bool = False
+    equal_is_zero: bool = True
+    negative: bool = True
 
 
 def _combined(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -91,11 +95,13 @@ ESTIMATORS = {
     "grpo": Estimator(_combined(grpo), responses=2, std=True),
     "dr_grpo": Estimator(_combined(dr_grpo), responses=2),
     "rloo": Estimator(_combined(rloo), responses=2),
-    "reinforce_pp": Estimator(_combined(reinforce_pp)),
+    "reinforce_pp": Estimator(_combined(reinforce_pp), equal_is_zero=False),
     "reinforce_pp_baseline": Estimator(_combined(reinforce_pp_baseline), responses=2),
-    "remax": Estimator(lambda rewards: remax(rewards.rewards, rewards.greedy), greedy=True),
-    "gdpo": Estimator(gdpo, responses=2, std=True, terms=True),
-    "maxrl": Estimator(_combined(maxrl), responses=2),
+    "remax": Estimator(
+        lambda rewards: remax(rewards.rewards, rewards.greedy), greedy=True, equal_is_zero=False
+    ),
+    "gdpo": Estimator(gdpo, responses=2, std=True, terms=True, equal_is_zero=False),
+    "maxrl": Estimator(_combined(maxrl), responses=2, negative=False),
     "opo": Estimator(lambda rewards: opo(rewards.rewards, rewards.lengths), responses=2),
 }
 """Name in the config → estimator."""

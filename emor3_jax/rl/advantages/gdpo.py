@@ -26,7 +26,8 @@ def gdpo(rewards: RewardTerms, *, std: str = "population", epsilon: float = EPSI
       epsilon: added to standard deviations.
 
     Returns:
-      float32[B, G]; exactly 0 if no term differs within any group.
+      float32[B, G]; exactly 0 if no term differs within any group, and of a group in which a term
+      is no finite number.
 
     Raises:
       ValueError: if no term has a weight.
@@ -34,6 +35,11 @@ def gdpo(rewards: RewardTerms, *, std: str = "population", epsilon: float = EPSI
     if not rewards.weights:
         raise ValueError("gdpo needs at least one reward term with a weight, got none")
     total = jnp.zeros_like(rewards.rewards)
+    terms = {name: rewards.terms[name] for name in rewards.weights}
+    # One number of one response would spoil the mean over the batch.
+    usable = [jnp.isfinite(term).all(axis=1, keepdims=True) for term in terms.values()]
+    usable = jnp.stack(usable).all(axis=0)
     for name, weight in rewards.weights.items():
-        total += weight * grpo(rewards.terms[name], std=std, epsilon=epsilon)
+        each = jnp.where(usable, terms[name], 0.0)
+        total += weight * grpo(each, std=std, epsilon=epsilon)
     return grpo(total.reshape(1, -1), std=std, epsilon=epsilon).reshape(total.shape)

@@ -4,7 +4,13 @@ import numpy as np
 from support import tiny
 
 from emor3_jax.models.qwen3_vl.tower import resample
+from emor3_jax.models.vision import is_merger
 from emor3_jax.types import Images
+
+
+def test_deepstack_has_mergers_of_its_own():
+    modules = tiny.make_policy("qwen3_vl").param_shapes()["visual"]
+    assert {name for name in modules if is_merger(name)} == {"merger", "deepstack_0"}
 
 
 def at(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:

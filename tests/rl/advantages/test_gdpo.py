@@ -39,6 +39,13 @@ def test_terms_without_weight_do_not_count():
         gdpo(RewardTerms(RIGHT, {"right": RIGHT}, {}))
 
 
+def test_a_term_that_is_no_number_spoils_its_own_group_alone():
+    given = terms(right=2.0, formed=1.0)
+    broken = {**given.terms, "formed": FORMED.at[0, 2].set(jnp.nan)}
+    signs = jnp.float32([[0, 0, 0, 0], [1, -1, -1, 1]])
+    np.testing.assert_allclose(gdpo(given._replace(terms=broken)), reinforce_pp(signs), rtol=1e-5)
+
+
 def test_the_sample_deviation_is_an_option():
     found = gdpo(terms(right=2.0, formed=1.0), std="sample")
     assert found.std(ddof=1) == pytest.approx(1.0, rel=1e-4)
