@@ -172,8 +172,6 @@ class Run:
         self.clock = StepClock(self._stop.check, lambda phase: self._task.note(phase))
         self._finished: FinishedStep | None = None
         self._due, self._told_stopped, self._saved_at = False, False, time.monotonic()
-        self._stop.rescue = self._rescue
-        self._maintenance = MaintenanceWatch(self._stop.request)
         self._pending: StepRecord | None = None
         self._guards = Watch(config)
         # A thread that ends the process logs too, and may find the main one at it.
@@ -184,6 +182,9 @@ class Run:
         self._upcoming: Prompts | None = None
         self._placed: Batch | None = None
         self._position: Any = None
+        # Behind all that it reads, as its thread may call it at once.
+        self._stop.rescue = self._rescue
+        self._maintenance = MaintenanceWatch(self._stop.request)
 
     def _begin_at(self, latest: int | None) -> None:
         """Begins behind a checkpoint, or anew; what was logged after it is dropped."""
