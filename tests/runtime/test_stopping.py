@@ -88,6 +88,7 @@ def stopped(folder):
         long("last_evaluation", [1], [0, 1], "stopped as asked, saved after step 1"),
         ("rollout", [1], [0, 1], "stopped as asked, saved after step 1"),
         ("compiling", [1], [0, 1], "not waited for after 1 seconds"),
+        long("update", [2], [0, 1, 2], "stopped as asked, saved after step 2"),
         ("group", [1], [0, 1], "stopped"),
     ],
 )
@@ -179,6 +180,13 @@ def test_a_signal_that_a_library_has_taken_is_taken_back(stop):
     stop.listen()
     os.kill(os.getpid(), signal.SIGTERM)
     assert eventually(lambda: stop.requested)
+
+
+def test_an_update_that_has_taken_the_finished_state_is_waited_for():
+    run, tries, told = object.__new__(run_module.Run), iter([False, False, True]), []
+    run._save_finished, run._say_stopped = lambda: next(tries), lambda: told.append(list(tries))
+    run._rescue()
+    assert told == [[]]
 
 
 _TWICE = """
