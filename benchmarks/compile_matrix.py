@@ -9,6 +9,7 @@ what has not been run. Delete lines to have their programs compiled anew.
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from configs.qwen_vl import POLICIES
+from emor3_jax.compiler.verdict import LEARNING
 from emor3_jax.parallel import topology
 
 RESULTS = Path("docs/results/compile.jsonl")
@@ -37,7 +41,7 @@ PROGRAMS = (
 """Those that take memory, the most telling first; `emor3_jax.compile` has the others too."""
 
 SHOWN = ("slots", "lanes", "micro", "GiB")
-"""Columns in front of the programs: sizes of the rollout and update, and HBM of a device."""
+"""Columns in front of the programs: sizes of today's config, and HBM of a device."""
 
 CONFIGS = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "v7x"}
 
@@ -54,11 +58,41 @@ def load() -> Results:
     return found
 
 
-def compile_cell(size: str, name: str, programs: list[str]) -> None:
-    """Compiles programs of a cell, and adds a line for each to the results."""
+def _config(size: str, name: str) -> tuple[str, str]:
+    """Returns the name of a cell's config in `configs`, and its options."""
     slices = topology.parse(name)
     options = f"{size},chips={slices.chips * slices.slices},slices={slices.slices}"
-    config = f"configs/tpu_{CONFIGS[slices.kind]}.py:{options}"
+    return f"tpu_{CONFIGS[slices.kind]}", options
+
+
+def config_of(size: str, name: str) -> ConfigDict:
+    """Returns the config of a cell, as it is today."""
+    module, options = _config(size, name)
+    return importlib.import_module(f"configs.{module}").get_config(options)
+
+
+def is_older(row: dict[str, Any], config: ConfigDict) -> bool:
+    """Returns whether a program was compiled for other sizes than its config has today.
+
+    Args:
+      row: of the results.
+      config: of its cell.
+    """
+    rollout, now = dict(row["rollout"]), config.rollout
+    # Until there were lanes, each response of a slot had one.
+    rollout.setdefault("lanes", rollout["slots"] * now.responses)
+    names = ["prompts"]
+    if row["name"] not in (*LEARNING, "weight_sync"):
+        names += ["slots", "refill", "lanes"]
+    then = row["mesh"], row["micro_prompts"], *(rollout[name] for name in names)
+    today = config.mesh.to_dict(), config.policy_update.micro_prompts, *(now[x] for x in names)
+    return then != today
+
+
+def compile_cell(size: str, name: str, programs: list[str]) -> None:
+    """Compiles programs of a cell, and adds a line for each to the results."""
+    module, options = _config(size, name)
+    config = f"configs/{module}.py:{options}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [sys.executable, "-m", "emor3_jax.compile", f"--config={config}"]
@@ -107,7 +141,8 @@ def _fit_table(found: Results) -> list[str]:
         "## HBM of a device",
         "",
         "GiB while each program runs, with all that lies there meanwhile; **bold** is over what",
-        "the device has. An empty cell has not been run.",
+        "the device has. *Italics*: compiled for other numbers of slots, lanes or prompts than the",
+        "config has today, which the row shows. An empty cell has not been run.",
         "",
         f"| policy | slice | mesh | {' | '.join((*SHOWN, *PROGRAMS))} | verdict |",
         f"|---|---|---|{'---:|' * (len(SHOWN) + len(PROGRAMS))}---|",
@@ -117,19 +152,16 @@ def _fit_table(found: Results) -> list[str]:
             cell = found.get((size, name), {})
             if not cell:
                 continue
-            any_ = next(iter(cell.values()))
-            mesh, tensor = any_["mesh"], any_["mesh"]["tensor"]
-            fsdp = any_["devices"] // (tensor * mesh["data"])
-            shown = f"{mesh['data']}×{fsdp}×{tensor}"
-            sizes = [_needed(cell[p]) if p in cell else "" for p in PROGRAMS]
-            missing = [p for p in PROGRAMS if p not in cell]
-            verdict = "fits" if all(row["fits"] for row in cell.values()) else "does not fit"
-            verdict += ", as far as run" if missing and verdict == "fits" else ""
+            config, any_ = config_of(size, name), next(iter(cell.values()))
+            tensor, data = config.mesh.tensor, config.mesh.data
+            shown = f"{data}×{any_['devices'] // (tensor * data)}×{tensor}"
+            older = {program for program, row in cell.items() if is_older(row, config)}
+            sizes = [_needed(cell[p], p in older) if p in cell else "" for p in PROGRAMS]
             lines.append(
-                f"| {size.upper()} | {name} | {shown} | {any_['rollout']['slots']} "
-                f"| {any_['rollout'].get('lanes', 8 * any_['rollout']['slots'])} "
-                f"| {any_['micro_prompts']} | {any_['usable'] / 2**30:.2f} "
-                f"| {' | '.join(sizes)} | {verdict} |"
+                f"| {size.upper()} | {name} | {shown} | {config.rollout.slots} "
+                f"| {config.rollout.lanes} "
+                f"| {config.policy_update.micro_prompts} | {any_['usable'] / 2**30:.2f} "
+                f"| {' | '.join(sizes)} | {_verdict(cell, older)} |"
             )
     for size in SIZES:
         if missing := [name for name in SLICES if not found.get((size, name))]:
@@ -137,9 +169,21 @@ def _fit_table(found: Results) -> list[str]:
     return lines
 
 
-def _needed(row: dict[str, Any]) -> str:
-    size = f"{row['needed'] / 2**30:.1f}"
-    return size if row["fits"] else f"**{size}**"
+def _verdict(cell: dict[str, dict[str, Any]], older: set[str]) -> str:
+    """Returns what the programs of a cell say, some of which are older than its sizes."""
+    if not all(row["fits"] for row in cell.values()):
+        return "does not fit"
+    said = ["fits"]
+    if older:
+        said.append("by older sizes" if older >= cell.keys() else "in part by older sizes")
+    if not cell.keys() >= set(PROGRAMS):
+        said.append("as far as run")
+    return ", ".join(said)
+
+
+def _needed(row: dict[str, Any], is_of_other_sizes: bool) -> str:
+    mark = "*" * (is_of_other_sizes + 2 * (not row["fits"]))
+    return f"{mark}{row['needed'] / 2**30:.1f}{mark}"
 
 
 def _traffic_table(found: Results) -> list[str]:

@@ -41,6 +41,7 @@ def get_config(options: str = "gpus=8") -> ConfigDict:
     choose_policy(config, policy)
     config.data.image_windows = (32, 48)
     config.mesh.fsdp = gpus
+    config.rollout.lanes = 128 * gpus
     if gpus == 1:
         config.rollout.slots, config.rollout.refill = 32, 8
         config.policy_update.micro_prompts = 2

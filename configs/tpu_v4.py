@@ -6,10 +6,10 @@ python -m emor3_jax.train --config=configs/tpu_v4.py --workdir=DIR \\
 
 `--config=configs/tpu_v4.py:7b,chips=32` takes the 7B on 32 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the 3B fits a
-v4-8 (4 chips), where growing the cache needs the most of all its programs, 28.63 of 30.75 GiB a
-device; the 7B a v4-32 (16 chips), where the reflection on consistency does, 22.61. It does not fit
-a v4-16 (the weight sync needs 31.38). More: docs/results/compile.md.
+By the TPU's compiler the 3B fits a v4-8 (4 chips), where the update needs the most, 29.2 of 30.75
+GiB a device; the 7B a v4-32 (16 chips), and not a v4-16, where weight sync and update are over.
+Memory by program, and what has not been compiled since sizes here changed:
+docs/results/compile.md, docs/train_3b.md.
 """
 
 from ml_collections import ConfigDict

@@ -6,9 +6,9 @@ python -m emor3_jax.train --config=configs/tpu_v5e.py --workdir=DIR \\
 
 `--config=configs/tpu_v5e.py:7b,chips=256` takes the 7B on 256 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
-the 3B need at most 12.18 of 15.75 GiB a device on a v5e-16, those of the 7B 12.10 on a v5e-64. The
-7B does not fit a v5e-16, nor two. More: docs/results/compile.md.
+By the TPU's compiler the 3B fits a v5e-16, with adapters a v5e-8; the 7B a v5e-64, and not a
+v5e-16, nor two. Memory by program, and what has not been compiled since sizes here changed:
+docs/results/compile.md, docs/train_3b.md.
 """
 
 from ml_collections import ConfigDict

@@ -6,9 +6,8 @@ python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=DIR \\
 
 `--config=configs/tpu_v5p.py:7b,chips=32` takes the 7B on 32 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
-the 3B need at most 56.48 of 95.73 GiB a device on a v5p-8 (4 chips), those of the 7B 72.47; growing
-the cache needs the most. More: docs/results/compile.md.
+By the TPU's compiler 3B and 7B fit a v5p-8 (4 chips); growing the cache needs the most. Memory by
+program, and what has not been compiled since sizes here changed: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict

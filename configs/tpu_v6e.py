@@ -6,9 +6,9 @@ python -m emor3_jax.train --config=configs/tpu_v6e.py --workdir=DIR \\
 
 `--config=configs/tpu_v6e.py:7b,chips=32` takes the 7B on 32 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
-the 3B need at most 24.34 of 31.24 GiB a device on a v6e-8, those of the 7B 23.50 on a v6e-16. The
-7B does not fit a v6e-8 (the weight sync needs 31.38). More: docs/results/compile.md.
+By the TPU's compiler the 3B fits a v6e-8; the 7B a v6e-16, and not a v6e-8, where weight sync and
+update are over. Memory by program, and what has not been compiled since sizes here changed:
+docs/results/compile.md, docs/train_3b.md.
 """
 
 from ml_collections import ConfigDict

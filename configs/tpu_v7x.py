@@ -6,9 +6,8 @@ python -m emor3_jax.train --config=configs/tpu_v7x.py --workdir=DIR \\
 
 `--config=configs/tpu_v7x.py:7b,chips=32` takes the 7B on 32 chips.
 
-What the compiler reported (python -m emor3_jax.compile, libtpu 0.0.52, 2026-11-27): the programs of
-the 3B need at most 49.06 of 94.74 GiB a device on a tpu7x-8 (4 chips of two devices), those of the
-7B 67.43, for the reflection on coherence. More: docs/results/compile.md.
+By the TPU's compiler 3B and 7B fit a tpu7x-8 (4 chips of two devices). Memory by program, and what
+has not been compiled since sizes here changed: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict

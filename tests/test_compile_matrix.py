@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from benchmarks.compile_matrix import page
+from benchmarks.compile_matrix import PROGRAMS, config_of, page
+
+_NOW = config_of("3b", "v4-16")
 
 
 def _row(name: str, moved: dict[str, int], fits: bool) -> dict[str, Any]:
@@ -11,9 +13,9 @@ def _row(name: str, moved: dict[str, int], fits: bool) -> dict[str, Any]:
         "date": "2026-11-25",
         "commit": "0123456789",
         "devices": 8,
-        "mesh": {"data": 1, "fsdp": -1, "tensor": 2},
-        "rollout": {"slots": 32},
-        "micro_prompts": 4,
+        "mesh": _NOW.mesh.to_dict(),
+        "rollout": {x: _NOW.rollout[x] for x in ("prompts", "slots", "refill", "lanes")},
+        "micro_prompts": _NOW.policy_update.micro_prompts,
         "usable": 16 * 2**30,
         "needed": 20 * 2**30,
         "fits": fits,
@@ -34,6 +36,24 @@ def test_a_page_of_nothing_says_so() -> None:
     text = page({})
     assert "No program has been compiled" in text
     assert "Not run of 3B: v4-8, v4-16" in text and "| 3B |" not in text
+
+
+def test_a_program_of_other_sizes_than_its_config_has_today_is_marked() -> None:
+    rows = {name: _row(name, {}, True) for name in PROGRAMS}
+    assert _fit(rows).endswith("| fits |") and "| *20.0* |" not in _fit(rows)
+    # As before there were lanes: a quarter of the slots, each with a lane for every response.
+    slots = {"prompts": 512, "slots": _NOW.rollout.slots // 4, "refill": _NOW.rollout.refill}
+    older = rows | {x: rows[x] | {"rollout": slots} for x in ("decode", "update", "weight_sync")}
+    # Update and weight sync have no slots.
+    assert _fit(older).count("| *20.0* |") == 1
+    assert _fit(older).endswith("| fits, in part by older sizes |")
+    assert f"| {_NOW.rollout.slots} | {_NOW.rollout.lanes} |" in _fit(older)
+    del older["admit"]
+    assert _fit(older).endswith("| fits, in part by older sizes, as far as run |")
+
+
+def _fit(rows: dict[str, Any]) -> str:
+    return next(x for x in page({("3b", "v4-16"): rows}).splitlines() if x.startswith("| 3B |"))
 
 
 def _lines(update: dict[str, Any], handed: dict[str, Any]) -> list[str]:

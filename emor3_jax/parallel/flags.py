@@ -5,8 +5,8 @@ sets those that the environment does not set itself; a flag that is there, with 
 stays, and EMOR3_FLAGS=0 leaves all as it is. `python -m emor3_jax.parallel.flags tpu` prints them.
 """
 
+import argparse
 import os
-import sys
 from collections.abc import MutableMapping
 from typing import NamedTuple
 
@@ -94,5 +94,7 @@ def set_flags(platform: str, environment: MutableMapping[str, str] = os.environ)
 
 
 if __name__ == "__main__":
-    for given in FLAGS[sys.argv[1]]:
+    parser = argparse.ArgumentParser(description="Prints the flags of a platform.")
+    parser.add_argument("platform", choices=FLAGS)
+    for given in FLAGS[parser.parse_args().platform]:
         print(f"{given.variable}: {given.value}\n    {given.reason}")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,13 @@ def errors_told() -> Iterator[None]:
     escape_what_cannot_be_shown()
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        # Python would complain of what is left.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, FileNotFoundError) as error:
         _refuse(error)
     except RunError as error:
@@ -119,6 +127,13 @@ def errors_told() -> Iterator[None]:
         where = error.filename2 or error.filename
         told = f"{show(where)}: {os_error_text(error.errno)}, or name another folder"
         _refuse(RunError(told), status=2 if error.errno in LASTING else 1)
+
+
+def _nobody_reads() -> bool:
+    """Returns whether who reads standard output has left, as `head` does that has enough."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
 
 
 PACKAGE = Path(emor3_jax.__file__).parent

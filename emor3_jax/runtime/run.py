@@ -172,8 +172,6 @@ class Run:
         self.clock = StepClock(self._stop.check, lambda phase: self._task.note(phase))
         self._finished: FinishedStep | None = None
         self._due, self._told_stopped, self._saved_at = False, False, time.monotonic()
-        self._stop.rescue = self._rescue
-        self._maintenance = MaintenanceWatch(self._stop.request)
         self._pending: StepRecord | None = None
         self._guards = Watch(config)
         # A thread that ends the process logs too, and may find the main one at it.
@@ -184,6 +182,9 @@ class Run:
         self._upcoming: Prompts | None = None
         self._placed: Batch | None = None
         self._position: Any = None
+        # Behind all that it reads, as its thread may call it at once.
+        self._stop.rescue = self._rescue
+        self._maintenance = MaintenanceWatch(self._stop.request)
 
     def _begin_at(self, latest: int | None) -> None:
         """Begins behind a checkpoint, or anew; what was logged after it is dropped."""
@@ -245,25 +246,32 @@ class Run:
             )
             self.say(f"stopped as asked, {saved}; start again with this workdir to go on")
 
-    def _save_finished(self) -> None:
-        """Saves the last step that was finished, where its state is there and not saved yet."""
+    def _save_finished(self) -> bool:
+        """Saves the last step that was finished, if any; returns False if its state is gone."""
         if self._finished is None:
-            return
+            return True
         step, learner, state, position = self._finished
         arrays = learner.checkpoint(state)
-        if any(x.is_deleted() for x in jax.tree.leaves(arrays)):
-            return
         progress = self._progress | {"data": position} | learner.progress()
         if self._evaluation_is_due(step) and self._evaluated != step:
             progress["evaluation_is_owed"] = True
-        self._checkpoints.save(step, arrays, progress)
+        try:
+            self._checkpoints.save(step, arrays, progress)
+        except Exception:
+            if any(x.is_deleted() for x in jax.tree.leaves(arrays)):
+                return False
+            raise
         # A run that goes on keeps what was logged up to its checkpoint.
         self._flush()
+        return True
 
     def _rescue(self) -> None:
-        """Saves the last finished step from another thread; with several hosts, what is begun."""
-        if jax.process_count() == 1:
-            self._save_finished()
+        """Saves the last finished step from another thread; with several hosts, what is begun.
+
+        An update that has taken its state is waited for: it ends with a step that can be saved.
+        """
+        while jax.process_count() == 1 and not self._save_finished():
+            time.sleep(0.1)
         self._say_stopped()
 
     @property

@@ -119,7 +119,9 @@ class StopSignal:
 
     def _watch(self) -> None:
         """Waits for the first request, then for the time to be over, a later one or `restore`."""
-        first = math.inf
+        # A machine whose end the cloud has told sends its own signal seconds later, for the first
+        # time: only a signal after another one is a later request.
+        first = signalled = math.inf
         with self._heard:
             while True:
                 left = first + self._seconds - time.monotonic()
@@ -130,12 +132,15 @@ class StopSignal:
                     break
                 if not heard:
                     return
-                if heard == _NOTICE or heard[0] in self._numbers:
-                    if first == math.inf:
-                        self.requested, first = True, time.monotonic()
-                        tell(_ASKED)
-                    elif heard != _NOTICE and _ends(heard[0], first):
+                if heard != _NOTICE and heard[0] not in self._numbers:
+                    continue
+                if first == math.inf:
+                    self.requested, first = True, time.monotonic()
+                    tell(_ASKED)
+                if heard != _NOTICE:
+                    if _ends(heard[0], signalled):
                         os._exit(128 + heard[0])
+                    signalled = min(signalled, time.monotonic())
         self._end()
 
     def _end(self) -> None:
@@ -156,7 +161,7 @@ def _ends(number: int, first: float) -> bool:
 
     Args:
       number: of the signal.
-      first: when the first request came, in seconds of `time.monotonic`; infinite if none did.
+      first: when the first signal came, in seconds of `time.monotonic`; infinite if none did.
     """
     return number != _SENT_SEVERAL_TIMES and time.monotonic() - first > _ONE_REQUEST
 

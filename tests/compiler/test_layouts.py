@@ -52,6 +52,14 @@ def test_decoding_gathers_no_weights(found: dict[str, Any], mesh: str) -> None:
     assert found["weights_as_trained"]["decode"]["gathered"]
 
 
+def test_what_is_in_flight_stays_on_its_part(found: dict[str, Any]) -> None:
+    """Prompts enter and leave, and idle lanes go, without a collective."""
+    for program in tiny_step.IN_FLIGHT:
+        assert found["2x2x2"][program]["kinds"] == [], program
+    for program, faulty in found["rows_from_anywhere"].items():
+        assert faulty["kinds"], program
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("program", ["update", "reference"])
 def test_layers_are_gathered_one_by_one(found: dict[str, Any], mesh: str, program: str) -> None:

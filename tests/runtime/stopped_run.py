@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def compiling(config: ConfigDict) -> None:
     before(Learner, "score", 2, stuck)
 
 
+def update(config: ConfigDict) -> None:
+    """Between the updates of step 2, the first of which has taken the state of step 1."""
+    config.evaluate.every, config.checkpoint.stop_seconds = 10, 1.0
+
+    def slow() -> None:
+        interrupt()
+        time.sleep(4)
+
+    before(Learner, "update", 4, slow)
+
+
 def group(config: ConfigDict) -> None:
     """Ctrl-C in step 2 reaches the workers that decode images too."""
     config.evaluate.every, config.data.workers = 10, 2
@@ -95,7 +107,7 @@ MOMENTS = {
     moment.__name__: moment
     for moment in (
         *(startup, first_evaluation, evaluation, last_evaluation),
-        *(rollout, compiling, group),
+        *(rollout, compiling, update, group),
     )
 }
 

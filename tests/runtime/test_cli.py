@@ -29,6 +29,22 @@ def test_a_bucket_is_no_folder() -> None:
         cli.local_folder("gs://box/a")
 
 
+def test_who_reads_the_first_lines_alone_gets_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    printed = open(writer, "w")  # noqa: SIM115
+    # Of another pipe it is an error.
+    with pytest.raises(BrokenPipeError), cli.errors_told():
+        raise BrokenPipeError
+    monkeypatch.setattr(sys, "stdout", printed)
+    with pytest.raises(SystemExit) as ended, cli.errors_told():
+        print("a table")
+    # As of a program that the signal ended.
+    assert ended.value.code == 141
+    with pytest.raises(BrokenPipeError):
+        printed.close()
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("")
     for path in (tmp_path / "notes", tmp_path / "notes" / "run"):

@@ -88,6 +88,7 @@ def stopped(folder):
         long("last_evaluation", [1], [0, 1], "stopped as asked, saved after step 1"),
         long("rollout", [1], [0, 1], "stopped as asked, saved after step 1"),
         ("compiling", [1], [0, 1], "not waited for after 1 seconds"),
+        long("update", [2], [0, 1, 2], "stopped as asked, saved after step 2"),
         ("group", [1], [0, 1], "stopped"),
     ],
 )
@@ -181,10 +182,19 @@ def test_a_signal_that_a_library_has_taken_is_taken_back(stop):
     assert eventually(lambda: stop.requested)
 
 
+def test_an_update_that_has_taken_the_finished_state_is_waited_for():
+    run, tries, told = object.__new__(run_module.Run), iter([False, False, True]), []
+    run._save_finished, run._say_stopped = lambda: next(tries), lambda: told.append(list(tries))
+    run._rescue()
+    assert told == [[]]
+
+
 _TWICE = """
 import os, signal, time
 from emor3_jax.runtime.stopping import StopSignal
 stop = StopSignal(300.0)
+stop.request()
+time.sleep(1.2)
 for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
     os.kill(os.getpid(), number)
 time.sleep(0.1)
@@ -196,7 +206,8 @@ time.sleep(60)
 
 
 def test_signals_of_one_second_are_one_request_and_a_later_one_ends_at_once():
-    # As when a process group is told: make passes on what the run has heard itself.
+    # As when a process group is told: make passes on what the run has heard itself. A notice of
+    # the cloud before them is no signal: the machine's own, seconds later, is the first.
     ended = subprocess.run(
         [sys.executable, "-c", _TWICE], env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, text=True,

@@ -25,7 +25,7 @@ from emor3_jax.models import decoder, params, policy, vision
 from emor3_jax.models.policy import Policy
 from emor3_jax.models.qwen2_5_vl import tower
 from emor3_jax.parallel import mesh as meshes
-from emor3_jax.rollout import rollout
+from emor3_jax.rollout import rollout, slots
 from support import tiny
 
 # Widths unlike each other and unlike any length, so that a shape tells what it is.
@@ -45,6 +45,7 @@ SHAPES = POLICY.shapes
 QUESTIONS = {"coherence": (6, 9), "consistency": (4, 7)}
 _HEAD = {(SHAPES.hidden_size // n, SHAPES.vocab_size) for n in (1, 2)}
 LAYERS = ("weight_sync", "decode", "reference", "update")
+IN_FLIGHT = ("open_flight", "admit", "shrink", "shrink_slots", "take_out")
 
 
 def make_config(length: int = 32) -> ConfigDict:
@@ -80,6 +81,7 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
     """What a layout must not have.
 
     Returns:
+      "kinds": of all collectives;
       "gathered": where weights are gathered; "stacked": where those of all layers at once are;
       "repeated": where a weight outside the layers is, more than once;
       "activations": bytes of the all-reduces of more than vectors; "heads": where attention gathers
@@ -99,6 +101,7 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
     weights = hlo.weight_gathers(found, shapes)
     sums = [c for c in found if c.kind == "all-reduce"]
     return {
+        "kinds": sorted({c.kind for c in found}),
         "gathered": [c.source for c in weights],
         "stacked": [c.source for c in hlo.weight_gathers(found, scanned, stacked=True)],
         "repeated": [
@@ -211,7 +214,19 @@ def head_summed_each_time() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def rows_from_anywhere() -> Iterator[None]:
+    """Prompts and lanes that stay or leave are picked from all parts together."""
+
+    def faulty(tree: Any, axes: Any, at: jax.Array, _: int) -> Any:
+        return slots._map_arrays(lambda axis, x: jax.numpy.take(x, at, axis), axes, tree)
+
+    with mock.patch.object(slots, "_pick", faulty):
+        yield
+
+
 FAULTS = {
+    rows_from_anywhere: ((2, 2, 2), "shrink", "shrink_slots", "take_out"),
     weights_as_trained: ((1, 8, 1), "weight_sync", "decode"),
     whole_stacks: ((1, 8, 1), "reference"),
     features_cut: ((1, 8, 1), "reference"),
@@ -233,7 +248,7 @@ def main() -> None:
 
     found = {
         "1x8x1": find((1, 8, 1), *LAYERS),
-        "2x2x2": find((2, 2, 2), *LAYERS),
+        "2x2x2": find((2, 2, 2), *LAYERS, *IN_FLIGHT),
         "4x2x1": find((4, 2, 1), "update", "apply"),
     }
     for fault, case in FAULTS.items():
