@@ -55,6 +55,7 @@ def png(colour: tuple[int, int, int] = (0, 0, 0)) -> bytes:
         ({"question": " \n"}, r"question='': is empty"),
         ({"question": "caf\udce9 ?"}, r"question='caf.udce9 \?': is no text in UTF-8"),
         ({"question": "<|image_pad|>"}, r"special token"),
+        ({"question": "why ? " * 200}, r"prompt has \d+ tokens, over the 448 that leave room"),
         ({"image": b""}, r"an image of 0 bytes: it is empty"),
         ({"image": b"%!PS-Adobe-3.0 EPSF-3.0"}, r"it is an EPS or PostScript file; images are"),
         ({"image": b"\0\0\0\x18ftypheic" + bytes(12)}, r"it is a HEIC image .* save it as JPEG"),

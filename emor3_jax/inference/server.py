@@ -8,6 +8,7 @@ one that a page makes. Sizes are checked before anything is read, images before 
 import http.server
 import json
 import logging
+import socket
 import threading
 import time
 import urllib.parse
@@ -43,6 +44,9 @@ MAX_WAITING = 32
 """Requests that wait for the device; more are told to come again."""
 
 _MAX_CONNECTIONS = 128
+_LINGER_SECONDS = 5.0
+"""How long a body that was refused is still taken in, so that who sends it reads why."""
+
 _PAGE = Path(__file__).parent / "page"
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -276,9 +280,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
+            if close:
+                self._drain()
         except OSError:
             # Who asked is gone.
             self.close_connection = True
+
+    def _drain(self) -> None:
+        """Takes in what is still sent: closed at once, the connection would lose the answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(1.0)
+        until = time.monotonic() + _LINGER_SECONDS
+        while time.monotonic() < until and self.connection.recv(2**16):
+            pass
 
     def log_message(self, format: str, *args: Any) -> None:
         """Logs a line about a request, what it says escaped."""
@@ -309,7 +323,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.service, self.is_local = service, host in _LOCAL
         self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         if ":" in host:
-            self.address_family = http.server.socket.AF_INET6
+            self.address_family = socket.AF_INET6
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
