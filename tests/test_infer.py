@@ -196,7 +196,8 @@ def test_the_program_writes_json_lines(predictor, folder, monkeypatch, tmp_path,
         ["error", "image"],
     ]
     assert capsys.readouterr().err.splitlines()[-1] == "2 of 4 images could not be used"
-    assert run_main(monkeypatch, flags, "policy", "gone.png", "lost.png") == 2
+    assert run_main(monkeypatch, flags, "policy", "gone.png", "caf\udce9.png") == 2
+    assert json.loads(out.read_text().splitlines()[1])["image"] == "caf\udce9.png"
     assert "gone.png: " in capsys.readouterr().err
     # On a terminal that shows the rows, what is wrong with an image is not said once more.
     flags.out = ""
