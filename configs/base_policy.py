@@ -1,4 +1,4 @@
-"""The tiny base policy on EmoScenes: about three minutes on 2 cores.
+"""The tiny base policy on EmoScenes, which the package holds already as this config makes it.
 
 python -m emor3_jax.embedded.base_policy --config=configs/base_policy.py --workdir=runs/base_policy
 

@@ -17,7 +17,7 @@ from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.terms import Term, TermError, make_term
 
 EMBEDDED = "embedded"
-"""`policy.path` of the base policy that the package trains itself, without any download."""
+"""`policy.path` of the trained base policy that comes with the package."""
 
 
 class ConfigError(UserError):

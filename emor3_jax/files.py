@@ -279,10 +279,14 @@ def is_utf8(text: str) -> bool:
     return not any(0xD800 <= ord(char) < 0xE000 for char in text)
 
 
+def printable(text: str) -> str:
+    """Returns a text on one line, with what would steer a terminal, or cannot be shown, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def show(path: object) -> str:
     """Returns a path as it is shown: on one line, cut, bytes that are no UTF-8 written out."""
-    text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = printable(os.fsencode(str(path)).decode("utf-8", "backslashreplace"))
     return text if len(text) <= 300 else text[:300] + "…"
 
 

@@ -166,7 +166,8 @@ def _open_out(path: str) -> Iterator[TextIO]:
         yield sys.stdout
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    # A name of an image may hold bytes that are no UTF-8.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         yield file
 
 

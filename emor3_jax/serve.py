@@ -29,7 +29,8 @@ FLAGS = flags.FLAGS
 def main(arguments: Sequence[str]) -> None:
     """Runs the program until it is interrupted."""
     logging.getLogger("absl").setLevel(logging.WARNING)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
+    # In the place of absl's handler.
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("emor3_jax").setLevel(logging.WARNING)
     logging.getLogger("emor3_jax.inference.server").setLevel(logging.INFO)
     set_flags(expected_platform())

@@ -55,6 +55,7 @@ def png(colour: tuple[int, int, int] = (0, 0, 0)) -> bytes:
         ({"question": " \n"}, r"question='': is empty"),
         ({"question": "caf\udce9 ?"}, r"question='caf.udce9 \?': is no text in UTF-8"),
         ({"question": "<|image_pad|>"}, r"special token"),
+        ({"question": "why ? " * 200}, r"prompt has \d+ tokens, over the 448 that leave room"),
         ({"image": b""}, r"an image of 0 bytes: it is empty"),
         ({"image": b"%!PS-Adobe-3.0 EPSF-3.0"}, r"it is an EPS or PostScript file; images are"),
         ({"image": b"\0\0\0\x18ftypheic" + bytes(12)}, r"it is a HEIC image .* save it as JPEG"),
@@ -195,7 +196,8 @@ def test_the_program_writes_json_lines(predictor, folder, monkeypatch, tmp_path,
         ["error", "image"],
     ]
     assert capsys.readouterr().err.splitlines()[-1] == "2 of 4 images could not be used"
-    assert run_main(monkeypatch, flags, "policy", "gone.png", "lost.png") == 2
+    assert run_main(monkeypatch, flags, "policy", "gone.png", "caf\udce9.png") == 2
+    assert json.loads(out.read_text().splitlines()[1])["image"] == "caf\udce9.png"
     assert "gone.png: " in capsys.readouterr().err
     # On a terminal that shows the rows, what is wrong with an image is not said once more.
     flags.out = ""

@@ -40,7 +40,7 @@ MAX_IMAGES = 16
 MAX_CHOICES = 16
 """Responses to one request."""
 
-_DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*;base64,", re.ASCII)
+_DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*;base64,", re.ASCII | re.IGNORECASE)
 _NEUTRAL = {
     "tools": (None, []),
     "functions": (None, []),
@@ -126,9 +126,11 @@ def parse_request(
     name = "max_tokens" if asked is None else "max_completion_tokens"
     longest = _number(data, name, max_tokens, 1, 2**31, whole=True)
     stop = data.get("stop")
-    stop = [stop] if isinstance(stop, str) else stop or []
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(x, str) for x in stop):
         raise ChatError("stop must be a text or at most 16 of them", "stop")
+    if not isinstance(data.get("stream"), bool | None):
+        raise ChatError(f"stream={data['stream']!r}: must be true or false", "stream")
     options = data.get("stream_options") or {}
     return ChatRequest(
         model=model,
@@ -157,7 +159,8 @@ def _number(
     kinds = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         kind = "a whole number" if whole else "a number"
-        raise ChatError(f"{field}={value!r}: must be {kind} from {least:g} to {most:g}", field)
+        bounds = f"{least} to {most}" if whole else f"{least:g} to {most:g}"
+        raise ChatError(f"{field}={value!r}: must be {kind} from {bounds}", field)
     return value
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 
 from emor3_jax.errors import UserError
+from emor3_jax.files import printable
 from emor3_jax.inference.images import image_bytes
 from emor3_jax.inference.predictor import Prediction
 from emor3_jax.io import pages
@@ -45,7 +46,7 @@ FORMATS: dict[str, Callable[[Predictions], Iterator[str]]] = {
 def _paragraph(each: Prediction) -> str:
     name = each.image or "image"
     if each.error:
-        return f"{name}: cannot be used: {each.error}"
+        return printable(f"{name}: cannot be used: {each.error}")
     share = (each.probabilities or {}).get(each.label)
     sure = "" if share is None else f" ({share:.0%})"
     lines = [f"{name}: {each.label or 'none of the labels'}{sure}"]
@@ -65,7 +66,7 @@ def _paragraph(each: Prediction) -> str:
         lines.append(f"  reflections: {', '.join(reflections)}{trust}")
     if not each.complete:
         lines.append("  the response was cut at its longest length (--max_tokens)")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _thumbnail(each: Prediction) -> str | None:

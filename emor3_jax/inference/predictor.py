@@ -165,12 +165,7 @@ class Predictor:
             settings = policy.source and InferenceSettings.read(policy.source)
         self.settings = settings or InferenceSettings()
         self.options = options or InferenceOptions()
-        most = policy.shapes.max_position_embeddings
-        if self.settings.max_tokens > most:
-            raise DataError(
-                f"max_tokens={self.settings.max_tokens}: must be 1 to {most}, the positions that "
-                "the policy has"
-            )
+        _room(policy, self.settings)
         self.policy = _prepared(policy, self.options, self.settings)
         self._batches = itertools.count()
         tokenizer, labels = policy.processor.tokenizer, self.settings.labels
@@ -295,12 +290,30 @@ def encode_image(image: bytes, policy: LoadedPolicy, settings: InferenceSettings
       settings: what is asked.
 
     Raises:
-      UserError: if the image or the question cannot be used.
+      UserError: if the image or the question cannot be used, or both leave no room for a response.
     """
     # Says more of an image that cannot be used than the reason for which a row is left out.
     open_image(image, policy.processor.images.max_decoded_pixels)
     row = Row([image], Texts(settings.question, settings.labels[0], "image"))
-    return encode_row(row, policy.processor, settings.templates.set, settings.labels)
+    example = encode_row(row, policy.processor, settings.templates.set, settings.labels)
+    room = _room(policy, settings)
+    if len(example.tokens) > room:
+        raise DataError(
+            f"the prompt has {len(example.tokens)} tokens, over the {room} that leave room for a "
+            "response; ask a shorter question, or allow fewer max_pixels or max_tokens"
+        )
+    return example
+
+
+def _room(policy: LoadedPolicy, settings: InferenceSettings) -> int:
+    """Returns the tokens that a prompt may have; raises DataError if a response leaves none."""
+    most = policy.shapes.max_position_embeddings
+    if settings.max_tokens > most:
+        raise DataError(
+            f"max_tokens={settings.max_tokens}: must be 1 to {most}, the positions that the policy "
+            "has"
+        )
+    return most - settings.max_tokens
 
 
 def find_steps(response: str) -> tuple[str, ...]:

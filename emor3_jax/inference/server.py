@@ -8,6 +8,7 @@ one that a page makes. Sizes are checked before anything is read, images before 
 import http.server
 import json
 import logging
+import socket
 import threading
 import time
 import urllib.parse
@@ -43,6 +44,9 @@ MAX_WAITING = 32
 """Requests that wait for the device; more are told to come again."""
 
 _MAX_CONNECTIONS = 128
+_LINGER_SECONDS = 5.0
+"""How long a body that was refused is still taken in, so that who sends it reads why."""
+
 _PAGE = Path(__file__).parent / "page"
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -161,7 +165,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Sends the page, its files, and what is told of the policy."""
-        path = urllib.parse.urlsplit(self.path).path
+        path = _split(self.path).path
         if not self._is_own():
             return
         if path in _FILES:
@@ -174,11 +178,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path == "/health":
             self._send_json(200, {"status": "ok"})
         else:
-            self._refuse(404, f"there is nothing at {show(path)}")
+            self._refuse(404, f"there is nothing at {show(path or self.path)}")
 
     def do_POST(self) -> None:
         """Answers about an image, or a chat."""
-        address = urllib.parse.urlsplit(self.path)
+        address = _split(self.path)
         most = {"/api/predict": images.MAX_FETCHED_BYTES, "/v1/chat/completions": MAX_BODY_BYTES}
         if not self._is_own():
             return
@@ -220,12 +224,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _is_own(self) -> bool:
         """Refuses what another site's page asks for, under its name or from it."""
         host = self.headers.get("Host", "")
-        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        name = _split(f"//{host}").hostname or ""
         if self.server.is_local and name not in _LOCAL:
             self._refuse(403, f"this server is not {show(host)}", close=True)
             return False
         origin = self.headers.get("Origin")
-        if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             self._refuse(403, f"pages of {show(origin)} may not use this server", close=True)
             return False
         return True
@@ -254,6 +258,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         return bytes(body)
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuses what is no request, or of another method, as all else is."""
+        self._refuse(code, message or "the request cannot be read", close=True)
+
     def _refuse(
         self, status: int, message: str, param: str = "", code: str = "", *, close: bool = False
     ) -> None:
@@ -276,13 +284,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
+            if close:
+                self._drain()
         except OSError:
             # Who asked is gone.
             self.close_connection = True
 
+    def _drain(self) -> None:
+        """Takes in what is still sent: closed at once, the connection would lose the answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(1.0)
+        until = time.monotonic() + _LINGER_SECONDS
+        while time.monotonic() < until and self.connection.recv(2**16):
+            pass
+
     def log_message(self, format: str, *args: Any) -> None:
         """Logs a line about a request, what it says escaped."""
         logger.info("%s %s", self.address_string(), show(format % args))
+
+
+def _split(address: str) -> urllib.parse.SplitResult:
+    """Returns the parts of an address, all empty if it is none, as with half of a bracket."""
+    try:
+        return urllib.parse.urlsplit(address)
+    except ValueError:
+        return urllib.parse.urlsplit("")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -294,6 +320,7 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = _MAX_CONNECTIONS
 
     def __init__(self, service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
         """Opens the port.
@@ -309,7 +336,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.service, self.is_local = service, host in _LOCAL
         self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         if ":" in host:
-            self.address_family = http.server.socket.AF_INET6
+            self.address_family = socket.AF_INET6
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:

@@ -10,6 +10,8 @@ from emor3_jax.io import pages, report
 CARD_FILE = "README.md"
 
 SNIPPET = """\
+import inspect
+
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from PIL import Image
@@ -17,17 +19,17 @@ from PIL import Image
 folder, image = {folder}, Image.open({image}).convert("RGB")
 prompt = {prompt}
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+model = AutoModelForImageTextToText.from_pretrained(folder).eval()
 pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")
 turn = {{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": prompt}}]}}
 chat = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 size = model.config.vision_config.spatial_merge_size
 count = int(pixels["image_grid_thw"].prod()) // size**2
 chat = chat.replace("<|image_pad|>", "<|image_pad|>" * count)
-inputs = tokenizer(chat, return_tensors="pt", add_special_tokens=False)
-# Without these, transformers 5 takes positions of text alone, and the answers are others.
-kinds = (inputs["input_ids"] == model.config.image_token_id).int()
-inputs = {{**inputs, **pixels, "mm_token_type_ids": kinds}}
+inputs = {{**tokenizer(chat, return_tensors="pt", add_special_tokens=False), **pixels}}
+if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+    # Without these, transformers 5 takes positions of text alone, and the answers are others.
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
 with torch.no_grad():
     tokens = model.generate(**inputs, max_new_tokens={max_tokens}, do_sample=False)
 print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""

@@ -107,9 +107,12 @@ GOOD = {"model": "m", "messages": [user(text_part("a"))]}
         ({"temperature": 3}, "temperature", "from 0 to 2"),
         ({"temperature": "0"}, "temperature", "must be a number"),
         ({"top_p": 0}, "top_p", "top_p=0"),
-        ({"max_tokens": 0}, "max_tokens", "max_tokens=0"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens=0: .* from 1 to 2147483648"),
         ({"max_tokens": 1.5}, "max_tokens", "a whole number"),
         ({"stop": 3}, "stop", "a text or at most 16"),
+        ({"stop": {}}, "stop", "a text or at most 16"),
+        ({"stream": "yes"}, "stream", "stream='yes': must be true or false"),
+        ({"stream": 1}, "stream", "stream=1"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
@@ -119,6 +122,11 @@ def test_what_cannot_be_answered_is_refused_by_its_field(change, param, message)
     with pytest.raises(ChatError, match=message) as raised:
         parse_request(GOOD | change, 64, None)
     assert raised.value.param == param and raised.value.status == 400
+
+
+def test_a_data_url_is_spelt_in_any_case():
+    asked = {"messages": [user({"type": "image_url", "image_url": "DATA:image/PNG;Base64,YWJj"})]}
+    assert parse_request(GOOD | asked, 64, None).images == [b"abc"]
 
 
 def test_an_address_is_fetched_where_that_is_allowed():

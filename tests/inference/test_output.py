@@ -30,6 +30,12 @@ def test_text():
     assert failed == "<c>.png: cannot be used: it is empty\n\n"
 
 
+def test_text_steers_no_terminal():
+    hostile = Prediction(image="\x1b[2J\n.png", response="\x9b31m", label="\x07", complete=True)
+    (text,) = FORMATS["text"]([hostile])
+    assert text == "\\x1b[2J\\n.png: \\x07\n  response: \\x9b31m\n\n"
+
+
 def test_json_lines():
     full, _, failed = map(json.loads, FORMATS["jsonl"]([FULL, PLAIN, FAILED]))
     assert full["trust"] == 0.75 and full["steps"][1] == "one feels\nglad"

@@ -112,7 +112,12 @@ def test_a_tracker_that_refuses_is_named_with_the_way_out(
     workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (workdir / "mlflow_run").write_text("no such run")
-    with pytest.raises(UserError, match=r"log\.sinks='mlflow': .*set MLFLOW_TRACKING_URI to"):
+    with pytest.raises(UserError, match=r"log\.sinks='mlflow': .*set MLFLOW_TRACKING_URI.*delete"):
+        mlflow.MlflowSink(workdir, 0)
+    # Refused as the default is, a database that the small package cannot open.
+    (workdir / "mlflow_run").unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nothing://here")
+    with pytest.raises(UserError, match=r"'mlflow': .*MLFLOW_ALLOW_FILE_STORE=true$"):
         mlflow.MlflowSink(workdir, 0)
 
     def refuse(**settings: object) -> None:
@@ -120,6 +125,13 @@ def test_a_tracker_that_refuses_is_named_with_the_way_out(
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(UserError, match=r"'wandb': No API key .*; .*WANDB_MODE=offline"):
+        SINKS["wandb"](workdir, 0)
+
+    def misread(**settings: object) -> None:
+        raise ValueError("1 validation error for Settings\nmode\n  must be 'online' or 'offline'")
+
+    monkeypatch.setattr(wandb, "init", misread)
+    with pytest.raises(UserError, match=r"'wandb': 1 .* mode must be 'online' or 'offline'; log"):
         SINKS["wandb"](workdir, 0)
 
 

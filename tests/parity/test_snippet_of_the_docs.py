@@ -34,7 +34,7 @@ def test_it_has_the_response_of_infer(family, tmp_path, capsys):
     save(LoadedPolicy(policy, params, Processor(tokenizer, images, policy.layout)), folder)
     pixels = np.random.default_rng(0).integers(0, 255, (90, 130, 3), np.uint8)
     Image.fromarray(pixels).save(photo)
-    (code,) = re.findall(r"```python\n(import torch\n.*?)```", PAGE.read_text(), re.S)
+    (code,) = re.findall(r"```python\n(import inspect\n.*?)```", PAGE.read_text(), re.S)
     code = code.replace('"runs/demo/policy"', repr(str(folder))).replace(
         '"photo.jpg"', repr(str(photo))
     )

@@ -51,6 +51,10 @@ def test_its_snippet_is_python_with_the_prompt_as_it_is_asked(config):
     }
     assert ast.literal_eval(assigned["prompt"]) == SETTINGS.prompt
     assert "mm_token_type_ids" in code and "max_new_tokens=512" in code
+    # Transformers 4 takes neither these ids nor, in 4.49, this argument.
+    assert '"mm_token_type_ids" in inspect.signature(model.forward)' in code
+    assert "dtype=" not in code
+    assert "dtype=" not in code
     assert "It was not evaluated after this step." in card and "emor3 train" not in card
 
 

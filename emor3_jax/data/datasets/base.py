@@ -104,6 +104,13 @@ class FolderConfig(tfds.core.BuilderConfig):
     copy: bool = False
 
 
+class LocalDatasetInfo(tfds.core.DatasetInfo):
+    """Describes a data set that is built here, and so is not looked for in Google's bucket."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing; that of tfds leaves an empty temporary folder behind each time."""
+
+
 class Builder(tfds.core.GeneratorBasedBuilder):
     """A data set of visual emotion in a folder that the user has downloaded.
 
@@ -158,7 +165,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         text, number = tfds.features.Text, tfds.features.Scalar
-        return tfds.core.DatasetInfo(
+        return LocalDatasetInfo(
             builder=self,
             description=self.MANUAL_DOWNLOAD_INSTRUCTIONS,
             # Rows keep the order of the folder, and the images that of the rows.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from emor3_jax.data.datasets.base import quiet
+from emor3_jax.data.datasets.base import LocalDatasetInfo, quiet
 from emor3_jax.embedded.emoscenes import scene as scenes
 from emor3_jax.embedded.emoscenes.draw import MAX_SIZE, MIN_SIZE, draw
 
@@ -81,7 +81,8 @@ class EmoScenes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.size
-        return self.dataset_info_from_configs(
+        return LocalDatasetInfo(
+            builder=self,
             description="Small drawn scenes whose emotion is a documented sum of visible cues.",
             features=tfds.features.FeaturesDict(
                 {

@@ -41,22 +41,26 @@ class MlflowSink:
           first_step: steps from here on are written, maybe again.
 
         Raises:
-          UserError: if the server refuses or is not there.
+          UserError: if the server refuses or is not there, or the small package of MLflow cannot
+            open its store.
         """
         del first_step
-        self._client, self._lost = MlflowClient(), 0
-        known = workdir / "mlflow_run"
+        self._lost, known = 0, workdir / "mlflow_run"
+        goes_on = known.exists()
         try:
-            if known.exists():
+            self._client = MlflowClient()
+            if goes_on:
                 self._id = known.read_text("utf-8").strip()
                 self._client.update_run(self._id, status="RUNNING")
             else:
                 self._id = self._begin(workdir)
                 known.write_text(self._id, "utf-8")
         except MlflowException as error:
-            rule = (
-                f"{str(error).splitlines()[0]}; set MLFLOW_TRACKING_URI to a server that is there"
-            )
+            said = str(error).strip().splitlines()[0].rstrip(".")
+            rule = f"{said}; set MLFLOW_TRACKING_URI to a server that is there, or to a folder"
+            rule += " with MLFLOW_ALLOW_FILE_STORE=true"
+            if goes_on:
+                rule += f"; if that has no such run any more, delete {known} to begin another"
             raise UserError(f"log.sinks='mlflow': {rule}") from error
 
     def _begin(self, workdir: Path) -> str:

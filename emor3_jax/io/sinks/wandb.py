@@ -29,10 +29,11 @@ class WandbSink:
           first_step: steps from here on are written, maybe again.
 
         Raises:
-          UserError: if W&B refuses, such as without a login.
+          UserError: if W&B refuses, such as without a login, or one of its variables.
         """
         del first_step
         config, known = workdir / "config.json", workdir / "wandb_id"
+        fields = json.loads(config.read_text("utf-8")) if config.exists() else None
         name = known.read_text("utf-8").strip() if known.exists() else ""
         try:
             self._run = wandb.init(
@@ -41,13 +42,16 @@ class WandbSink:
                 resume="allow",
                 name=workdir.name,
                 dir=str(workdir),
-                config=json.loads(config.read_text("utf-8")) if config.exists() else None,
+                config=fields,
                 # Lines of progress stay as they are.
                 settings=wandb.Settings(console="off"),
             )
-        except wandb.Error as error:
-            rule = f"{str(error).splitlines()[0]}; log in with `wandb login`, or set "
-            raise UserError(f"log.sinks='wandb': {rule}WANDB_MODE=offline") from error
+        # A value that a variable cannot have is a ValueError, whose first line does not name it.
+        except (wandb.Error, ValueError) as error:
+            of_variable = isinstance(error, ValueError)
+            said = " ".join(str(error).split()) if of_variable else str(error).splitlines()[0]
+            rule = f"{said}; log in with `wandb login`, or set WANDB_MODE=offline"
+            raise UserError(f"log.sinks='wandb': {rule}") from error
         known.write_text(self._run.id, "utf-8")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -37,10 +37,13 @@ def test_images_are_encoded_and_show_the_scene(data_dir):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
-def test_prepare_finds_what_is_there(data_dir):
+def test_prepare_finds_what_is_there(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = {p: p.stat().st_mtime_ns for p in data_dir.rglob("*") if p.is_file()}
     builders.prepare(data_dir, counts=COUNTS)
     assert before == {p: p.stat().st_mtime_ns for p in data_dir.rglob("*") if p.is_file()}
+    builders.prepare(tmp_path / "new", counts={"test": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["new"], "temporary folders are left"
 
 
 def test_a_split_drawn_alone_has_the_same_images(data_dir, tmp_path):
