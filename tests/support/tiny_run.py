@@ -53,7 +53,7 @@ def write_rows(
 
 
 def small_policy(tokenizer: PreTrainedTokenizerBase, family: str = "qwen2_5_vl") -> Policy:
-    """Returns a policy of 30 thousand parameters that reads scenes of 112 pixels a side."""
+    """Returns a policy of a hundred thousand parameters that reads scenes of 112 pixels a side."""
     sizes = SmallSizes(
         vocab_size=len(tokenizer),
         width=32,
