@@ -55,6 +55,8 @@ def test_its_snippet_is_python_with_the_prompt_as_it_is_asked(config):
     assert '"mm_token_type_ids" in inspect.signature(model.forward)' in code
     assert "dtype=" not in code
     assert "No evaluation of this step came with" in card and "emor3 train" not in card
+    without_sets = card_of_run("demo", "", config, "qwen2_5_vl", 7, SETTINGS, results=({}, {}))
+    assert without_sets == card
 
 
 def test_a_run_without_reflections_asks_nobody():
