@@ -11,7 +11,6 @@ from emor3_jax.errors import UserError
 from emor3_jax.evaluation.gallery import faults, watch
 from emor3_jax.evaluation.metrics import class_scores
 from emor3_jax.evaluation.records import Evaluation, Sample, question_names, to_json
-from emor3_jax.files import show
 from emor3_jax.io import curves, pages, plots
 
 logger = logging.getLogger(__name__)
@@ -200,12 +199,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         try:
             row = json.loads(line) if line else None
         except (ValueError, RecursionError):
-            logger.warning("%s: passed over a line that is no JSON: %s", path, show(line[:80]))
+            logger.warning("%s: passed over a line that is no JSON: %r", path, line[:80])
             continue
         if _are_metrics(row):
             rows.append(row)
         elif line:
-            logger.warning("%s: passed over a line without metrics: %s", path, show(line[:80]))
+            logger.warning("%s: passed over a line without metrics: %r", path, line[:80])
     return rows
 
 
