@@ -25,6 +25,9 @@ setup(
     name="emor3_jax",
     version="0.1.0",
     description="EMO-R3 in JAX: reflective reinforcement learning for visual emotion reasoning",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
     cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["emor3_jax", "emor3_jax.*"]),
     package_data={
@@ -46,6 +49,9 @@ setup(
         "chex>=0.1.92",
         "orbax-checkpoint>=0.12.8,<0.13",
         "transformers>=5.23,<6",
+        # Both come with transformers too.
+        "huggingface_hub>=2.4",
+        "tokenizers>=0.23",
         "tensorflow-datasets>=4.9.10",
         # tensorflow-datasets imports it without saying so.
         "importlib_resources",

@@ -31,7 +31,7 @@ from emor3_jax.evaluation.comparison import (
     step_of,
     to_json,
 )
-from emor3_jax.files import read_json
+from emor3_jax.files import printable, read_json
 from emor3_jax.io import comparison
 from emor3_jax.io.comparison import Compared
 from emor3_jax.io.console import Console
@@ -93,11 +93,9 @@ def main(
             "is in two of them, by id and label; evaluate them on the same data"
         )
     for each in found:
-        for line in (
-            f"\nfirst: {each.names[0]}, second: {each.names[1]}",
-            *comparison.lines(each)[1:],
-        ):
-            print(line)
+        names = f"first: {each.names[0]}, second: {each.names[1]}"
+        for line in ("", names, *comparison.lines(each)[1:]):
+            print(printable(line))
     data = [
         {
             "data_set": each.data_set,
@@ -124,10 +122,13 @@ def _no_image(_: str) -> None:
 def _groups(runs: Sequence[str]) -> list[RunGroup]:
     """Returns the runs that were trained, those together whose configs differ in the seed alone."""
     found: dict[str, list[str]] = {}
-    for run in dict.fromkeys(runs):
+    seen: set[Path] = set()
+    for run in runs:
         folder = _trained(run)
-        if folder is None:
+        # Two steps of one run are one run, not two seeds.
+        if folder is None or folder.resolve() in seen:
             continue
+        seen.add(folder.resolve())
         config = read_json(folder / "config.json", DataError, dict, finite=False)
         kept = {key: value for key, value in config.items() if key not in _NO_RESULT}
         found.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
@@ -158,12 +159,17 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
     rows = read_metrics(folder / "metrics.jsonl")
     ended = folder / "evaluations.json"
     if rows and ended.is_file():
-        _, after = read_json(ended, DataError, list, finite=False)
-        values = {
-            f"eval/{name}/{metric}": value
-            for name, metrics in after.items()
-            for metric, value in metrics.items()
-        }
+        found = read_json(ended, DataError, list, finite=False)
+        try:
+            _, after = found
+            values = {
+                f"eval/{name}/{metric}": float(value)
+                for name, metrics in after.items()
+                for metric, value in metrics.items()
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            rule = "delete it; compare then draws what metrics.jsonl has"
+            raise DataError(f"{ended} does not hold evaluations ({error}): {rule}") from error
         rows[-1] = rows[-1] | values
     return rows
 

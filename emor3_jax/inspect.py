@@ -41,6 +41,7 @@ from emor3_jax.data.survey import (
     thumbnail,
     to_dict,
 )
+from emor3_jax.files import printable
 from emor3_jax.io import pages, plots
 from emor3_jax.io.console import Console
 from emor3_jax.models import LoadedPolicy
@@ -121,7 +122,7 @@ def main(
         numbers = found["sets"][name] = to_dict(seen, padding)
         numbers["data"] = _origins(config, name)
         for line in describe(name, numbers):
-            print(line)
+            print(printable(line))
         picked = np.random.default_rng(config.seed).permutation(len(seen.index))[:samples]
         sections.append(
             {
@@ -147,7 +148,7 @@ def main(
         for name, source in data.sources.items():
             groups = found["repeated"][name] = repeated(images[name])
             answers = {texts.id: texts.answer for texts in source.texts()} if groups else {}
-            print(line := _repeats(name, groups, answers))
+            print(printable(line := _repeats(name, groups, answers)))
             section = next(each for each in sections if each["name"] == name)
             section["facts"].append(line)
             section["repeats"] = [_group(source, group, answers) for group in groups[:_NAMED]]
@@ -156,7 +157,8 @@ def main(
             found["shared"][f"{a}, {b}"] = pairs
             named = ", ".join(f"{x} = {y}" for x, y in pairs[:_NAMED])
             more = ", …" if len(pairs) > _NAMED else ""
-            print(f"{a} and {b} share {len(pairs)} images{': ' if pairs else ''}{named}{more}")
+            line = f"{a} and {b} share {len(pairs)} images{': ' if pairs else ''}{named}{more}"
+            print(printable(line))
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, ensure_ascii=False)
     (workdir / "inspect.json").write_text(text + "\n", encoding="utf-8")

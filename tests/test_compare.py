@@ -67,7 +67,7 @@ def test_learning_curves_are_those_of_runs_with_other_seeds_together(runs, tmp_p
         after = {"test": {"accuracy": 0.75}}
         (Path(run) / "evaluations.json").write_text(json.dumps([{}, after]))
     first = str(Path(runs[0]) / "predictions")
-    groups = compare._groups([first, runs[1], str(third), str(third)])
+    groups = compare._groups([first, runs[1], runs[0], str(third), str(third)])
     assert [group.name for group in groups] == [f"{first} and 1 of other seeds", str(third)]
     assert [len(group.rows) for group in groups] == [2, 1]
     assert [row.get("eval/test/accuracy") for row in groups[1].rows[0]] == [0.25, 0.75]
@@ -75,6 +75,14 @@ def test_learning_curves_are_those_of_runs_with_other_seeds_together(runs, tmp_p
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert "Learning curves" in page and "differ in the seed alone" in page
     assert page.count('aria-label="accuracy of test of each run"') == 1
+    # Lines that are no metrics are passed over, evaluations that are none refused.
+    lines = ("[1]", '{"step": 2, "a": "b"}', '{"step": 3}', "\x1b")
+    (third / "metrics.jsonl").write_text("\n".join(lines))
+    assert [row["step"] for row in compare._groups([str(third)])[0].rows[0]] == [3]
+    for damaged in ("[1]", "[{}, 2]", '[{}, {"test": {"accuracy": []}}]'):
+        (third / "evaluations.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"three/evaluations\.json does not hold"):
+            compare._groups([str(third)])
 
 
 def test_without_data_there_are_no_images(runs, tmp_path, capsys) -> None:

@@ -28,7 +28,7 @@ ROWS = {"train": 240, "val": 20, "test": 40}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random policy of 30 thousand parameters, and EmoSet's layout with 300 JPEG files."""
+    """A random policy of a hundred thousand parameters, and EmoSet's layout with 300 JPEG files."""
     folder = tmp_path_factory.mktemp("flow")
     tokenizer = train_tokenizer(tasks.text_corpus(20), 800)
     policy = small_policy(tokenizer)

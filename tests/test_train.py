@@ -40,7 +40,7 @@ from emor3_jax.train import train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random policy of 30 thousand parameters and two parquet files."""
+    """A random policy of a hundred thousand parameters and two parquet files."""
     return make_folder(tmp_path_factory.mktemp("run"))
 
 

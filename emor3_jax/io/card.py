@@ -100,7 +100,7 @@ def model_card(
       data_sets: of training and evaluation.
       changed: fields of the config that are not the defaults, and their values.
       judges: who was asked about responses in training and in evaluation.
-      evaluations: before and after training; None if it was not evaluated.
+      evaluations: before and after training; None, or no set after it, shows no results.
       code: as of `snippet`.
     """
     return pages.render(
@@ -115,6 +115,6 @@ def model_card(
         data_sets=data_sets,
         changed=changed,
         judges=judges,
-        results=report.score_table(*evaluations) if evaluations else "",
+        results=report.score_table(*evaluations) if evaluations and evaluations[1] else "",
         snippet=code,
     )

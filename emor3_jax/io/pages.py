@@ -2,10 +2,10 @@
 
 import base64
 import functools
+import html
 import io
 
 import jinja2
-import markupsafe
 import PIL.Image
 
 _LARGE, _SIDE = 40_000, 336
@@ -50,7 +50,8 @@ def _number(value: float | None, spec: str = ".1f", missing: str = "–") -> str
 def cell(text: object) -> str:
     """Returns a text as it is written into a table of Markdown: on one line, without any HTML."""
     line = " ".join(str(text).split()).replace("|", "\\|")
-    return str(markupsafe.escape(line))
+    # Quotes end no attribute there, and are read in the text itself too.
+    return html.escape(line, quote=False)
 
 
 @functools.cache

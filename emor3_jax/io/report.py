@@ -193,14 +193,28 @@ def write_report(
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the lines of a run's metrics; what is no JSON, after a full disk, is passed over."""
+    """Returns the lines of a run's metrics; what is none, after a full disk, is passed over."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+    for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else ():
         try:
-            rows += [json.loads(line)] if line else []
-        except ValueError:
-            logger.warning("%s: passed over a line that is no JSON: %s", path, line[:80])
+            row = json.loads(line) if line else None
+        except (ValueError, RecursionError):
+            logger.warning("%s: passed over a line that is no JSON: %r", path, line[:80])
+            continue
+        if _are_metrics(row):
+            rows.append(row)
+        elif line:
+            logger.warning("%s: passed over a line without metrics: %r", path, line[:80])
     return rows
+
+
+def _are_metrics(row: object) -> bool:
+    """Recognises a step and its values, None for a number that was not finite."""
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("step"), int)
+        and all(value is None or isinstance(value, int | float) for value in row.values())
+    )
 
 
 def markdown(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> str:

@@ -66,10 +66,21 @@ def card_of_run(
         Provenance(family, program, step, config.steps, named, is_id),
         described,
         list(_changed(config)),
-        tuple(map(_without_folder, judge_names(config))),
+        _judges(config, program),
         results,
         snippet(name, "photo.jpg", settings.prompt, settings.max_tokens),
     )
+
+
+def _judges(config: ConfigDict, program: str) -> tuple[str, str]:
+    """Returns who was asked for reflections in training and in evaluation."""
+    told = {"policy": "the policy itself", "reference": "the policy that it started from"}
+    training, evaluation = (told.get(x, _without_folder(x)) for x in judge_names(config))
+    if program == "sft" or not config.reflect.enabled:
+        training = "nobody"
+    if not (config.reflect.enabled or config.evaluate.reflect):
+        evaluation = "nobody"
+    return training, evaluation
 
 
 def _changed(config: ConfigDict) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Weights & Biases and MLflow, offline: what a run that was stopped and goes on leaves there."""
 
 import json
+import os
 import struct
 import sys
 import time
@@ -28,6 +29,10 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/server")
     # Its newer stores need a database library that is no part of the small package.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    # The sink sets it where it is not there.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path / "run"
@@ -95,15 +100,19 @@ def test_mlflow_goes_on_with_its_run(workdir: Path) -> None:
 def test_an_mlflow_server_that_fails_later_loses_values_alone(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sink = SINKS["mlflow"](workdir, 0)
+    sink, tried = SINKS["mlflow"](workdir, 0), []
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
 
     def fail(*given: object, **named: object) -> None:
+        tried.append(named)
         raise MlflowException("no route to the server")
 
     monkeypatch.setattr(MlflowClient, "log_batch", fail)
     sink.write(0, {"a": 1.0})
     sink.write(1, {"a": 1.0})
     sink.close()
+    # The second step does not wait for the server again.
+    assert len(tried) == 1
     assert caplog.text.count("is not written: no route") == 1
     assert "mlflow lacks 2 steps; metrics.jsonl has all" in caplog.text
 

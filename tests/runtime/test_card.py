@@ -35,8 +35,8 @@ def test_a_card_says_where_a_policy_comes_from(config):
     assert "| train | parquet | – | fer7 | 1234 |" in card
     assert "| test | fi | test | of the data | – |" in card
     assert "| policy_update.learning_rate | 1e-05 |" in card
-    assert "| data.templates.set | &#34;own.txt&#34; |" in card
-    assert "asked of reference in training, and of judge in evaluation" in card
+    assert '| data.templates.set | "own.txt" |' in card
+    assert "asked of the policy that it started from in training, and of judge in eval" in card
     assert "| test | accuracy | – | 50.0 |" in card
     assert "/home" not in card
 
@@ -54,8 +54,23 @@ def test_its_snippet_is_python_with_the_prompt_as_it_is_asked(config):
     # Transformers 4 takes neither these ids nor, in 4.49, this argument.
     assert '"mm_token_type_ids" in inspect.signature(model.forward)' in code
     assert "dtype=" not in code
-    assert "dtype=" not in code
-    assert "It was not evaluated after this step." in card and "emor3 train" not in card
+    assert "No evaluation of this step came with" in card and "emor3 train" not in card
+    without_sets = card_of_run("demo", "", config, "qwen2_5_vl", 7, SETTINGS, results=({}, {}))
+    assert without_sets == card
+
+
+def test_a_run_without_reflections_asks_nobody():
+    config = default()
+    said = "asked of {} in training, and of {} in evaluation"
+    for program, enabled, evaluated, who in (
+        ("train", True, False, ("the policy itself", "the policy itself")),
+        ("train", False, True, ("nobody", "the policy itself")),
+        ("sft", True, True, ("nobody", "the policy itself")),
+        ("train", False, False, ("nobody", "nobody")),
+    ):
+        config.reflect.enabled, config.evaluate.reflect = enabled, evaluated
+        card = card_of_run("demo", program, config, "qwen2_5_vl", 7, SETTINGS)
+        assert said.format(*who) in card
 
 
 def test_a_folder_is_no_id_on_the_hub(config, tmp_path):

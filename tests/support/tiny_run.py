@@ -55,7 +55,7 @@ def write_rows(
 def small_policy(
     tokenizer: PreTrainedTokenizerBase, family: str = "qwen2_5_vl", parts: int = 1
 ) -> Policy:
-    """Returns a policy of 30 thousand parameters that reads scenes of 112 pixels a side.
+    """Returns a policy of a hundred thousand parameters that reads scenes of 112 pixels a side.
 
     So many devices can cut its heads and vocabulary.
     """
