@@ -49,9 +49,9 @@ setup(
         "chex>=0.1.92",
         "orbax-checkpoint>=0.12.8,<0.13",
         "transformers>=5.23,<6",
-        # Both come with transformers too.
-        "huggingface_hub>=2.4",
-        "tokenizers>=0.23",
+        # Of the versions that transformers asks for.
+        "huggingface_hub",
+        "tokenizers",
         "tensorflow-datasets>=4.9.10",
         # tensorflow-datasets imports it without saying so.
         "importlib_resources",
