@@ -27,9 +27,11 @@ TOWER_FIELDS = (
 
 
 def is_merger(module: str) -> bool:
-    """Returns whether a module of a tower, by its name, maps patches to the decoder's width.
+    """Returns whether a module of a vision tower is a merger, which maps patches to decoder width.
 
-    Some families have one for each layer whose results the decoder sees (DeepStack).
+    Args:
+      module: its name in the tree of parameters. DeepStack has a merger for each layer of the tower
+        whose features the decoder reads.
     """
     return module == "merger" or module.startswith("deepstack_")
 

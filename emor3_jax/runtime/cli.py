@@ -130,7 +130,7 @@ def errors_told() -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Returns whether who reads standard output has left, as `head` does that has enough."""
+    """Returns whether the reader of standard output is gone, as `head` after its last line."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return bool(poll.poll(0))
