@@ -135,7 +135,7 @@ def test_a_checkpoint_is_pushed_as_a_policy(whole, monkeypatch):
     assert second["model.safetensors"] != newest["model.safetensors"]
     assert newest["model.safetensors"] == (whole / "policy" / "model.safetensors").read_bytes()
     told = second["README.md"].decode()
-    assert "to step\n2 of 3" in told and "not evaluated after this step" in told
+    assert "to step\n2 of 3" in told and "No evaluation of this step" in told
     assert "| test | accuracy |" in newest["README.md"].decode()
 
 
