@@ -35,8 +35,8 @@ SLICES = (
 )
 SIZES = tuple(POLICIES)
 PROGRAMS = (
-    *("weight_sync", "decode", "resize_ring", "shrink", "admit", "take_out", "update"),
-    *("prefill", "coherence", "consistency", "reference"),
+    *("weight_sync", "decode", "resize_ring", "shrink", "admit", "take_out"),
+    *("update", "update_packed", "apply", "prefill", "coherence", "consistency", "reference"),
 )
 """Those that take memory, the most telling first; `emor3_jax.compile` has the others too."""
 
