@@ -56,8 +56,10 @@ def draw_stop_ids(suppressed: np.ndarray, ragged: bool) -> tuple[int, ...]:
     return tuple(sorted(np.random.default_rng(0).choice(allowed, count, replace=False).tolist()))
 
 
-def run_case(case: tuple[int, int, int, bool], folder: Path, runs: int) -> None:
-    """Measures one case and prints its table."""
+def run_case(
+    case: tuple[int, int, int, bool], folder: Path, runs: int, peers: tuple[str, ...]
+) -> None:
+    """Measures one case and prints its table; `peers` are precisions of transformers."""
     b, g, side, ragged = case
     sides = {name: Ours(make_config((b, g, side), folder, name, False)) for name in PRECISIONS}
     stop = draw_stop_ids(sides["float32"].rollout.suppressed, ragged)
@@ -71,6 +73,7 @@ def run_case(case: tuple[int, int, int, bool], folder: Path, runs: int) -> None:
         "responses": g,
         "tokens": TOKENS,
         "stop": stop,
+        "precisions": peers,
     }
     peer = Peer("benchmarks.peer_generate", job)
     assert peer.facts["ways_agree"], "transformers disagrees with itself"
@@ -149,7 +152,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep policy and images here")
     parser.add_argument("--runs", type=whole(1), default=RUNS)
     parser.add_argument("--cases", type=whole(0), nargs="*", default=range(len(CASES)))
+    # torch takes hours for bfloat16 where it emulates it, on a processor without AVX-512.
+    parser.add_argument("--peers", nargs="*", default=PRECISIONS, choices=PRECISIONS)
     options = parser.parse_args()
+    if tuple(options.peers[:1]) != ("float32",):
+        parser.error("--peers: must begin with float32, in which most probable tokens are compared")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         count = small_policy.write_policy(folder / "policy")
@@ -157,7 +164,7 @@ def main() -> None:
         for number in options.cases:
             case = CASES[number]
             small_policy.write_rows(folder / f"{case[2]}.parquet", case[2], 16)
-            run_case(case, folder, options.runs * (3 if case[3] else 1))
+            run_case(case, folder, options.runs * (3 if case[3] else 1), tuple(options.peers))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from benchmarks.peer_processor import load_processor
 from benchmarks.peers import say
 
 WAYS = ("growing", "static", "shared", "shared static")
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Job(NamedTuple):
@@ -39,6 +40,7 @@ class Job(NamedTuple):
       question: what is asked of each image, without the image.
       prompts, responses, tokens: B, G, T.
       stop: ids that end a response.
+      precisions: of the weights, of `PRECISIONS`; the first is float32.
     """
 
     policy: str
@@ -48,6 +50,7 @@ class Job(NamedTuple):
     responses: int
     tokens: int
     stop: tuple[int, ...]
+    precisions: tuple[str, ...] = PRECISIONS
 
 
 def read_inputs(job: Job) -> tuple[dict[str, torch.Tensor], list[int]]:
@@ -139,7 +142,7 @@ def main() -> None:
         name: Qwen2_5_VLForConditionalGeneration.from_pretrained(
             job.policy, dtype=getattr(torch, name), attn_implementation="sdpa"
         ).eval()
-        for name in ("float32", "bfloat16")
+        for name in job.precisions
     }
     for model in models.values():
         # What the folder says would be merged into the options.

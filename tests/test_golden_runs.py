@@ -16,6 +16,9 @@ import sys
 import pytest
 from support import golden_runs
 
+# Every part of it is held by tests of its own too; this is for changes that must change no number.
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict:

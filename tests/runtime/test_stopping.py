@@ -87,7 +87,7 @@ def stopped(folder):
         long("evaluation", [2], [0, 1, 2], "stopped as asked, saved after step 2"),
         long("last_evaluation", [1], [0, 1], "stopped as asked, saved after step 1"),
         long("rollout", [1], [0, 1], "stopped as asked, saved after step 1"),
-        ("compiling", [1], [0, 1], "not waited for after 1 seconds"),
+        long("compiling", [1], [0, 1], "not waited for after 1 seconds"),
         long("update", [2], [0, 1, 2], "stopped as asked, saved after step 2"),
         ("group", [1], [0, 1], "stopped"),
     ],
