@@ -12,7 +12,7 @@ policy judges, whatever the row trained. `python -m benchmarks.paper_table` runs
 |---|---|---|
 | base | evaluate | the base policy before training, asked for SET |
 | sft | sft | labels alone: the boxed label to the image's question, no SET |
-| cold_start | sft | Cold-Start-Emo: a few steps of it, on 256 images |
+| cold_start | sft | Cold-Start-Emo: 8 steps of it, on 128 of 256 images |
 | grpo | train | GRPO: the box alone is rewarded, no SET, no reflection |
 | dapo | train | the same with DAPO's clip, dynamic sampling and over-long penalty, no KL |
 | grpo_set | train | GRPO on SET: its format is rewarded too |
