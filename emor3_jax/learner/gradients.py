@@ -362,4 +362,4 @@ def apply_update(
     metrics = spec.loss.summarise(metrics, total_weight)
     grads = _joined_gradients(grads, spec.policy)
     state, applied = apply_gradients(state, grads, spec.optimizer)
-    return state, metrics | applied
+    return state, metrics | applied | {"empty": (total_weight == 0).astype(jnp.float32)}

@@ -13,7 +13,7 @@ The programs of an update are in `learner.gradients`, the plan of its micro-batc
 `learner.micro_batches`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -99,7 +99,8 @@ class StepSpec:
       use_reference: score the responses under the reference.
       recompute: compute the log-probabilities of the policy that sampled once more.
       kl_penalty: estimate of the KL that is taken off the reward; "" for none.
-      adapt_kl: from coefficient and KL of a step to the coefficient of the next, or None.
+      adapt_kl: from coefficient, KL of a step, and number of updates in which a token counted, to
+        the coefficient of the next step; or None.
       adapt_entropy: the same for the entropy bonus, or None.
     """
 
@@ -114,8 +115,8 @@ class StepSpec:
     use_reference: bool = False
     recompute: bool = False
     kl_penalty: str = ""
-    adapt_kl: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    adapt_entropy: Callable[[EntropyBonus, jax.Array], EntropyBonus] | None = None
+    adapt_kl: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    adapt_entropy: Callable[[EntropyBonus, jax.Array, jax.Array], EntropyBonus] | None = None
 
 
 def plan_spec(policy: Policy, step: StepSpec, parts: int) -> PlanSpec:
@@ -330,8 +331,9 @@ class Learner:
           part: some prompts of a step, with all that the loss needs.
 
         Returns:
-          The new state and metrics: those of the loss, `grad_norm`, `skipped`, and `entropy` if
-          asked for. All but the loss are means over the tokens that count.
+          The new state and metrics: those of the loss, `grad_norm`, `skipped`, `empty` (1 if no
+          token counts), and `entropy` if asked for. The others but the loss are means over the
+          tokens that count.
         """
         grads, metrics = self._no_gradients(state), None
         for micro in part.micro_batches:
@@ -476,9 +478,11 @@ class Learner:
         args = state, grads, metrics, totals[0]
         state, metrics = yield Program("apply", apply_update, args, {"spec": spec}, held, **calls)
         if step.adapt_kl:
-            yield Program("adapt_kl", step.adapt_kl, (kl_coef, metrics["loss"]))
+            one = metrics["loss"]
+            yield Program("adapt_kl", step.adapt_kl, (kl_coef, one, one))
         if step.adapt_entropy:
-            yield Program("adapt_entropy", step.adapt_entropy, (bonus, metrics["loss"]))
+            one = metrics["loss"]
+            yield Program("adapt_entropy", step.adapt_entropy, (bonus, one, one))
         yield from self.reference.follow_programs(reference, state.params)
         return state
 
@@ -507,12 +511,10 @@ class Learner:
         """
         if self.step.adapt_kl:
             kl = info.get("policy/kl")
-            if kl is None:
-                kl = sum(metrics["kl"] for metrics in updates) / len(updates)
-            self.kl_coef = self.step.adapt_kl(self.kl_coef, kl)
+            kl, counted = _mean(updates, "kl") if kl is None else (kl, 1.0)
+            self.kl_coef = self.step.adapt_kl(self.kl_coef, kl, counted)
         if self.step.adapt_entropy:
-            entropy = sum(metrics["entropy"] for metrics in updates) / len(updates)
-            self.bonus = self.step.adapt_entropy(self.bonus, entropy)
+            self.bonus = self.step.adapt_entropy(self.bonus, *_mean(updates, "entropy"))
         self.reference.follow(step, state.params)
 
     def checkpoint(self, state: TrainState) -> Any:
@@ -538,6 +540,12 @@ class Learner:
             return arrays
         self.reference.params = arrays["reference"]
         return arrays["state"]
+
+
+def _mean(updates: Sequence[Metrics], name: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean of a metric over the updates in which a token counted, and their number."""
+    counted = sum(1.0 - metrics["empty"] for metrics in updates)
+    return sum(metrics[name] for metrics in updates) / jnp.maximum(counted, 1.0), counted
 
 
 def _read(experience: Experience) -> Experience:

@@ -203,11 +203,10 @@ def make_step_spec(config: ConfigDict, *, imitate: bool = False) -> StepSpec:
     )
 
 
-def make_kl_control(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-    """Returns a function from coefficient and KL of a step to the coefficient of the next.
-
-    None where the coefficient is fixed.
-    """
+def make_kl_control(
+    config: ConfigDict,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None:
+    """Returns `rl.kl.adapt` with the settings of a config; None where the coefficient is fixed."""
     c = config.policy_update
     if not c.kl_target:
         return None
@@ -217,11 +216,8 @@ def make_kl_control(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.
 
 def make_entropy_control(
     config: ConfigDict,
-) -> Callable[[EntropyBonus, jax.Array], EntropyBonus] | None:
-    """Returns a function from the entropy bonus and entropy of a step to the bonus of the next.
-
-    None where the weight is fixed.
-    """
+) -> Callable[[EntropyBonus, jax.Array, jax.Array], EntropyBonus] | None:
+    """Returns `rl.entropy.adapt` with the settings of a config; None where the weight is fixed."""
     c = config.policy_update
     if not c.entropy_target:
         return None

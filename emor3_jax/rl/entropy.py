@@ -20,7 +20,13 @@ class EntropyBonus(NamedTuple):
 
 
 def adapt(
-    bonus: EntropyBonus, entropy: jax.Array, *, target: float, delta: float, most: float
+    bonus: EntropyBonus,
+    entropy: jax.Array,
+    counted: jax.Array | float = 1.0,
+    *,
+    target: float,
+    delta: float,
+    most: float,
 ) -> EntropyBonus:
     """Returns the weight of the next step.
 
@@ -30,10 +36,12 @@ def adapt(
     Args:
       bonus: of this step.
       entropy: float32[], mean over the tokens of this step, in nats.
+      counted: float32[], 0 if no token of this step counted: the bonus stays as it is.
       target: in nats.
       delta: change of a step.
       most: upper bound.
     """
     low = entropy <= target
     coef = jnp.clip(bonus.coef + jnp.where(low, delta, -delta), 0.0, most)
-    return EntropyBonus(coef, jnp.where(low, coef, 0.0))
+    found = EntropyBonus(coef, jnp.where(low, coef, 0.0))
+    return jax.tree.map(lambda new, old: jnp.where(counted > 0, new, old), found, bonus)

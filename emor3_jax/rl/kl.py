@@ -81,7 +81,13 @@ def penalty(
 
 
 def adapt(
-    coefficient: jax.Array | float, kl: jax.Array, *, target: float, responses: int, horizon: float
+    coefficient: jax.Array | float,
+    kl: jax.Array,
+    counted: jax.Array | float = 1.0,
+    *,
+    target: float,
+    responses: int,
+    horizon: float,
 ) -> jax.Array:
     """Returns the coefficient of the next step, adapted towards a target KL.
 
@@ -90,10 +96,11 @@ def adapt(
     Args:
       coefficient: β of this step.
       kl: float32[], mean over the tokens of this step.
+      counted: float32[], 0 if no token of this step counted: the coefficient stays as it is.
       target: target KL in nats per token, above 0.
       responses: number of responses of this step.
       horizon: number of responses over which an error of 20 % or more changes the coefficient by
         20 %.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
-    return coefficient * (1.0 + error * responses / horizon)
+    return coefficient * (1.0 + jnp.where(counted > 0, error, 0.0) * responses / horizon)

@@ -1,6 +1,7 @@
 """The update of whole groups in micro-batches: any cut, the same gradient; padding cut off."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models.lora import Lora, init_adapters
 from emor3_jax.models.params import cast_matrices
 from emor3_jax.parallel.mesh import make_mesh
+from emor3_jax.rl import entropy, kl
 from emor3_jax.rl.losses import ImitationLoss, PolicyLoss
 from emor3_jax.rl.surrogates import Clip, GroupRatio, SequenceRatio
 from emor3_jax.rl.update import TrainState, make_optimizer
@@ -115,7 +117,7 @@ def update(setting, params, experience, loss=LOSS, plan=None, **changes):
     taught = learner_of(setting, spec, lora=changes.pop("lora", None))
     if "kl_coef" in changes:
         taught.kl_coef = changes.pop("kl_coef")
-        taught.step = dataclasses.replace(taught.step, adapt_kl=lambda coef, kl: coef)
+        taught.step = dataclasses.replace(taught.step, adapt_kl=lambda coef, kl, counted: coef)
     assert not changes
     plan = plan or plan_of(experience.batch, experience.samples)
     (part,) = taught.split(experience, plan)
@@ -291,6 +293,36 @@ def test_metrics_are_means_whatever_the_loss_divides_by(setting, batch, samples)
     scale = tokens / (B * G * 60)
     assert found[1]["loss"] == pytest.approx(float(found[0]["loss"]) * scale, rel=1e-4)
     assert found[1]["grad_norm"] == pytest.approx(float(found[0]["grad_norm"]) * scale, rel=1e-4)
+
+
+def test_an_update_in_which_no_token_counts_is_empty(setting, batch, samples):
+    experience = seen_with(batch, samples, jnp.ones((B, G)))
+    cut = experience._replace(samples=samples._replace(ended=samples.ended & False))
+    found = [
+        update(setting, setting.params, each, dataclasses.replace(LOSS, mask_truncated=True))[1]
+        for each in (experience, cut)
+    ]
+    assert [float(metrics["empty"]) for metrics in found] == [0.0, 1.0]
+    assert found[0]["kl"] > 0 == found[1]["kl"]
+
+
+def test_an_empty_update_moves_no_adaptive_weight(setting):
+    taught = learner_of(setting, UpdateSpec(setting.policy, SGD, LOSS, SPEC, kl_coef=0.01))
+    taught.step = dataclasses.replace(
+        taught.step,
+        adapt_kl=partial(kl.adapt, target=0.1, responses=30, horizon=300.0),
+        adapt_entropy=partial(entropy.adapt, target=0.5, delta=0.1, most=0.25),
+    )
+    taught.kl_coef, taught.bonus = 0.01, entropy.EntropyBonus(0.1, 0.1)
+    counts = {"kl": jnp.float32(0.101), "entropy": jnp.float32(0.4), "empty": jnp.float32(0)}
+    empty = {"kl": jnp.float32(0), "entropy": jnp.float32(0), "empty": jnp.float32(1)}
+    state = TrainState.create({}, SGD)
+    taught.after_step(state, 1, {}, [empty, empty])
+    assert (float(taught.kl_coef), *map(float, taught.bonus)) == pytest.approx((0.01, 0.1, 0.1))
+    # The mean KL is that of the other update, 1 % over the target, the entropy below it.
+    taught.after_step(state, 2, {}, [counts, empty])
+    assert float(taught.kl_coef) == pytest.approx(0.01 * 1.001)
+    assert tuple(map(float, taught.bonus)) == pytest.approx((0.2, 0.2))
 
 
 def test_trim_keeps_every_token(setting, batch, samples):

@@ -20,3 +20,7 @@ HOW = {"target": 0.5, "delta": 0.1, "most": 0.25}
 def test_by_hand(coef, entropy, wanted):
     found = adapt(EntropyBonus(coef, coef), entropy, **HOW)
     assert tuple(map(float, found)) == pytest.approx(wanted)
+
+
+def test_a_step_without_tokens_leaves_the_bonus():
+    assert tuple(map(float, adapt(EntropyBonus(0.25, 0.0), 0.0, 0.0, **HOW))) == (0.25, 0.0)

@@ -76,3 +76,8 @@ def test_penalty_of_a_response_is_its_sum():
 def test_controller_by_hand(seen, factor):
     found = kl.adapt(0.5, jnp.float32(seen), target=0.1, responses=30, horizon=300.0)
     assert found == pytest.approx(0.5 * factor, rel=1e-5)
+
+
+def test_a_step_without_tokens_leaves_the_coefficient():
+    how = {"target": 0.1, "responses": 30, "horizon": 300.0}
+    assert float(kl.adapt(0.5, jnp.float32(0), jnp.float32(0), **how)) == 0.5
