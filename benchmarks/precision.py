@@ -1,4 +1,4 @@
-"""What bfloat16 and int8 change. python -m benchmarks.precision [--config.key=value …]
+"""What bfloat16 and int8 change. python -m benchmarks.precision [--config=FILE]
 
 Samples responses to EmoScenes with the layers' arithmetic in float32, in bfloat16, and in bfloat16
 with int8 weights in the decoder's layers (`rollout.weight_dtype`), scores each of them in float32
@@ -42,7 +42,7 @@ SAMPLERS = {
 """Name → compute type, and whether the weights are quantised."""
 
 MICRO_BATCHES = 4
-_CONFIG = config_flags.DEFINE_config_dict("config", cpu_demo.get_config())
+_CONFIG = config_flags.DEFINE_config_file("config", cpu_demo.__file__)
 
 
 def in_dtype(loaded: LoadedPolicy, name: str) -> LoadedPolicy:

@@ -2,8 +2,11 @@
 
 A Qwen2.5-VL of 26.5 million parameters with strong random weights, written as a Hugging Face folder
 that both sides load, and drawn images with a question in a parquet file that both sides read.
+
+    python -m benchmarks.small_policy FOLDER [--layers=8]     # writes the policy alone
 """
 
+import argparse
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.options import whole
 from emor3_jax.data.labels import label_set
 from emor3_jax.data.prompts import PromptTemplates
 from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
@@ -145,3 +149,17 @@ def write_rows(path: Path, side: int, count: int, seed: int = 0) -> None:
         "answer": [labels[i % len(labels)] for i in range(count)],
     }
     pq.write_table(pa.table(table), path)
+
+
+def main() -> None:
+    """Writes a policy, with as many layers in its decoder as asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=whole(1), default=_CONFIG["num_hidden_layers"])
+    given = parser.parse_args()
+    count = write_policy(given.folder, changes={"num_hidden_layers": given.layers})
+    print(f"{given.folder}: {count:,} parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Results:
             if tries := config.rollout.resample:  # DAPO: replace groups with nothing to compare
                 again = partial(rollout, params, clock=run.clock, judge=run.judge)
                 prompts, experience, info = resample(
-                    prompts, experience, again, run.data.train, key, tries, run.put
+                    prompts, experience, again, run.data.train, key, tries, run.put, learner.compare
                 )
             # Prompts of like length go through the policy together.
             experience, plan, padding = learner.plan(experience)

@@ -453,6 +453,14 @@ TOGETHER = [
     ),
     (
         {
+            "rollout.resample": 1,
+            "rollout.responses": 1,
+            "policy_update.advantage": "reinforce_pp",
+        },
+        "rollout.responses=1; set it to 0",
+    ),
+    (
+        {
             "policy_update.advantage": "gdpo",
             "policy_update.kl": "k2",
             "policy_update.kl_place": "reward",

@@ -30,6 +30,7 @@ from emor3_jax.data.labels import label_set
 from emor3_jax.data.prefix import padded_length
 from emor3_jax.learner.learner import Learner
 from emor3_jax.learner.reference import FeatureCache, Reference
+from emor3_jax.learner.scoring import compare_groups, terms_of
 from emor3_jax.models.lora import Lora
 from emor3_jax.models.params import cast_matrices
 from emor3_jax.models.policy import Policy
@@ -49,13 +50,12 @@ from emor3_jax.rewards.questions import QUESTIONS
 from emor3_jax.rewards.reward import Reward
 from emor3_jax.rewards.spans import SpanTables
 from emor3_jax.rewards.tables import Tables
-from emor3_jax.rl.advantages import ESTIMATORS, RewardTerms
+from emor3_jax.rl.advantages import ESTIMATORS
 from emor3_jax.rl.update import TrainState
 from emor3_jax.rollout.judge import Judge
 from emor3_jax.rollout.label_likelihood import LabelLikelihood
 from emor3_jax.rollout.likelihood import Candidates
 from emor3_jax.rollout.reflect import PromptedQuestion, Reflection
-from emor3_jax.rollout.resample import compare_groups
 from emor3_jax.rollout.retokenize import Retokenizer
 from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.types import Batch, ImagePrefix, Prompt
@@ -112,19 +112,13 @@ def step_programs(
     # Merged kernels lie beside base and adapters while responses are sampled and scored.
     sampling = {**kept, "parameters": [*kept["parameters"], params]}
     experience = yield from along(rollout.programs(params, batch, key, judge), sampling)
+    terms = terms_of(experience, dict(learner.step.weights))
     if config.rollout.resample:
-        args = (experience.rewards,)
-        yield from along(single(Program("compare_groups", compare_groups, args)), sampling)
+        args, how = (terms,), {"name": learner.step.advantage}
+        yield from along(single(Program("compare_groups", compare_groups, args, how)), sampling)
     found = {"data": [experience.samples, experience.replies]}
     # Put on the devices while they update, and there from then on.
     following = maker.batch(config.rollout.prompts, asked)
-    terms = RewardTerms(
-        experience.rewards,
-        experience.scores.named(),
-        dict(learner.step.weights),
-        experience.greedy,
-        experience.samples.lengths,
-    )
     updates = learner.programs(state, experience, reference, terms, params)
     kept["data"] = [rollout.scorer.tables]
     # The step's own batch is read until the last update.

@@ -56,7 +56,15 @@ from emor3_jax.learner.micro_batches import (
     plan_step,
 )
 from emor3_jax.learner.reference import Reference
-from emor3_jax.learner.scoring import estimate_jitted, measure, mismatch_jitted, penalise, trim
+from emor3_jax.learner.scoring import (
+    compare_groups,
+    estimate_jitted,
+    measure,
+    mismatch_jitted,
+    penalise,
+    terms_of,
+    trim,
+)
 from emor3_jax.models.lora import Lora, add_adapter, merged_layout
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
@@ -279,13 +287,7 @@ class Learner:
                 rewards, old, ref_logprobs, self.kl_coef, name=step.kl_penalty
             )
             ref_logprobs = None
-        terms = RewardTerms(
-            rewards,
-            experience.scores.named(),
-            dict(step.weights),
-            experience.greedy,
-            samples.lengths,
-        )
+        terms = terms_of(experience._replace(rewards=rewards), dict(step.weights))
         if step.adapt_kl:
             info["policy/kl_coef"] = self.kl_coef
         if step.adapt_entropy:
@@ -297,6 +299,11 @@ class Learner:
             advantages=estimate_jitted(terms, name=step.advantage, std=step.std),
             entropies=entropies,
         ), info
+
+    def compare(self, experience: Experience) -> tuple[jax.Array, jax.Array]:
+        """Returns groups with nothing to compare, bool[B], and the mean reward, float32[]."""
+        terms = terms_of(experience, dict(self.step.weights))
+        return compare_groups(terms, name=self.step.advantage)
 
     @property
     def _old_spec(self) -> LogprobSpec:

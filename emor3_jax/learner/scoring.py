@@ -1,5 +1,6 @@
 """The small programs of a step around its passes: sizes, padding, mismatch, KL, advantages."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from emor3_jax.rl import advantages
 from emor3_jax.rl.advantages import RewardTerms
 from emor3_jax.rl.correction import mismatch
 from emor3_jax.rl.kl import penalty
-from emor3_jax.types import Batch, Samples
+from emor3_jax.types import Batch, Experience, Samples
 
 Metrics = dict[str, jax.Array]
 
@@ -67,6 +68,34 @@ def penalise(
     """
     each, mean = penalty(name, samples.logprobs, ref_logprobs, samples.mask)
     return rewards - kl_coef * each, mean
+
+
+def terms_of(experience: Experience, weights: Mapping[str, float]) -> RewardTerms:
+    """Returns the rewards of an experience as estimators read them.
+
+    Args:
+      experience: of a rollout, with scores and rewards.
+      weights: of the reward terms.
+    """
+    return RewardTerms(
+        experience.rewards,
+        experience.scores.named(),
+        dict(weights),
+        experience.greedy,
+        experience.samples.lengths,
+    )
+
+
+@partial(jax.jit, static_argnames="name")
+@laid_out(by_prompts_and_whole)
+def compare_groups(terms: RewardTerms, *, name: str) -> tuple[jax.Array, jax.Array]:
+    """Returns groups with nothing to compare, bool[B], and the mean reward, float32[].
+
+    Args:
+      terms: rewards of a rollout.
+      name: of the advantage estimator.
+    """
+    return advantages.ESTIMATORS[name].nothing_differs(terms), jnp.mean(terms.rewards)
 
 
 @partial(jax.jit, static_argnames=("name", "std"))

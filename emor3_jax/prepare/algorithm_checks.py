@@ -150,6 +150,12 @@ def _check_advantage(config: ConfigDict, need: Need) -> None:
         f"{update.advantage!r} gives such groups one too; set it to False, or the advantage to "
         "'grpo'",
     )
+    need(
+        not config.rollout.resample or config.rollout.responses > 1 or estimator.greedy,
+        "rollout.resample",
+        "replaces groups with nothing to compare, which is every group where "
+        f"rollout.responses={config.rollout.responses}; set it to 0, or raise rollout.responses",
+    )
     penalised = bool(reward.overlong and reward.overlong_weight)
     in_reward = update.kl_place == "reward" and uses_reference(config)
     if not estimator.negative:

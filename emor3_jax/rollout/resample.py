@@ -1,7 +1,8 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476): prompts with nothing to compare are replaced.
 
 A group whose rewards are all equal teaches nothing. Such prompts are replaced by others of further
-batches until every group has something to compare.
+batches until every group has something to compare: for `remax` with the greedy response, for `gdpo`
+in one of its terms.
 
 Deviations, numbered:
  1. The paper draws batches until the last group is useful, which on few labels may be never: here
@@ -14,12 +15,9 @@ Deviations, numbered:
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from emor3_jax.data.batch import Prompts, pick_prompts
-from emor3_jax.parallel.program import by_prompts_and_whole, laid_out
-from emor3_jax.rl.advantages import all_equal
 from emor3_jax.types import Batch, Experience, join
 
 
@@ -31,6 +29,7 @@ def resample(
     key: jax.Array,
     tries: int,
     put: Callable[[Batch], Batch],
+    compare: Callable[[Experience], tuple[jax.Array, jax.Array]],
 ) -> tuple[Prompts, Experience, dict[str, float]]:
     """Replaces prompts whose groups are all equal by prompts of further batches.
 
@@ -42,6 +41,7 @@ def resample(
       key: PRNG key of the first rollout.
       tries: at most so many batches more.
       put: puts prompts on the devices.
+      compare: returns which groups have nothing to compare, bool[B], and the mean reward.
 
     Returns:
       As many prompts and their experience, and the metrics `resample/rounds` (rollouts of the
@@ -50,14 +50,14 @@ def resample(
       `resample/reward_all` (mean reward over all rollouts).
     """
     size, first = len(prompts.ids), experience
-    useless, mean = map(np.array, compare_groups(experience.rewards))
+    useless, mean = map(np.array, compare(experience))
     rounds, dropped, surplus, means = 1, 0, 0, [mean]
     while useless.any() and rounds <= tries:
         more = next(data)
         # Far from the keys that a rollout splits its own into.
         extra = rollout(put(more.batch), jax.random.fold_in(key, 2**32 - 1 - rounds))
         rounds += 1
-        equal, mean = map(np.array, compare_groups(extra.rewards))
+        equal, mean = map(np.array, compare(extra))
         means.append(mean)
         useful, free = np.flatnonzero(~equal), useless.nonzero()[0]
         used = min(len(useful), len(free))
@@ -84,10 +84,3 @@ def resample(
             "resample/reward_all": float(np.mean(means)),
         },
     )
-
-
-@jax.jit
-@laid_out(by_prompts_and_whole)
-def compare_groups(rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns bool[B], groups whose rewards are all equal, and the mean reward float32[]."""
-    return all_equal(rewards), jnp.mean(rewards)

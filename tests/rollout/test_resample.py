@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from emor3_jax.data.batch import Prompts
+from emor3_jax.learner.scoring import compare_groups, terms_of
 from emor3_jax.parallel.mesh import make_mesh, shard_batch
 from emor3_jax.rollout.resample import resample
 from emor3_jax.types import Batch, Experience, Images, Prompt, Samples, Scores
@@ -66,8 +67,12 @@ def run(mesh, rounds: Sequence[Sequence[Sequence[float]]], tries: int):
 
     first = named(0)
     key = jax.random.key(0)
+
+    def compare(experience):
+        return compare_groups(terms_of(experience, {"mine": 1.0}), name="grpo")
+
     found, experience, counts = resample(
-        first, rolled_out(put(first.batch), rounds[0]), again, stream(), key, tries, put
+        first, rolled_out(put(first.batch), rounds[0]), again, stream(), key, tries, put, compare
     )
     # Neither the first rollout's key nor one of those that it is split into.
     own = [jax.random.key_data(k).tolist() for k in (key, *jax.random.split(key, 4))]

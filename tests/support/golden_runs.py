@@ -47,7 +47,8 @@ MEASURED = ("time/", "throughput/", "memory/", "compile/")
 """Metrics that differ from run to run."""
 
 ADDED_METRICS = re.compile(
-    r"^(eval/.*/(uar|lenient_accuracy|polarity_accuracy|wheel_distance)|policy/sampler_(gap_max|ess))$"
+    r"^(eval/.*/(uar|lenient_accuracy|polarity_accuracy|wheel_distance)"
+    r"|policy/(sampler_(gap_max|ess)|empty))$"
 )
 ADDED_FIELDS = ("lenient", "confidence")
 """Metrics, and fields of predictions, that are younger than the digests and not part of them."""

@@ -27,8 +27,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from emor3_jax.rl.advantages.gdpo import gdpo
+from emor3_jax.rl.advantages.gdpo import gdpo, no_term_differs
 from emor3_jax.rl.advantages.group import (
     EPSILON,
     all_equal,
@@ -64,6 +65,10 @@ __all__ = [
 ]
 
 
+def _all_equal(rewards: RewardTerms) -> jax.Array:
+    return all_equal(rewards.rewards)
+
+
 class Estimator(NamedTuple):
     """An advantage estimator and its requirements.
 
@@ -75,6 +80,8 @@ class Estimator(NamedTuple):
       terms: reads the reward terms apart, not what shaping adds to their sum.
       equal_is_zero: a group whose rewards are all equal always has an advantage of 0.
       negative: rewards under 0 have a meaning.
+      nothing_differs: `RewardTerms` → groups with nothing to compare, bool[B], which dynamic
+        sampling replaces.
     """
 
     function: Callable[..., jax.Array]
@@ -84,6 +91,7 @@ class Estimator(NamedTuple):
     terms: bool = False
     equal_is_zero: bool = True
     negative: bool = True
+    nothing_differs: Callable[[RewardTerms], jax.Array] = _all_equal
 
 
 def _combined(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -98,9 +106,20 @@ ESTIMATORS = {
     "reinforce_pp": Estimator(_combined(reinforce_pp), equal_is_zero=False),
     "reinforce_pp_baseline": Estimator(_combined(reinforce_pp_baseline), responses=2),
     "remax": Estimator(
-        lambda rewards: remax(rewards.rewards, rewards.greedy), greedy=True, equal_is_zero=False
+        lambda rewards: remax(rewards.rewards, rewards.greedy),
+        greedy=True,
+        equal_is_zero=False,
+        # The greedy response is one of those that are compared.
+        nothing_differs=lambda x: all_equal(jnp.concatenate([x.rewards, x.greedy], axis=1)),
     ),
-    "gdpo": Estimator(gdpo, responses=2, std=True, terms=True, equal_is_zero=False),
+    "gdpo": Estimator(
+        gdpo,
+        responses=2,
+        std=True,
+        terms=True,
+        equal_is_zero=False,
+        nothing_differs=no_term_differs,
+    ),
     "maxrl": Estimator(_combined(maxrl), responses=2, negative=False),
     "opo": Estimator(lambda rewards: opo(rewards.rewards, rewards.lengths), responses=2),
 }

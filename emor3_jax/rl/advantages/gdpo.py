@@ -10,7 +10,7 @@ Deviations, numbered:
 import jax
 import jax.numpy as jnp
 
-from emor3_jax.rl.advantages.group import EPSILON, grpo
+from emor3_jax.rl.advantages.group import EPSILON, all_equal, grpo
 from emor3_jax.rl.advantages.terms import RewardTerms
 
 
@@ -35,11 +35,20 @@ def gdpo(rewards: RewardTerms, *, std: str = "population", epsilon: float = EPSI
     if not rewards.weights:
         raise ValueError("gdpo needs at least one reward term with a weight, got none")
     total = jnp.zeros_like(rewards.rewards)
+    for name, each in _usable(rewards).items():
+        total += rewards.weights[name] * grpo(each, std=std, epsilon=epsilon)
+    return grpo(total.reshape(1, -1), std=std, epsilon=epsilon).reshape(total.shape)
+
+
+def no_term_differs(rewards: RewardTerms) -> jax.Array:
+    """Returns the groups within which no weighted term differs, bool[B]; of no use to `gdpo`."""
+    return jnp.stack([all_equal(each) for each in _usable(rewards).values()]).all(axis=0)
+
+
+def _usable(rewards: RewardTerms) -> dict[str, jax.Array]:
+    """Returns the weighted terms, with zeros for groups in which one is no finite number."""
     terms = {name: rewards.terms[name] for name in rewards.weights}
     # One number of one response would spoil the mean over the batch.
     usable = [jnp.isfinite(term).all(axis=1, keepdims=True) for term in terms.values()]
     usable = jnp.stack(usable).all(axis=0)
-    for name, weight in rewards.weights.items():
-        each = jnp.where(usable, terms[name], 0.0)
-        total += weight * grpo(each, std=std, epsilon=epsilon)
-    return grpo(total.reshape(1, -1), std=std, epsilon=epsilon).reshape(total.shape)
+    return {name: jnp.where(usable, term, 0.0) for name, term in terms.items()}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emor3_jax.rl.advantages import RewardTerms, gdpo, reinforce_pp
+from emor3_jax.rl.advantages import ESTIMATORS, RewardTerms, gdpo, reinforce_pp
 
 RIGHT = jnp.float32([[1, 1, 0, 0], [0, 0, 0, 0]])
 FORMED = jnp.float32([[0, 0, 1, 1], [1, 0, 0, 1]])
@@ -49,3 +49,11 @@ def test_a_term_that_is_no_number_spoils_its_own_group_alone():
 def test_the_sample_deviation_is_an_option():
     found = gdpo(terms(right=2.0, formed=1.0), std="sample")
     assert found.std(ddof=1) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_group_has_something_to_compare_where_one_term_differs():
+    nothing_differs = ESTIMATORS["gdpo"].nothing_differs
+    assert nothing_differs(terms(right=1.0, formed=1.0)).tolist() == [False, False]
+    assert nothing_differs(terms(right=1.0)).tolist() == [False, True]
+    spoilt = {"right": RIGHT.at[0, 0].set(jnp.nan)}
+    assert nothing_differs(RewardTerms(RIGHT, spoilt, {"right": 1.0})).tolist() == [True, True]

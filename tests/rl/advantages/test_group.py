@@ -136,3 +136,15 @@ def test_the_least_number_of_responses_is_what_the_config_is_told():
 def test_all_equal():
     rewards = jnp.float32([[0.1, 0.1], [0.1, 0.2], [0.0, 0.0]])
     assert advantages.all_equal(rewards).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", sorted(advantages.ESTIMATORS))
+def test_a_group_with_nothing_to_compare_has_no_advantage_and_the_others_have(name):
+    estimator = advantages.ESTIMATORS[name]
+    rewards = combined(jnp.float32([[1, 1, 1], [1, 1, 1], [0, 1, 2]]), jnp.float32([[0], [1], [1]]))
+    useless = estimator.nothing_differs(rewards)
+    # Of the first, the greedy response has another reward.
+    assert useless.tolist() == [name != "remax", True, False]
+    found = np.any(estimator.function(rewards), axis=1)
+    # The mean of a batch tells all groups apart from each other.
+    assert name in ("reinforce_pp", "gdpo") or found.tolist() == np.invert(useless).tolist()
