@@ -6,7 +6,8 @@ rounds the last bit otherwise than the same operations one by one. With its esti
 code before gave exactly those digests of predictions and parameters. Metrics have gained
 `padding/*` since; and in `refill`, `policy/grad_norm` no longer counts the frozen tower, and
 `policy/sampler_gap` differs in its last digits, as lanes are decoded together otherwise. Written
-anew for XLA's flags of tests, by code that gave the same digests as the code before it.
+anew for XLA's flags of tests, by code that gave the same digests as the code before it;
+`resample_remax` anew when dynamic sampling began to count the greedy response.
 """
 
 import json
