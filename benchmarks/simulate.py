@@ -11,6 +11,7 @@ lane is refilled when its response has ended). Columns:
 
 * steps: of decoding, each of which reads all weights;
 * lanes: share of the steps of all lanes that sampled a token (lane efficiency);
+* most: what the lanes could reach, were all of the part with the most tokens always busy;
 * ring, blocks: places of the ring that attention reads for one that it needs, over the whole ring
   (XLA) and by the blocks in use (the TPU's kernel);
 * programs: shapes that the decoder is compiled for.
@@ -213,14 +214,18 @@ def rows(seed: int) -> Iterator[str]:
     """Yields the lines of the table."""
     lengths = draw_lengths(SHAPE, LONGEST, seed)
     plan = Plan(block=128)
-    yield "| slice | parts | slots | lanes | refilled | steps | lanes | ring | blocks | programs |"
-    yield "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|"
+    yield (
+        "| slice | parts | slots | lanes | refilled | steps | lanes | most | ring | blocks "
+        "| programs |"
+    )
+    yield "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|"
     for name, cases in (("groups", GROUPS), ("responses", LANES)):
         for case in cases:
-            found = simulate(lengths, case, plan)
+            found, own = simulate(lengths, case, plan), lengths.reshape(case.parts, -1).sum(axis=1)
             yield (
                 f"| {case.name} | {case.parts} | {case.slots} | {case.lanes} | {name} | "
                 f"{found.steps:,} | {found.tokens / found.lane_steps:.2f} | "
+                f"{own.mean() / own.max():.2f} | "
                 f"{found.read / found.needed:.1f} | {found.ragged / found.needed:.2f} | "
                 f"{len(found.programs)} |"
             )

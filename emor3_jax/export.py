@@ -16,7 +16,8 @@ from emor3_jax import prepare
 from emor3_jax.config import check_complete, default
 from emor3_jax.data.inference_settings import FILE, InferenceSettings
 from emor3_jax.errors import UserError
-from emor3_jax.io.card import CARD_FILE
+from emor3_jax.files import read_text
+from emor3_jax.io.card import CARD_FILE, step_of
 from emor3_jax.io.checkpoints import Checkpoints
 from emor3_jax.io.console import Console
 from emor3_jax.models import read_config, vllm
@@ -60,7 +61,11 @@ def export(config: ConfigDict, workdir: str | Path) -> Path:
     settings = InferenceSettings.read(workdir) or inference_settings(config)
     exported = dataclasses.replace(prepare.read_policy(config, say), params=params)
     family = policy.family.model_type
-    card = card_of_run(workdir.name, "", config, family, step, settings)
+    # That of the end of training has its results.
+    own = folder / CARD_FILE
+    card = read_text(own, UserError) if own.is_file() else ""
+    if step_of(card) != step:
+        card = card_of_run(workdir.name, "", config, family, step, settings)
     save_whole(exported, folder, {FILE: settings.to_json(), CARD_FILE: card})
     say(f"wrote the policy of step {step} to {folder}")
     for line in vllm.advice(folder):

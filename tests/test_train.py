@@ -29,6 +29,7 @@ from emor3_jax.errors import UserError
 from emor3_jax.export import export
 from emor3_jax.inference.loading import find_policy
 from emor3_jax.io import checkpoints
+from emor3_jax.io.card import step_of
 from emor3_jax.models import load
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.prepare.shapes import read_policy_shapes
@@ -445,6 +446,8 @@ def test_a_signal_stops_after_the_step_and_keeps_it(folder, monkeypatch):
     # It never came to its end: its policy is exported from the checkpoint.
     assert not (workdir / "policy").exists()
     exported, base = load(export(config, workdir)), load(folder / "policy")
+    card = (workdir / "policy" / "README.md").read_text()
+    assert step_of(card) == 1 and "No evaluation of this step" in card
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), exported.params, base.params)
     assert max(jax.tree.leaves(moved)) > 0
 
@@ -460,6 +463,13 @@ def test_a_run_is_not_overwritten_nor_begun_again_with_fewer_steps(folder, whole
     with pytest.raises(UserError, match=r"policy_update.kl_coef: 0.03 before, 0.5 now"):
         train(config, whole)
     assert (whole / "report.html").read_bytes() == before
+
+
+def test_exporting_a_whole_run_again_keeps_its_card(folder, whole):
+    card = (whole / "policy" / "README.md").read_text()
+    assert "| test | accuracy |" in card
+    export(make_config(folder), whole)
+    assert (whole / "policy" / "README.md").read_text() == card
 
 
 def test_exporting_a_run_without_checkpoint_is_refused(folder):

@@ -1,6 +1,7 @@
 """The model card of a policy's folder, its README.md."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ from emor3_jax.evaluation.records import Evaluation
 from emor3_jax.io import pages, report
 
 CARD_FILE = "README.md"
+
+_STEP = re.compile(r"trained by emor3_jax[^\n]* to step\s+(\d+) of \d+\.")
 
 SNIPPET = """\
 import inspect
@@ -118,3 +121,9 @@ def model_card(
         results=report.score_table(*evaluations) if evaluations and evaluations[1] else "",
         snippet=code,
     )
+
+
+def step_of(card: str) -> int | None:
+    """Returns the step that a card of `model_card` names; None of any other text."""
+    found = _STEP.search(card)
+    return int(found[1]) if found else None

@@ -8,6 +8,7 @@ import pytest
 from emor3_jax.config import dataset, default
 from emor3_jax.data.inference_settings import InferenceSettings
 from emor3_jax.evaluation.records import Evaluation
+from emor3_jax.io.card import step_of
 from emor3_jax.runtime.card import card_of_run
 
 SETTINGS = InferenceSettings().changed(labels="joy,fear", question='say "why" ?', template="tiny")
@@ -32,6 +33,7 @@ def test_a_card_says_where_a_policy_comes_from(config):
     )
     assert "base_model: Qwen/Qwen2.5-VL-3B-Instruct\n" in card
     assert "`emor3 train`, to step\n100 of 100." in card
+    assert step_of(card) == 100 and step_of("# Mine\nto step 3 of 4.") is None
     assert "| train | parquet | – | fer7 | 1234 |" in card
     assert "| test | fi | test | of the data | – |" in card
     assert "| policy_update.learning_rate | 1e-05 |" in card
