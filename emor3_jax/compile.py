@@ -213,6 +213,8 @@ def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[
 def main(config: ConfigDict) -> None:
     """Compiles, prints, and ends with status 1 if the step does not fit."""
     given = flags.FLAGS
+    if given.json and Path(given.json).is_dir():
+        raise UserError(f"json={given.json!r}: is a folder; name a file")
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise UserError(f"json={given.json!r}: the folder is not there; make it first")
     if given.search:
