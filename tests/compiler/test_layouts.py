@@ -135,6 +135,7 @@ def for_tpu() -> tuple[dict[str, Report], Any]:
 
 @needs_compiler
 @pytest.mark.loads_tpu_compiler
+@pytest.mark.long
 def test_programs_for_tpu_move_no_more_either(for_tpu: tuple[dict[str, Report], Any]) -> None:
     reports, found = for_tpu
     assert found["decode"]["gathered"] == []

@@ -497,7 +497,7 @@ def test_batch_gives_the_logits_of_the_arrays_of_transformers(
     np.testing.assert_allclose(ours, theirs[:, -1], atol=1e-4)
 
 
-@pytest.mark.parametrize("workers", [(0, 2), (2, 1)])
+@pytest.mark.parametrize("workers", [(0, 2), pytest.param((2, 1), marks=pytest.mark.long)])
 def test_resume_with_another_number_of_workers(train, dirty, workers):
     """The position is a number of rows, whoever read them; batches end at bad rows too."""
     before, after = workers

@@ -96,6 +96,7 @@ def test_matrices_take_orthogonal_updates_and_the_rate_falls_to_nothing() -> Non
     assert sizes[2] > sizes[6] > sizes[9] > 0 and sizes[10] == 0
 
 
+@pytest.mark.long
 def test_images_are_mixed_in_pairs() -> None:
     """The loss of a mixed batch, computed anew from the mixture; the same seed, the same shares."""
     policy = make_policy()
