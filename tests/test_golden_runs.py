@@ -8,6 +8,8 @@ code before gave exactly those digests of predictions and parameters. Metrics ha
 `policy/sampler_gap` differs in its last digits, as lanes are decoded together otherwise. Written
 anew for XLA's flags of tests, by code that gave the same digests as the code before it;
 `resample_remax` anew when dynamic sampling began to count the greedy response.
+All anew when fresh parameters began to be drawn by one program, which rounds some of them otherwise
+in the last bit: predictions stayed what they were.
 """
 
 import json

@@ -65,20 +65,7 @@ class Policy:
         Args:
           key: PRNG key.
         """
-        visual, decoder, head, embedding = jax.random.split(key, 4)
-        tokens = jnp.zeros((1, 1, 1), jnp.int32)
-        params = {
-            "visual": self.family.init_tower(self.shapes, visual),
-            "model": self.family.decoder(self.shapes, Compute()).init(
-                decoder, tokens, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1), bool)
-            )["params"],
-        }
-        normal = nn.initializers.normal(0.02)
-        size = self.shapes.vocab_size, self.shapes.hidden_size
-        params["model"]["embed_tokens"]["embedding"] = normal(embedding, size)
-        if not self.shapes.tie_word_embeddings:
-            params["lm_head"] = {"kernel": normal(head, size[::-1])}
-        return params
+        return _init(key, family=self.family, shapes=self.shapes)
 
     def param_shapes(self) -> Params:
         """Returns the tree of parameters as `jax.ShapeDtypeStruct`s, without computing anything."""
@@ -375,6 +362,25 @@ class Policy:
 @functools.lru_cache(maxsize=16)
 def _param_shapes(family: Family, shapes: Shapes) -> Params:
     return jax.eval_shape(lambda: Policy(family, shapes).init(jax.random.key(0)))
+
+
+# One program: operation by operation it would take seconds, of a tiny policy too.
+@functools.partial(jax.jit, static_argnames=("family", "shapes"))
+def _init(key: jax.Array, *, family: Family, shapes: Shapes) -> Params:
+    visual, decoder, head, embedding = jax.random.split(key, 4)
+    tokens = jnp.zeros((1, 1, 1), jnp.int32)
+    params = {
+        "visual": family.init_tower(shapes, visual),
+        "model": family.decoder(shapes, Compute()).init(
+            decoder, tokens, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1), bool)
+        )["params"],
+    }
+    normal = nn.initializers.normal(0.02)
+    size = shapes.vocab_size, shapes.hidden_size
+    params["model"]["embed_tokens"]["embedding"] = normal(embedding, size)
+    if not shapes.tie_word_embeddings:
+        params["lm_head"] = {"kernel": normal(head, size[::-1])}
+    return params
 
 
 def _side_by_side(prompt: Prompt, features: jax.Array, count: int) -> tuple[Prompt, jax.Array]:
