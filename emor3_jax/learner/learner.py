@@ -359,7 +359,7 @@ class Learner:
         """
         for micro in part.micro_batches:
             grads, _ = self._add_gradients(self._no_gradients(state), state, part, micro)
-            yield micro, optax.tree.norm(grads)
+            yield micro, _norm(grads)
 
     def _no_gradients(self, state: TrainState) -> dict:
         trained, _ = partition(state.params, self.spec.frozen)
@@ -547,6 +547,9 @@ class Learner:
             return arrays
         self.reference.params = arrays["reference"]
         return arrays["state"]
+
+
+_norm = jax.jit(optax.tree.norm)
 
 
 def _mean(updates: Sequence[Metrics], name: str) -> tuple[jax.Array, jax.Array]:
