@@ -284,7 +284,11 @@ def resize_ring(lanes: Lanes, cursor: jax.Array, *, places: int) -> tuple[Lanes,
     order = jnp.where(place < keep, (cursor - keep + place) % now, now)
 
     def move(axis: int, x: jax.Array) -> jax.Array:
-        return jnp.take(x, order, axis, mode="fill", fill_value=0)
+        def one(layer: jax.Array) -> jax.Array:
+            return jnp.take(layer, order, axis, mode="fill", fill_value=0)
+
+        # All layers at once, the compiler would lay the whole ring out anew, twice.
+        return one(x) if isinstance(lanes.k, tuple) else jax.lax.map(one, x)
 
     k, v = _map_arrays(move, (-1, -2), (lanes.k, lanes.v))
     return lanes._replace(k=k, v=v), jnp.int32(keep % places)
