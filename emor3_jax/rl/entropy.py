@@ -35,8 +35,9 @@ def adapt(
 
     Args:
       bonus: of this step.
-      entropy: float32[], mean over the tokens of this step, in nats.
-      counted: float32[], 0 if no token of this step counted: the bonus stays as it is.
+      entropy: float32[], mean over the tokens of this step, in nats; of NaN the bonus stays as it
+        is.
+      counted: float32[], 0 if no token of this step counted: the bonus stays too.
       target: in nats.
       delta: change of a step.
       most: upper bound.
@@ -44,4 +45,5 @@ def adapt(
     low = entropy <= target
     coef = jnp.clip(bonus.coef + jnp.where(low, delta, -delta), 0.0, most)
     found = EntropyBonus(coef, jnp.where(low, coef, 0.0))
-    return jax.tree.map(lambda new, old: jnp.where(counted > 0, new, old), found, bonus)
+    known = (counted > 0) & ~jnp.isnan(entropy)
+    return jax.tree.map(lambda new, old: jnp.where(known, new, old), found, bonus)

@@ -95,12 +95,14 @@ def adapt(
 
     Args:
       coefficient: β of this step.
-      kl: float32[], mean over the tokens of this step.
-      counted: float32[], 0 if no token of this step counted: the coefficient stays as it is.
+      kl: float32[], mean over the tokens of this step; of NaN the coefficient stays as it is.
+      counted: float32[], 0 if no token of this step counted: the coefficient stays too.
       target: target KL in nats per token, above 0.
       responses: number of responses of this step.
       horizon: number of responses over which an error of 20 % or more changes the coefficient by
         20 %.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
-    return coefficient * (1.0 + jnp.where(counted > 0, error, 0.0) * responses / horizon)
+    # A coefficient that is NaN once would spoil every later update.
+    error = jnp.where((counted > 0) & ~jnp.isnan(kl), error, 0.0)
+    return coefficient * (1.0 + error * responses / horizon)

@@ -22,5 +22,7 @@ def test_by_hand(coef, entropy, wanted):
     assert tuple(map(float, found)) == pytest.approx(wanted)
 
 
-def test_a_step_without_tokens_leaves_the_bonus():
-    assert tuple(map(float, adapt(EntropyBonus(0.25, 0.0), 0.0, 0.0, **HOW))) == (0.25, 0.0)
+def test_a_step_without_tokens_or_with_nan_leaves_the_bonus():
+    for entropy, counted in ((0.0, 0.0), (float("nan"), 1.0)):
+        found = adapt(EntropyBonus(0.25, 0.0), entropy, counted, **HOW)
+        assert tuple(map(float, found)) == (0.25, 0.0)

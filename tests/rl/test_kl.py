@@ -78,6 +78,7 @@ def test_controller_by_hand(seen, factor):
     assert found == pytest.approx(0.5 * factor, rel=1e-5)
 
 
-def test_a_step_without_tokens_leaves_the_coefficient():
+def test_a_step_without_tokens_or_with_nan_leaves_the_coefficient():
     how = {"target": 0.1, "responses": 30, "horizon": 300.0}
     assert float(kl.adapt(0.5, jnp.float32(0), jnp.float32(0), **how)) == 0.5
+    assert float(kl.adapt(0.5, jnp.float32(jnp.nan), jnp.float32(1), **how)) == 0.5
