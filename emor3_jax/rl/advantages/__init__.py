@@ -43,7 +43,7 @@ from emor3_jax.rl.advantages.group import (
 )
 from emor3_jax.rl.advantages.maxrl import maxrl
 from emor3_jax.rl.advantages.opo import opo
-from emor3_jax.rl.advantages.terms import RewardTerms
+from emor3_jax.rl.advantages.terms import RewardTerms, finite_groups
 
 __all__ = [
     "EPSILON",
@@ -56,6 +56,7 @@ __all__ = [
     "gdpo",
     "grpo",
     "maxrl",
+    "nothing_to_compare",
     "opo",
     "reinforce_pp",
     "reinforce_pp_baseline",
@@ -80,8 +81,7 @@ class Estimator(NamedTuple):
       terms: reads the reward terms apart, not what shaping adds to their sum.
       equal_is_zero: a group whose rewards are all equal always has an advantage of 0.
       negative: rewards under 0 have a meaning.
-      nothing_differs: `RewardTerms` → groups with nothing to compare, bool[B], which dynamic
-        sampling replaces.
+      nothing_differs: `RewardTerms` → groups in which nothing that is compared differs, bool[B].
     """
 
     function: Callable[..., jax.Array]
@@ -129,6 +129,8 @@ ESTIMATORS = {
 def estimate(name: str, rewards: RewardTerms, *, std: str = "population") -> jax.Array:
     """Returns the advantages by a named estimator, float32[B, G].
 
+    They are 0 in a group with a term that is no finite number, whose rewards mean nothing.
+
     Args:
       name: one of `ESTIMATORS`.
       rewards: of all responses of a step.
@@ -140,4 +142,18 @@ def estimate(name: str, rewards: RewardTerms, *, std: str = "population") -> jax
     estimator = ESTIMATORS[name]
     if estimator.greedy and rewards.greedy is None:
         raise ValueError(f"{name} needs the rewards of greedy responses, got None")
-    return estimator.function(rewards, **({"std": std} if estimator.std else {}))
+    found = estimator.function(rewards, **({"std": std} if estimator.std else {}))
+    return jnp.where(finite_groups(rewards)[:, None], found, 0.0)
+
+
+def nothing_to_compare(name: str, rewards: RewardTerms) -> jax.Array:
+    """Returns the groups that dynamic sampling replaces, bool[B].
+
+    Nothing differs in them, or a term is no finite number. REINFORCE++ gives a group of equal
+    rewards an advantage over the batch; it counts as one of them nevertheless.
+
+    Args:
+      name: one of `ESTIMATORS`.
+      rewards: of a rollout.
+    """
+    return ESTIMATORS[name].nothing_differs(rewards) | ~finite_groups(rewards)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from emor3_jax.rl.advantages.group import EPSILON, all_equal, grpo
-from emor3_jax.rl.advantages.terms import RewardTerms
+from emor3_jax.rl.advantages.terms import RewardTerms, finite_groups
 
 
 def gdpo(rewards: RewardTerms, *, std: str = "population", epsilon: float = EPSILON) -> jax.Array:
@@ -42,13 +42,12 @@ def gdpo(rewards: RewardTerms, *, std: str = "population", epsilon: float = EPSI
 
 def no_term_differs(rewards: RewardTerms) -> jax.Array:
     """Returns the groups within which no weighted term differs, bool[B]; of no use to `gdpo`."""
-    return jnp.stack([all_equal(each) for each in _usable(rewards).values()]).all(axis=0)
+    weighted = [rewards.weights[name] * each for name, each in _usable(rewards).items()]
+    return jnp.stack([all_equal(each) for each in weighted]).all(axis=0)
 
 
 def _usable(rewards: RewardTerms) -> dict[str, jax.Array]:
-    """Returns the weighted terms, with zeros for groups in which one is no finite number."""
-    terms = {name: rewards.terms[name] for name in rewards.weights}
+    """Returns the terms of the weights, with zeros for groups in which one is no finite number."""
     # One number of one response would spoil the mean over the batch.
-    usable = [jnp.isfinite(term).all(axis=1, keepdims=True) for term in terms.values()]
-    usable = jnp.stack(usable).all(axis=0)
-    return {name: jnp.where(usable, term, 0.0) for name, term in terms.items()}
+    usable = finite_groups(rewards)[:, None]
+    return {name: jnp.where(usable, rewards.terms[name], 0.0) for name in rewards.weights}

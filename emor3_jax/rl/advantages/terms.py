@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class RewardTerms(NamedTuple):
@@ -23,3 +24,11 @@ class RewardTerms(NamedTuple):
     weights: dict[str, float]
     greedy: jax.Array | None = None
     lengths: jax.Array | None = None
+
+
+def finite_groups(rewards: RewardTerms) -> jax.Array:
+    """Returns the groups in which every term is a finite number, bool[B]; others teach nothing."""
+    found = jnp.ones(len(rewards.rewards), bool)
+    for term in rewards.terms.values():
+        found &= jnp.isfinite(term).all(axis=1)
+    return found

@@ -55,5 +55,7 @@ def test_a_group_has_something_to_compare_where_one_term_differs():
     nothing_differs = ESTIMATORS["gdpo"].nothing_differs
     assert nothing_differs(terms(right=1.0, formed=1.0)).tolist() == [False, False]
     assert nothing_differs(terms(right=1.0)).tolist() == [False, True]
+    # A term that is only logged has a weight of 0.
+    assert jax.jit(nothing_differs)(terms(right=1.0, formed=0.0)).tolist() == [False, True]
     spoilt = {"right": RIGHT.at[0, 0].set(jnp.nan)}
     assert nothing_differs(RewardTerms(RIGHT, spoilt, {"right": 1.0})).tolist() == [True, True]

@@ -148,3 +148,14 @@ def test_a_group_with_nothing_to_compare_has_no_advantage_and_the_others_have(na
     found = np.any(estimator.function(rewards), axis=1)
     # The mean of a batch tells all groups apart from each other.
     assert name in ("reinforce_pp", "gdpo") or found.tolist() == np.invert(useless).tolist()
+
+
+@pytest.mark.parametrize("name", sorted(advantages.ESTIMATORS))
+def test_a_group_with_a_term_that_is_no_number_has_no_advantage_and_is_replaced(name):
+    """`rewards.reward` gives such a group rewards of 0, its greedy response another."""
+    rewards = combined(jnp.float32([[0, 0], [0, 1], [2, 1]]), jnp.float32([[1], [1], [1]]))
+    logged = jnp.float32([[jnp.nan, 1], [0, 1], [2, 1]])
+    spoilt = rewards._replace(terms=rewards.terms | {"logged": logged})
+    found = advantages.estimate(name, spoilt)
+    assert np.any(found, axis=1).tolist() == [False, True, True]
+    assert advantages.nothing_to_compare(name, spoilt).tolist() == [True, False, False]
