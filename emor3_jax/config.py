@@ -200,8 +200,8 @@ def default() -> ConfigDict:
     # policy.dtype, or "int8" (models/quantisation.py), best with "recompute" and a correction of
     # `policy_update`. Evaluation decodes in policy.dtype.
     config.rollout.weight_dtype = ""
-    # DAPO's dynamic sampling: further batches a step may draw to replace prompts whose rewards are
-    # all equal; then it goes on with what it has. 0 keeps every prompt.
+    # DAPO's dynamic sampling: further batches a step may draw to replace prompts whose responses
+    # have nothing to compare; then it goes on with what it has. 0 keeps every prompt.
     config.rollout.resample = 0
     # Of sampling in training.
     config.rollout.temperature = 1.0

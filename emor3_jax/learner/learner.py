@@ -508,7 +508,7 @@ class Learner:
         return self.lora.replace(merged)
 
     def after_step(self, state: TrainState, step: int, info: Metrics, updates: list) -> None:
-        """Adapts the KL coefficient, and lets the reference follow the policy.
+        """Adapts the KL coefficient and the entropy bonus; lets the reference follow the policy.
 
         Args:
           state: after the updates.

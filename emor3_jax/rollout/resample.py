@@ -1,12 +1,12 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476): prompts with nothing to compare are replaced.
 
 A group whose rewards are all equal teaches nothing. Such prompts are replaced by others of further
-batches until every group has something to compare: for `remax` with the greedy response, for `gdpo`
-in one of its terms.
+batches until every group has something to compare (`rl.advantages.nothing_to_compare`): for `remax`
+with the greedy response, for `gdpo` in one of its terms.
 
 Deviations, numbered:
  1. The paper draws batches until the last group is useful, which on few labels may be never: here
-    at most `tries` more are drawn, and the step goes on with what it has, all-equal groups too.
+    at most `tries` more are drawn, and the step goes on with what it has, useless groups too.
  2. The paper filters by the accuracy, of which its reward is a function; here by the whole reward,
     since the format and the reflection also tell responses apart.
  3. Useful groups beyond the batch are dropped, not kept for the next step: its policy is another.
@@ -31,7 +31,7 @@ def resample(
     put: Callable[[Batch], Batch],
     compare: Callable[[Experience], tuple[jax.Array, jax.Array]],
 ) -> tuple[Prompts, Experience, dict[str, float]]:
-    """Replaces prompts whose groups are all equal by prompts of further batches.
+    """Replaces prompts whose groups have nothing to compare by prompts of further batches.
 
     Args:
       prompts: the first batch.
@@ -45,8 +45,8 @@ def resample(
 
     Returns:
       As many prompts and their experience, and the metrics `resample/rounds` (rollouts of the
-      step), `resample/dropped` (all-equal groups that are not learned from), `resample/surplus`
-      (useful ones that did not fit), `resample/left` (all-equal groups that stayed) and
+      step), `resample/dropped` (useless groups that are not learned from), `resample/surplus`
+      (useful ones that did not fit), `resample/left` (useless groups that stayed) and
       `resample/reward_all` (mean reward over all rollouts).
     """
     size, first = len(prompts.ids), experience
@@ -57,9 +57,9 @@ def resample(
         # Far from the keys that a rollout splits its own into.
         extra = rollout(put(more.batch), jax.random.fold_in(key, 2**32 - 1 - rounds))
         rounds += 1
-        equal, mean = map(np.array, compare(extra))
+        others, mean = map(np.array, compare(extra))
         means.append(mean)
-        useful, free = np.flatnonzero(~equal), useless.nonzero()[0]
+        useful, free = np.flatnonzero(~others), useless.nonzero()[0]
         used = min(len(useful), len(free))
         dropped += size - len(useful) + used
         surplus += len(useful) - used

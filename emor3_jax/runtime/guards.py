@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from emor3_jax.errors import UserError
+from emor3_jax.rl.advantages import ESTIMATORS
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def _not_finite(metrics: Metrics) -> str | None:
 def make_guards(config: ConfigDict) -> tuple[Guard, ...]:
     """Returns the guards of a config's `guard`."""
     limits = config.guard
+    # With others, groups of equal rewards may have an advantage: of one response, each is such.
+    equal_is_zero = ESTIMATORS[config.policy_update.advantage].equal_is_zero
     return (
         Guard(
             "not_finite",
@@ -74,7 +77,7 @@ def make_guards(config: ConfigDict) -> tuple[Guard, ...]:
         ),
         Guard(
             "equal_rewards",
-            _at_least("group/zero_std_fraction", 1.0),
+            _at_least("group/zero_std_fraction", 1.0 if equal_is_zero else 0.0),
             "the responses of every prompt have one reward, so nothing is learned; raise "
             "rollout.temperature or rollout.responses, or look at samples/ for what is scored",
         ),

@@ -1,4 +1,4 @@
-"""Dynamic sampling: all-equal groups give way to useful ones of further batches, within bounds."""
+"""Dynamic sampling: useless groups give way to useful ones of further batches, within bounds."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial

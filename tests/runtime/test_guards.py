@@ -46,6 +46,14 @@ def test_one_good_step_begins_the_count_anew():
         seen.see(step, FINE if step % 3 == 0 else bad)
 
 
+@pytest.mark.parametrize(("advantage", "warnings"), [("grpo", 1), ("remax", 0), ("gdpo", 0)])
+def test_groups_of_equal_rewards_are_no_fault_where_they_may_have_an_advantage(advantage, warnings):
+    config = default()
+    config.policy_update.advantage = advantage
+    seen, bad = Watch(config), FINE | {"group/zero_std_fraction": 1.0}
+    assert sum(len(seen.see(step, bad)) for step in range(1, 6)) == warnings
+
+
 def test_guards_can_be_switched_off_and_need_no_metric():
     seen = watch(warn_after=0, stop_after=0, max_kl=0.0)
     bad = FINE | {"policy/skipped": 1.0, "policy/kl": 1e9}
