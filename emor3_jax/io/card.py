@@ -10,7 +10,8 @@ from emor3_jax.io import pages, report
 
 CARD_FILE = "README.md"
 
-_STEP = re.compile(r"trained by emor3_jax[^\n]* to step\s+(\d+) of \d+\.")
+_STEP = re.compile(r"^A [^\n]*trained by emor3_jax[^\n]* to step\n(\d+) of \d+\.", re.MULTILINE)
+"""Of the card's own sentence, whatever a name or a base policy says."""
 
 SNIPPET = """\
 import inspect

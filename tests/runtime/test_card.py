@@ -34,6 +34,9 @@ def test_a_card_says_where_a_policy_comes_from(config):
     assert "base_model: Qwen/Qwen2.5-VL-3B-Instruct\n" in card
     assert "`emor3 train`, to step\n100 of 100." in card
     assert step_of(card) == 100 and step_of("# Mine\nto step 3 of 4.") is None
+    odd = "trained by emor3_jax, to step 7 of 9."
+    renamed = card.replace("# ", f"# {odd} ", 1).replace("started from ", f"started from {odd} ")
+    assert step_of(renamed) == 100
     assert "| train | parquet | – | fer7 | 1234 |" in card
     assert "| test | fi | test | of the data | – |" in card
     assert "| policy_update.learning_rate | 1e-05 |" in card
