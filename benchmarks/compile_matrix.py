@@ -82,7 +82,7 @@ def is_older(row: dict[str, Any], config: ConfigDict) -> bool:
     # Until there were lanes, each response of a slot had one.
     rollout.setdefault("lanes", rollout["slots"] * now.responses)
     names = ["prompts"]
-    if row["name"] not in (*LEARNING, "weight_sync"):
+    if row["name"] not in (*LEARNING, "apply", "weight_sync"):
         names += ["slots", "refill", "lanes"]
     then = row["mesh"], row["micro_prompts"], *(rollout[name] for name in names)
     today = config.mesh.to_dict(), config.policy_update.micro_prompts, *(now[x] for x in names)

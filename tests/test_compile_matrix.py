@@ -43,8 +43,9 @@ def test_a_program_of_other_sizes_than_its_config_has_today_is_marked() -> None:
     assert _fit(rows).endswith("| fits |") and "| *20.0* |" not in _fit(rows)
     # As before there were lanes: a quarter of the slots, each with a lane for every response.
     slots = {"prompts": 512, "slots": _NOW.rollout.slots // 4, "refill": _NOW.rollout.refill}
-    older = rows | {x: rows[x] | {"rollout": slots} for x in ("decode", "update", "weight_sync")}
-    # Update and weight sync have no slots.
+    changed = "decode", "update", "update_packed", "apply", "weight_sync"
+    older = rows | {x: rows[x] | {"rollout": slots} for x in changed}
+    # Updates and weight sync have no slots.
     assert _fit(older).count("| *20.0* |") == 1
     assert _fit(older).endswith("| fits, in part by older sizes |")
     assert f"| {_NOW.rollout.slots} | {_NOW.rollout.lanes} |" in _fit(older)
