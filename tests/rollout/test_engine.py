@@ -114,9 +114,17 @@ def test_a_ring_keeps_its_newest_places_the_oldest_first():
         (2, [0, 1], 0),
         (4, [2, 3, 0, 1], 0),
     ):
-        found, at = resize_ring(make_lanes(4), np.int32(2), places=places)
-        assert found.k[0, 0].ravel().tolist() == found.v[0, 0].ravel().tolist() == wanted
-        assert at == cursor
+        lanes = make_lanes(4)
+        second = lanes._replace(
+            k=np.concatenate([lanes.k, lanes.k + 10]), v=np.concatenate([lanes.v, lanes.v + 10])
+        )
+        # In one array, and with the layers apart.
+        for each in (second, second._replace(k=tuple(second.k), v=tuple(second.v))):
+            found, at = resize_ring(each, np.int32(2), places=places)
+            assert found.k[0][0].ravel().tolist() == found.v[0][0].ravel().tolist() == wanted
+            own = [x + 10 if i < min(places, 4) else 0 for i, x in enumerate(wanted)]
+            assert found.k[1][0].ravel().tolist() == found.v[1][0].ravel().tolist() == own
+            assert at == cursor
 
 
 def test_shrinking_keeps_what_goes_on_and_what_waits_to_leave():
