@@ -1,5 +1,5 @@
 # make demo: set up and run the main job      make test: set up and pass the tests
-# make test-long: the further cases, which take minutes
+# make test-long: the further cases, which take minutes, and the golden runs
 # make parity: compare with transformers and torch      make bench: print the benchmark tables
 # make bench-step: a training step beside TRL, generation beside transformers
 # make docs: build the site into site/
@@ -83,7 +83,8 @@ test: export JAX_PLATFORMS = cpu
 test: lint
 	$(PYTEST) tests --ignore=tests/parity -m "not long"
 
-# Further cases of what `make test` tries: other meshes, other moments of a signal, longer compiles.
+# Further cases of what `make test` tries: other meshes, other moments of a signal, longer compiles;
+# whole runs whose numbers are kept (tests/test_golden_runs.py), and checks shown to fail.
 test-long: export JAX_PLATFORMS = cpu
 test-long: $(TEST_VENV)/installed-test
 	$(PYTEST) tests --ignore=tests/parity -m long

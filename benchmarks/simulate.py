@@ -11,7 +11,8 @@ lane is refilled when its response has ended). Columns:
 
 * steps: of decoding, each of which reads all weights;
 * lanes: share of the steps of all lanes that sampled a token (lane efficiency);
-* most: what the lanes could reach, were all of the part with the most tokens always busy;
+* most: the largest lane efficiency that the imbalance of the parts allows, since all of them decode
+  until the one with the most tokens has ended;
 * ring, blocks: places of the ring that attention reads for one that it needs, over the whole ring
   (XLA) and by the blocks in use (the TPU's kernel);
 * programs: shapes that the decoder is compiled for.
