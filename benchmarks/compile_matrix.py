@@ -72,7 +72,7 @@ def config_of(size: str, name: str) -> ConfigDict:
 
 
 def is_older(row: dict[str, Any], config: ConfigDict) -> bool:
-    """Returns whether a program was compiled for other sizes than its config has today.
+    """Recognises a program that was compiled for other sizes than its config has today.
 
     Args:
       row: of the results.

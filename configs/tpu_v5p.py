@@ -6,8 +6,8 @@ python -m emor3_jax.train --config=configs/tpu_v5p.py --workdir=DIR \\
 
 `--config=configs/tpu_v5p.py:7b,chips=32` takes the 7B on 32 chips.
 
-By the TPU's compiler 3B and 7B fit a v5p-8 (4 chips); growing the cache needs the most. Memory by
-program, and what has not been compiled since sizes here changed: docs/results/compile.md.
+By the TPU's compiler 3B and 7B fit a v5p-8 (4 chips). Memory by program, and what has not been
+compiled since sizes here changed: docs/results/compile.md.
 """
 
 from ml_collections import ConfigDict

@@ -112,7 +112,7 @@ def step_programs(
     # Merged kernels lie beside base and adapters while responses are sampled and scored.
     sampling = {**kept, "parameters": [*kept["parameters"], params]}
     experience = yield from along(rollout.programs(params, batch, key, judge), sampling)
-    terms = terms_of(experience, dict(learner.step.weights))
+    terms = terms_of(experience, learner.step.weights)
     if config.rollout.resample:
         args, how = (terms,), {"name": learner.step.advantage}
         yield from along(single(Program("compare_groups", compare_groups, args, how)), sampling)

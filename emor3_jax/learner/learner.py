@@ -287,7 +287,7 @@ class Learner:
                 rewards, old, ref_logprobs, self.kl_coef, name=step.kl_penalty
             )
             ref_logprobs = None
-        terms = terms_of(experience._replace(rewards=rewards), dict(step.weights))
+        terms = terms_of(experience._replace(rewards=rewards), step.weights)
         if step.adapt_kl:
             info["policy/kl_coef"] = self.kl_coef
         if step.adapt_entropy:
@@ -302,7 +302,7 @@ class Learner:
 
     def compare(self, experience: Experience) -> tuple[jax.Array, jax.Array]:
         """Returns groups with nothing to compare, bool[B], and the mean reward, float32[]."""
-        terms = terms_of(experience, dict(self.step.weights))
+        terms = terms_of(experience, self.step.weights)
         return compare_groups(terms, name=self.step.advantage)
 
     @property

@@ -1,6 +1,6 @@
 """The small programs of a step around its passes: sizes, padding, mismatch, KL, advantages."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -70,12 +70,12 @@ def penalise(
     return rewards - kl_coef * each, mean
 
 
-def terms_of(experience: Experience, weights: Mapping[str, float]) -> RewardTerms:
+def terms_of(experience: Experience, weights: Iterable[tuple[str, float]]) -> RewardTerms:
     """Returns the rewards of an experience as estimators read them.
 
     Args:
       experience: of a rollout, with scores and rewards.
-      weights: of the reward terms.
+      weights: names of the reward terms, each with its weight.
     """
     return RewardTerms(
         experience.rewards,

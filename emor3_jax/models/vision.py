@@ -27,10 +27,10 @@ TOWER_FIELDS = (
 
 
 def is_merger(module: str) -> bool:
-    """Returns whether a module of a vision tower is a merger, which maps patches to decoder width.
+    """Recognises the mergers of a vision tower, which map its features to the decoder's width.
 
     Args:
-      module: its name in the tree of parameters. DeepStack has a merger for each layer of the tower
+      module: name in the tree of parameters. DeepStack has a merger for each layer of the tower
         whose features the decoder reads.
     """
     return module == "merger" or module.startswith("deepstack_")

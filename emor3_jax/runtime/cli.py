@@ -130,7 +130,7 @@ def errors_told() -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Returns whether the reader of standard output is gone, as `head` after its last line."""
+    """Recognises a standard output without a reader, as a pipe into a `head` that has ended."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return bool(poll.poll(0))

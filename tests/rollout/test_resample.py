@@ -69,7 +69,7 @@ def run(mesh, rounds: Sequence[Sequence[Sequence[float]]], tries: int):
     key = jax.random.key(0)
 
     def compare(experience):
-        return compare_groups(terms_of(experience, {"mine": 1.0}), name="grpo")
+        return compare_groups(terms_of(experience, [("mine", 1.0)]), name="grpo")
 
     found, experience, counts = resample(
         first, rolled_out(put(first.batch), rounds[0]), again, stream(), key, tries, put, compare
