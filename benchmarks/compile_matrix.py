@@ -2,10 +2,11 @@
 
     make compile-matrix
     python -m benchmarks.compile_matrix [--sizes=3b] [--only=decode,update] [v4-8 …]
+    python -m benchmarks.compile_matrix --before=2026-11-29 v4-8
 
-A program that was compiled before is not compiled again: each result is a line of
-`docs/results/compile.jsonl` as soon as it is there, with its date and commit, and the page says
-what has not been run. Delete lines to have their programs compiled anew.
+A program that was compiled before is not compiled again, but with `--before` where that was before
+a date: each result is a line of `docs/results/compile.jsonl` as soon as it is there, with its date
+and commit, in place of the one before; the page says what has not been run.
 """
 
 import argparse
@@ -104,9 +105,16 @@ def compile_cell(size: str, name: str, programs: list[str]) -> None:
         cell = json.loads(out.read_text())
     programs_found = cell.pop("programs")
     made = {"date": str(date.today()), "commit": _commit()}
-    with RESULTS.open("a") as file:
-        for row in programs_found:
-            file.write(json.dumps({"size": size, **made, **cell, **row}) + "\n")
+    _keep([{"size": size, **made, **cell, **row} for row in programs_found])
+
+
+def _keep(rows: list[dict[str, Any]]) -> None:
+    """Writes rows at the end of the results, and takes out those that they stand for."""
+    anew = {(row["size"], row["topology"], row["name"]) for row in rows}
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    there = [json.loads(line) for line in lines]
+    kept = [x for x in there if (x["size"], x["topology"], x["name"]) not in anew]
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *rows)))
 
 
 def _commit() -> str:
@@ -223,12 +231,15 @@ def main() -> None:
     parser.add_argument("slices", nargs="*", default=SLICES)
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--only", default=",".join(PROGRAMS))
+    parser.add_argument("--before", default="", help="compile anew what is older than this date")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
     for size in given.sizes.split(","):
         for name in () if given.page else given.slices:
             there = load().get((size, name), {})
-            if missing := [p for p in given.only.split(",") if p not in there]:
+            dates = {program: row["date"] for program, row in there.items()}
+            asked = given.only.split(",")
+            if missing := [p for p in asked if p not in dates or dates[p] < given.before]:
                 print(f"{size} {name}: {', '.join(missing)}", flush=True)
                 compile_cell(size, name, missing)
                 PAGE.write_text(page(load()))
