@@ -38,7 +38,6 @@ from emor3_jax.io.console import Console
 from emor3_jax.models import FAMILIES, LoadedPolicy, Policy, load, parse_config, save
 from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.models.shapes import SmallSizes
-from emor3_jax.models.vision import is_merger
 from emor3_jax.rl.update import TrainState, apply_gradients, make_optimizer
 from emor3_jax.runtime import cli
 
@@ -267,8 +266,10 @@ def pretrain_qa(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.05 * config.learning_rate
     )
 
+    mergers = policy.shapes.vision.mergers
+
     def rate_of(path: tuple[Any, ...]) -> float:
-        tower = path[0].key == "visual" and not is_merger(path[1].key)
+        tower = path[0].key == "visual" and path[1].key not in mergers
         return config.rates.tower if tower else 1.0
 
     optimizer = make_optimizer(schedule, weight_decay=config.weight_decay, b2=0.98, rate_of=rate_of)

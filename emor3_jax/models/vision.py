@@ -26,16 +26,6 @@ TOWER_FIELDS = (
 """Fields of `VisionShapes` that every `vision_config` has."""
 
 
-def is_merger(module: str) -> bool:
-    """Recognises the mergers of a vision tower, which map its features to the decoder's width.
-
-    Args:
-      module: name in the tree of parameters. DeepStack has a merger for each layer of the tower
-        whose features the decoder reads.
-    """
-    return module == "merger" or module.startswith("deepstack_")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionShapes(abc.ABC):
     """Sizes of a tower; a family adds its own.
@@ -88,6 +78,11 @@ class VisionShapes(abc.ABC):
     def merge_unit(self) -> int:
         """Patches of one token."""
         return self.spatial_merge_size**2
+
+    @property
+    def mergers(self) -> tuple[str, ...]:
+        """Names of the tower's modules that map its features to the decoder's width."""
+        return ("merger",)
 
     @property
     @abc.abstractmethod

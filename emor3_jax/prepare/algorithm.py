@@ -20,7 +20,6 @@ from emor3_jax.learner.micro_batches import Buckets
 from emor3_jax.learner.reference import FeatureCache, Reference
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.policy import Policy
-from emor3_jax.models.vision import is_merger
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.mesh import param_shardings
 from emor3_jax.prepare.judge import judge_names, keeps_reference
@@ -99,7 +98,7 @@ def make_update_spec(config: ConfigDict, policy: Policy, *, imitate: bool = Fals
     temperature = 1.0 if imitate else config.rollout.temperature
     return UpdateSpec(
         policy.with_compute(remat=c.remat),
-        make_optimizer_of(config),
+        make_optimizer_of(config, policy.shapes.vision.mergers),
         make_loss(config, imitate=imitate),
         LogprobSpec(temperature, c.logprob_chunk),
         c.kl_coef,
@@ -225,8 +224,13 @@ def make_entropy_control(
     return jax.jit(partial(entropy.adapt, **how))
 
 
-def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns the optimizer of `config.policy_update`."""
+def make_optimizer_of(config: ConfigDict, mergers: tuple[str, ...]) -> optax.GradientTransformation:
+    """Returns the optimizer of `config.policy_update`.
+
+    Args:
+      config: of the run.
+      mergers: modules of the policy's tower, see `VisionShapes.mergers`.
+    """
     c = config.policy_update
     updates = max(config.steps * (config.rollout.prompts // c.prompts), 1)
     final = c.learning_rate if c.schedule == "constant" else 0.0
@@ -234,6 +238,7 @@ def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
         (c.learning_rate, final, max(updates - c.warmup_steps, 1)),
         c.warmup_steps,
         tuple(c.rates.to_dict().items()),
+        mergers,
         weight_decay=c.weight_decay,
         max_grad_norm=c.max_grad_norm,
         mu_dtype=c.mu_dtype,
@@ -247,6 +252,7 @@ def _find_optimizer(
     decay: tuple[float, float, int],
     warmup: int,
     rates: tuple[tuple[str, float], ...],
+    mergers: tuple[str, ...],
     **settings: Any,
 ) -> optax.GradientTransformation:
     rate = optax.linear_schedule(*decay)
@@ -257,17 +263,17 @@ def _find_optimizer(
     factors = dict(rates)
 
     def rate_of(path: tuple) -> float:
-        return factors[_group(path)]
+        return factors[_group(path, mergers)]
 
     even = set(factors.values()) == {1.0}
     return make_optimizer(rate, rate_of=None if even else rate_of, **settings)
 
 
-def _group(path: tuple) -> str:
+def _group(path: tuple, mergers: tuple[str, ...]) -> str:
     """Returns which of `policy_update.rates` a parameter belongs to."""
     keys = [getattr(part, "key", None) for part in path]
     if keys[0] == "visual":
-        return "merger" if is_merger(keys[1]) else "tower"
+        return "merger" if keys[1] in mergers else "tower"
     return "embedding" if "embed_tokens" in keys or keys[0] == "lm_head" else "decoder"
 
 

@@ -63,6 +63,12 @@ class Qwen3VLVisionShapes(VisionShapes):
         return WINDOW_PATCHES
 
     @property
+    def mergers(self) -> tuple[str, ...]:
+        """Names of the mergers: DeepStack has one for each layer that the decoder also sees."""
+        deepstack = (f"deepstack_{i}" for i in range(len(self.deepstack_visual_indexes)))
+        return (*super().mergers, *deepstack)
+
+    @property
     def table_side(self) -> int:
         """Rows and columns of the learned table of positions."""
         return math.isqrt(self.num_position_embeddings)
@@ -71,7 +77,7 @@ class Qwen3VLVisionShapes(VisionShapes):
         """Returns the FLOPs of all products with parameters, for one image of N patches."""
         # Each merger joins `merge_unit` patches: per patch, its two products use a `merge_unit`th
         # of their parameters.
-        mergers = 1 + len(self.deepstack_visual_indexes)
+        mergers = len(self.mergers)
         ends = self.patch_dim + mergers * (
             self.merge_unit * self.hidden_size + self.out_hidden_size
         )

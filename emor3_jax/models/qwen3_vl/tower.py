@@ -196,9 +196,9 @@ class Qwen3VLTower(nn.Module):
         )
         table = rope.vision_table(coords, c.head_dim)
         (x, kept), _ = stack(block, (x, keep_rows(kept)), jnp.asarray(place), table, mask)
-        features = [Qwen3VLMerger(c, dtype, name="merger")(x)]
-        for i in range(len(layers)):
-            merger = Qwen3VLMerger(c, dtype, joined_norm=True, name=f"deepstack_{i}")
-            features.append(merger(kept[:, i]))
+        last, *deepstack = c.mergers
+        features = [Qwen3VLMerger(c, dtype, name=last)(x)]
+        for i, name in enumerate(deepstack):
+            features.append(Qwen3VLMerger(c, dtype, joined_norm=True, name=name)(kept[:, i]))
         joined = keep_rows(jnp.concatenate(features, axis=-1))
         return joined.reshape(prompts, -1, joined.shape[-1])

@@ -1,16 +1,27 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from support import tiny
 
 from emor3_jax.models.qwen3_vl.tower import resample
-from emor3_jax.models.vision import is_merger
 from emor3_jax.types import Images
 
 
 def test_deepstack_has_mergers_of_its_own():
-    modules = tiny.make_policy("qwen3_vl").param_shapes()["visual"]
-    assert {name for name in modules if is_merger(name)} == {"merger", "deepstack_0"}
+    policy = tiny.make_policy("qwen3_vl")
+    assert policy.shapes.vision.mergers == ("merger", "deepstack_0")
+    modules = policy.param_shapes()["visual"].items()
+    # What ends in the width of the decoder.
+    width = policy.shapes.vision.out_hidden_size
+    ending = {name for name, module in modules if name != "blocks" and _width(module) == width}
+    assert ending == set(policy.shapes.vision.mergers)
+
+
+def _width(module: Any) -> int | None:
+    last = module.get("linear_fc2")
+    return last and last["kernel"].shape[-1]
 
 
 def at(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
