@@ -495,6 +495,23 @@ TOGETHER = [
         },
         "policy.freeze_vision_tower=True",
     ),
+    (
+        {"policy_update.rates.merger": 2.0, "policy.freeze_vision_tower": True},
+        "policy.freeze_vision_tower=True",
+    ),
+    (
+        {"policy_update.rates.tower": 2.0, "policy.lora_rank": 4},
+        "policy.lora_modules=('q_proj', 'k_proj', 'v_proj', 'o_proj')",
+    ),
+    (
+        {
+            "policy_update.rates.decoder": 2.0,
+            "policy.lora_rank": 4,
+            "policy.lora_modules": ("visual/qkv",),
+        },
+        "policy.lora_modules=('visual/qkv',)",
+    ),
+    ({"policy_update.rates.embedding": 2.0, "policy.lora_rank": 4}, "leave it at 1"),
     ({"data.templates.set": "think", "reflect.enabled": False}, "reward.format='set'"),
 ]
 
@@ -508,6 +525,14 @@ def test_what_does_not_go_together_is_refused_naming_both(fields: dict, named: s
     first = next(iter(fields))
     assert str(error.value).startswith(f"config.{first}={fields[first]!r}: ")
     assert named in str(error.value)
+
+
+def test_rates_of_what_is_trained_are_valid() -> None:
+    config = default()
+    config.policy.lora_rank, config.policy.lora_modules = 4, ("q_proj", "visual/linear_fc1")
+    for name in ("tower", "merger", "decoder"):
+        config.policy_update.rates[name] = 2.0
+    validate(config)
 
 
 def test_published_algorithms_are_valid() -> None:

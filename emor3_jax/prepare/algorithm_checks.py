@@ -216,12 +216,29 @@ def check_comparison(config: ConfigDict, need: Need) -> None:
     )
 
 
+def _untrained_groups(policy: ConfigDict) -> dict[str, str]:
+    """Returns group of `policy_update.rates` → the field that leaves it as it is."""
+    found = {}
+    if policy.lora_rank:
+        of_tower = [str(name).startswith(TOWER) for name in policy.lora_modules]
+        trained = {"decoder": not all(of_tower), "tower": any(of_tower), "merger": any(of_tower)}
+        adapted = f"policy.lora_modules={tuple(policy.lora_modules)!r}"
+        groups = ("embedding", *(name for name, is_trained in trained.items() if not is_trained))
+        found = dict.fromkeys(groups, adapted)
+    if policy.freeze_vision_tower:
+        found |= dict.fromkeys(("tower", "merger"), "policy.freeze_vision_tower=True")
+    return found
+
+
 def check_reference(config: ConfigDict, need: Need) -> None:
     """Checks what is trained, by which rates, and from where the KL is measured."""
     policy, reference = config.policy, config.reference
+    untrained = _untrained_groups(policy)
     for name, rate in config.policy_update.rates.items():
         rule = "must be over 0; policy.freeze_vision_tower freezes the tower"
         need(rate > 0, f"policy_update.rates.{name}", rule)
+        rule = f"is of parameters that are not trained ({untrained.get(name)}); leave it at 1"
+        need(rate == 1 or name not in untrained, f"policy_update.rates.{name}", rule)
     need(
         not policy.lora_rank or bool(policy.lora_modules),
         "policy.lora_rank",
