@@ -18,6 +18,7 @@ from emor3_jax.models.processor import Processor
 REASONS = {
     "missing_field": "a field is null, or the image is not there",
     "several_images": "more than one image",
+    "video": "the question names a video (<video>); only still images are read",
     "empty_question": "nothing is asked",
     "special_token": "the question spells out a special token of the policy",
     "outside_file": "the image's path is absolute or leaves the data's folder (outside_files)",
@@ -33,6 +34,15 @@ REASONS = {
     "no_response": "there is no response that can be learned (sft.target='response')",
 }
 """Why a row is left out."""
+
+
+def fault_of_images(row: Row) -> str:
+    """Returns why a row has no image to decode, one of `REASONS`; "" if it has."""
+    if row.fault:
+        return row.fault
+    if len(row.images) > 1:
+        return "several_images"
+    return "" if row.images and row.images[0] is not None else "missing_field"
 
 
 class Skip(NamedTuple):
@@ -87,6 +97,8 @@ class Encoder:
             return "missing_field"
         if texts.images_named > 1:
             return "several_images"
+        if texts.names_video:
+            return "video"
         if not texts.question:
             return "empty_question"
         if prompts.special_token_in(self.processor.tokenizer, texts.question):
@@ -112,11 +124,8 @@ class Encoder:
         """Encodes one row whose texts have no fault, given with its position."""
         position, row = element
         texts = row.texts
-        if row.fault:
-            return Skip(row.fault, texts.id)
-        if len(row.images) != 1 or row.images[0] is None:
-            reason = "several_images" if len(row.images) > 1 else "missing_field"
-            return Skip(reason, texts.id)
+        if fault := fault_of_images(row):
+            return Skip(fault, texts.id)
         layout, tokenizer = self.processor.layout, self.processor.tokenizer
         image, prefix = row.images[0], None
         try:

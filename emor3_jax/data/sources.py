@@ -37,6 +37,9 @@ from emor3_jax.models.images import MOST_DECODED_PIXELS, open_image, upright_siz
 IMAGE_MARK = "<image>"
 """Stands in a row's `problem` for its image."""
 
+VIDEO_MARK = "<video>"
+"""Stands in it for a video, as in data of other programs; such a row cannot be used."""
+
 MAX_GROUP_BYTES = 2**31
 """Of a row group of a parquet file, uncompressed."""
 
@@ -59,6 +62,7 @@ class Texts(NamedTuple):
       responses: whole responses to learn from, their box included; () where there is none.
       values: numbers that the data gives for the image, such as valence and arousal, by name.
       candidates: labels among which this row is asked to choose, in this order; () is all labels.
+      names_video: whether the question names a video.
     """
 
     question: str | None
@@ -70,6 +74,7 @@ class Texts(NamedTuple):
     responses: tuple[str, ...] = ()
     values: tuple[tuple[str, float], ...] = ()
     candidates: tuple[str, ...] = ()
+    names_video: bool = False
 
 
 class Row(NamedTuple):
@@ -112,7 +117,8 @@ def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
       indices: int[n], which rows; None is all.
 
     Returns:
-      int32[n, 2], height and width in pixels, 0 where an image is missing or damaged.
+      int32[n, 2], height and width in pixels, 0 where an image is missing or damaged, or a row has
+      several.
     """
     if hasattr(source, "sizes"):
         found = source.sizes()
@@ -122,7 +128,7 @@ def sizes_of(source: Source, indices: np.ndarray | None = None) -> np.ndarray:
     def size(index: int) -> tuple[int, int]:
         images = source[int(index)].images
         try:
-            if images and images[0] is not None:
+            if len(images) == 1 and images[0] is not None:
                 with open_image(images[0], MOST_DECODED_PIXELS) as image:
                     return upright_size(image)
         except ImageError:
@@ -559,4 +565,5 @@ def read_texts(
     named = problem.count(IMAGE_MARK)
     moved = named > 0 and not problem.lstrip().startswith(IMAGE_MARK)
     question = problem.replace(IMAGE_MARK, "").strip()
-    return Texts(question, answer, row_id, moved, named, found, responses)
+    video = VIDEO_MARK in problem
+    return Texts(question, answer, row_id, moved, named, found, responses, names_video=video)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ImageOps
 
-from emor3_jax.data.encode import REASONS, Encoder
+from emor3_jax.data.encode import REASONS, Encoder, fault_of_images
 from emor3_jax.data.labels import normalize
 from emor3_jax.data.prompts import render_prompt
 from emor3_jax.data.sources import Source, Texts, sizes_of
@@ -93,7 +93,7 @@ def survey(
             lengths[question] = len(rendered) - 2
         shape = _shape(int(height), int(width), encoder)
         if shape is None:
-            left_out["unreadable_image"] += 1
+            left_out[fault_of_images(source[int(row)]) or "unreadable_image"] += 1
             continue
         resized, tokens, windows = shape
         prompt = lengths[question] + tokens

@@ -54,6 +54,7 @@ def faulty_rows(make) -> dict[str, list[dict]]:
             make["row"](0, images=[image, image]),
             make["row"](0, problem="<image><image>which ?"),
         ],
+        "video": [make["row"](0, problem="<video>which ?")],
         "empty_question": [make["row"](0, problem="<image> \n")],
         "special_token": [make["row"](0, problem="which <|image_pad|> ?")],
         "unknown_answer": [make["row"](0, answer="rage"), make["row"](0, answer="")],
@@ -69,7 +70,7 @@ def faulty_rows(make) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def dirty(tmp_path_factory, make):
-    """11 usable rows among 18 others."""
+    """11 usable rows among 19 others."""
     bad = list(itertools.chain.from_iterable(faulty_rows(make).values()))
     rows = [make["row"](i) for i in range(GOOD)]
     rows[3:3] = bad[:9]
