@@ -67,22 +67,16 @@ def parse_config(data: dict) -> Policy:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
-        relative = next((name for name in NOT_YET if _is_part(str(kind), name)), None)
-        name = f" ({NOT_YET[relative]})" if relative else ""
-        yet = "is not supported yet" if relative else "is not known"
         raise ShapesError(
-            f"config.json has model_type={kind!r}{name}, which {yet}; only {known} policies can be "
-            "loaded"
+            f"config.json has model_type={repr(kind)[:80]}{_why_not(str(kind))}; only {known} "
+            "policies can be loaded"
         )
-    for part in (data, data.get("text_config")):
-        for field in _QUANTISED & set(part if isinstance(part, dict) else ()):
-            quantised = part[field]
-            named = isinstance(quantised, dict)
-            method = quantised.get("quant_method", "an unknown method") if named else quantised
-            if quantised:
+    for part in (data, data.get("text_config"), data.get("vision_config")):
+        for field in _QUANTISED:
+            if isinstance(part, dict) and (quantised := part.get(field)):
                 raise ShapesError(
-                    f"config.json has a {field} ({method}): quantised weights cannot be trained; "
-                    "give the policy that they were made from, in bfloat16"
+                    f"config.json has a {field} ({_method(quantised)}): quantised weights cannot "
+                    "be trained; give the policy that they were made from, in bfloat16"
                 )
     try:
         return Policy(family, family.shapes(data))
@@ -95,22 +89,44 @@ def parse_config(data: dict) -> Policy:
         ) from error
 
 
-_QUANTISED = {"quantization_config", "compression_config"}
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Fields of `config.json` that say how its weights are quantised; the last is MLX's."""
 
 
-def _is_part(kind: str, relative: str) -> bool:
-    """Looks for a relative by its name, or by that of one of its parts."""
-    return kind == relative or kind in (f"{relative}_{part}" for part in ("text", "thinker"))
+def _method(quantised: object) -> str:
+    """Returns the name of a way to quantise, as far as a field says it."""
+    if not isinstance(quantised, dict):
+        return str(quantised)[:80]
+    bits = quantised.get("bits")
+    return str(quantised.get("quant_method", f"{bits} bits" if bits else "an unknown method"))[:80]
+
+
+def _why_not(kind: str) -> str:
+    """Returns what is to be said of a `model_type` that cannot be loaded."""
+    # A relative's parts have names of their own, such as that of Qwen3-Omni's thinker.
+    relatives = [name for name in NOT_YET if kind == name or kind.startswith(f"{name}_")]
+    if relatives:
+        return f" ({NOT_YET[max(relatives, key=len)]}), which is not supported yet"
+    whole = kind.removesuffix("_text").removesuffix("_vision")
+    if whole in FAMILIES:
+        return ", which is only a part of a policy: give the folder of the whole"
+    return ", which is not known"
 
 
 def read_config(folder: str | Path) -> Policy:
     """Reads the `config.json` of a folder; raises as `load`."""
-    path = Path(folder) / "config.json"
+    path, adapter = Path(folder) / "config.json", Path(folder) / "adapter_config.json"
     if not os.path.lexists(path):
         rule = "give a folder in Hugging Face's format"
-        if (Path(folder) / "adapter_config.json").exists():
+        if adapter.exists():
             rule = "the folder holds an adapter alone: merge it into its policy, and give that"
         raise FileNotFoundError(f"{path} does not exist; {rule}")
+    if adapter.exists():
+        # transformers reads both, and takes the base that the adapter names.
+        raise ShapesError(
+            f"{adapter} lies beside config.json: adapters are not read; merge it into the policy, "
+            "or move it away"
+        )
     data = read_json(path, ShapesError, dict)
     try:
         return parse_config(data)

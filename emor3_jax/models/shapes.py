@@ -5,10 +5,17 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from emor3_jax.models.checks import check_sizes
+from emor3_jax.models.checks import MAX_SIZE, check_sizes
 from emor3_jax.models.decoder import DecoderShapes
 from emor3_jax.models.errors import ShapesError
 from emor3_jax.models.vision import VisionShapes
+
+_HUB_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+"""Field of `Shapes` → its name in a `config.json`, where that is another."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +59,11 @@ class Shapes(abc.ABC):
     max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        check_sizes(self, "")
+        check_sizes(self, "", _HUB_NAMES)
         if self.num_heads % self.num_kv_heads:
             raise ShapesError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+                f"num_attention_heads={self.num_heads} must be a multiple of num_key_value_heads="
+                f"{self.num_kv_heads}"
             )
         if 2 * sum(self.mrope_section) != self.head_dim or len(self.mrope_section) != 3:
             raise ShapesError(
@@ -219,18 +227,52 @@ def need_section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
+def need_list(source: Mapping[str, Any], where: str, name: str) -> tuple[Any, ...]:
+    """Returns a list of a `config.json`; raises ShapesError if it is missing or none."""
+    value = need(source, where, name)
+    if not isinstance(value, list | tuple):
+        raise ShapesError(
+            f"config.json: {where} has {name}={str(value)[:80]!r}, which must be a list of whole "
+            "numbers"
+        )
+    return tuple(value)
+
+
 def refuse_unless(ok: bool, what: str, value: Any) -> None:
     """Raises ShapesError, by its name and value, if something is not implemented."""
     if not ok:
         raise ShapesError(f"config.json asks for {what} ({value!r}), which is not implemented")
 
 
-def rope_of(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of rope in either spelling; raises ShapesError for other kinds."""
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+def rope_of(part: Mapping[str, Any], *kinds: str) -> Mapping[str, Any]:
+    """Returns the settings of rope in either spelling.
+
+    The hub's `rope_scaling` goes first where a file has both, as in transformers 5.
+
+    Args:
+      part: of a `config.json`.
+      *kinds: of rope that are implemented; "default" and "mrope" if none is given.
+
+    Raises:
+      ShapesError: for other kinds of rope.
+    """
+    name = "rope_scaling" if part.get("rope_scaling") else "rope_parameters"
+    rope = part.get(name) or {}
+    if not isinstance(rope, Mapping):
+        raise ShapesError(f"config.json has {name}={str(rope)[:80]!r}, which must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    refuse_unless(kind in ("default", "mrope"), f"rope type {kind!r}", rope)
+    refuse_unless(kind in (kinds or ("default", "mrope")), f"rope type {kind!r}", rope)
     return rope
+
+
+_TOWER_THETA = 10_000
+
+
+def check_tower_rope(vision: Mapping[str, Any]) -> None:
+    """Raises ShapesError for a rope of the vision tower that transformers 5 could write."""
+    rope = rope_of(vision, "default", "axial")
+    theta = rope.get("rope_theta", vision.get("rope_theta", _TOWER_THETA))
+    refuse_unless(theta == _TOWER_THETA, "vision rope_theta", theta)
 
 
 def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,21 +297,24 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
     ids = {name: need(data, "the file", name) for name in _IMAGE_IDS}
     vocab_size = need(text, where, "vocab_size")
     for name, value in ids.items():
-        if value >= vocab_size:
+        # Other types are named by `check_sizes`.
+        if isinstance(value, int) and isinstance(vocab_size, int) and value >= vocab_size:
             raise ShapesError(
                 f"config.json has {name}={value!r}, which must be under {vocab_size=}"
             )
     num_heads = need(text, where, "num_attention_heads")
+    kv_heads = text.get("num_key_value_heads")
+    theta = rope.get("rope_theta")
     return {
         "vocab_size": vocab_size,
         "hidden_size": need(text, where, "hidden_size"),
         "intermediate_size": need(text, where, "intermediate_size"),
         "num_layers": need(text, where, "num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": text.get("num_key_value_heads") or num_heads,
+        "num_kv_heads": num_heads if kv_heads is None else kv_heads,
         "rms_norm_eps": need(text, where, "rms_norm_eps"),
-        "rope_theta": float(rope.get("rope_theta") or need(text, where, "rope_theta")),
-        "mrope_section": tuple(need(rope, "rope_scaling", "mrope_section")),
+        "rope_theta": _as_float(need(text, where, "rope_theta") if theta is None else theta),
+        "mrope_section": need_list(rope, "rope_scaling", "mrope_section"),
         "tie_word_embeddings": _is_tied(data, text),
         **ids,
         "bos_token_id": text_id("bos_token_id"),
@@ -277,6 +322,12 @@ def common_fields(data: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
         "pad_token_id": text_id("pad_token_id"),
         "max_position_embeddings": need(text, where, "max_position_embeddings"),
     }
+
+
+def _as_float(value: Any) -> Any:
+    """Returns a whole number as a float; what is no number stays, for `check_sizes` to name."""
+    known = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if known and abs(value) < MAX_SIZE else value
 
 
 _IMAGE_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

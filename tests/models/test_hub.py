@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from support import tiny
 
 from emor3_jax import models
+from emor3_jax.models.errors import ShapesError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -56,4 +58,12 @@ def test_a_folder_of_the_name_wins(cache, tmp_path, monkeypatch):
 def test_a_folder_with_an_adapter_alone_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds an adapter alone: merge it"):
+        models.read_config(tmp_path)
+
+
+def test_an_adapter_beside_a_policy_is_named_since_transformers_would_read_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.make_policy("qwen3_vl").shapes.to_hf()))
+    assert models.read_config(tmp_path) == tiny.make_policy("qwen3_vl")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ShapesError, match=r"adapter_config\.json lies beside .* merge it into"):
         models.read_config(tmp_path)

@@ -15,8 +15,10 @@ from emor3_jax.models.errors import ShapesError
 from emor3_jax.models.shapes import (
     Shapes,
     SmallSizes,
+    check_tower_rope,
     common_fields,
     need,
+    need_list,
     need_section,
     refuse_unless,
 )
@@ -89,7 +91,7 @@ class Qwen25VLShapes(Shapes):
         super().__post_init__()
         if self.head_dim * self.num_heads != self.hidden_size:
             raise ShapesError(
-                f"hidden_size={self.hidden_size} is not num_heads={self.num_heads} * "
+                f"hidden_size={self.hidden_size} is not num_attention_heads={self.num_heads} * "
                 f"head_dim={self.head_dim}, which Qwen2.5-VL's decoder requires"
             )
 
@@ -116,11 +118,13 @@ class Qwen25VLShapes(Shapes):
         refuse_unless(not sliding, "use_sliding_window", sliding)
         names = (*TOWER_FIELDS, "window_size", "fullatt_block_indexes")
         tower = {name: need(vision, "vision_config", name) for name in names}
-        tower["fullatt_block_indexes"] = tuple(tower["fullatt_block_indexes"])
-        channels = vision.get("in_channels", vision.get("in_chans", 3))
-        refuse_unless(channels == 3, "vision in_channels", channels)
+        check_tower_rope(vision)
+        tower["fullatt_block_indexes"] = need_list(vision, "vision_config", "fullatt_block_indexes")
+        for name in ("in_channels", "in_chans"):
+            channels = vision.get(name)
+            refuse_unless(channels in (None, 3), f"vision {name}", channels)
         fields = common_fields(data, text)
-        head_dim = text.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
+        head_dim = text.get("head_dim") or _head_dim(fields["hidden_size"], fields["num_heads"])
         tower = Qwen25VLVisionShapes(**tower)
         return cls(vision=tower, head_dim=head_dim, **fields)
 
@@ -146,6 +150,14 @@ class Qwen25VLShapes(Shapes):
             "use_sliding_window": False,
             "vision_config": vision,
         }
+
+
+def _head_dim(hidden_size: Any, num_heads: Any) -> int:
+    """Returns the width of a head; 1 where `check_sizes` has one of the two to name."""
+    try:
+        return hidden_size // num_heads
+    except (TypeError, ZeroDivisionError):
+        return 1
 
 
 def small_config(sizes: SmallSizes) -> dict[str, Any]:

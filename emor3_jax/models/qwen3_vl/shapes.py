@@ -14,8 +14,10 @@ from emor3_jax.models.errors import ShapesError
 from emor3_jax.models.shapes import (
     Shapes,
     SmallSizes,
+    check_tower_rope,
     common_fields,
     need,
+    need_list,
     need_section,
     refuse_unless,
     rope_of,
@@ -144,8 +146,8 @@ class Qwen3VLShapes(Shapes):
         text, vision = need_section(data, "text_config"), need_section(data, "vision_config")
         act = vision.get("hidden_act", "gelu_pytorch_tanh")
         refuse_unless(act == "gelu_pytorch_tanh", "vision hidden_act", act)
-        channels = vision.get("in_channels", 3)
-        refuse_unless(channels == 3, "vision in_channels", channels)
+        channels = vision.get("in_channels")
+        refuse_unless(channels in (None, 3), "vision in_channels", channels)
         bias = text.get("attention_bias")
         refuse_unless(not bias, "attention_bias", bias)
         # Without the field, transformers interleaves too.
@@ -153,7 +155,9 @@ class Qwen3VLShapes(Shapes):
         refuse_unless(interleaved, "mrope_interleaved", interleaved)
         names = (*TOWER_FIELDS, "num_position_embeddings", "deepstack_visual_indexes")
         tower = {name: need(vision, "vision_config", name) for name in names}
-        tower["deepstack_visual_indexes"] = tuple(tower["deepstack_visual_indexes"])
+        check_tower_rope(vision)
+        where = "vision_config"
+        tower["deepstack_visual_indexes"] = need_list(vision, where, "deepstack_visual_indexes")
         tower = Qwen3VLVisionShapes(**tower)
         head_dim = need(text, "the decoder", "head_dim")
         return cls(vision=tower, head_dim=head_dim, **common_fields(data, text))

@@ -89,6 +89,18 @@ def test_what_transformers_5_writes_reads_the_same():
     assert parse_config(HUB_4B | {"text_config": text}) == parse_config(HUB_4B)
 
 
+def test_of_two_spellings_of_rope_the_hubs_decides_as_in_transformers():
+    other = {"mrope_section": [32, 16, 16], "rope_theta": 1e4, "rope_type": "default"}
+    text = HUB_4B["text_config"] | {"rope_parameters": other}
+    assert parse_config(HUB_4B | {"text_config": text}) == parse_config(HUB_4B)
+
+
+def test_the_rope_of_the_tower_that_transformers_5_writes_is_read():
+    rope = {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "axial"}}
+    tower = HUB_4B["vision_config"] | rope
+    assert parse_config(HUB_4B | {"vision_config": tower}) == parse_config(HUB_4B)
+
+
 def test_of_two_fields_about_the_head_the_outer_one_decides_as_in_transformers():
     for outer, inner, tied in ((False, True, False), (True, False, True), (None, True, True)):
         text = HUB_4B["text_config"] | {"tie_word_embeddings": inner}
@@ -122,8 +134,18 @@ def test_every_third_frequency_follows_height_and_every_third_width():
         ("text_config", {"rope_scaling": {"mrope_section": [16, 24, 24]}}, "every third"),
         ("text_config", {"head_dim": None}, "no head_dim"),
         ("text_config", {"num_hidden_layers": 2}, "num_hidden_layers=2"),
-        ("text_config", {"num_attention_heads": "32"}, "num_heads='32' must be a whole number"),
+        ("text_config", {"num_attention_heads": "32"}, "num_attention_heads='32' must be a"),
         ("text_config", {"rope_theta": -1}, "rope_theta=-1.0 must be a finite number over 0"),
+        ("text_config", {"rope_theta": "5e6"}, "rope_theta='5e6' must be a finite number over 0"),
+        ("text_config", {"rms_norm_eps": 10**400}, "rms_norm_eps=1000+ must be a finite number"),
+        ("text_config", {"num_key_value_heads": 0}, "num_key_value_heads=0 must be a whole number"),
+        (
+            "text_config",
+            {"num_key_value_heads": 5},
+            "must be a multiple of num_key_value_heads",
+        ),
+        ("text_config", {"rope_scaling": [1]}, r"rope_scaling='\[1\]', which must be an object"),
+        ("text_config", {"rope_scaling": {"mrope_section": 64}}, "mrope_section='64'.* a list"),
         (
             "text_config",
             {"vocab_size": 100},
@@ -136,6 +158,10 @@ def test_every_third_frequency_follows_height_and_every_third_width():
         ("vision_config", {"num_position_embeddings": 2000}, "must be a square"),
         ("vision_config", {"deepstack_visual_indexes": [5, 24]}, "depth - 1 = 23"),
         ("vision_config", {"deepstack_visual_indexes": [11, 5]}, "must rise"),
+        ("vision_config", {"deepstack_visual_indexes": 5}, "deepstack_visual_indexes='5'.* a list"),
+        ("vision_config", {"rope_parameters": {"rope_theta": 5e4}}, "vision rope_theta"),
+        ("vision_config", {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ("vision_config", {"quantization_config": {"quant_method": "fp8"}}, r"config \(fp8\)"),
         ("vision_config", {"spatial_merge_size": 3}, "must divide 64"),
         ("vision_config", {"out_hidden_size": 99}, "=99"),
     ],
@@ -153,9 +179,21 @@ def test_what_cannot_run_is_refused_by_name(part, changes, message):
         ({"model_type": "qwen3_omni_moe"}, r"Qwen3-Omni\), which is not supported yet"),
         ({"model_type": "mllama"}, "not known; only 'qwen2_5_vl', 'qwen3_vl' policies"),
         ({"model_type": "qwen3_omni_moe_thinker"}, r"\(Qwen3-Omni\), which is not supported yet"),
+        (
+            {"model_type": "qwen3_omni_moe_talker_text"},
+            r"\(Qwen3-Omni\), which is not supported yet",
+        ),
+        ({"model_type": "qwen3_5_moe_text"}, r"\(Qwen3\.5-MoE\), which is not supported yet"),
+        (
+            {"model_type": "qwen3_vl_text"},
+            "is only a part of a policy: give the folder",
+        ),
         ({"model_type": ["qwen3_vl"]}, "not known"),
+        ({"model_type": None}, "model_type=None, which is not known"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
         ({"quantization_config": "fp8"}, r"quantization_config \(fp8\)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantization \(4 bits\)"),
+        ({"image_token_id": "151655"}, "image_token_id='151655' must be a whole number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes', which must be true or false"),
         ({"text_config": []}, r"text_config=\[\], which must be an object"),
         ({"vision_config": None}, "the file has no vision_config"),
