@@ -43,10 +43,11 @@ MAX_FILE_BYTES = 5 * 10**9
 
 _HEAD = "lm_head.weight"
 _OF_QUANTISED = (
-    *(".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
-    *(".absmax", ".quant_map", ".g_idx"),
+    *(".qweight", ".qzeros", ".scales", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".weight_scale_2", ".input_scale", ".absmax", ".quant_map", ".g_idx", ".SCB"),
 )
-"""Ends of names that tensors of AWQ, GPTQ, compressed-tensors, FP8 and bitsandbytes have."""
+"""Ends of names that tensors of AWQ, GPTQ, MLX, compressed-tensors, FP8, NVFP4 and bitsandbytes
+have."""
 _ROWS = 4096
 """Rows of two matrices that are compared at once."""
 
@@ -135,7 +136,12 @@ def write_params(
             if hosts.is_first():
                 tensors[name] = tensor
         if hosts.is_first():
+            # The library lets nobody but the owner read what it writes.
+            (folder / file).unlink(missing_ok=True)
+            (folder / file).touch()
+            mode = (folder / file).stat().st_mode
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(mode)
     if not hosts.is_first():
         return
     for old in folder.glob("model*.safetensors"):
@@ -205,13 +211,23 @@ class _Reader:
                     for key in file.keys():  # noqa: SIM118
                         part = file.get_slice(key)
                         shape = tuple(part.get_shape())
-                        entry = _Entry(folder / name, key, shape, part.get_dtype())
-                        self._entries[policy.family.hub_name(key)] = entry
+                        self._add(_Entry(folder / name, key, shape, part.get_dtype()))
+            except WeightsError:
+                raise
             except Exception as error:
                 # The header says where each tensor lies; the library checks it against the size of
                 # the file before anything is read.
                 what = head_of(folder / name) or f"is not a whole safetensors file ({error})"
                 raise WeightsError(f"{folder / name} {what}; download it again") from error
+
+    def _add(self, entry: _Entry) -> None:
+        name = self._policy.family.hub_name(entry.key)
+        if (other := self._entries.get(name)) is not None:
+            raise WeightsError(
+                f"{self._folder} has two tensors for {name}: {other.key} in {other.file.name} and "
+                f"{entry.key} in {entry.file.name}; remove the files that are not of this policy"
+            )
+        self._entries[name] = entry
 
     def check(self, shapes: Params) -> None:
         """Compares all names, shapes and types with those of the policy, before any is read."""
@@ -223,31 +239,31 @@ class _Reader:
                 f"{self._folder} has a tensor {quantised}: quantised weights cannot be trained; "
                 "give the policy that they were made from, in bfloat16"
             )
-        for path, leaf in leaves(shapes):
-            for tensor in policy.family.hub_tensors(path, leaf.shape, policy.shapes):
-                if tensor.name not in self._entries:
-                    cause = (
-                        "config.json says that the head is not tied (tie_word_embeddings)"
-                        if tensor.name == _HEAD
-                        else "the download is incomplete or config.json is of a larger model"
-                    )
-                    raise WeightsError(
-                        f"{self._folder} has no tensor {tensor.name}; probably {cause}"
-                    )
-                unused.discard(tensor.name)
-                entry = self._entries[tensor.name]
-                if entry.shape != tensor.shape:
-                    raise WeightsError(
-                        f"tensor {tensor.name} has shape {list(entry.shape)}, but config.json "
-                        f"implies {list(tensor.shape)}; the weights and the config are probably of "
-                        f"different sizes of the model ({self._folder})"
-                    )
-                if entry.dtype not in _DTYPES:
-                    raise WeightsError(
-                        f"tensor {tensor.name} is stored as {entry.dtype}; only "
-                        f"{', '.join(_DTYPES)} can be read: give weights that are not quantised "
-                        f"({self._folder})"
-                    )
+        wanted = {
+            tensor.name: tensor
+            for path, leaf in leaves(shapes)
+            for tensor in policy.family.hub_tensors(path, leaf.shape, policy.shapes)
+        }
+        for tensor in wanted.values():
+            if tensor.name not in self._entries:
+                raise WeightsError(
+                    f"{self._folder} has no tensor {tensor.name}; probably "
+                    f"{_cause(tensor.name, unused - wanted.keys())}"
+                )
+            unused.discard(tensor.name)
+            entry = self._entries[tensor.name]
+            if entry.shape != tensor.shape:
+                raise WeightsError(
+                    f"tensor {tensor.name} has shape {list(entry.shape)}, but config.json "
+                    f"implies {list(tensor.shape)}; the weights and the config are probably of "
+                    f"different sizes of the model ({self._folder})"
+                )
+            if entry.dtype not in _DTYPES:
+                raise WeightsError(
+                    f"tensor {tensor.name} is stored as {entry.dtype}; only "
+                    f"{', '.join(_DTYPES)} can be read: give weights that are not quantised "
+                    f"({self._folder})"
+                )
         if policy.shapes.tie_word_embeddings:
             unused.discard(_HEAD)
             path = "model/embed_tokens/embedding"
@@ -300,6 +316,19 @@ class _Reader:
             else:
                 part = file.get_slice(entry.key)[index]
         return part.astype(np.float32) if part.dtype == np.float64 else part
+
+
+def _cause(name: str, strangers: set[str]) -> str:
+    """Returns why a tensor may be missing, as far as the tensors without a place tell."""
+    if name == _HEAD:
+        return "config.json says that the head is not tied (tie_word_embeddings)"
+    if strangers:
+        return (
+            f"config.json is of another model, or the names are of another program: it has no "
+            f"place for {len(strangers)} others, {min(strangers)} among them; give a folder as on "
+            "the hub"
+        )
+    return "the download is incomplete or config.json is of a larger model"
 
 
 def _shards(index: Path) -> list[str]:

@@ -161,6 +161,38 @@ def test_quantised_weights_are_refused(policy, params, tmp_path):
         weights.read_params(tmp_path, policy)
 
 
+@pytest.mark.parametrize("end", ["scales", "weight_scale_inv", "weight_scale_2", "SCB"])
+def test_quantised_weights_are_known_by_the_names_beside_them(policy, params, tmp_path, end):
+    name = f"model.layers.0.mlp.up_proj.{end}"
+    save_file(to_hub(params, policy) | {name: np.ones(4)}, tmp_path / weights.WEIGHTS_FILE)
+    with pytest.raises(WeightsError, match=f"a tensor {name}: quantised weights"):
+        weights.check(tmp_path, policy)
+
+
+def test_names_of_another_program_are_shown(policy, params, tmp_path):
+    tensors = {f"tower.{name}": tensor for name, tensor in to_hub(params, policy).items()}
+    save_file(tensors, tmp_path / weights.WEIGHTS_FILE)
+    with pytest.raises(WeightsError, match=r"no tensor .*another program.*, tower\..*the hub"):
+        weights.check(tmp_path, policy)
+
+
+def test_two_tensors_for_one_parameter_are_named(policy, params, tmp_path):
+    models.save(models.LoadedPolicy(policy, params), tmp_path, max_file_bytes=20_000)
+    twice = {"model.language_model.norm.weight": np.ones(32, np.float32)}
+    save_file(twice, tmp_path / "model-0.safetensors")
+    index = json.loads((tmp_path / weights.INDEX_FILE).read_text())
+    index["weight_map"]["model.language_model.norm.weight"] = "model-0.safetensors"
+    (tmp_path / weights.INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=r"two tensors for model\.norm\.weight: .*model-0\.safe"):
+        weights.check(tmp_path, policy)
+
+
+def test_files_of_weights_may_be_read_by_whom_the_others_may(policy, params, tmp_path):
+    models.save(models.LoadedPolicy(policy, params), tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_a_torn_or_missing_file_is_named(policy, params, tmp_path):
     models.save(models.LoadedPolicy(policy, params), tmp_path, max_file_bytes=20_000)
     file = sorted(tmp_path.glob("*.safetensors"))[1]
