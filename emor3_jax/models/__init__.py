@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emor3_jax.files import is_file
+from emor3_jax.files import is_file, read_json
 from emor3_jax.models import weights
+from emor3_jax.models.errors import ProcessorError
 from emor3_jax.models.families import FAMILIES
 from emor3_jax.models.hub import find, is_hub_id, parse_config, published, read_config
 from emor3_jax.models.layout import Encoded, ImageLayout
 from emor3_jax.models.params import Params
 from emor3_jax.models.policy import Policy
 from emor3_jax.models.processor import Processor
+from emor3_jax.models.tokenizer import PROCESSOR_FILE
 from emor3_jax.parallel import hosts
 from emor3_jax.types import Images, Prompt
 
@@ -149,8 +151,9 @@ def save(
 
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "LICENSE*", "LICENCE*", "NOTICE*")
-_NOT_KEPT = ("config.json", "processor_config.json", "chat_template.json", weights.INDEX_FILE)
+_NOT_KEPT = ("config.json", PROCESSOR_FILE, "chat_template.json", weights.INDEX_FILE)
 """Written anew, or of weights that are not those of the folder."""
+_VIDEO_FILE = "video_preprocessor_config.json"
 
 
 def _keep_files(source: Path, folder: Path) -> None:
@@ -160,6 +163,12 @@ def _keep_files(source: Path, folder: Path) -> None:
             place = folder / file.name
             if is_file(file) and file.name not in _NOT_KEPT and not place.exists():
                 shutil.copyfile(file, place)
+    place = folder / _VIDEO_FILE
+    if is_file(source / PROCESSOR_FILE) and not place.exists():
+        # Where transformers 5 keeps the settings of videos; those of images are written anew.
+        videos = read_json(source / PROCESSOR_FILE, ProcessorError, dict).get("video_processor")
+        if videos is not None:
+            place.write_text(json.dumps(videos, indent=2) + "\n")
 
 
 def forward_logits(

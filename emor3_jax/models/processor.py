@@ -30,13 +30,11 @@ from emor3_jax.files import is_file, read_json
 from emor3_jax.models.errors import ImageError, ProcessorError, refuse_code
 from emor3_jax.models.images import MAX_DECODED_PIXELS, decode
 from emor3_jax.models.layout import Encoded, ImageLayout
-from emor3_jax.models.tokenizer import read_tokenizer, save_tokenizer
+from emor3_jax.models.tokenizer import PROCESSOR_FILE, read_tokenizer, save_tokenizer
 from emor3_jax.types import Array
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _MAX_ASPECT_RATIO = 200
-# What transformers 5 writes for a whole processor, with the image settings inside.
-_PROCESSOR_FILE = "processor_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,31 +84,35 @@ class ImageSettings:
             )
 
     @classmethod
-    def from_hf(cls, data: dict[str, Any]) -> "ImageSettings":
+    def from_hf(
+        cls, data: dict[str, Any], where: str | Path = PREPROCESSOR_FILE
+    ) -> "ImageSettings":
         """Reads the contents of a `preprocessor_config.json`.
 
         Args:
-          data: the parsed file; a missing field has transformers' default.
+          data: the parsed file; a missing field, or null, has transformers' default.
+          where: the file, for errors.
 
         Raises:
           ProcessorError: if a field asks for something that is not implemented.
         """
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if data.get(name) is False:
-                raise ProcessorError(f"{PREPROCESSOR_FILE}: {name}=false is not implemented")
-        if data.get("resample", Image.BICUBIC) != Image.BICUBIC:
+            if data.get(name) not in (None, True):
+                value = json.dumps(data[name])
+                raise ProcessorError(f"{where}: {name}={value} is not implemented, only true")
+        if data.get("resample") not in (None, Image.BICUBIC):
             raise ProcessorError(
-                f"{PREPROCESSOR_FILE}: resample={data['resample']} is not implemented, only "
+                f"{where}: resample={data['resample']!r} is not implemented, only "
                 f"{int(Image.BICUBIC)} (bicubic)"
             )
-        refuse_code(data, PREPROCESSOR_FILE, ProcessorError)
+        refuse_code(data, str(where), ProcessorError)
         colours = {name: data.get(f"image_{name}") for name in ("mean", "std")}
         for name, value in colours.items():
             if value is not None and not isinstance(value, list):
-                raise ProcessorError(f"{PREPROCESSOR_FILE}: image_{name}={value!r} must be a list")
+                raise ProcessorError(f"{where}: image_{name}={value!r} must be a list")
         given = {
-            "min_pixels": _pixels(data, "min_pixels", "shortest_edge"),
-            "max_pixels": _pixels(data, "max_pixels", "longest_edge"),
+            "min_pixels": _pixels(data, "min_pixels", "shortest_edge", where),
+            "max_pixels": _pixels(data, "max_pixels", "longest_edge", where),
             "patch_size": data.get("patch_size"),
             "temporal_patch_size": data.get("temporal_patch_size"),
             "merge_size": data.get("merge_size"),
@@ -121,7 +123,7 @@ class ImageSettings:
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
         except ProcessorError as error:
-            raise ProcessorError(f"{PREPROCESSOR_FILE}: {error}") from error
+            raise ProcessorError(f"{where}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the contents of a `preprocessor_config.json`, without the processor's class."""
@@ -211,7 +213,7 @@ class ImageSettings:
         return cut.reshape(*batch, rows * columns * merge**2, -1)
 
 
-def _pixels(data: dict[str, Any], name: str, edge: str) -> Any:
+def _pixels(data: dict[str, Any], name: str, edge: str, where: str | Path) -> Any:
     """Returns a bound of the pixels of an image, which `size` may hold too, under either name."""
     size = data.get("size")
     named = isinstance(size, dict) and (size.get(edge) or size.get(name))
@@ -219,10 +221,36 @@ def _pixels(data: dict[str, Any], name: str, edge: str) -> Any:
         return data.get(name)
     if not named:
         raise ProcessorError(
-            f"{PREPROCESSOR_FILE}: size={size!r} must hold shortest_edge and longest_edge, in "
-            "pixels"
+            f"{where}: size={size!r} must hold shortest_edge and longest_edge, in pixels"
         )
     return named
+
+
+def _read_settings(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Returns the settings of images of a folder, and the file that they are from.
+
+    As transformers does: what is inside of the whole processor's file goes first.
+    """
+    path = folder / PROCESSOR_FILE
+    whole = is_file(path)
+    if whole:
+        data = read_json(path, ProcessorError, dict)
+        refuse_code(data, str(path), ProcessorError)
+        images = data.get("image_processor")
+        if not isinstance(images, dict | None):
+            raise ProcessorError(
+                f"{path}: image_processor={str(images)[:80]!r} must be an object, the settings of "
+                "images"
+            )
+        if images is not None:
+            return images, path
+    path = folder / PREPROCESSOR_FILE
+    if not is_file(path):
+        there = f", and {PROCESSOR_FILE} has no image_processor" if whole else ""
+        raise FileNotFoundError(
+            f"{path} does not exist{there}; download the settings of images of the policy too"
+        )
+    return read_json(path, ProcessorError, dict), path
 
 
 class Processor:
@@ -302,19 +330,8 @@ class Processor:
         """
         folder = Path(folder)
         tokenizer = read_tokenizer(folder)
-        data = None
-        # As transformers does: what is inside of the whole processor's file goes first.
-        if is_file(folder / _PROCESSOR_FILE):
-            data = read_json(folder / _PROCESSOR_FILE, ProcessorError, dict)
-            refuse_code(data, _PROCESSOR_FILE, ProcessorError)
-            data = data.get("image_processor")
-            if not isinstance(data, dict | None):
-                raise ProcessorError(f"{folder / _PROCESSOR_FILE}: image_processor is no object")
-        if data is None:
-            if not is_file(folder / PREPROCESSOR_FILE):
-                raise FileNotFoundError(f"{folder / PREPROCESSOR_FILE} does not exist")
-            data = read_json(folder / PREPROCESSOR_FILE, ProcessorError, dict)
-        images = ImageSettings.from_hf(data)
+        data, where = _read_settings(folder)
+        images = ImageSettings.from_hf(data, where)
         vision = layout.shapes.vision
         for name, here, there in (
             ("patch_size", images.patch_size, vision.patch_size),
@@ -323,8 +340,8 @@ class Processor:
         ):
             if here != there:
                 raise ProcessorError(
-                    f"{PREPROCESSOR_FILE}: {name}={here} differs from the {there} of config.json; "
-                    "both must be of the same policy"
+                    f"{where}: {name}={here} differs from the {there} of config.json; both must be "
+                    "of the same policy"
                 )
         return cls(tokenizer, images, layout)
 

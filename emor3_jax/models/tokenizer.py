@@ -26,8 +26,11 @@ _SMALL_FILES = (
     # Not read here, but kept at export.
     "generation_config.json",
 )
-# Where older folders keep the chat template, and where newer ones do.
-_CHAT_TEMPLATE_FILE = "chat_template.json"
+PROCESSOR_FILE = "processor_config.json"
+"""What transformers 5 writes for a whole processor, with the settings of images inside."""
+
+# Where older folders keep the chat template, before that of the tokenizer, and where newer ones do.
+_TEMPLATES_OF_PROCESSORS = ("chat_template.json", PROCESSOR_FILE)
 _TEMPLATE_FILE = "chat_template.jinja"
 # By which prompts find an image.
 _MARKS = ("<|image_pad|>", "<|vision_end|>", "<|im_end|>")
@@ -66,9 +69,10 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error}); download "
             "its files again"
         ) from error
-    if _CHAT_TEMPLATE_FILE in there:
-        older = read_json(folder / _CHAT_TEMPLATE_FILE, ProcessorError, dict)
-        tokenizer.chat_template = older.get("chat_template")
+    for name in _TEMPLATES_OF_PROCESSORS:
+        if name in there:
+            found = read_json(folder / name, ProcessorError, dict).get("chat_template")
+            tokenizer.chat_template = found or tokenizer.chat_template
     if _TEMPLATE_FILE in there:
         # Read again, since transformers takes it as it is.
         read_text(folder / _TEMPLATE_FILE, ProcessorError, MAX_TEMPLATE_BYTES)
@@ -77,7 +81,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ProcessorError(f"{folder}: the tokenizer has no chat template; add one")
     if not isinstance(template, str):
         raise ProcessorError(
-            f"{folder}: the chat template is {type(template).__name__}, not one text"
+            f"{folder}: the chat template is {type(template).__name__}, not one text; keep the one "
+            "for chats with images, in chat_template.jinja"
         )
     try:
         # Only the syntax; it is rendered in transformers' sandbox.

@@ -259,6 +259,27 @@ def test_settings_inside_a_processor_file(tokenizer, tmp_path):
     assert Processor.from_folder(tmp_path, LAYOUT).images == SETTINGS
 
 
+def test_errors_name_the_file_that_the_settings_are_from(tokenizer, tmp_path):
+    Processor(tokenizer, SETTINGS, LAYOUT).save(tmp_path)
+    data = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    changes = ({"patch_size": 14}, {"resample": 2}, {"image_mean": 0.5}, {"size": {"height": 3}})
+    for change in changes:
+        # Outer bounds would go before those of `size`.
+        found = {**data, "min_pixels": None, "max_pixels": None, **change}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(found))
+        with pytest.raises(ProcessorError, match=rf"{tmp_path}/preprocessor_config\.json: "):
+            Processor.from_folder(tmp_path, LAYOUT)
+        whole = tmp_path / "processor_config.json"
+        whole.write_text(json.dumps({"image_processor": found}))
+        with pytest.raises(ProcessorError, match=rf"{whole}: "):
+            Processor.from_folder(tmp_path, LAYOUT)
+        whole.write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
+        (tmp_path / "preprocessor_config.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"and processor_config\.json has no image_pro"):
+            Processor.from_folder(tmp_path, LAYOUT)
+        whole.unlink()
+
+
 def test_chat_template_in_the_file_of_older_folders(tokenizer, tmp_path):
     Processor(tokenizer, SETTINGS, LAYOUT).save(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
@@ -266,6 +287,20 @@ def test_chat_template_in_the_file_of_older_folders(tokenizer, tmp_path):
         Processor.from_folder(tmp_path, LAYOUT)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 1 }}"}))
     assert Processor.from_folder(tmp_path, LAYOUT).tokenizer.chat_template == "{{ 1 }}"
+    # That of a whole processor goes first, as in transformers; null says nothing.
+    for name, template in (("processor_config.json", "{{ 2 }}"), ("chat_template.json", None)):
+        (tmp_path / name).write_text(json.dumps({"chat_template": template}))
+        assert Processor.from_folder(tmp_path, LAYOUT).tokenizer.chat_template == "{{ 2 }}"
+
+
+def test_of_several_chat_templates_the_way_out_is_named(tokenizer, tmp_path):
+    Processor(tokenizer, SETTINGS, LAYOUT).save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    data = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    data["chat_template"] = [{"name": name, "template": "x"} for name in ("default", "tool_use")]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(data))
+    with pytest.raises(ProcessorError, match=r"not one text; keep .*, in chat_template\.jinja"):
+        Processor.from_folder(tmp_path, LAYOUT)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +308,7 @@ def test_chat_template_in_the_file_of_older_folders(tokenizer, tmp_path):
     [
         ({"do_resize": False}, "do_resize=false"),
         ({"do_convert_rgb": False}, "do_convert_rgb=false"),
+        ({"do_rescale": 0}, "do_rescale=0 is not implemented"),
         ({"resample": 2}, "resample=2"),
         ({"min_pixels": 9, "max_pixels": 8}, "min_pixels=9"),
         ({"size": 224}, "size=224 must hold shortest_edge and longest_edge"),

@@ -56,3 +56,22 @@ def test_a_folder_says_whose_processor_reads_it(tmp_path):
     assert written["processor_class"] == "Qwen3VLProcessor"
     again = models.load(tmp_path)
     assert again.policy == policy and again.processor.images == settings
+
+
+def test_a_folder_of_transformers_5_keeps_its_settings_of_videos(tmp_path):
+    """They lie in `processor_config.json` beside those of images, which are written anew."""
+    policy = tiny.make_policy("qwen3_vl")
+    tokenizer = train_tokenizer(["a quiet street in the rain"] * 4, 300)
+    settings = ImageSettings(64, 32 * 32, patch_size=4, mean=(0.5,) * 3, std=(0.5,) * 3)
+    processor = Processor(tokenizer, settings, policy.layout)
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    models.save(models.LoadedPolicy(policy, tiny.strong_params(policy), processor), source)
+    images = json.loads((source / "preprocessor_config.json").read_text())
+    (source / "preprocessor_config.json").unlink()
+    videos = {"size": {"longest_edge": 25_165_824}, "video_processor_type": "Qwen3VLVideoProcessor"}
+    whole = {"image_processor": images, "video_processor": videos}
+    (source / "processor_config.json").write_text(json.dumps(whole))
+    models.save(models.load(source), folder)
+    assert json.loads((folder / "video_preprocessor_config.json").read_text()) == videos
+    assert not (folder / "processor_config.json").exists()
+    assert models.load(folder).processor.images == settings
