@@ -263,12 +263,12 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: str, with_image: bool) -> st
         # A template may raise whatever Python does where it computes.
         raise DataError(
             f"the tokenizer's chat template fails ({type(error).__name__}: {error}); use the "
-            "template of a Qwen2.5-VL tokenizer"
+            "template that the policy came with"
         ) from error
     if rendered.count(IMAGE_TOKEN) != with_image or rendered.count(IMAGE_END) != with_image:
         raise DataError(
             f"the tokenizer's chat template renders {rendered.count(IMAGE_TOKEN)} {IMAGE_TOKEN} "
-            f"for {int(with_image)} image; use the template of a Qwen2.5-VL tokenizer, and no "
+            f"for {int(with_image)} image; use the template that the policy came with, and no "
             "special tokens in prompt templates"
         )
     return rendered

@@ -169,7 +169,10 @@ class AssumptionError(UserError):
 
 
 REASONS = {
-    "prompt_tokens": "an image of about 670,000 pixels; the release has 262,144 to 1.5 million",
+    "prompt_tokens": (
+        "an image of about 670,000 pixels (Qwen3-VL: 870,000); the release has 262,144 to 1.5 "
+        "million"
+    ),
     "lengths": "placeholder, no run of the 3B has been measured",
     "padding": "python -m benchmarks.simulate, responses on a v5e-64",
     "lanes": "python -m benchmarks.simulate on a v5e-64, the least of the slices there",

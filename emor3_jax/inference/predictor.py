@@ -44,7 +44,7 @@ from emor3_jax.rollout.tokens import stop_ids, suppressed_tokens
 from emor3_jax.types import Experience
 
 MAX_PIXELS = 28 * 28 * 1280
-"""Of an image as the policy sees it, by default: some 1,280 tokens."""
+"""Of an image as the policy sees it, by default: 1,280 tokens of Qwen2.5-VL, 980 of Qwen3-VL."""
 
 _STEP = re.compile(r"<step(\d)>(.*?)(?:</step\1>|(?=<step\d>)|(?=\\boxed\{)|$)", re.DOTALL)
 

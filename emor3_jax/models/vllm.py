@@ -15,6 +15,8 @@ from emor3_jax.models.errors import ShapesError, WeightsError
 from emor3_jax.models.hub import parse_config
 from emor3_jax.models.params import leaves
 from emor3_jax.models.policy import Policy
+from emor3_jax.models.processor import PREPROCESSOR_FILE
+from emor3_jax.models.tokenizer import PROCESSOR_FILE
 from emor3_jax.models.weights import INDEX_FILE
 
 PARALLEL_SIZES = (1, 2, 4, 8, 16)
@@ -62,13 +64,14 @@ class VllmFiles(NamedTuple):
 
     Attributes:
       config: contents of `config.json`.
-      preprocessor: of `preprocessor_config.json`.
+      preprocessor: of `preprocessor_config.json`, or the same within `processor_config.json`.
       tokenizer: of `tokenizer_config.json`.
       generation: of `generation_config.json`.
       ids: token → id, of `tokenizer.json`.
       template: the chat template.
       tensors: file → names of its tensors.
       indexed: files that `model.safetensors.index.json` names; None without it.
+      settings: the file that `preprocessor` is from: that of a whole processor, if it holds it.
     """
 
     config: Mapping[str, Any]
@@ -79,6 +82,7 @@ class VllmFiles(NamedTuple):
     template: str
     tensors: Mapping[str, tuple[str, ...]]
     indexed: frozenset[str] | None = None
+    settings: str = PREPROCESSOR_FILE
 
 
 class VllmProblem(NamedTuple):
@@ -122,15 +126,18 @@ def read_files(folder: str | Path) -> VllmFiles:
     if is_file(folder / "chat_template.jinja"):
         template = read_text(folder / "chat_template.jinja", ShapesError)
     index = read(INDEX_FILE)
+    images = read(PROCESSOR_FILE).get("image_processor")
+    is_inside = isinstance(images, dict)
     return VllmFiles(
         read("config.json"),
-        read("preprocessor_config.json"),
+        images if is_inside else read(PREPROCESSOR_FILE),
         tokenizer,
         read("generation_config.json"),
         ids,
         template if isinstance(template, str) else "",
         {path.name: _names(path) for path in sorted(folder.glob("*.safetensors"))},
         frozenset(index.get("weight_map", {}).values()) if index else None,
+        PROCESSOR_FILE if is_inside else PREPROCESSOR_FILE,
     )
 
 
@@ -162,7 +169,7 @@ def find_problems(files: VllmFiles, tensor_parallel: int = 1) -> list[VllmProble
         *_of_config(files.config, expected),
         *_of_sizes(policy, tensor_parallel),
         *_of_tensors(files, expected, policy),
-        *_of_processor(files.preprocessor, expected),
+        *_of_processor(files.preprocessor, files.settings, expected),
         *_of_tokenizer(files, policy),
     ]
 
@@ -257,8 +264,9 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     return name
 
 
-def _of_processor(settings: Mapping[str, Any], expected: _Expected) -> Iterator[VllmProblem]:
-    file = "preprocessor_config.json"
+def _of_processor(
+    settings: Mapping[str, Any], file: str, expected: _Expected
+) -> Iterator[VllmProblem]:
     kind = settings.get("image_processor_type")
     if not str(kind).startswith("Qwen2VLImageProcessor"):
         rule = "must be Qwen2VLImageProcessor, which transformers' AutoImageProcessor knows"

@@ -161,6 +161,21 @@ def test_files_of_weights(exported, files, tmp_path):
         vllm.read_files(tmp_path / "stray")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_of_images_inside_of_a_processor_file(exported, family, tmp_path):
+    """As transformers 5 writes them; `push` uploads any folder."""
+    folder = tmp_path / family
+    shutil.copytree(exported[family], folder)
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    for kind, problems in (("Qwen2VLImageProcessor", 0), ("CLIPImageProcessor", 1)):
+        inner = images | {"image_processor_type": kind}
+        (folder / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
+        told = vllm.advice(folder)
+        assert len(told) == problems
+        assert all("processor_config.json: image_processor_type='CLIP" in line for line in told)
+
+
 def test_processor_and_tokenizer(files):
     found = files["qwen3_vl"]
 
