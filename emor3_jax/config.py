@@ -257,7 +257,7 @@ def default() -> ConfigDict:
     config.policy_update.warmup_steps = 0
     # "constant", or "linear": falls to 0 at the last of `steps`.
     config.policy_update.schedule = "constant"
-    # Factors of the learning rate for groups of parameters.
+    # Factors of the learning rate for groups of parameters; 1 for those that are not trained.
     config.policy_update.rates = ConfigDict()
     config.policy_update.rates.tower = 1.0
     config.policy_update.rates.merger = 1.0

@@ -22,6 +22,7 @@ def find(name: str | Path) -> Path:
 
     Raises:
       FileNotFoundError: if it is neither.
+      ShapesError: if the hub's cannot be loaded, by its `config.json`; no weights are downloaded.
     """
     folder = Path(name)
     if is_folder(folder):
@@ -31,12 +32,19 @@ def find(name: str | Path) -> Path:
         raise FileNotFoundError(
             f"there is no folder {show(name)}, and an id on the hub is 'owner/name'"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, revision = match.groups()
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+        config = Path(hf_hub_download(repository, "config.json", revision=revision))
+        try:
+            # A refusal must not come after hours of download.
+            parse_config(read_json(config, ShapesError, dict))
+        except ShapesError as error:
+            raise ShapesError(f"{name} on the hub: {error}") from error
+        commit = config.parent.name
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"there is no folder {name}, and the hub gave no policy of that name: {error}"

@@ -41,6 +41,26 @@ def test_a_revision_is_found_by_its_commit(cache):
     assert models.find(f"Someone/Tiny-VL@{REVISION}").resolve() == cache.resolve()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen3_vl_moe"}, r"Someone/Tiny-VL on the hub: .*\(Qwen3-VL-MoE\), which"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"on the hub: .*config \(fp8\): quant"),
+    ],
+)
+def test_what_cannot_be_loaded_is_not_downloaded(cache, monkeypatch, changes, message):
+    def download(*_: object, **__: object) -> None:
+        pytest.fail("weights are downloaded")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    file = cache / "config.json"
+    data = json.loads(file.read_text()) | changes
+    file.unlink()
+    file.write_text(json.dumps(data))
+    with pytest.raises(ShapesError, match=message):
+        models.find("Someone/Tiny-VL")
+
+
 def test_what_is_neither_folder_nor_on_the_hub_is_named(cache):
     with pytest.raises(FileNotFoundError, match="no folder Someone/Else, and the hub gave no"):
         models.find("Someone/Else")
