@@ -33,7 +33,7 @@ from emor3_jax.embedded.faces.dataset import labelled_faces
 from emor3_jax.embedded.faces.images import read_images
 from emor3_jax.embedded.faces.vision_pretraining import evaluate_captions, pretrain_vision
 from emor3_jax.embedded.loader import ExampleLoader, QABatch
-from emor3_jax.embedded.tokenizer import special_ids, train_tokenizer
+from emor3_jax.embedded.tokenizer import SMALLEST_VOCABULARY, special_ids, train_tokenizer
 from emor3_jax.io.console import Console
 from emor3_jax.models import FAMILIES, LoadedPolicy, Policy, load, parse_config, save
 from emor3_jax.models.processor import ImageSettings, Processor
@@ -235,6 +235,16 @@ def _check(config: ConfigDict) -> None:
     if heads < 1 or width % (4 * heads) or width < 8 * heads:
         rule = f"must leave a head of model.vision_width={width} a multiple of 4, 8 or more"
         raise ConfigError("model.vision_heads", heads, rule)
+    width, heads = config.model.width, config.model.heads
+    if width % (2 * heads):
+        rule = f"must leave a head of model.width={width} a multiple of 2"
+        raise ConfigError("model.heads", heads, rule)
+    if heads % config.model.kv_heads:
+        rule = f"must divide model.heads={heads}"
+        raise ConfigError("model.kv_heads", config.model.kv_heads, rule)
+    if config.model.vocab_size < SMALLEST_VOCABULARY:
+        rule = f"must be at least {SMALLEST_VOCABULARY}, all bytes and the special tokens"
+        raise ConfigError("model.vocab_size", config.model.vocab_size, rule)
     if config.dtype not in _DTYPES:
         raise ConfigError("dtype", config.dtype, f"must be one of {', '.join(_DTYPES)}")
     if config.look.erase > 1:

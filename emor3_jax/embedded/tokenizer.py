@@ -30,6 +30,9 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+"""Of a tokenizer that has an encoding for every byte string, and the special tokens."""
+
 # Contractions, words with at most one mark or space before them, single digits, runs of marks with
 # the line breaks after them, line breaks, other white space: what Qwen2's tokenizer splits at.
 _PIECES = "|".join(
@@ -91,11 +94,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2TokenizerFast
     Raises:
       ValueError: the vocabulary has no room for the bytes and the special tokens.
     """
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
+    if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
-            f"at least {smallest}"
+            f"at least {SMALLEST_VOCABULARY}"
         )
     learner = Tokenizer(BPE())
     learner.normalizer = normalizers.NFC()
