@@ -14,7 +14,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,6 +229,10 @@ class _Reader:
             )
         self._entries[name] = entry
 
+    def _keys(self, names: set[str]) -> list[str]:
+        """Returns the names that tensors have on disk."""
+        return [self._entries[name].key for name in names]
+
     def check(self, shapes: Params) -> None:
         """Compares all names, shapes and types with those of the policy, before any is read."""
         policy = self._policy
@@ -248,7 +252,7 @@ class _Reader:
             if tensor.name not in self._entries:
                 raise WeightsError(
                     f"{self._folder} has no tensor {tensor.name}; probably "
-                    f"{_cause(tensor.name, unused - wanted.keys())}"
+                    f"{_cause(tensor.name, self._keys(unused - wanted.keys()))}"
                 )
             unused.discard(tensor.name)
             entry = self._entries[tensor.name]
@@ -274,7 +278,7 @@ class _Reader:
         if unused:
             raise WeightsError(
                 f"{self._folder} has {len(unused)} tensors that config.json has no place for, "
-                f"{min(unused)} among them; probably config.json is of a smaller model"
+                f"{min(self._keys(unused))} among them; probably config.json is of a smaller model"
             )
 
     def _check_tied(self, embedding: _Entry) -> None:
@@ -318,7 +322,7 @@ class _Reader:
         return part.astype(np.float32) if part.dtype == np.float64 else part
 
 
-def _cause(name: str, strangers: set[str]) -> str:
+def _cause(name: str, strangers: Sequence[str]) -> str:
     """Returns why a tensor may be missing, as far as the tensors without a place tell."""
     if name == _HEAD:
         return "config.json says that the head is not tied (tie_word_embeddings)"
