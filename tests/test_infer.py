@@ -78,6 +78,15 @@ def test_a_wrong_value_is_named_before_anything_is_computed(policy, changes, mes
     assert "\n" not in str(raised.value)
 
 
+def test_an_image_token_of_another_policy_is_named(policy):
+    other = tiny.make_policy("qwen3_vl", vocab_size=policy.shapes.vocab_size, image_token_id=5)
+    settings = ImageSettings(64, 4096, patch_size=4)
+    processor = Processor(policy.processor.tokenizer, settings, other.layout)
+    loaded = LoadedPolicy(other, {}, processor)
+    with pytest.raises(UserError, match=r"id of <\|image_pad\|>: .* the policy's config\.json 5;"):
+        answer(loaded, png(), question="why ?", labels=LABELS, templates="tiny", max_tokens=4)
+
+
 def test_a_photograph_is_scaled_to_a_cap(policy):
     tokens = {
         most: with_pixel_cap(policy, most).processor.read_sizes(3000, 4000)[1]

@@ -149,6 +149,8 @@ class Encoder:
             return Skip("long_question", texts.id)
         in_prompt = int(np.sum(tokens == layout.shapes.image_token_id))
         if in_prompt != n_image_tokens:
+            # Ids of another policy's tokenizer are no fault of the template.
+            check_fit(self.processor)
             raise DataError(
                 f"{texts.id}: the prompt has {in_prompt} image tokens, but the image of "
                 f"{grid[1]} x {grid[2]} patches has {n_image_tokens} features; the chat template "
