@@ -161,7 +161,7 @@ def add_adapter(
 
 
 def _kernels(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yields the paths of modules with a kernel in the decoder's layers, the tower's and mergers."""
+    """Yields the paths of modules with a kernel in the decoder's layers, the tower and mergers."""
     for name, value in params.items():
         if name in ("lm_head", "patch_embed") or not isinstance(value, dict):
             continue
