@@ -255,7 +255,7 @@ def config(field: str, value: object) -> None:
     try:
         with section.ignore_type():
             section[key] = value
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         # Nothing that a ConfigDict takes.
         return
     validate(found)
