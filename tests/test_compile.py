@@ -39,6 +39,7 @@ def test_an_unknown_slice_is_refused_with_the_known_ones() -> None:
     ("flags", "said"),
     (
         (["--json=no/such/folder/out.json"], "json='no/such/folder/out.json': the folder is not"),
+        (["--json=/"], "json='/': is a folder; name a file"),
         (["--search", "--only=update"], "only='update': --search compiles what it needs"),
         (["--search", "--json=out.json"], "json='out.json': --search compiles what it needs"),
     ),
