@@ -361,8 +361,9 @@ def _decode(
     tokens = step.prompts * step.responses * step.response_tokens
     # All lanes are busy until no response waits; then the longest one goes on to its end.
     rounds = tokens / (machine.lanes * assumed.fill) + assumed.tail * assumed.lengths.most
-    heads = machine.tensor if policy.num_kv_heads % machine.tensor == 0 else 1
-    token = 2 * 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim / heads
+    # Devices that share a head read it alone, though they keep all (`models.decode_attention`).
+    heads = policy.num_kv_heads / math.gcd(policy.num_kv_heads, machine.tensor)
+    token = 2 * 2 * policy.num_layers * heads * policy.head_dim
     # Of a device: the prompts of its slots in every round, and what its responses have written.
     prompts = machine.slots / machine.parts * step.prompt_tokens / assumed.padding
     own = tokens / machine.parts * assumed.lengths.age * assumed.places
