@@ -170,8 +170,8 @@ class Layout(NamedTuple):
         """Returns mesh.tensor on so many devices.
 
         A decoded token reads all weights, of which a device has the part that `tensor` leaves it,
-        and all parts decode until the one with the most tokens has ended: of 32 parts the least
-        busy lanes sampled in 66 % of the steps, of 16 in 77 (`python -m benchmarks.simulate`).
+        and all parts decode until the one with the most tokens has ended: of 32 parts of a v5e-64
+        the lanes sampled in 66 % of the steps, of 16 in 77 (`python -m benchmarks.simulate`).
         """
         tensor = self.tensor
         while devices // tensor > FSDP and tensor < self.most:

@@ -5,9 +5,12 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
 from support import program
 
 import emor3_jax
@@ -16,7 +19,8 @@ from configs.qwen_vl import POLICIES, Layout, on_slice
 from emor3_jax.compile import listed, matches
 from emor3_jax.models import published
 from emor3_jax.parallel import topology
-from emor3_jax.prepare.checks import validate
+from emor3_jax.parallel.mesh import axis_sizes, check_policy
+from emor3_jax.prepare.checks import check_batches, validate
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 
@@ -113,23 +117,29 @@ def test_decoding_of_the_3b_fits_a_v4_8(tmp_path: Path) -> None:
     )
 
 
-LAYOUTS = {"3b": Layout(chips=4, tensor=2, slots=3, refill=2, micro=1)}
+LAYOUTS = {"3b": Layout(chips=4, tensor=2, most=4, slots=3, lanes=5, refill=2, micro=1)}
 
 
 def test_a_config_follows_the_chips() -> None:
     config = on_slice("3b,chips=16", LAYOUTS)
     # 16 chips, two of which share a part of the batch.
     assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, -1, 2)
-    assert (config.rollout.slots, config.rollout.refill) == (24, 16)
+    assert (config.rollout.slots, config.rollout.lanes, config.rollout.refill) == (48, 80, 16)
     assert (config.policy_update.micro_prompts, config.evaluate.prompts) == (8, 256)
-    assert (config.evaluate.slots, config.evaluate.refill) == (24, 16)
+    assert (config.evaluate.slots, config.evaluate.refill) == (48, 16)
     assert config.policy.path == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert (config.rollout.prompts, config.rollout.responses) == (512, 8)
     assert on_slice("chips=16,slices=2", LAYOUTS).mesh.data == 2
-    # Matrices are cut into 16 parts at most, more chips hold copies: 64 parts of two chips each.
-    assert on_slice("chips=128", LAYOUTS).mesh.data == 4
-    assert on_slice("chips=128,slices=2", LAYOUTS).mesh.data == 4
+    # Of more than 16 parts, more chips share one, up to four; those that are left hold copies.
+    meshes = [(config.mesh.tensor, config.mesh.data) for config in _on(32, 64, 128, 256)]
+    assert meshes == [(2, 1), (4, 1), (4, 2), (4, 4)]
+    assert on_slice("chips=128,slices=2", LAYOUTS).mesh.data == 2
     assert tpu_v4.get_config("7b,chips=32").policy.path == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+def _on(*chips: int) -> Iterator[ConfigDict]:
+    for count in chips:
+        yield on_slice(f"chips={count}", LAYOUTS)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,15 @@ def test_an_unknown_option_of_a_config_is_refused(options: str, message: str) ->
 def test_every_slice_has_a_config_for_every_policy(kind, size):
     config = kind.get_config(size)
     assert config.policy.path == POLICIES[size]
-    assert validate_on(config, kind.LAYOUTS[size].chips * kind.LAYOUTS[size].devices)
+    layout = kind.LAYOUTS[size]
+    validate(config)
+    for chips in (layout.chips, 16, 64, 256):
+        config = kind.get_config(f"{size},chips={chips}")
+        sizes = axis_sizes(config.mesh.to_dict(), chips * layout.devices, 1, "are others")
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        # Heads, widths and batches divide: these raise where a run would.
+        check_policy(mesh, published(config.policy.path).shapes)
+        check_batches(mesh, config)
     small, large = kind.get_config(f"{size},chips=64"), kind.get_config(f"{size},chips=64,lora")
     assert small.policy.path == large.policy.path and large.policy.lora_rank == 64
     # The largest image of a prompt of 2048 tokens, all of them of the image.
@@ -159,15 +177,6 @@ def test_every_slice_has_a_config_for_every_policy(kind, size):
     side = int(patches**0.5) // 2 * 2
     windows = policy.layout.bucket((1, side, side))
     assert windows <= max(config.data.image_windows) <= windows + 4
-
-
-def validate_on(config, devices: int) -> bool:
-    """Whether the mesh of a config cuts its policy over so many devices; raises as a run does."""
-    validate(config)
-    shapes = published(config.policy.path).shapes
-    tensor, fsdp = config.mesh.tensor, devices // config.mesh.tensor // config.mesh.data
-    cut = [size % tensor for size in shapes.cut_by_tensor.values()]
-    return not any(cut + [size % fsdp for size in shapes.cut_by_fsdp.values()])
 
 
 @pytest.mark.parametrize("options", ["gpus=8,qwen3_vl_4b", "gpus=1,qwen3_vl_2b"])

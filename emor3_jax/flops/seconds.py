@@ -116,8 +116,8 @@ class Assumptions(NamedTuple):
 
     prompt_tokens: int = 1024
     lengths: Lengths = Lengths()
-    padding: float = 0.74
-    lanes: float = 0.66
+    padding: float = 0.8
+    lanes: float = 0.77
     fill: float = 0.97
     tail: float = 1.0
     places: float = 1.31
