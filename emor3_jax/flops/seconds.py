@@ -224,7 +224,8 @@ class Phase(NamedTuple):
     Attributes:
       flops, memory, links: seconds that each takes alone; weights are gathered and gradients
         scattered (`links`) while others are multiplied.
-      sums: seconds of the sums over `tensor`, for which each layer waits.
+      sums: seconds of the sums over `tensor`, and of the logits that it gathers, for which layers
+        and tokens wait.
     """
 
     flops: float = 0.0
@@ -383,8 +384,12 @@ def _decode(
     prompts = machine.slots / machine.parts * step.prompt_tokens / assumed.padding
     own = tokens / machine.parts * assumed.lengths.age * assumed.places
     read = rounds * (weights + prompts * token) + own * token
+    # A round sums two rows of bfloat16 features in each layer, and gathers float32 logits.
+    each = 2 * 2 * 2 * policy.num_layers * policy.hidden_size + 4 * policy.vocab_size
+    received = machine.lanes / machine.parts * each * (machine.tensor - 1) / machine.tensor
+    waits = 2 * policy.num_layers * assumed.latency * (machine.tensor > 1)
     return Phase(
         cost.executed / assumed.lanes / (chip.flops * assumed.flops_share * machine.devices),
         read / (chip.memory * assumed.memory_share),
-        sums=rounds * 2 * policy.num_layers * assumed.latency * (machine.tensor > 1),
+        sums=rounds * (received / (chip.links * assumed.links_share) + waits),
     )

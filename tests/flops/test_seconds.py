@@ -126,7 +126,11 @@ def test_decoding_reads_weights_prompts_and_keys_in_every_round() -> None:
     # Weights and heads are cut by two, but a device has twice the prompts.
     read = rounds * (1000 + 2 * prompts * token / 2) + 2 * own * token / 2
     assert halved.memory == pytest.approx(read / 1e5)
-    assert halved.sums == pytest.approx(rounds * 2 * SHAPES.num_layers * WHOLE.latency)
+    # Four lanes of a part: in each layer two sums, of which a device receives, twice, the half that
+    # it lacks; and half of the logits.
+    received = 4 * (2 * SHAPES.num_layers * 2 * SHAPES.hidden_size + 4 * SHAPES.vocab_size / 2)
+    waits = 2 * SHAPES.num_layers * WHOLE.latency
+    assert halved.sums == pytest.approx(rounds * (received / 1e4 + waits))
     # Of heads that do not go round, two devices read the same.
     shared = MACHINE._replace(tensor=4, fsdp=1)
     shapes = dataclasses.replace(SHAPES, num_kv_heads=2)
