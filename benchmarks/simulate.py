@@ -28,9 +28,11 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import simulate_padding
+from benchmarks.compile_matrix import config_of
 from benchmarks.options import whole
 from benchmarks.simulate_padding import draw_lengths
 from emor3_jax.models.decode_attention import places_read
+from emor3_jax.parallel import topology
 from emor3_jax.rollout import engine
 from emor3_jax.rollout.engine import Engine, Plan
 from emor3_jax.rollout.sampling import Sampling
@@ -55,14 +57,18 @@ class Case(NamedTuple):
     lanes: int
 
 
+def _case(name: str) -> Case:
+    """Returns a slice as the config of the 3B cuts it."""
+    config = config_of("3b", name)
+    parts, rollout = topology.parse(name).device_count // config.mesh.tensor, config.rollout
+    return Case(name, parts, *(n // parts for n in (rollout.slots, rollout.refill, rollout.lanes)))
+
+
 LANES = (
-    Case("v5e-64", 32, 16, 2, 32),
-    Case("v4-32", 16, 16, 2, 32),
-    Case("v4-8", 4, 16, 2, 32),
-    Case("v5p-8", 4, 64, 4, 128),
+    *map(_case, ("v5e-64", "v4-32", "v4-8", "v5p-8")),
     Case("one device", 1, 64, 4, 128),
 )
-"""Fewer lanes than responses: a lane is refilled when its response ends. Sizes of the configs."""
+"""Fewer lanes than responses: a lane is refilled when its response ends."""
 
 GROUPS = tuple(case._replace(slots=case.lanes // 8) for case in LANES)
 """A lane for each response of a prompt in flight: a slot is refilled when its group has ended."""

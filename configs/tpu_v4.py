@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from configs.qwen_vl import Layout, on_slice
 
 LAYOUTS = {
-    "3b": Layout(chips=4),
-    "7b": Layout(chips=16, tensor=2),
-    "qwen3_vl_2b": Layout(chips=4, tensor=2),
-    "qwen3_vl_4b": Layout(chips=8, tensor=2),
-    "qwen3_vl_8b": Layout(chips=16, tensor=4),
+    "3b": Layout(chips=4, most=4),
+    "7b": Layout(chips=16, tensor=4, most=4, slots=8, lanes=16),
+    "qwen3_vl_2b": Layout(chips=4, slots=8, lanes=16),
+    "qwen3_vl_4b": Layout(chips=8, slots=8, lanes=16),
+    "qwen3_vl_8b": Layout(chips=16, tensor=4, slots=4, lanes=8),
 }
 
 

@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 from configs.qwen_vl import Layout, on_slice
 
 LAYOUTS = {
-    "3b": Layout(chips=4, slots=64, refill=4, lanes=128, micro=2),
-    "7b": Layout(chips=4, slots=32, refill=4, lanes=64),
-    "qwen3_vl_2b": Layout(chips=4, slots=64, refill=4, lanes=128, micro=2),
-    "qwen3_vl_4b": Layout(chips=4, slots=32, refill=4, lanes=64),
-    "qwen3_vl_8b": Layout(chips=4, tensor=2, slots=32, refill=4, lanes=64),
+    "3b": Layout(chips=4, tensor=1, most=4, slots=64, lanes=128, refill=4, micro=2),
+    "7b": Layout(chips=4, tensor=1, most=4, slots=32, lanes=64, refill=4),
+    "qwen3_vl_2b": Layout(chips=4, tensor=1, slots=64, lanes=128, refill=4, micro=2),
+    "qwen3_vl_4b": Layout(chips=4, tensor=1, slots=32, lanes=64, refill=4),
+    "qwen3_vl_8b": Layout(chips=4, slots=16, lanes=32, refill=4),
 }
 
 

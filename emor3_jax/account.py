@@ -34,7 +34,15 @@ from emor3_jax.flops import (
     phase_costs,
     total,
 )
-from emor3_jax.flops.seconds import CHIPS, REASONS, Assumptions, Machine, Phase, phase_seconds
+from emor3_jax.flops.seconds import (
+    CHIPS,
+    REASONS,
+    Assumptions,
+    Machine,
+    Moved,
+    Phase,
+    phase_seconds,
+)
 from emor3_jax.models.family import Shapes
 from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import axis_sizes, check_policy
@@ -151,14 +159,14 @@ class Estimate:
         lines = [
             f"An estimate, no measurement: {self.seconds:.0f} s a step on {self.topology.name}.",
             "",
-            "| phase | products s | memory s | links s | seconds | bound by |",
-            "|---|---:|---:|---:|---:|---|",
+            "| phase | products s | memory s | links s | sums s | seconds | bound by |",
+            "|---|---:|---:|---:|---:|---:|---|",
             *(
-                f"| {name} | {x.flops:.2f} | {x.memory:.2f} | {x.links:.2f} | {x.seconds:.2f} "
-                f"| {x.bound} |"
+                f"| {name} | {x.flops:.2f} | {x.memory:.2f} | {x.links:.2f} | {x.sums:.2f} "
+                f"| {x.seconds:.2f} | {x.bound} |"
                 for name, x in self.phases.items()
             ),
-            f"| sum | | | | {self.seconds:.2f} | |",
+            f"| sum | | | | | {self.seconds:.2f} | |",
             "",
             "| assumed | value | why |",
             "|---|---:|---|",
@@ -224,12 +232,12 @@ def estimate(
     )
 
 
-def _moved(file: Path, name: str) -> dict[str, float]:
+def _moved(file: Path, name: str) -> dict[str, Moved]:
     if not is_file(file):
         raise UserError(f"compiled={str(file)!r}: no such file; python -m emor3_jax.compile --json")
     found = read_json(file)
     try:
-        moved = {x["name"]: x["calls"] * sum(x["moved"].values()) for x in found["programs"]}
+        moved = {x["name"]: _received(x["calls"], x["moved"]) for x in found["programs"]}
         topology = found["topology"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         rule = "must be a file that python -m emor3_jax.compile --json wrote"
@@ -237,6 +245,11 @@ def _moved(file: Path, name: str) -> dict[str, float]:
     if topology != name:
         raise UserError(f"compiled={str(file)!r}: is of {topology}, not of on={name!r}")
     return moved
+
+
+def _received(calls: int, kinds: dict[str, int]) -> Moved:
+    summed = kinds.get("all-reduce", 0)
+    return Moved(calls * (sum(kinds.values()) - summed), calls * summed)
 
 
 def define_flags() -> None:

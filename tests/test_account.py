@@ -64,19 +64,23 @@ def test_the_program_prints_tables() -> None:
 
 def test_the_program_estimates_seconds_on_devices_that_are_not_here() -> None:
     command = ["emor3_jax.account", "--on=v5e-64"]
-    command += ["--config=configs/tpu_v5e.py:3b,chips=64"]
-    found = {}
-    # Before, and with micro-batches of lengths of their own, refilled lanes and a ragged decode.
-    for assumed in ("padding=0.13,lanes=0.38,fill=0.38,tail=0.001,places=20,chunk=32", ""):
-        done = program.run(*command, f"--assume={assumed}")
-        assert done.returncode == 0, done.stderr
-        said = re.match(r"An estimate, no measurement: (\d+) s a step on v5e-64\.", done.stdout)
-        found[assumed] = int(said[1])
-    before, now = found.values()
-    # By another estimate, a simulation of the engine's loop with a roofline, 117 s before.
-    assert before == pytest.approx(117, rel=0.1)
+    done = program.run(*command, "--config=configs/tpu_v5e.py:3b,chips=64")
+    assert done.returncode == 0, done.stderr
+    said = re.match(r"An estimate, no measurement: (\d+) s a step on v5e-64\.", done.stdout)
     # The target of the release's settings on 64 chips.
-    assert now <= 45
+    assert int(said[1]) <= 45
+
+
+def test_the_estimate_of_the_program_before_is_that_of_a_simulation() -> None:
+    """Of the engine's loop with a roofline, which has no waits for sums: 117 s."""
+    config = tpu_v5e.get_config("3b,chips=64")
+    # As slices were cut then.
+    config.mesh.tensor, config.rollout.refill, config.policy_update.micro_prompts = 2, 64, 32
+    # Without micro-batches of lengths of their own, refilled lanes and a ragged decode.
+    then = "padding=0.13,lanes=0.38,fill=0.38,tail=0.001,places=20,chunk=32"
+    before = account.estimate(config, "v5e-64", Assumptions().changed(then))
+    roofline = sum(phase.seconds - phase.sums for phase in before.phases.values())
+    assert roofline == pytest.approx(117, rel=0.1)
 
 
 def test_an_estimate_refuses_the_collectives_of_other_devices(tmp_path: Path) -> None:
@@ -87,8 +91,9 @@ def test_an_estimate_refuses_the_collectives_of_other_devices(tmp_path: Path) ->
     program = {"name": "update", "calls": 2, "moved": {"all-gather": 35e9, "all-reduce": 35e9}}
     file.write_text(json.dumps({"topology": "v5e-64", "programs": [program]}))
     found = account.estimate(config, "v5e-64", Assumptions(links_share=1.0), file)
-    # 140 GB at 100 GB/s.
-    assert found.phases["update"].links == pytest.approx(1.4)
+    # 70 GB each at 100 GB/s.
+    update = found.phases["update"]
+    assert update.links == update.sums == pytest.approx(0.7)
     with pytest.raises(UserError, match="is of v5e-64, not of on='v4-8'"):
         account.estimate(config, "v4-8", Assumptions(), file)
     for text in ("# a page", "[]", '{"topology": "v5e-64"}', '{"programs": [{"name": "update"}]}'):

@@ -1,9 +1,9 @@
 """Seconds of a training step by phase: a roofline model, an estimate and no measurement.
 
 A phase takes as long as the longest of three: its FLOPs by the peak of the chips, its bytes by the
-bandwidth of their memory, and the bytes that its collectives receive by that of their links; each
-bandwidth times the share of it that is reached. What is assumed stands in `Assumptions`; the
-figures of chips in `CHIPS`.
+bandwidth of their memory, and the bytes of weights and gradients that it receives by that of their
+links; each bandwidth times the share of it that is reached. Sums over `tensor` come on top: a layer
+waits for them. What is assumed stands in `Assumptions`; the figures of chips in `CHIPS`.
 
 Left out, numbered:
  1. The host: reading images, dispatch, logs; they run beside the devices.
@@ -116,8 +116,8 @@ class Assumptions(NamedTuple):
 
     prompt_tokens: int = 1024
     lengths: Lengths = Lengths()
-    padding: float = 0.74
-    lanes: float = 0.66
+    padding: float = 0.8
+    lanes: float = 0.77
     fill: float = 0.97
     tail: float = 1.0
     places: float = 1.31
@@ -225,22 +225,38 @@ class Phase(NamedTuple):
     """Seconds of a phase by each bound.
 
     Attributes:
-      flops, memory, links: seconds that each takes alone.
+      flops, memory, links: seconds that each takes alone; weights are gathered and gradients
+        scattered (`links`) while others are multiplied.
+      sums: seconds of the sums over `tensor`, and of the logits that it gathers, for which layers
+        and tokens wait.
     """
 
     flops: float = 0.0
     memory: float = 0.0
     links: float = 0.0
+    sums: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Seconds of the phase: the longest of the three, which run at once."""
-        return max(self)
+        """Seconds of the phase: the longest of the three that run at once, then the sums."""
+        return max(self[:3]) + self.sums
 
     @property
     def bound(self) -> str:
-        """Name of the longest of the three: "flops", "memory" or "links"."""
-        return self._fields[self.index(self.seconds)]
+        """Name of the longest of the four: "flops", "memory", "links" or "sums"."""
+        return self._fields[self.index(max(self))]
+
+
+class Moved(NamedTuple):
+    """Bytes that a device receives in all calls of a program of a step.
+
+    Attributes:
+      gathered: of weights and gradients, whatever else others work on meanwhile.
+      summed: of sums over `tensor`.
+    """
+
+    gathered: float = 0.0
+    summed: float = 0.0
 
 
 def phase_seconds(
@@ -250,7 +266,7 @@ def phase_seconds(
     machine: Machine,
     assumed: Assumptions,
     parameters: int,
-    moved: Mapping[str, float] | None = None,
+    moved: Mapping[str, Moved] | None = None,
 ) -> dict[str, Phase]:
     """Returns phase → seconds of a step.
 
@@ -261,8 +277,7 @@ def phase_seconds(
       machine: the devices.
       assumed: the assumptions.
       parameters: of the policy, all.
-      moved: program → bytes that a device receives in all its calls of a step, from compiled
-        programs; None counts them from shapes.
+      moved: program → what a device receives, of compiled programs; None counts it from shapes.
     """
     chip, tensor, fsdp = machine.chip, machine.tensor, machine.fsdp
     flop_rate = chip.flops * assumed.flops_share * machine.devices
@@ -278,8 +293,9 @@ def phase_seconds(
         padded = sum(costs[name].executed for name in names if name in costs)
         return padded / assumed.padding / flop_rate
 
-    def received(name: str, counted: float) -> float:
-        return (counted if moved is None else moved.get(name, 0.0)) / link_rate
+    def received(name: str, gathered: float, summed: float = 0.0) -> dict[str, float]:
+        found = Moved(gathered, summed) if moved is None else moved.get(name, Moved())
+        return {"links": found.gathered / link_rate, "sums": found.summed / link_rate}
 
     def summed(tokens: float, passes: int, reader: Shapes = policy) -> float:
         """Bytes of the two sums of activations over `tensor` in each layer and pass."""
@@ -294,12 +310,12 @@ def phase_seconds(
         # The float32 weights are read, gathered ones of two bytes or one are written.
         "weight sync": Phase(
             memory=(4 * every + decoding) / byte_rate,
-            links=received("weight_sync", away * decoding),
+            **received("weight_sync", away * decoding),
         ),
         "vision and prefill": Phase(
             products("vision", "prefill"),
             waves * decoding / byte_rate,
-            received("prefill", summed(read, 1)),
+            **received("prefill", 0.0, summed(read, 1)),
         ),
         "decode": _decode(policy, step, costs["decode"], machine, assumed, decoding),
     }
@@ -311,8 +327,8 @@ def phase_seconds(
         found["judge"] = Phase(
             products("judge"),
             (waves + 1 + 1 / fsdp) * asked / byte_rate,
-            received("judge.weight_sync", away * asked)
-            + received("judge.prefill", summed(tokens, 1, step.judge.policy)),
+            received("judge.weight_sync", away * asked)["links"],
+            received("judge.prefill", 0.0, summed(tokens, 1, step.judge.policy))["sums"],
         )
     for name, question in step.questions.items():
         # The question is read once a wave; each further token of its reply reads all weights again.
@@ -320,7 +336,7 @@ def phase_seconds(
         tokens = question.head * question.with_image + question.text + question.tail
         reader = step.judge.policy if "judge" in costs else policy
         sums = summed(step.prompts * step.responses * tokens, 1, reader)
-        found[name] = Phase(products(name), reads * asked / byte_rate, received(name, sums))
+        found[name] = Phase(products(name), reads * asked / byte_rate, **received(name, 0.0, sums))
     # Layers are gathered in bfloat16 for each micro-batch: forward, and in an update backward too,
     # from where float32 gradients are scattered.
     rounds = machine.micro_batches
@@ -332,7 +348,7 @@ def phase_seconds(
             found[name] = Phase(
                 products(name),
                 rounds * weights / byte_rate,
-                received(name, gathers + summed(read + written, 1)),
+                **received(name, gathers, summed(read + written, 1)),
             )
     # Weights, gradient and two moments of AdamW: read and written.
     adam = machine.updates * 2 * 4 * 4 * every
@@ -340,7 +356,7 @@ def phase_seconds(
         products("update"),
         # Each chunk of logits adds to the head's gradient.
         (rounds * 2 * weights + chunks * 2 * head + adam) / byte_rate,
-        received("update", 2 * gathers + 2 * gathers + summed(read + written, 3)),
+        **received("update", 2 * gathers + 2 * gathers, summed(read + written, 3)),
     )
     return found
 
@@ -364,14 +380,19 @@ def _decode(
     tokens = step.prompts * step.responses * step.response_tokens
     # All lanes are busy until no response waits; then the longest one goes on to its end.
     rounds = tokens / (machine.lanes * assumed.fill) + assumed.tail * assumed.lengths.most
-    heads = machine.tensor if policy.num_kv_heads % machine.tensor == 0 else 1
-    token = 2 * 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim / heads
+    # Devices that share a head read it alone, though they keep all (`models.decode_attention`).
+    heads = policy.num_kv_heads / math.gcd(policy.num_kv_heads, machine.tensor)
+    token = 2 * 2 * policy.num_layers * heads * policy.head_dim
     # Of a device: the prompts of its slots in every round, and what its responses have written.
     prompts = machine.slots / machine.parts * step.prompt_tokens / assumed.padding
     own = tokens / machine.parts * assumed.lengths.age * assumed.places
     read = rounds * (weights + prompts * token) + own * token
+    # A round sums two rows of bfloat16 features in each layer, and gathers float32 logits.
+    each = 2 * 2 * 2 * policy.num_layers * policy.hidden_size + 4 * policy.vocab_size
+    received = machine.lanes / machine.parts * each * (machine.tensor - 1) / machine.tensor
+    waits = 2 * policy.num_layers * assumed.latency * (machine.tensor > 1)
     return Phase(
         cost.executed / assumed.lanes / (chip.flops * assumed.flops_share * machine.devices),
         read / (chip.memory * assumed.memory_share),
-        rounds * 2 * policy.num_layers * assumed.latency * (machine.tensor > 1),
+        sums=rounds * (received / (chip.links * assumed.links_share) + waits),
     )

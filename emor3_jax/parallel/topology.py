@@ -158,6 +158,8 @@ class Topology(NamedTuple):
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         # Else it prints that it knows none.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        # Likewise of the machine that it runs on, which need not be what it compiles for.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
         from jax.experimental import topologies
 
         chip = self.chip

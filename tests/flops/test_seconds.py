@@ -1,5 +1,6 @@
 """Seconds of a step by hand, and what they follow."""
 
+import dataclasses
 import math
 import statistics
 
@@ -16,6 +17,7 @@ from emor3_jax.flops.seconds import (
     ChipSpeed,
     Lengths,
     Machine,
+    Moved,
     Phase,
     layer_weights,
     phase_seconds,
@@ -78,6 +80,22 @@ def test_each_phase_is_the_longest_of_three() -> None:
     adam = 2 * 2 * 4 * 4 * 250
     assert found["update"].memory == pytest.approx((4 * 2 * 2000 + chunks + adam) / 1e5)
     assert found["update"].seconds == max(found["update"])
+    assert found["update"].sums == 0
+
+
+def test_a_layer_waits_for_its_sums_over_tensor() -> None:
+    args = SHAPES, STEP, COSTS, MACHINE._replace(tensor=2, fsdp=2), WHOLE, PARAMETERS
+    found = phase_seconds(*args)
+    # Two sums a layer of bfloat16 features; a device receives, twice, the half that it lacks. Half
+    # of the 8 prompts of 20 tokens are its own, and as much again is padding.
+    each = 2 * SHAPES.num_layers * 2 * SHAPES.hidden_size * (8 * 20 / 0.5) / 2
+    assert found["vision and prefill"].sums == pytest.approx(each / 1e4)
+    # Prompts and 16 responses of 30 tokens: once by the reference, forward, again and back.
+    each *= (8 * 20 + 480) / (8 * 20)
+    assert found["reference"].sums == pytest.approx(each / 1e4)
+    assert found["update"].sums == pytest.approx(3 * each / 1e4)
+    update = found["update"]
+    assert update.seconds == max(update.flops, update.memory, update.links) + update.sums
 
 
 def test_a_judge_has_weights_of_its_own() -> None:
@@ -102,13 +120,24 @@ def test_decoding_reads_weights_prompts_and_keys_in_every_round() -> None:
     read = rounds * (2000 + prompts * token) + own * token
     assert decode.memory == pytest.approx(read / 1e5)
     assert decode.flops == 6e6 / 0.5 / 4e6
-    assert decode.links == 0
+    assert decode.links == decode.sums == 0
     cut = MACHINE._replace(tensor=2, fsdp=2)
     halved = phase_seconds(SHAPES, STEP, COSTS, cut, WHOLE, PARAMETERS)["decode"]
     # Weights and heads are cut by two, but a device has twice the prompts.
     read = rounds * (1000 + 2 * prompts * token / 2) + 2 * own * token / 2
     assert halved.memory == pytest.approx(read / 1e5)
-    assert halved.links == pytest.approx(rounds * 2 * SHAPES.num_layers * WHOLE.latency)
+    # Four lanes of a part: in each layer two sums, of which a device receives, twice, the half that
+    # it lacks; and half of the logits.
+    received = 4 * (2 * SHAPES.num_layers * 2 * SHAPES.hidden_size + 4 * SHAPES.vocab_size / 2)
+    waits = 2 * SHAPES.num_layers * WHOLE.latency
+    assert halved.sums == pytest.approx(rounds * (received / 1e4 + waits))
+    # Of heads that do not go round, two devices read the same.
+    shared = MACHINE._replace(tensor=4, fsdp=1)
+    shapes = dataclasses.replace(SHAPES, num_kv_heads=2)
+    found = phase_seconds(shapes, STEP, COSTS, shared, WHOLE, PARAMETERS)["decode"]
+    token = 2 * 2 * shapes.num_layers * shapes.head_dim
+    read = rounds * (500 + 4 * prompts * token) + 4 * own * token
+    assert found.memory == pytest.approx(read / 1e5)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -136,8 +165,10 @@ def test_the_rollout_reads_a_byte_for_each_weight_of_int8_layers(family: str) ->
 
 def test_collectives_of_compiled_programs_replace_the_counted_ones() -> None:
     found = phase_seconds(
-        SHAPES, STEP, COSTS, MACHINE, WHOLE, PARAMETERS, {"update": 5e4, "weight_sync": 1e4}
+        *(SHAPES, STEP, COSTS, MACHINE, WHOLE, PARAMETERS),
+        {"update": Moved(5e4, 2e4), "weight_sync": Moved(1e4)},
     )
+    assert found["update"].sums == 2.0
     assert (found["update"].links, found["weight sync"].links) == (5.0, 1.0)
     assert found["reference"].links == 0
 
@@ -183,3 +214,4 @@ def test_every_kind_of_device_has_a_speed() -> None:
 
 def test_the_longest_bound_is_named() -> None:
     assert Phase(1.0, 3.0, 2.0).bound == "memory" and Phase(1.0, 3.0, 2.0).seconds == 3.0
+    assert Phase(1.0, 3.0, 2.0, 4.0).bound == "sums" and Phase(1.0, 3.0, 2.0, 4.0).seconds == 7.0
