@@ -100,7 +100,10 @@ def compile_cell(size: str, name: str, programs: list[str]) -> None:
         command += [f"--topology={name}", f"--only={','.join(programs)}", f"--json={out}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not out.exists():
-            print(f"{size} {name}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            lines = done.stderr.strip().splitlines()
+            # A check of the compiler's own that fails ends its process, with a trace behind it.
+            crash = [x for x in lines if x.startswith("compiling ") or "Check failed" in x][-2:]
+            print(f"{size} {name}: {crash if done.returncode < 0 else lines[-1:]}", flush=True)
             return
         cell = json.loads(out.read_text())
     programs_found = cell.pop("programs")

@@ -14,7 +14,7 @@ does not fit. What is assumed stands in `emor3_jax/compiler/step.py`; docs/compi
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +113,11 @@ class Compiled:
 
 
 def compile_config(
-    config: ConfigDict, name: str, only: tuple[str, ...] = (), say: Any = lambda report: None
+    config: ConfigDict,
+    name: str,
+    only: tuple[str, ...] = (),
+    say: Callable[[Report], None] = lambda report: None,
+    begin: Callable[[str], None] = lambda program: None,
 ) -> Compiled:
     """Compiles the programs of a step of a config.
 
@@ -122,6 +126,7 @@ def compile_config(
       name: of the topology.
       only: names or families of the programs to compile (`matches`); empty for all.
       say: told of each report.
+      begin: told the name of each program before it is compiled.
 
     Raises:
       ConfigError, MeshError, TopologyError: before any compile, for what cannot be compiled.
@@ -132,7 +137,10 @@ def compile_config(
 
     def wanted(program: str) -> bool:
         names.append(program)
-        return not only or any(matches(x, program) for x in only)
+        if only and not any(matches(x, program) for x in only):
+            return False
+        begin(program)
+        return True
 
     reports = place.record(Recorder(place.mesh, wanted, say, slices.chip.usable))
     parts = place.mesh.shape["data"] * place.mesh.shape["fsdp"]
@@ -238,7 +246,11 @@ def main(config: ConfigDict) -> None:
         needed = f"{report.needed / 2**30:.2f} GiB"
         print(f"compiled {report.name}: {needed}", file=sys.stderr, flush=True)
 
-    found = compile_config(config, given.topology, only, say)
+    def begin(program: str) -> None:
+        # A compiler that fails a check of its own ends the process: this names the program then.
+        print(f"compiling {program}", file=sys.stderr, flush=True)
+
+    found = compile_config(config, given.topology, only, say, begin)
     chip = found.topology.chip
     print(
         f"{found.topology.name}: {found.topology.device_count} devices, each with "
