@@ -173,7 +173,7 @@ class Layout(NamedTuple):
         and all parts decode until the one with the most tokens has ended: of 32 parts of a v5e-64
         the lanes sampled in 66 % of the steps, of 16 in 77 (`python -m benchmarks.simulate`).
         """
-        tensor = self.tensor
+        tensor = min(self.tensor, devices)
         while devices // tensor > FSDP and tensor < self.most:
             tensor *= 2
         return tensor

@@ -21,7 +21,8 @@ LAYOUTS = {
     "7b": Layout(chips=16, tensor=4, most=4, slots=8, lanes=16),
     "qwen3_vl_2b": Layout(chips=4, slots=8, lanes=16),
     "qwen3_vl_4b": Layout(chips=8, slots=8, lanes=16),
-    "qwen3_vl_8b": Layout(chips=16, tensor=4, slots=4, lanes=8),
+    # With tensor=4 the TPU's compiler (libtpu 0.0.52) ends the process at the update on 16 chips.
+    "qwen3_vl_8b": Layout(chips=16, tensor=8, slots=4, lanes=8),
 }
 
 
