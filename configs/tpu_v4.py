@@ -6,8 +6,8 @@ python -m emor3_jax.train --config=configs/tpu_v4.py --workdir=DIR \\
 
 `--config=configs/tpu_v4.py:7b,chips=32` takes the 7B on 32 chips.
 
-By the TPU's compiler the 3B fits a v4-8 (4 chips), where the update needs the most, 29.2 of 30.75
-GiB a device; the 7B a v4-32 (16 chips), and not a v4-16, where weight sync and update are over.
+By the TPU's compiler the 3B fits a v4-8 (4 chips), where the update needs the most, 30.3 of 30.75
+GiB a device; the 7B a v4-32 (16 chips), and not a v4-16, where the update is over, by 2.8 GiB.
 Memory by program, and what has not been compiled since sizes here changed:
 docs/results/compile.md, docs/train_3b.md.
 """
