@@ -148,7 +148,7 @@ class Layout(NamedTuple):
     Attributes:
       chips: of the smallest slice that the compiler says it fits, the default.
       tensor: mesh.tensor, on slices of up to `FSDP` parts; the rest of a slice is mesh.fsdp.
-      most: mesh.tensor on the largest slices: it is doubled until there are `FSDP` parts.
+      most: mesh.tensor at the most: on larger slices it is doubled until there are `FSDP` parts.
       slots, lanes: prompts and responses in flight, for each device. A prompt stays until the
         longest of its responses ends, about four times as long as one response takes: so there are
         four times as many slots as G lanes each would fill.
@@ -166,15 +166,17 @@ class Layout(NamedTuple):
     micro: int = 1
     devices: int = 1
 
-    def tensor_on(self, devices: int) -> int:
-        """Returns mesh.tensor on so many devices.
+    def tensor_on(self, devices: int, slices: int = 1) -> int:
+        """Returns mesh.tensor on so many devices of all slices; it stays within a slice.
 
         A decoded token reads all weights, of which a device has the part that `tensor` leaves it,
         and all parts decode until the one with the most tokens has ended: of 32 parts of a v5e-64
         the lanes sampled in 66 % of the steps, of 16 in 77 (`python -m benchmarks.simulate`).
         """
-        tensor = min(self.tensor, devices)
-        while devices // tensor > FSDP and tensor < self.most:
+        tensor, within = self.tensor, max(devices // slices, 1)
+        while tensor > within:
+            tensor //= 2
+        while devices // tensor > FSDP and 2 * tensor <= min(self.most, within):
             tensor *= 2
         return tensor
 
@@ -197,10 +199,10 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
     size = next((size for size in layouts if size in chosen), "3b")
     layout = layouts[size]
     devices = (numbers["chips"] or layout.chips) * layout.devices
-    tensor = layout.tensor_on(devices)
+    slices = numbers["slices"]
+    tensor = layout.tensor_on(devices, slices)
     parts = devices // tensor
     config = get_config()
-    slices = numbers["slices"]
     if parts % slices:
         raise UserError(
             f"slices={slices}: must divide the {parts} parts that {devices // layout.devices} "

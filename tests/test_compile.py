@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from jax.sharding import AbstractMesh
@@ -141,6 +142,11 @@ def test_a_config_follows_the_chips() -> None:
     meshes = [(config.mesh.tensor, config.mesh.data) for config in _on(32, 64, 128, 256)]
     assert meshes == [(2, 1), (4, 1), (4, 2), (4, 4)]
     assert on_slice("chips=128,slices=2", LAYOUTS).mesh.data == 2
+    # tensor stays within a slice, also where that has fewer chips.
+    small = on_slice("chips=4,slices=4", LAYOUTS).mesh
+    assert (small.tensor, small.data) == (1, 4)
+    many = on_slice("chips=128,slices=64", LAYOUTS).mesh
+    assert (many.tensor, many.data) == (2, 64)
     assert tpu_v4.get_config("7b,chips=32").policy.path == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
@@ -160,6 +166,14 @@ def _on(*chips: int) -> Iterator[ConfigDict]:
 def test_an_unknown_option_of_a_config_is_refused(options: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         on_slice(options, LAYOUTS)
+
+
+@pytest.mark.parametrize("size", POLICIES)
+@pytest.mark.parametrize("kind", [tpu_v4, tpu_v5e, tpu_v5p, tpu_v6e])
+def test_chips_that_are_no_power_of_two_are_refused_by_name(kind: ModuleType, size: str) -> None:
+    for chips in (3, 6, 12, 48, 96):
+        with pytest.raises(ValueError, match=f"chips={chips}: must be a power of two"):
+            kind.get_config(f"{size},chips={chips}")
 
 
 @pytest.mark.parametrize("size", POLICIES)
