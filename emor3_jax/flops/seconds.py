@@ -226,7 +226,7 @@ class Phase(NamedTuple):
 
     Attributes:
       flops, memory, links: seconds that each takes alone; weights are gathered and gradients
-        scattered (`links`) while others are multiplied.
+        scattered (`links`) during the products of other layers.
       sums: seconds of the sums over `tensor`, and of the logits that it gathers, for which layers
         and tokens wait.
     """
@@ -251,8 +251,9 @@ class Moved(NamedTuple):
     """Bytes that a device receives in all calls of a program of a step.
 
     Attributes:
-      gathered: of weights and gradients, whatever else others work on meanwhile.
-      summed: of sums over `tensor`.
+      gathered: of weights and gradients, while the device computes.
+      summed: of sums over `tensor`; of compiled programs, of all sums, also those of gradients over
+        `data`, which their text does not tell apart.
     """
 
     gathered: float = 0.0
@@ -324,11 +325,12 @@ def phase_seconds(
         # Its weights are kept in bfloat16, and gathered anew for each step.
         asked = 2 * step.judge.parameters / tensor
         tokens = step.prompts * step.judge.tokens
+        synced = received("judge.weight_sync", away * asked)
+        read_by_it = received("judge.prefill", 0.0, summed(tokens, 1, step.judge.policy))
         found["judge"] = Phase(
             products("judge"),
             (waves + 1 + 1 / fsdp) * asked / byte_rate,
-            received("judge.weight_sync", away * asked)["links"],
-            received("judge.prefill", 0.0, summed(tokens, 1, step.judge.policy))["sums"],
+            **{name: synced[name] + read_by_it[name] for name in synced},
         )
     for name, question in step.questions.items():
         # The question is read once a wave; each further token of its reply reads all weights again.

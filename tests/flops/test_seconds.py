@@ -107,6 +107,9 @@ def test_a_judge_has_weights_of_its_own() -> None:
     # 1000 bytes for each of four waves; a quarter of them read, and all written, when gathered.
     assert found["judge"].memory == pytest.approx(5.25 * 1000 / 1e5)
     assert found["judge"].links == pytest.approx(0.75 * 1000 / 1e4)
+    moved = {"judge.weight_sync": Moved(1e4, 2e4), "judge.prefill": Moved(3e4, 4e4)}
+    judged = phase_seconds(SHAPES, step, costs, MACHINE, WHOLE, PARAMETERS, moved)["judge"]
+    assert (judged.links, judged.sums) == (4.0, 6.0)
     assert found["coherence"].memory == pytest.approx(4 * 3 * 1000 / 1e5)
 
 
