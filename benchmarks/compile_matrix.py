@@ -4,9 +4,9 @@
     python -m benchmarks.compile_matrix [--sizes=3b] [--only=decode,update] [v4-8 …]
     python -m benchmarks.compile_matrix --before=2026-11-29 v4-8
 
-A program that was compiled before is not compiled again, but with `--before` where that was before
-a date: each result is a line of `docs/results/compile.jsonl` as soon as it is there, with its date
-and commit, in place of the one before; the page says what has not been run.
+A program that was compiled before is not compiled again; with `--before` it is, if that was before
+the date. Each result is a line of `docs/results/compile.jsonl` as soon as it is there, with its
+date and commit, and replaces the earlier one; the page says what has not been run.
 """
 
 import argparse
@@ -112,12 +112,15 @@ def compile_cell(size: str, name: str, programs: list[str]) -> None:
 
 
 def _keep(rows: list[dict[str, Any]]) -> None:
-    """Writes rows at the end of the results, and takes out those that they stand for."""
+    """Writes rows at the end of the results, in the place of earlier ones of the same programs."""
     anew = {(row["size"], row["topology"], row["name"]) for row in rows}
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     there = [json.loads(line) for line in lines]
     kept = [x for x in there if (x["size"], x["topology"], x["name"]) not in anew]
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *rows)))
+    # In one move: what stops it in the middle must not cost the results of days.
+    new = RESULTS.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *rows)))
+    new.replace(RESULTS)
 
 
 def _commit() -> str:
@@ -152,8 +155,8 @@ def _fit_table(found: Results) -> list[str]:
         "## HBM of a device",
         "",
         "GiB while each program runs, with all that lies there meanwhile; **bold** is over what",
-        "the device has. *Italics*: compiled for other numbers of slots, lanes or prompts than the",
-        "config has today, which the row shows. An empty cell has not been run.",
+        "the device has. *Italics*: compiled for another mesh, or other numbers of slots, lanes or",
+        "prompts, than the config has today, which the row shows. An empty cell has not been run.",
         "",
         f"| policy | slice | mesh | {' | '.join((*SHOWN, *PROGRAMS))} | verdict |",
         f"|---|---|---|{'---:|' * (len(SHOWN) + len(PROGRAMS))}---|",
@@ -197,6 +200,10 @@ def _needed(row: dict[str, Any], is_of_other_sizes: bool) -> str:
     return f"{mark}{row['needed'] / 2**30:.1f}{mark}"
 
 
+def _marked(figure: str, is_of_other_sizes: bool) -> str:
+    return f"*{figure}*" if figure and is_of_other_sizes else figure
+
+
 def _traffic_table(found: Results) -> list[str]:
     kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
     lines = [
@@ -204,6 +211,7 @@ def _traffic_table(found: Results) -> list[str]:
         "",
         "GiB that each device receives in all updates of a step, and in a weight sync;",
         "TFLOP of a device in the updates of a step. Empty: refused for its size, not counted.",
+        "*Italics* as above.",
         "",
         f"| policy | slice | devices | {' | '.join(kinds)} | all | weight_sync | TFLOP |",
         f"|---|---|---:|{'---:|' * len(kinds)}---:|---:|---:|",
@@ -219,12 +227,14 @@ def _traffic_table(found: Results) -> list[str]:
             if row["moved"]:
                 sizes = [row["calls"] * row["moved"].get(kind, 0) / 2**30 for kind in kinds]
                 moved, total = [f"{x:,.1f}" for x in sizes], f"{sum(sizes):,.0f}"
-            handed = sum(cell["weight_sync"]["moved"].values()) / 2**30
-            lines.append(
-                f"| {size.upper()} | {name} | {row['devices']} "
-                f"| {' | '.join(moved)} | {total} | {f'{handed:.1f}' if handed else ''} "
-                f"| {row['flops_a_step'] / 1e12:,.0f} |"
-            )
+            config, sync = config_of(size, name), cell["weight_sync"]
+            handed = sum(sync["moved"].values()) / 2**30
+            figures = [
+                *(_marked(x, is_older(row, config)) for x in (*moved, total)),
+                _marked(f"{handed:.1f}" if handed else "", is_older(sync, config)),
+                f"{row['flops_a_step'] / 1e12:,.0f}",
+            ]
+            lines.append(f"| {size.upper()} | {name} | {row['devices']} | {' | '.join(figures)} |")
     return lines
 
 

@@ -1,7 +1,12 @@
 """The page of the compiler's table, from results that are given."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks import compile_matrix
 from benchmarks.compile_matrix import PROGRAMS, config_of, page
 
 _NOW = config_of("3b", "v4-16")
@@ -74,3 +79,25 @@ def test_a_refused_program_shows_no_traffic_rather_than_none_moved() -> None:
     fit, traffic = _lines(_row("update", {}, False), _row("weight_sync", {}, False))
     assert "**20.0**" in fit and "does not fit" in fit
     assert traffic == "| 3B | v4-16 | 8 |  |  |  |  |  |  |  | 3 |"
+
+
+def test_traffic_of_another_mesh_is_marked() -> None:
+    update = _row("update", {"all-gather": 3 * 2**30}, True)
+    update["mesh"] = update["mesh"] | {"tensor": 8}
+    _, traffic = _lines(update, _row("weight_sync", {"all-gather": 2**30}, True))
+    assert traffic.startswith("| 3B | v4-16 | 8 | *6.0* |") and traffic.endswith(
+        "| *6* | 1.0 | 3 |"
+    )
+
+
+def test_a_program_that_is_compiled_anew_replaces_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "compile.jsonl"
+    monkeypatch.setattr(compile_matrix, "RESULTS", results)
+    rows = [{"size": "3b", "topology": "v4-8", "name": name, "date": "1"} for name in ("a", "b")]
+    compile_matrix._keep(rows)
+    compile_matrix._keep([rows[0] | {"date": "2"}, rows[0] | {"topology": "v4-16"}])
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    assert found == [rows[1], rows[0] | {"date": "2"}, rows[0] | {"topology": "v4-16"}]
+    assert list(tmp_path.iterdir()) == [results]
