@@ -269,7 +269,10 @@ _TOWER_THETA = 10_000
 
 
 def check_tower_rope(vision: Mapping[str, Any]) -> None:
-    """Raises ShapesError for a rope of the vision tower that transformers 5 could write."""
+    """Raises ShapesError for a rope of the vision tower but the one that is run.
+
+    transformers 5 can write others.
+    """
     rope = rope_of(vision, "default", "axial")
     theta = rope.get("rope_theta", vision.get("rope_theta", _TOWER_THETA))
     refuse_unless(theta == _TOWER_THETA, "vision rope_theta", theta)

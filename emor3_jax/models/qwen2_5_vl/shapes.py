@@ -153,7 +153,7 @@ class Qwen25VLShapes(Shapes):
 
 
 def _head_dim(hidden_size: Any, num_heads: Any) -> int:
-    """Returns the width of a head; 1 where `check_sizes` has one of the two to name."""
+    """Returns the width of a head; 1 if a size is wrong, which `check_sizes` then names."""
     try:
         return hidden_size // num_heads
     except (TypeError, ZeroDivisionError):
