@@ -71,7 +71,7 @@ class VllmFiles(NamedTuple):
       template: the chat template.
       tensors: file → names of its tensors.
       indexed: files that `model.safetensors.index.json` names; None without it.
-      settings: the file that `preprocessor` is from: that of a whole processor, if it holds it.
+      settings: name of the file that `preprocessor` is from.
     """
 
     config: Mapping[str, Any]
