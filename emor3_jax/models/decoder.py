@@ -33,7 +33,7 @@ from emor3_jax.models.layers import (
     TokenEmbedding,
     rematerialised,
 )
-from emor3_jax.parallel.mesh import keep_rows
+from emor3_jax.parallel.mesh import keep_rows, share_heads
 
 
 class DecoderShapes(NamedTuple):
@@ -112,8 +112,8 @@ class Attention(nn.Module):
             return RMSNorm(c.rms_norm_eps, dtype, name=f"{name}_norm")(out)
 
         q = rope.rotate(project("q", c.num_heads), *table, scale=c.head_dim**-0.5)
-        k = rope.rotate(project("k", c.num_kv_heads), *table)
-        v = project("v", c.num_kv_heads)
+        k = share_heads(rope.rotate(project("k", c.num_kv_heads), *table))
+        v = share_heads(project("v", c.num_kv_heads))
         if self.group is None:
             k, v = slots_last(k, v)
             out = attend(q, [*earlier, Own(k, v, own_mask, True, segments)], self.compute.attention)

@@ -226,6 +226,28 @@ def keep_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def share_heads(x: jax.Array) -> jax.Array:
+    """Repeats keys or values of a jitted program so that each part of `tensor` has a head.
+
+    With fewer heads than parts the compiler would cut within heads, as the projection is cut, and
+    the cache with them: decoding then gathered all of it for every token.
+
+    Args:
+      x: float[B, …, heads, head_dim]; left as it is where `tensor` divides the heads.
+
+    Returns:
+      float[B, …, heads * copies, head_dim], copies beside each other.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    copies = tensor // math.gcd(x.shape[-2], tensor)
+    if copies == 1:
+        return x
+    rows = BATCH[0] if len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    spec = P(rows, *[None] * (x.ndim - 3), "tensor")
+    return jax.lax.with_sharding_constraint(jnp.repeat(x, copies, axis=-2), spec)
+
+
 def by_rows(
     function: Callable[..., Any],
     weight: jax.Array,
