@@ -217,7 +217,11 @@ def check_comparison(config: ConfigDict, need: Need) -> None:
 
 
 def _untrained_groups(policy: ConfigDict) -> dict[str, str]:
-    """Returns group of `policy_update.rates` → the field that leaves it as it is."""
+    """Returns group of `policy_update.rates` → the field by which it is not trained.
+
+    Which modules are a merger's depends on the family: with an adapter in the tower, the mergers
+    count as trained.
+    """
     found = {}
     if policy.lora_rank:
         of_tower = [str(name).startswith(TOWER) for name in policy.lora_modules]
