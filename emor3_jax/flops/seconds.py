@@ -382,7 +382,7 @@ def _decode(
     tokens = step.prompts * step.responses * step.response_tokens
     # All lanes are busy until no response waits; then the longest one goes on to its end.
     rounds = tokens / (machine.lanes * assumed.fill) + assumed.tail * assumed.lengths.most
-    # Devices that share a head read it alone, though they keep all (`models.decode_attention`).
+    # Devices that share a head each have a copy of it (`parallel.mesh.share_heads`).
     heads = policy.num_kv_heads / math.gcd(policy.num_kv_heads, machine.tensor)
     token = 2 * 2 * policy.num_layers * heads * policy.head_dim
     # Of a device: the prompts of its slots in every round, and what its responses have written.

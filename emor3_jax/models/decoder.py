@@ -99,21 +99,22 @@ class Attention(nn.Module):
           segments: int32[B, G, S], tokens of one see nothing of the others; None for one segment.
 
         Returns:
-          As `x`, and the new keys and values, as `Own` holds them unless of a group.
+          As `x`, and the new keys and values, as `Own` holds them unless of a group; one head for
+          each part of `tensor` where it has more than there are heads.
         """
         c = self.shapes
 
         def project(name: str, heads: int) -> jax.Array:
             size, dtype = heads * c.head_dim, self.compute.dtype
             dense = Dense(size, use_bias=c.qkv_bias, dtype=dtype, name=f"{name}_proj")
-            out = dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
+            out = share_heads(dense(x).reshape(*x.shape[:-1], heads, c.head_dim))
             if not c.qk_norm or name == "v":
                 return out
             return RMSNorm(c.rms_norm_eps, dtype, name=f"{name}_norm")(out)
 
         q = rope.rotate(project("q", c.num_heads), *table, scale=c.head_dim**-0.5)
-        k = share_heads(rope.rotate(project("k", c.num_kv_heads), *table))
-        v = share_heads(project("v", c.num_kv_heads))
+        k = rope.rotate(project("k", c.num_kv_heads), *table)
+        v = project("v", c.num_kv_heads)
         if self.group is None:
             k, v = slots_last(k, v)
             out = attend(q, [*earlier, Own(k, v, own_mask, True, segments)], self.compute.attention)

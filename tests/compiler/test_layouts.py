@@ -89,6 +89,11 @@ def test_heads_stay_where_they_are(found: dict[str, Any]) -> None:
     assert found["2x2x2"]["reference"]["heads"] == []
 
 
+def test_a_cache_of_fewer_heads_than_parts_stays_where_it_is(found: dict[str, Any]) -> None:
+    """Two key heads over four parts of `tensor`: no token gathers the cache."""
+    assert found["1x2x4"]["decode"]["cache"] == []
+
+
 def test_activations_stay_with_their_prompts(found: dict[str, Any]) -> None:
     """Without `tensor`, nothing of a forward pass is summed over devices."""
     assert found["1x8x1"]["reference"]["activations"] == 0
@@ -114,6 +119,7 @@ def test_every_check_fails_on_a_program_with_its_fault() -> None:
     assert references["parts_first"]["heads"]
     assert references["features_cut"]["activations"] > 0
     assert _sums_of_the_head(faults["head_summed_each_time"]) == [1, 0]
+    assert faults["heads_cut"]["decode"]["cache"]
 
 
 needs_compiler = pytest.mark.skipif(

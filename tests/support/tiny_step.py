@@ -89,7 +89,7 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
       "activations": bytes of the all-reduces of more than vectors; "heads": where attention gathers
       what is no weight; "head_over_data": how often the head's gradient is summed over `data`,
       of another size than `fsdp`; "passes": how often each layer of the decoder is gathered, told
-      by one of its weights.
+      by one of its weights; "cache": where keys and values of all layers are gathered.
     """
     shapes = POLICY.param_shapes()
     leaves = jax.tree.leaves(shapes)
@@ -126,6 +126,13 @@ def findings(report: Report, mesh: Mesh) -> dict[str, Any]:
         ),
         "passes": sum(c.times for c in weights if "/layers/mlp/up_proj" in c.source)
         / SHAPES.num_layers,
+        "cache": [
+            c.source
+            for c in found
+            if c.kind == "all-gather"
+            for _, shape in c.shapes
+            if len(shape) > 4 and shape[0] == SHAPES.num_layers
+        ],
     }
 
 
@@ -227,6 +234,13 @@ def rows_from_anywhere() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def heads_cut() -> Iterator[None]:
+    """Keys of fewer heads than `tensor` has parts are cut as the compiler likes."""
+    with mock.patch.object(decoder, "share_heads", lambda x: x):
+        yield
+
+
 FAULTS = {
     rows_from_anywhere: ((2, 2, 2), "shrink", "shrink_slots", "take_out"),
     weights_as_trained: ((1, 8, 1), "weight_sync", "decode"),
@@ -235,6 +249,7 @@ FAULTS = {
     parts_first: ((2, 2, 2), "reference"),
     prompts_first: ((1, 8, 1), "reference"),
     head_summed_each_time: ((4, 2, 1), "update", "apply"),
+    heads_cut: ((1, 2, 4), "weight_sync", "decode"),
 }
 """What is done wrong → the mesh and the programs that show it."""
 
@@ -260,6 +275,7 @@ def main() -> None:
             "1x8x1": find((1, 8, 1), *LAYERS),
             "2x2x2": find((2, 2, 2), *LAYERS, *IN_FLIGHT),
             "4x2x1": find((4, 2, 1), "update", "apply"),
+            "1x2x4": find((1, 2, 4), "weight_sync", "decode"),
         }
     print(json.dumps(found))
 
