@@ -179,7 +179,8 @@ def update() -> None:
 
 def rollout() -> None:
     """The number of tokens that differ in a greedy rollout, with prompts in turns."""
-    roll_out("rollout", "qwen2_5_vl", cases((8, 1, 1), (2, 2, 2)))
+    # The first has more parts of `tensor` than key heads, which it repeats.
+    roll_out("rollout", "qwen2_5_vl", cases((1, 2, 4), (8, 1, 1), (2, 2, 2)))
     roll_out("rollout qwen3_vl", "qwen3_vl", cases((2, 2, 2)))
 
 

@@ -97,7 +97,7 @@ def eight(request) -> tuple[subprocess.CompletedProcess, bool]:
         ("update", (1, 2), 1e-4),
         ("packed update", (1, 1), 1e-4),
         # Tokens of a greedy rollout with prompts in turns.
-        ("rollout", (1, 2), 0.0),
+        ("rollout", (1, 3), 0.0),
         ("rollout qwen3_vl", (1, 1), 0.0),
         # What a judge of another family says of a text.
         ("judge", (0, 2), 1e-5),
