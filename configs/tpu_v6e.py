@@ -7,9 +7,9 @@ python -m emor3_jax.train --config=configs/tpu_v6e.py --workdir=DIR \\
 `--config=configs/tpu_v6e.py:7b,chips=32` takes the 7B on 32 chips.
 
 By the TPU's compiler the 3B fits a v6e-8, where the update needs the most, 22.3 of 31.24 GiB a
-device. With mesh.tensor=2, as until 2026-11-30, the 7B fit a v6e-16, and not a v6e-8, where weight
-sync and update were over. Memory by program, and what has not been compiled since sizes here
-changed: docs/results/compile.md, docs/train_3b.md.
+device; the 7B a v6e-16, and at the sizes of until 2026-11-30 not a v6e-8, where weight sync and
+update were over. Memory by program, and what has not been compiled since sizes here changed:
+docs/results/compile.md, docs/train_3b.md.
 """
 
 from ml_collections import ConfigDict
