@@ -177,7 +177,7 @@ def find_place(config: ConfigDict, name: str) -> Place:
     slices = topology.parse(name)
     validate(config)
     policy, texts = read_policy_shapes(config)
-    policy = policy.with_compute(attention=prepare.attention_backend(config, slices.chip.platform))
+    policy = prepare.with_attention(policy, config, slices.chip.platform)
     devices = slices.devices()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_policy(mesh, policy.shapes)

@@ -17,7 +17,8 @@ from support import program
 import emor3_jax
 from configs import emoset, gpu, tpu_v4, tpu_v5e, tpu_v5p, tpu_v6e, tpu_v7x
 from configs.qwen_vl import POLICIES, Layout, on_slice
-from emor3_jax.compile import listed, matches
+from emor3_jax import prepare
+from emor3_jax.compile import find_place, listed, matches
 from emor3_jax.models import published
 from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import axis_sizes, check_policy
@@ -87,6 +88,15 @@ def test_a_name_stands_for_its_program_or_its_family() -> None:
     assert matches("decode", "decode") and matches("evaluate", "evaluate.decode")
     assert matches("evaluate.decode", "evaluate.decode") and matches("shrink", "shrink.64x3")
     assert not matches("decode", "evaluate.decode") and not matches("dec", "decode")
+
+
+@needs_compiler
+def test_the_kernels_of_a_run_are_compiled() -> None:
+    config = tpu_v4.get_config()
+    config.data.train.path = "train.parquet"
+    policy = find_place(config, "v4-8").policy
+    assert policy == prepare.with_attention(policy, config, "tpu")
+    assert (policy.compute.attention, policy.compute.decode_attention) == ("splash", "ragged")
 
 
 @needs_compiler
