@@ -110,7 +110,7 @@ def _method(quantised: object) -> str:
 
 
 def _why_not(kind: str) -> str:
-    """Returns what is to be said of a `model_type` that cannot be loaded."""
+    """Returns why a `model_type` cannot be loaded, as a part of the error's sentence."""
     # A relative's parts have names of their own, such as that of Qwen3-Omni's thinker.
     relatives = [name for name in NOT_YET if kind == name or kind.startswith(f"{name}_")]
     if relatives:

@@ -270,7 +270,7 @@ def _find_optimizer(
 
 
 def _group(path: tuple, mergers: tuple[str, ...]) -> str:
-    """Returns which of `policy_update.rates` a parameter belongs to."""
+    """Returns the field of `policy_update.rates` that holds for the parameter at a key path."""
     keys = [getattr(part, "key", None) for part in path]
     if keys[0] == "visual":
         return "merger" if keys[1] in mergers else "tower"
