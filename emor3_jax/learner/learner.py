@@ -469,7 +469,7 @@ class Learner:
         how = {"spec": spec.without_optimizer(), "shape": shape}
         held = held | {"optimizer": grads}
         grads, metrics = yield Program("update", add_micro_batch, args, how, held, calls=passes)
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        parts = num_parts(mesh)
         settings = plan_spec(spec.policy, step, parts)
         together = largest_together(shape, settings, b // step.num_updates, samples.tokens.shape[1])
         if together is not None:

@@ -33,6 +33,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec as P
 
 from emor3_jax.models.attention import Own, Shared
+from emor3_jax.parallel.mesh import head_axis, row_axes
 
 _LANES = 128
 """Splash attention wants lengths and widths in multiples of this."""
@@ -153,7 +154,8 @@ def _spans(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
 def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = False) -> jax.Array:
     """Attention by the TPU's kernel.
 
-    Under a mesh (`jax.set_mesh`) each device computes its own prompts and heads.
+    Under a mesh (`jax.set_mesh`) each device computes its own prompts and, where `tensor` divides
+    the key heads (`share_heads` makes it so), heads.
 
     Args:
       q: float[B, G, S, heads, head_dim], scaled.
@@ -220,9 +222,8 @@ def splash(q: jax.Array, prefix: Shared | None, own: Own, *, interpret: bool = F
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
-        rows, cut, copies = _parts(mesh.shape, b, heads, kv_heads)
-        keys, values = (jnp.repeat(x, copies, axis=1) for x in (keys, values))
-        spec = P(rows, cut)
+        rows = row_axes(mesh, b)
+        spec = P(rows, head_axis(mesh, kv_heads))
         compute = jax.shard_map(
             compute,
             in_specs=(spec, spec, spec, P(rows), P(rows)),
@@ -389,21 +390,6 @@ def _kernel(
         mask_function=mask_function,
         interpret=interpret,
     )
-
-
-def _parts(
-    sizes: dict[str, int], b: int, heads: int, kv_heads: int
-) -> tuple[tuple[str, ...] | None, str | None, int]:
-    """Returns the mesh axes of prompts and of heads, and how often each key head is repeated.
-
-    An axis that does not divide is left out; key heads are repeated where the axis has more parts
-    than they are.
-    """
-    rows = ("data", "fsdp") if b % (sizes["data"] * sizes["fsdp"]) == 0 else None
-    copies = sizes["tensor"] // math.gcd(kv_heads, sizes["tensor"])
-    if heads % sizes["tensor"] or heads % (kv_heads * copies):
-        return rows, None, 1
-    return rows, "tensor", copies
 
 
 def _padded_length(n: int) -> int:

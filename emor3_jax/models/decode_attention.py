@@ -33,7 +33,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from emor3_jax.models.cache import KV, Cache
-from emor3_jax.parallel.mesh import BATCH
+from emor3_jax.parallel.mesh import head_axis, row_axes
 
 BLOCK = 128
 """Places of the ring that are read together: the width of a TPU's vector."""
@@ -251,7 +251,8 @@ def attend_ring(
 
     With a routing, S and L of the arguments and the result are N and 1.
 
-    Under a mesh (`jax.set_mesh`) each device computes its own slots and heads.
+    Under a mesh (`jax.set_mesh`) each device computes its own slots and, where `tensor` divides the
+    key heads (`share_heads` makes it so), heads.
 
     Args:
       q: float[S, L, heads, head_dim], scaled.
@@ -268,17 +269,13 @@ def attend_ring(
         q, k, v = (routing.to_prompts(x, len(ring.prefix.mask)) for x in (q, k, v))
     s, lanes, heads, head_dim = q.shape
     mesh = jax.sharding.get_abstract_mesh()
-    rows, axis, copies = None, None, 1
-    if mesh.size > 1:
-        rows, axis, copies = mesh_axes(mesh, s, heads, k.shape[2])
-    # Where devices share a key head, each has a part of its queries.
-    groups = k.shape[2] * copies
+    groups = k.shape[2]
     each = heads // groups
     # The sums of eight queries are one register.
     padded = -(-each // 8) * 8
     queries = q.astype(jnp.float32).reshape(s, lanes, groups, each, head_dim)
     queries = jnp.pad(queries, [(0, 0)] * 3 + [(0, padded - each), (0, 0)])
-    k, v = (jnp.repeat(x.astype(jnp.float32), copies, axis=2)[:, :, :, None] for x in (k, v))
+    k, v = (x.astype(jnp.float32)[:, :, :, None] for x in (k, v))
     keys = ring.prefix.k, ring.prefix.v, ring.cache.k, ring.cache.v
 
     from emor3_jax.models.decode_kernel import read_blocks
@@ -286,42 +283,21 @@ def attend_ring(
     def compute(
         layer: jax.Array, work: Work, own: tuple[jax.Array, ...], *keys: jax.Array
     ) -> jax.Array:
-        head = jnp.int32(0)
-        if copies > 1:
-            head = jax.lax.axis_index(axis) * own[0].shape[2] // copies
         # Lanes of all slots in one axis, and layers too: the kernel computes few addresses.
         own = tuple(jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 1, 0) for x in own)
         *prompts, ring_k, ring_v = keys
         flat = [x.reshape(-1, *x.shape[3:]) for x in (ring_k, ring_v)]
-        at = jnp.stack([layer, head])
-        out = read_blocks(at, work, own, *prompts, *flat, dtype=q.dtype, interpret=interpret)
+        out = read_blocks(layer, work, own, *prompts, *flat, dtype=q.dtype, interpret=interpret)
         return jnp.moveaxis(out, 0, 1).reshape(*work.lengths.shape, -1, padded, head_dim)
 
     if mesh.size > 1:
-        cut = axis if copies == 1 else None
-        mine, prompts, cached = P(rows, None, axis), P(None, rows, cut), P(None, rows, None, cut)
+        rows, axis = row_axes(mesh, s), head_axis(mesh, groups)
+        mine, prompts, cached = P(rows, None, axis), P(None, rows, axis), P(None, rows, None, axis)
         specs = P(), P(rows), mine, prompts, prompts, cached, cached
         compute = jax.shard_map(compute, in_specs=specs, out_specs=mine, check_vma=False)
     out = compute(layer, ring.work, (queries, k, v), *keys)[..., :each, :]
     out = out.reshape(s, lanes, heads, head_dim).astype(q.dtype)
     return out if routing is None else routing.to_rows(out)
-
-
-def row_axes(mesh: Any, rows: int) -> tuple[str, ...] | None:
-    """Returns the mesh axes that cut the prompts; None where they do not divide them."""
-    return BATCH[0] if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-
-
-def mesh_axes(
-    mesh: Any, rows: int, heads: int, kv_heads: int
-) -> tuple[tuple[str, ...] | None, str | None, int]:
-    """Returns the mesh axes of prompts and of heads, and how many devices share a key head."""
-    tensor = mesh.shape["tensor"]
-    copies = tensor // math.gcd(kv_heads, tensor)
-    # Devices that share key heads have one each.
-    if heads % (kv_heads * copies) or (copies > 1 and kv_heads * copies != tensor):
-        return row_axes(mesh, rows), None, 1
-    return row_axes(mesh, rows), "tensor", copies
 
 
 def _parts(slots: int, lanes: int, heads: int) -> int:

@@ -29,7 +29,7 @@ _BUFFERS = 3
 
 
 def read_blocks(
-    at: jax.Array,
+    layer: jax.Array,
     work: Work,
     own: tuple[jax.Array, ...],
     *keys: jax.Array,
@@ -39,7 +39,7 @@ def read_blocks(
     """Returns what the queries of one device's slots and heads select from the listed blocks.
 
     Args:
-      at: int32[2], the layer, and the first of these heads among the keys'.
+      layer: int32[], which of the layers this is.
       work: of these slots.
       own: queries of each key head, float32[H, S * L, rows, head_dim], and keys and values of the
         tokens themselves, float32[H, S * L, 1, head_dim].
@@ -93,20 +93,19 @@ def read_blocks(
         ),
         interpret=interpret,
         name="ragged_decode_attention",
-    )(at, flat, *own, *keys)
+    )(layer[None], flat, *own, *keys)
 
 
-def _kernel(at_ref: Any, work: Work, *refs: Any, lanes: int, places: int, dtype: Any) -> None:
+def _kernel(layer_ref: Any, work: Work, *refs: Any, lanes: int, places: int, dtype: Any) -> None:
     """Some slots: their sums begin with the token itself, then come prompts and ring by blocks."""
     q_ref, k_ref, v_ref, *keys, out_ref, top_ref, total_ref = refs[:10]
     prompt_k, prompt_v, ring_k, ring_v, arrived = refs[10:]
-    part, layer = pl.program_id(0), at_ref[0]
+    part, layer = pl.program_id(0), layer_ref[0]
     heads, n, rows, head_dim = q_ref.shape
     block, prompt_block = ring_k.shape[-1], prompt_k.shape[-1]
     first_lane, first_slot = part * n, part * (n // lanes)
     # The ring may have fewer rows than slots have lanes.
     row_of_layer = layer * (keys[2].shape[0] // keys[0].shape[0])
-    mine = pl.ds(at_ref[1], heads)
     products = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
     def span_of(number: Any, size: int, of: int) -> Any:
@@ -115,18 +114,22 @@ def _kernel(at_ref: Any, work: Work, *refs: Any, lanes: int, places: int, dtype:
 
     def ring_copies(index: Any, to: tuple) -> list[Any]:
         span = span_of(work.block[part, index], block, places)
-        at = row_of_layer + work.row[part, index], mine
+        row = row_of_layer + work.row[part, index]
         return [
-            pltpu.make_async_copy(keys[2].at[*at, :, span], ring_k.at[*to], arrived.at[1, to[0]]),
-            pltpu.make_async_copy(keys[3].at[*at, span], ring_v.at[*to], arrived.at[1, to[0]]),
+            pltpu.make_async_copy(
+                keys[2].at[row, :, :, span], ring_k.at[*to], arrived.at[1, to[0]]
+            ),
+            pltpu.make_async_copy(keys[3].at[row, :, span], ring_v.at[*to], arrived.at[1, to[0]]),
         ]
 
     def prompt_copies(index: Any, to: tuple) -> list[Any]:
         span = span_of(work.prompt_block[part, index], prompt_block, keys[0].shape[-1])
-        at = layer, first_slot + work.slot[part, index], mine
+        at = layer, first_slot + work.slot[part, index]
         return [
-            pltpu.make_async_copy(keys[0].at[*at, :, span], prompt_k.at[*to], arrived.at[0, to[0]]),
-            pltpu.make_async_copy(keys[1].at[*at, span], prompt_v.at[*to], arrived.at[0, to[0]]),
+            pltpu.make_async_copy(
+                keys[0].at[*at, :, :, span], prompt_k.at[*to], arrived.at[0, to[0]]
+            ),
+            pltpu.make_async_copy(keys[1].at[*at, :, span], prompt_v.at[*to], arrived.at[0, to[0]]),
         ]
 
     def select(q: Any, k: Any, v: Any, seen: Any, real: Any) -> tuple[Any, Any, Any]:

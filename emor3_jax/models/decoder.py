@@ -107,7 +107,8 @@ class Attention(nn.Module):
         def project(name: str, heads: int) -> jax.Array:
             size, dtype = heads * c.head_dim, self.compute.dtype
             dense = Dense(size, use_bias=c.qkv_bias, dtype=dtype, name=f"{name}_proj")
-            out = share_heads(dense(x).reshape(*x.shape[:-1], heads, c.head_dim))
+            out = dense(x).reshape(*x.shape[:-1], heads, c.head_dim)
+            out = out if name == "q" else share_heads(out)
             if not c.qk_norm or name == "v":
                 return out
             return RMSNorm(c.rms_norm_eps, dtype, name=f"{name}_norm")(out)

@@ -221,7 +221,7 @@ def keep_rows(x: jax.Array) -> jax.Array:
       x: [B, …]; left as it is where B does not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.empty or mesh.size == 1 or row_axes(mesh, len(x)) is None:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
 
@@ -243,8 +243,7 @@ def share_heads(x: jax.Array) -> jax.Array:
     copies = tensor // math.gcd(x.shape[-2], tensor)
     if copies == 1:
         return x
-    rows = BATCH[0] if len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    spec = P(rows, *[None] * (x.ndim - 3), "tensor")
+    spec = P(row_axes(mesh, len(x)), *[None] * (x.ndim - 3), "tensor")
     return jax.lax.with_sharding_constraint(jnp.repeat(x, copies, axis=-2), spec)
 
 
@@ -270,7 +269,7 @@ def by_rows(
       copies: the weight is `data_copies` of a parameter.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or len(rows[0]) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.empty or mesh.size == 1 or row_axes(mesh, len(rows[0])) is None:
         weight = weight[0] if copies else weight
         return function(gather(weight, path), *rows, axis=None)
     axes = spec_of(path, weight.shape[1:] if copies else weight.shape, mesh)
@@ -383,7 +382,7 @@ def host_rows(mesh: Mesh, rows: int) -> np.ndarray:
 
 def _own_parts(mesh: Mesh) -> tuple[list[int], int]:
     """Returns which parts of a batch this process holds, and how many parts there are."""
-    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    count = num_parts(mesh)
     held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((count,))
     return sorted({index[0].indices(count)[0] for index in held.values()}), count
 
@@ -442,6 +441,11 @@ def shard_rows(axis: int, x: jax.Array) -> jax.Array:
     spec = [P.UNCONSTRAINED] * x.ndim
     spec[axis] = BATCH[0]
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def row_axes(mesh: Mesh | jax.sharding.AbstractMesh, rows: int) -> tuple[str, ...] | None:
+    """Returns the axes that cut the rows of a batch; None where they do not divide them."""
+    return None if rows % num_parts(mesh) else BATCH[0]
 
 
 def num_parts(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
@@ -534,7 +538,7 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
       field: of the config, which gives the size.
       size: number of prompts.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = num_parts(mesh)
     if size % parts:
         below, above = size // parts * parts, (size // parts + 1) * parts
         raise MeshError(

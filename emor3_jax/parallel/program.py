@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from emor3_jax.parallel.mesh import BATCH, head_axis, param_shardings
+from emor3_jax.parallel.mesh import head_axis, param_shardings, row_axes
 
 Layout = Callable[[Mesh, Any], Any]
 """From mesh and shapes to abstract arrays with their sharding."""
@@ -152,7 +152,7 @@ def by_prompts(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     """
 
     def lay(x: Any) -> Any:
-        spec = [None] * (axis % x.ndim) + [_batch_axis(mesh, x.shape[axis])]
+        spec = [None] * (axis % x.ndim) + [row_axes(mesh, x.shape[axis])]
         return _with(x, NamedSharding(mesh, P(*spec)))
 
     return jax.tree.map(lay, tree)
@@ -177,15 +177,11 @@ def by_prompts_and_whole(mesh: Mesh, pair: tuple[Any, Any]) -> tuple[Any, Any]:
 def by_prompts_and_heads(mesh: Mesh, x: Any, axis: int, heads: int) -> Any:
     """Shards prompts over `data` and `fsdp`, and the heads of keys and values over `tensor`."""
     spec: list = [None] * x.ndim
-    spec[axis] = _batch_axis(mesh, x.shape[axis])
+    spec[axis] = row_axes(mesh, x.shape[axis])
     # Keys and values alone have so many axes: […, heads, head_dim, tokens], or the last swapped.
     if x.ndim >= 5:
         spec[-3] = head_axis(mesh, heads)
     return _with(x, NamedSharding(mesh, P(*spec)))
-
-
-def _batch_axis(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    return None if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else BATCH[0]
 
 
 def first_rows(tree: Any, rows: int) -> Any:

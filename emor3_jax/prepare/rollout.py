@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from emor3_jax.config import reward_terms
 from emor3_jax.models import LoadedPolicy
 from emor3_jax.models.processor import Processor
+from emor3_jax.parallel.mesh import num_parts
 from emor3_jax.prepare.data import load_templates
 from emor3_jax.prepare.judge import make_retokenizer
 from emor3_jax.prepare.profile import evaluation_sampling, listed_labels, reply_tokens
@@ -60,7 +61,7 @@ def make_rollout(
         _reflection(config, policy, labels, judge) if config.reflect.enabled else None,
         rollout_plan(config),
         ESTIMATORS[config.policy_update.advantage].greedy,
-        mesh.shape["data"] * mesh.shape["fsdp"],
+        num_parts(mesh),
         int8,
     )
 
@@ -93,7 +94,7 @@ def make_evaluation_rollout(
         config.evaluate.votes,
         _reflection(config, policy, labels, judge) if asks else None,
         evaluation_plan(config),
-        num_shards=mesh.shape["data"] * mesh.shape["fsdp"],
+        num_shards=num_parts(mesh),
     )
     if judge is not None:
         check_reachable(rollout)

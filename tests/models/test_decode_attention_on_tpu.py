@@ -23,25 +23,24 @@ from emor3_jax.parallel.program import Program
     ("name", "tensor"), [("v4-8", 1), ("v5e-4", 2), ("v6e-4", 4)], ids=lambda x: str(x)
 )
 def test_the_kernel_compiles_for_tpu_and_copies_no_cache(name, tensor):
-    """Qwen2.5-VL-3B, 8 slots of 8 lanes a part; with tensor=4, two devices share a key head."""
+    """Qwen2.5-VL-3B, 8 slots of 8 lanes a part; with tensor=4, each has a repeated key head."""
     mesh = make_mesh(1, -1, tensor, topology.parse(name).devices())
-    slots = 8 * mesh.shape["fsdp"]
-    axis = "tensor" if tensor <= 2 else None
+    slots, heads = 8 * mesh.shape["fsdp"], max(2, tensor)
 
     def array(shape: tuple[int, ...], *spec: Any, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
     prefix = KV(
-        array((36, slots, 2, 128, 1024), None, "fsdp", axis),
-        array((36, slots, 2, 1024, 128), None, "fsdp", axis),
+        array((36, slots, heads, 128, 1024), None, "fsdp", "tensor"),
+        array((36, slots, heads, 1024, 128), None, "fsdp", "tensor"),
         array((slots, 1024), "fsdp", dtype=bool),
     )
     cache = Cache(
-        array((36, slots, 8, 2, 128, 2048), None, "fsdp", None, axis),
-        array((36, slots, 8, 2, 2048, 128), None, "fsdp", None, axis),
+        array((36, slots, 8, heads, 128, 2048), None, "fsdp", None, "tensor"),
+        array((36, slots, 8, heads, 2048, 128), None, "fsdp", None, "tensor"),
         array((slots, 8, 2048), "fsdp", dtype=bool),
     )
-    tokens = [array((slots, 8, heads, 128), "fsdp", None, None) for heads in (16, 2, 2)]
+    tokens = [array((slots, 8, n, 128), "fsdp", None, None) for n in (16, heads, heads)]
     lengths = array((slots, 8), "fsdp", dtype=jnp.int32)
 
     def layers(prefix, cache, lengths, slot, q, k, v):

@@ -39,7 +39,7 @@ from emor3_jax.models import decode_kernel, weights
 from emor3_jax.models.attention import Own, Shared, attend
 from emor3_jax.models.params import cast_for_decoding, weight_sync
 from emor3_jax.models.quantisation import SCALE
-from emor3_jax.parallel.mesh import MeshError, make_mesh, param_shardings, shard_batch
+from emor3_jax.parallel.mesh import MeshError, make_mesh, param_shardings, shard_batch, share_heads
 from emor3_jax.prepare.judge import load_judge
 from emor3_jax.rl.losses import PolicyLoss
 from emor3_jax.rl.surrogates import Clip
@@ -272,9 +272,14 @@ def attention() -> None:
     @partial(jax.jit, static_argnums=0)
     @partial(jax.grad, argnums=(1, 2, 3), has_aux=True)
     def gradients(backend, q, k, v):
+        k, v = (share(x, heads=2) for x in (k, v))
+        before = Shared(share(prefix.k, heads=1), share(prefix.v, heads=1), prefix.mask)
         own = Own(k, v, jnp.ones((4, 2, 128), bool), causal=True)
-        out = attend(q, [prefix, own], backend)
+        out = attend(q, [before, own], backend)
         return jnp.sum(jnp.sin(out)), out
+
+    def share(x, heads):
+        return jnp.moveaxis(share_heads(jnp.moveaxis(x, heads, -2)), -2, heads)
 
     wanted = jax.device_get(gradients("xla", *arrays))
     # The first cuts heads more finely than there are key heads; 8 parts of 4 prompts cannot be.

@@ -20,6 +20,7 @@ class FakeMesh(NamedTuple):
     """Axis sizes alone."""
 
     shape: Mapping[str, int] = MappingProxyType({"data": 2, "fsdp": 2, "tensor": 4})
+    empty: bool = False
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 from emor3_jax.models.attention import Own, Shared, attend, slots_last
 from emor3_jax.models.cache import KV, Cache
 from emor3_jax.models.decode_attention import attend_ring, make_ring
+from emor3_jax.parallel.mesh import share_heads
 
 
 class Case(NamedTuple):
@@ -78,9 +79,15 @@ def make_case(
 
 
 def ragged(case: Case, layer: jax.Array) -> jax.Array:
-    """What the kernel computes, emulated."""
-    ring = make_ring(case.prefix, case.cache, case.lengths, case.slot)
-    return attend_ring(case.q, case.k, case.v, ring, layer, interpret=True)
+    """What the kernel computes, emulated; each part of `tensor` has a key head."""
+    k, v = share_heads(case.k), share_heads(case.v)
+    copies = k.shape[2] // case.k.shape[2]
+    prefix, cache = (
+        x._replace(**{name: jnp.repeat(getattr(x, name), copies, axis=-3) for name in "kv"})
+        for x in (case.prefix, case.cache)
+    )
+    ring = make_ring(prefix, cache, case.lengths, case.slot)
+    return attend_ring(case.q, k, v, ring, layer, interpret=True)
 
 
 def by_xla(case: Case, layer: int) -> jax.Array:
