@@ -244,15 +244,16 @@ def main() -> None:
     parser.add_argument("slices", nargs="*", default=SLICES)
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--only", default=",".join(PROGRAMS))
-    parser.add_argument("--before", default="", help="compile anew what is older than this date")
+    before = "compile anew what is older than this date, as 2026-11-29"
+    parser.add_argument("--before", default=date.min, type=date.fromisoformat, help=before)
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
     for size in given.sizes.split(","):
         for name in () if given.page else given.slices:
             there = load().get((size, name), {})
-            dates = {program: row["date"] for program, row in there.items()}
+            made = {program: date.fromisoformat(row["date"]) for program, row in there.items()}
             asked = given.only.split(",")
-            if missing := [p for p in asked if p not in dates or dates[p] < given.before]:
+            if missing := [p for p in asked if p not in made or made[p] < given.before]:
                 print(f"{size} {name}: {', '.join(missing)}", flush=True)
                 compile_cell(size, name, missing)
                 PAGE.write_text(page(load()))

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from emor3_jax.config import uses_reference
+from emor3_jax.config import ConfigError, uses_reference
 from emor3_jax.flops import QuestionTokens, mean_judge_shapes, mean_shapes, step_flops
 from emor3_jax.learner.gradients import UpdateSpec
 from emor3_jax.learner.learner import Learner, StepSpec
@@ -48,6 +48,9 @@ def make_learner(
       loaded: the policy that training starts from.
       mesh: of the devices.
       imitate: supervised fine-tuning, which has no reference.
+
+    Raises:
+      ConfigError: if a rate of `policy_update.rates` is of parameters that are not trained.
     """
     lora = make_lora(config, loaded.params)
     asked = judge_names(config)[1] == "reference"
@@ -55,6 +58,7 @@ def make_learner(
     kept = asked if imitate else keeps_reference(config)
     reference = make_reference(config, loaded) if kept else Reference({}, "none")
     trained = trained_params(config, loaded.params)
+    _check_rates(config, trained, loaded.policy.shapes.vision.mergers)
     if lora is not None:
         trained = jax.device_put(jax.device_get(trained), param_shardings(trained, mesh))
     if reference.params is trained:
@@ -267,6 +271,17 @@ def _find_optimizer(
 
     even = set(factors.values()) == {1.0}
     return make_optimizer(rate, rate_of=None if even else rate_of, **settings)
+
+
+def _check_rates(config: ConfigDict, trained: dict, mergers: tuple[str, ...]) -> None:
+    """Refuses a rate that no trained parameter has; which have it depends on the family."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
+    groups = {_group(path, mergers) for path in paths}
+    for name, rate in config.policy_update.rates.items():
+        if rate != 1 and name not in groups:
+            modules = tuple(config.policy.lora_modules)
+            rule = f"is of no parameter that policy.lora_modules={modules!r} trains; leave it at 1"
+            raise ConfigError(f"policy_update.rates.{name}", rate, rule)
 
 
 def _group(path: tuple, mergers: tuple[str, ...]) -> str:

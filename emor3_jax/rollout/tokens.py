@@ -3,6 +3,8 @@
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from emor3_jax.models.errors import ProcessorError
+
 _VISION = ("<|image_pad|>", "<|video_pad|>", *(f"<|vision_{x}|>" for x in ("start", "end", "pad")))
 
 
@@ -16,9 +18,20 @@ def suppressed_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> np
     Args:
       vocab_size: V, rows of the policy's embedding.
       tokenizer: of the policy.
+
+    Raises:
+      ProcessorError: if the tokenizer has an id that is no row of the embedding.
     """
+    last = max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder)
+    if last >= vocab_size:
+        raise ProcessorError(
+            f"the tokenizer has the id {last} ({tokenizer.convert_ids_to_tokens(last)!r}), but the "
+            f"policy's vocab_size={vocab_size}: each id needs a row of the embedding; take the "
+            "tokenizer that belongs to the weights, or resize the embedding with transformers "
+            "(resize_token_embeddings)"
+        )
     suppressed = np.ones(vocab_size, bool)
-    suppressed[: min(len(tokenizer), vocab_size)] = False
+    suppressed[: len(tokenizer)] = False
     for i, token in tokenizer.added_tokens_decoder.items():
         suppressed[i] = token.special or token.content in _VISION
     suppressed[list(stop_ids(tokenizer))] = False

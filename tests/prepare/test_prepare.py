@@ -325,6 +325,20 @@ def test_int8_weights_are_for_training_alone_and_want_a_correction(folder, caplo
     assert not prepare.make_evaluation_rollout(config, policy, labels, mesh).int8
 
 
+def test_a_rate_of_a_merger_without_adapters_is_refused(folder):
+    config, mesh = default(), make_mesh()
+    config.policy.path = str(folder)
+    config.policy.lora_rank, config.policy_update.rates.merger = 2, 2.0
+    config.policy.lora_modules = ("visual/qkv",)
+    validate(config)
+    policy = prepare.load_policy(config, print, mesh)
+    policy = dataclasses.replace(policy, policy=tiny.make_policy(vocab_size=320))
+    with pytest.raises(ConfigError, match=r"rates\.merger=2\.0: .*'visual/qkv',\) trains; leave"):
+        prepare.make_learner(config, policy, mesh)
+    config.policy.lora_modules = ("visual/mlp_0",)
+    prepare.make_learner(config, policy, mesh)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_split_of_json_lines_is_honoured_or_refused(tmp_path, split):
     rows = [{"image": "x.png", "label": "joy", "split": name} for name in ("train", "dev")]

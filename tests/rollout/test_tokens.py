@@ -1,9 +1,11 @@
 """Which tokens a response may contain."""
 
+import pytest
 from transformers import AddedToken
 
 from emor3_jax.data.prompts import special_token_in
 from emor3_jax.embedded.tokenizer import train_tokenizer
+from emor3_jax.models.errors import ProcessorError
 from emor3_jax.rewards.automaton import token_bytes
 from emor3_jax.rollout.tokens import stop_ids, suppressed_tokens
 
@@ -22,3 +24,12 @@ def test_special_tokens_are_suppressed_and_tokens_added_as_text_are_text() -> No
     assert token_bytes(tokenizer)[think] == b"<think>" and token_bytes(tokenizer)[x] == b""
     assert special_token_in(tokenizer, "so <think> first") is None
     assert special_token_in(tokenizer, "so <x> first") == "<x>"
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused() -> None:
+    tokenizer = train_tokenizer(["a quiet street"] * 4, 300)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<mine>"])
+    message = rf"has the id {size} \('<mine>'\), but the policy's vocab_size={size}: "
+    with pytest.raises(ProcessorError, match=message):
+        suppressed_tokens(size, tokenizer)
