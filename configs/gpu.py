@@ -41,7 +41,7 @@ class InFlight(NamedTuple):
 
 IN_FLIGHT = {
     "qwen3_vl_2b": InFlight(slots=16, lanes=96, refill=4),
-    "qwen3_vl_4b": InFlight(slots=16, lanes=48, refill=2),
+    "qwen3_vl_4b": InFlight(slots=16, lanes=64, refill=2),
     "qwen3_vl_8b": InFlight(slots=16, lanes=48, refill=2),
 }
 """Of the policies of which a token in flight takes three or four times the cache of the 3B."""

@@ -220,8 +220,8 @@ def test_the_config_of_gpus_is_sound_for_every_policy(policy: str, options: str)
     gpus, rollout = config.mesh.fsdp, config.rollout
     held = [x for x in (rollout.slots, rollout.refill, rollout.lanes) if x]
     assert not any(x % gpus for x in (rollout.prompts, config.policy_update.micro_prompts, *held))
-    # Four times the cache of the 3B for a token.
-    assert (rollout.lanes == 48 * gpus) == (policy in ("qwen3_vl_4b", "qwen3_vl_8b"))
+    # Three or four times the cache of the 3B for a token.
+    assert (rollout.lanes < 128 * gpus) == policy.startswith("qwen3_vl")
     assert bool(config.policy.lora_rank) == (
         options == "gpus=1" or ("gpus=1" in options and policy in ("7b", "qwen3_vl_8b"))
     )
