@@ -4,7 +4,8 @@ Adapters are a tree of their own with the paths of the modules that they adapt. 
 parameters they are two more leaves beside a kernel, which the layers read (`layers.Dense`): neither
 a merged kernel nor a gradient of one exists in an update. For decoding, where each token would pay
 for two more products, and for export they are merged into the kernels. The un-adapted base is the
-reference, so that no second copy of the weights is kept.
+reference, so that no second copy of the weights is kept. Base and merged kernels of a run are in
+the compute type, in which they are used; an export merges in float32.
 """
 
 import math
