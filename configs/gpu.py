@@ -40,11 +40,12 @@ class InFlight(NamedTuple):
 
 
 IN_FLIGHT = {
+    "7b": InFlight(slots=16, lanes=128, refill=4),
     "qwen3_vl_2b": InFlight(slots=16, lanes=96, refill=4),
     "qwen3_vl_4b": InFlight(slots=16, lanes=64, refill=2),
     "qwen3_vl_8b": InFlight(slots=16, lanes=48, refill=2),
 }
-"""Of the policies of which a token in flight takes three or four times the cache of the 3B."""
+"""Of the policies whose weights, or cache for a token, leave less room than the 3B's."""
 
 
 def get_config(options: str = "gpus=8") -> ConfigDict:
