@@ -176,8 +176,11 @@ def test_a_fault_in_a_config_file_keeps_its_trace(tmp_path: Path) -> None:
     ("flag", "said"),
     [
         ("--config.stepz=3", "--config.stepz: there is no such field; the nearest one is steps"),
-        ("--config.steps=many", "flag --config.steps=many: "),
+        ("--config.steps=many", "--config.steps='many': must be a whole number"),
+        ("--config.steps=", "--config.steps='': must be a whole number, without a space beside ="),
         ("--stepz=3", "Unknown command line flag 'stepz'"),
+        ("--steps=3", "Unknown command line flag 'steps'; a field of the config is given as --con"),
+        ("runs/a", "'runs/a': belongs to no flag; write --name=value, without a space beside ="),
     ],
 )
 def test_a_wrong_flag_has_the_status_of_what_the_user_can_mend(flag: str, said: str) -> None:
@@ -185,6 +188,37 @@ def test_a_wrong_flag_has_the_status_of_what_the_user_can_mend(flag: str, said: 
     ran = _account("--config=configs/qwen_vl.py", flag)
     assert ran.returncode == 2
     assert ran.stderr.startswith(f"error: {said}") and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            "flag --config.policy_update.kl_coef=much: could not convert string to float: 'much'",
+            "--config.policy_update.kl_coef='much': must be a number",
+        ),
+        (
+            "flag --config.reflect.enabled=no: ('Non-boolean argument to boolean flag', 'no')",
+            "--config.reflect.enabled='no': must be true or false",
+        ),
+        (
+            "flag --workdir=None: Flag --workdir must have a value other than None.\n"
+            "flag --config=None: Flag --config must have a value other than None.",
+            "--config is missing: give --config=…; --workdir is missing: give --workdir=…",
+        ),
+        (
+            "Unknown command line flag 'learning_rate'",
+            "Unknown command line flag 'learning_rate'; a field of the config is given as "
+            "--config.policy_update.learning_rate=…",
+        ),
+        (
+            "flag --leakage=hash: value should be one of <bytes|dhash|none>",
+            "flag --leakage=hash: value should be one of <bytes|dhash|none>",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_plain_words(told: str, words: str) -> None:
+    assert cli._in_plain_words(told) == words
 
 
 def test_data_sets_and_reward_terms_are_added_by_the_command_line() -> None:
