@@ -7,6 +7,7 @@ import re
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -93,11 +94,21 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
     flags.FLAGS["config"].parser = _ConfigParser("config")
     flags.mark_flag_as_required("config")
 
-    def main(_: Sequence[str]) -> None:
+    def main(arguments: Sequence[str]) -> None:
         with errors_told():
+            _refuse_words(arguments[1:])
             program(config.value)
 
     app.run(main, flags_parser=parse_flags)
+
+
+def _refuse_words(words: Sequence[str]) -> None:
+    """Raises UserError for words that are no flags, behind which flags would not be read either."""
+    if words:
+        raise UserError(
+            f"{words[0]!r}: is no flag, and flags behind it are not read; write --name=value, and "
+            "lists without spaces, as in --only=decode,update"
+        )
 
 
 @contextlib.contextmanager
@@ -180,11 +191,26 @@ class _ConfigParser(ConfigFileFlagParser):
 
     def parse(self, path: str) -> ConfigDict:
         """Returns the config."""
-        config = super().parse(path)
+        try:
+            config = super().parse(path)
+        except SyntaxError as error:
+            at = f"{show(error.filename)}, line {error.lineno}: {error.msg}"
+            raise UserError(f"--config={path!r}: {at}; must be a file in Python") from error
+        except (TypeError, ValueError):
+            # These have their trace in the message, see `parse_flags`.
+            raise
+        except Exception as error:
+            trace = traceback.format_exc()
+            raise UserError(f"--config={path!r}: the file fails:\n\n{trace}") from error
         if isinstance(config, ConfigDict):
             fields = _overridden(sys.argv)
             add_entries(config, fields)
             _check_fields(config, fields)
+        elif not hasattr(config, "_ReportError"):
+            # A file that could not be read is an object that says so when it is first used.
+            kind = type(config).__name__
+            rule = "must return a ConfigDict; start from emor3_jax.config.default()"
+            raise UserError(f"--config={path!r}: get_config() returns {kind}: {rule}")
         return config
 
 
@@ -290,9 +316,9 @@ def _takes_no_options(error: BaseException) -> bool:
 
 
 def _refuse_missing_config(error: OSError) -> None:
-    """Exits if the error is that of `config_flags` when a config is used whose file is missing."""
+    """Exits if the error is that of `config_flags` when a config is used that cannot be read."""
     cause = str(error.__cause__)
-    if cause.startswith("Failed loading config file"):
+    if str(error).startswith("Configuration is not available"):
         reason = cause.splitlines()[-1].strip()
         names = ", ".join(sorted(file.stem for file in configs_folder().glob("*.py")))
         rule = f"give a file, or the name of a config of the package: {names}"
