@@ -66,8 +66,11 @@ def local_folder(path: str) -> Path:
     Raises:
       FileNotFoundError: if it is an address, such as gs://bucket/run, which would else become a
         folder of that name on this machine.
-      UserError: if it is a file, or lies under one.
+      UserError: if it is a file, or lies under one, or is nothing, as an unset variable of the
+        shell, which would become the working directory.
     """
+    if not path:
+        raise UserError("--workdir='': names nothing; give a folder, '.' for this one")
     if "://" in path:
         rule = "must be a folder; mount the bucket (gcsfuse), or start through tpu/launch.sh"
         raise FileNotFoundError(f"--workdir={path!r}: {rule}")

@@ -29,6 +29,12 @@ def test_a_bucket_is_no_folder() -> None:
         cli.local_folder("gs://box/a")
 
 
+def test_no_name_is_not_the_working_directory() -> None:
+    with pytest.raises(UserError, match="--workdir='': names nothing; give a folder"):
+        cli.local_folder("")
+    assert cli.local_folder(".") == Path()
+
+
 def test_who_reads_the_first_lines_alone_gets_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
