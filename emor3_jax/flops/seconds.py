@@ -160,12 +160,12 @@ class Assumptions(NamedTuple):
                 number = type(getattr(inner, field))(float(value))
             except (AttributeError, TypeError, ValueError, OverflowError):
                 number = 0
-            most = 1 if field in _SHARES else math.inf
-            if not 0 < number <= most or number == math.inf:
+            most = 1 if field in _SHARES else _MOST
+            if not 1 / _MOST <= number <= most:
                 known = [*(x for x in self._fields if x != "lengths"), *_LENGTHS]
                 raise AssumptionError(
                     f"assume={pair!r}: must be a positive number of {', '.join(known)}, as in "
-                    f"padding=0.7; {', '.join(_SHARES)} are at most 1"
+                    f"padding=0.7, {1 / _MOST:g} to {_MOST:g}; {', '.join(_SHARES)} are at most 1"
                 )
             changed = inner._replace(**{field: number})
             if field in _LENGTHS:
@@ -178,6 +178,9 @@ class Assumptions(NamedTuple):
             raise AssumptionError(f"assume={text!r}: {error}") from error
         return new
 
+
+_MOST = 1e9
+"""Numbers from 1 / _MOST to _MOST are assumed, so that no estimate overflows."""
 
 _SHARES = ("padding", "lanes", "fill", "flops_share", "memory_share", "links_share")
 """Assumptions that are shares of a whole."""

@@ -210,7 +210,10 @@ def test_assumptions_are_changed_by_name_and_all_have_a_reason() -> None:
         with pytest.raises(AssumptionError, match=f"^assume='{wrong}': must be a positive number"):
             Assumptions().changed(wrong)
     # Shares of a whole, and numbers that no step has.
-    for wrong in ("padding=1.5", "links_share=2", "prompt_tokens=inf", "chunk=nan", "chunk=0.4"):
+    for wrong in (
+        *("padding=1.5", "links_share=2", "prompt_tokens=inf", "chunk=nan", "chunk=0.4"),
+        *("prompt_tokens=1e300", "most=1e300", "latency=1e308", "lanes=1e-320"),
+    ):
         with pytest.raises(AssumptionError, match=f"^assume='{wrong}': .*padding, .*at most 1"):
             Assumptions().changed(wrong)
     with pytest.raises(AssumptionError, match="mean is given twice; give it once"):
