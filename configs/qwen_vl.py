@@ -194,7 +194,8 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
       layouts: size of the policy → how it lies.
 
     Raises:
-      UserError: if an option is unknown, or the prompts do not divide over so many chips.
+      UserError: if an option is unknown, chips or slices are no power of two, or the prompts do not
+        divide over so many chips.
     """
     chosen, numbers = read_options(options, (*layouts, "lora"), {"chips": 0, "slices": 1})
     size = next((size for size in layouts if size in chosen), "3b")
