@@ -44,6 +44,10 @@ setup: $(VENV)/installed
 define environment
 	@test -n "$(PYTHON)" || { echo "no Python of 3.11 or later was found (python3, python3.11 to" \
 	    "python3.14): install one, or name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@python=$(@D)/bin/python; test -x $$python || python="$(PYTHON)"; \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "$$python is no Python of 3.11 or later: name one, make PYTHON=/path/to/python, and" \
+	    "remove $(@D) if an older one made it" >&2; exit 2; }
 	@echo "installing the package and what it needs into $(@D): minutes, in which pip prints nothing"
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-compile --editable '.$(1)'

@@ -17,10 +17,35 @@ image size differ. What XLA's compiler for GPUs says of the memory is in docs/tr
 has been run on these machines.
 """
 
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
 from configs.qwen_vl import POLICIES, choose_policy, read_options, single_host, use_adapters
 from emor3_jax.errors import UserError
+
+
+class InFlight(NamedTuple):
+    """Prompts and responses that one GPU has in flight.
+
+    Attributes:
+      slots: prompts.
+      lanes: responses.
+      refill: prompts that are admitted together, and whose responses are judged together.
+    """
+
+    slots: int
+    lanes: int
+    refill: int
+
+
+IN_FLIGHT = {
+    "7b": InFlight(slots=16, lanes=128, refill=4),
+    "qwen3_vl_2b": InFlight(slots=16, lanes=96, refill=4),
+    "qwen3_vl_4b": InFlight(slots=16, lanes=64, refill=2),
+    "qwen3_vl_8b": InFlight(slots=16, lanes=48, refill=2),
+}
+"""Of the policies whose weights, or cache for a token, leave less room than the 3B's."""
 
 
 def get_config(options: str = "gpus=8") -> ConfigDict:
@@ -42,8 +67,12 @@ def get_config(options: str = "gpus=8") -> ConfigDict:
     config.data.image_windows = (32, 48)
     config.mesh.fsdp = gpus
     config.rollout.lanes = 128 * gpus
+    if policy in IN_FLIGHT:
+        for name, size in IN_FLIGHT[policy]._asdict().items():
+            config.rollout[name] = size * gpus
     if gpus == 1:
-        config.rollout.slots, config.rollout.refill = 32, 8
+        if policy not in IN_FLIGHT:
+            config.rollout.slots, config.rollout.refill = 32, 8
         config.policy_update.micro_prompts = 2
         config.evaluate.prompts = 8
         if numbers["memory"] == 80 or policy in ("7b", "qwen3_vl_8b"):

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from emor3_jax import prepare
 from emor3_jax.data.datasets.base import read_notes
 from emor3_jax.data.encode import REASONS, Encoder, Skip
+from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set, normalize
 from emor3_jax.data.leakage import fingerprints, repeated, shared
 from emor3_jax.data.pipeline import TrainBatches
@@ -56,6 +57,8 @@ _BATCHES = 200
 _BAR = 30
 # Shared images that are printed by name.
 _NAMED = 5
+# Reasons for which a row is left out though it can be read.
+_OF_SIZES = {"large_image", "long_question"}
 # Labels that are printed with their other name.
 _MAPPED = 40
 
@@ -83,7 +86,8 @@ def main(
       written.
 
     Raises:
-      ConfigError, DataError: as training would.
+      ConfigError, DataError: as training would; for a set without any usable row, once all is
+        written.
     """
     workdir = Path(workdir)
     validate(config)
@@ -167,6 +171,8 @@ def main(
     )
     (workdir / "inspect.html").write_text(page, encoding="utf-8")
     say(f"numbers: {workdir / 'inspect.json'}   samples: {workdir / 'inspect.html'}")
+    if empty := [name for name, numbers in found["sets"].items() if not numbers["usable"]]:
+        raise DataError(f"{', '.join(empty)}: no usable row is left, by the reasons above")
     return found
 
 
@@ -244,7 +250,13 @@ def describe(name: str, numbers: dict[str, Any]) -> list[str]:
       numbers: as `emor3_jax.data.survey.to_dict` returns them.
     """
     lines = ["", f"{name}: {numbers['rows']} rows, {numbers['usable']} usable"]
-    lines += [f"  left out, {reason}: {count}" for reason, count in numbers["left_out"].items()]
+    left_out = numbers["left_out"]
+    lines += [f"  left out, {reason}: {n} ({REASONS[reason]})" for reason, n in left_out.items()]
+    if left_out.keys() & _OF_SIZES:
+        lines.append(
+            f"  windows of the largest image: {numbers['most_windows']}, tokens of the longest "
+            f"prompt: {numbers['most_tokens']}"
+        )
     for part, data in numbers.get("data", {}).items():
         lines += _describe_data(part, data)
     lines.append(f"  questions: {numbers['questions']}")

@@ -54,7 +54,7 @@ def test_an_unknown_slice_is_refused_with_the_known_ones() -> None:
         (["--only=,"], "only=',': names no program; leave it out to compile all"),
         (["--only=help,decode"], "only='help,decode': help lists the names"),
         (["--only=help", "--json=out.json"], "only='help': help lists the names"),
-        (["--only=decode,", "update"], "'update': is no flag, and flags behind it are not read"),
+        (["--only=decode,", "update"], "'update': belongs to no flag; write --name=value"),
     ),
 )
 def test_flags_that_would_come_to_nothing_are_refused_before_a_compile(
@@ -245,11 +245,21 @@ def test_every_slice_has_a_config_for_every_policy(kind, size):
     assert windows <= max(config.data.image_windows) <= windows + 4
 
 
-@pytest.mark.parametrize("options", ["gpus=8,qwen3_vl_4b", "gpus=1,qwen3_vl_2b"])
-def test_gpus_take_the_second_family_too(options):
-    config = gpu.get_config(options)
-    assert config.policy.path == POLICIES[options.split(",")[1]]
-    assert config.policy.lora_rank == (64 if "gpus=1" in options else 0)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("options", ["gpus=8", "gpus=1", "gpus=1,memory=141"])
+def test_the_config_of_gpus_is_sound_for_every_policy(policy: str, options: str) -> None:
+    config = gpu.get_config(f"{options},{policy}")
+    config.data.train.path = config.evaluate.sets.validation.path = "RELEASE"
+    validate(config)
+    assert config.policy.path == POLICIES[policy]
+    gpus, rollout = config.mesh.fsdp, config.rollout
+    held = [x for x in (rollout.slots, rollout.refill, rollout.lanes) if x]
+    assert not any(x % gpus for x in (rollout.prompts, config.policy_update.micro_prompts, *held))
+    # Three or four times the cache of the 3B for a token.
+    assert (rollout.lanes < 128 * gpus) == policy.startswith("qwen3_vl")
+    assert bool(config.policy.lora_rank) == (
+        options == "gpus=1" or ("gpus=1" in options and policy in ("7b", "qwen3_vl_8b"))
+    )
 
 
 @pytest.mark.parametrize("machine", emoset.MACHINES)

@@ -563,6 +563,18 @@ def _train(*arguments: str) -> subprocess.CompletedProcess:
     return program.run("emor3_jax.train", "--config=configs/cpu_demo.py", *arguments)
 
 
+def test_the_folder_of_a_run_is_no_policy_and_its_policy_is_named(tmp_path: Path) -> None:
+    config = table.get_config()
+    config.policy.path = str(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"is the folder of a run; give its policy, '.*/policy'"):
+        validate(config)
+    # A policy may have a folder of that name beside its weights.
+    (tmp_path / "model.safetensors").write_text("")
+    validate(config)
+
+
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
     done = _train("--config.stepz=3", f"--workdir={tmp_path / 'run'}")
     assert done.returncode != 0

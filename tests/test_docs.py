@@ -16,6 +16,7 @@ from emor3_jax import account
 from emor3_jax.data.inference_settings import InferenceSettings
 from emor3_jax.embedded.emoscenes.words import QUESTION
 from emor3_jax.io.card import snippet
+from emor3_jax.runtime import cli
 
 ROOT = Path(emor3_jax.__file__).parents[1]
 PAGES = [
@@ -78,6 +79,10 @@ def test_every_command_of_the_docs_can_be_given(command: tuple[str, ...]) -> Non
     if "infer.define_flags()" in source:
         source += (ROOT / "emor3_jax" / "infer.py").read_text()
     config = _config(words)
+    if config is not None:
+        # As the command line does: sets and terms of one's own.
+        fields = [word.split("=", 1)[0] for word in words if word.startswith("--config.")]
+        cli.add_entries(config, [field.removeprefix("--config.") for field in fields])
     for word in words:
         name = word.split("=", 1)[0].removeprefix("--")
         if not word.startswith("--") or name == "config" or name in OF_ALL:

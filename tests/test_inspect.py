@@ -14,6 +14,7 @@ from support import program, tiny_run
 
 from emor3_jax import inspect
 from emor3_jax.config import dataset
+from emor3_jax.data.errors import DataError
 
 
 def _jpeg(encoded: bytes) -> bytes:
@@ -93,11 +94,29 @@ def test_page_shows_the_numbers_and_every_sample(config, tmp_path, capsys):
     assert (tmp_path / "again" / "inspect.html").read_text(encoding="utf-8") == page
 
 
+def test_a_set_without_usable_rows_is_refused_with_the_sizes_that_it_wants(
+    config, tmp_path, capsys
+):
+    config.data.prompt_lengths = (8,)
+    with pytest.raises(DataError, match=r"^train, test: no usable row is left"):
+        inspect.main(config, tmp_path, samples=0, leakage="none")
+    found = json.loads((tmp_path / "inspect.json").read_text())["sets"]["test"]
+    assert found["usable"] == 0 and found["left_out"] == {"long_question": 6}
+    tokens = found["most_tokens"]
+    wanted = f"windows of the largest image: 1, tokens of the longest prompt: {tokens}"
+    assert tokens > 8 and wanted in capsys.readouterr().out
+    config.data.prompt_lengths = (tokens,)
+    found = inspect.main(config, tmp_path, samples=0, leakage="none")["sets"]["test"]
+    assert found["usable"] == 6 and not found["left_out"]
+
+
 def test_lines_of_a_data_set_by_hand():
     numbers = {
         "rows": 5,
         "usable": 4,
-        "left_out": {"unknown_answer": 1},
+        "left_out": {"unknown_answer": 1, "long_question": 2},
+        "most_windows": 4,
+        "most_tokens": 85,
         "questions": 2,
         "labels": {"joy": 3, "fear": 1},
         "pixels": [(100, 199, 4)],
@@ -111,7 +130,10 @@ def test_lines_of_a_data_set_by_hand():
     assert inspect.describe("test", numbers) == [
         "",
         "test: 5 rows, 4 usable",
-        "  left out, unknown_answer: 1",
+        "  left out, unknown_answer: 1 (the answer is no label of the label set)",
+        "  left out, long_question: 2 (the prompt has more tokens than the largest of "
+        "data.prompt_lengths; raise that, lower data.max_pixels, or take data.long_prompts='cut')",
+        "  windows of the largest image: 4, tokens of the longest prompt: 85",
         "  questions: 2",
         "  labels",
         f"     joy        3  75.0 % {'█' * 30}",

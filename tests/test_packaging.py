@@ -41,3 +41,32 @@ def test_make_takes_the_first_python_that_is_new_enough(tmp_path: Path, found: s
         assert f" || {found} -m venv " in done.stdout
     else:
         assert done.returncode == 2 and "no Python of 3.11 or later was found" in done.stderr
+
+
+def test_make_takes_no_environment_of_an_older_python(tmp_path: Path) -> None:
+    old = tmp_path / "venv" / "bin" / "python"
+    old.parent.mkdir(parents=True)
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for given in ([f"VENV={tmp_path / 'venv'}"], [f"VENV={tmp_path / 'new'}", f"PYTHON={old}"]):
+        done = subprocess.run(["make", "setup", *given], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and not (tmp_path / "new").exists()
+        assert f"{old} is no Python of 3.11 or later: name one" in done.stderr
+
+
+def test_a_python_without_the_packages_says_so_in_one_line() -> None:
+    # Without its site-packages; within the repository, as after a clone.
+    for program in ("emor3_jax.train", "emor3_jax"):
+        command = [sys.executable, "-S", "-E", "-m", program, "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"error: {sys.executable} lacks packages that this one needs")
+    imported = [sys.executable, "-S", "-E", "-c", "import emor3_jax"]
+    done = subprocess.run(imported, cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: " in done.stderr and ". .venv/bin/activate" in done.stderr
+
+
+def test_an_old_python_is_named_with_its_version() -> None:
+    told = emor3_jax._way_out((3, 9), ["jax"])
+    assert told.startswith("this package needs Python 3.11 or later, and ") and " is 3.9: " in told
+    assert emor3_jax._way_out((3, 11), []) == ""

@@ -114,6 +114,42 @@ def test_what_create_cannot_do_costs_nothing(cloud, arguments, said) -> None:
     assert calls(cloud, "create", "--type", "v9-8", "--version", "mine")[0][-1] == "--version=mine"
 
 
+def test_a_value_may_stand_behind_an_equals_sign(cloud) -> None:
+    done = cloud.run("create", "tiny", "--zone=us-central2-b", "--type=v5e-16", "--slices=2")
+    assert done.returncode == 0
+    ran = [tuple(call) for call in cloud.calls()]
+    assert ran == calls(cloud, "create", "--type", "v5e-16", "--slices", "2")
+    # What follows -- is the program's.
+    assert "--a=b" in calls(cloud, "launch", "--", "-m", "x", "--a=b")[-1][-1]
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (("-m", "emor3_jax.train"), "unknown argument: -m; put -- before the program"),
+        (("--",), "the program is missing: -- -m emor3_jax.train"),
+        (("--", "python", *TRAIN), "python: give the arguments of Python alone"),
+        (("--", ".venv/bin/python3.11", *TRAIN), "python3.11: give the arguments of Python alone"),
+        (("--", "emor3", "train"), "emor3: give the arguments of Python alone"),
+    ],
+)
+def test_a_program_that_cannot_start_is_refused_at_once(cloud, program, said) -> None:
+    for script, more in (("launch", ()), ("watch", ("--type", "v4-8"))):
+        done = cloud.run(script, *WHERE, *more, *program)
+        assert done.returncode == 2 and said in done.stderr
+    assert cloud.calls() == []
+
+
+def test_a_folder_that_goes_with_the_tpu_is_not_watched(cloud) -> None:
+    wanted = "--workdir=runs/a would be lost with the TPU: name a folder of a bucket"
+    given = ("--type", "v4-8", "--dry-run", "--", *TRAIN)
+    for workdir in (["--workdir=runs/a"], ["--workdir", "runs/a"]):
+        done = cloud.run("watch", *WHERE, *given, *workdir)
+        assert done.returncode == 2 and wanted in done.stderr
+    for workdir in ("gs://box/runs/a", "/home/me/gcs/box/runs/a"):
+        assert cloud.run("watch", *WHERE, *given, f"--workdir={workdir}").returncode == 0
+
+
 def test_setup_copies_a_commit_and_installs_it_on_all_workers(cloud) -> None:
     archive, copy, install = calls(cloud, "setup")
     assert archive[:5] == ("git", "-C", str(ROOT), "archive", "--format=tar.gz")

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
 from ml_collections import ConfigDict
@@ -398,6 +400,17 @@ def test_the_images_features_are_kept_over_epochs_without_a_trace(folder, whole)
     assert 0 < rows[-1]["reference/cache_bytes"] <= 10**6
     for metric in ("policy/loss", "policy/kl", "policy/grad_norm", "reward/overall"):
         assert rows[-1][metric] == wanted[-1][metric], metric
+
+
+def test_images_that_are_all_unusable_end_a_run_before_it_evaluates(folder, monkeypatch):
+    rows = pq.read_table(folder / "test.parquet").to_pylist()
+    damaged = [row | {"images": [{"bytes": b"no image", "path": None}]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(damaged), folder / "damaged.parquet")
+    config = make_config(folder)
+    config.data.train.path = str(folder / "damaged.parquet")
+    monkeypatch.setattr(run.Evaluator, "__call__", lambda *_, **__: pytest.fail("it evaluates"))
+    with pytest.raises(DataError, match="no usable row is left: 6 unreadable_image"):
+        train(config, folder / "unusable")
 
 
 def test_dynamic_sampling_survives_rewards_that_are_all_equal(folder):

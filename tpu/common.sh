@@ -29,9 +29,11 @@ run() {
 
 # Reads the options that all scripts share into name, zone, project, queued and dry_run. The rest
 # stays in `rest`, what follows `--` in `command`. `shared` is what hands them on to another script.
+# --name=value is --name value.
 parse() {
   name="" zone="" project="" queued=false dry_run=false rest=() command=()
   while [[ $# -gt 0 ]]; do
+    if [[ "$1" == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
     case "$1" in
       --help | -h) usage; exit 0 ;;
       --dry-run) dry_run=true; shift ;;
@@ -59,9 +61,28 @@ parse() {
   fi
 }
 
+# Fails on an argument that a script does not know.
+unknown() {
+  case "$1" in
+    -m | emor3_jax.* | *.py | python*) fail "unknown argument: $1; put -- before the program" ;;
+    *) fail "unknown argument: $1" ;;
+  esac
+}
+
 # Fails on options that a script does not know.
 no_more() {
-  [[ ${#rest[@]} -eq 0 ]] || fail "unknown argument: ${rest[0]}"
+  [[ ${#rest[@]} -eq 0 ]] || unknown "${rest[0]}"
+}
+
+# Fails where no program follows `--`, or one that the Python of the workers cannot run.
+check_program() {
+  local wanted="-- -m emor3_jax.train …"
+  [[ ${#command[@]} -gt 0 ]] || fail "the program is missing: $wanted"
+  case "${command[0]##*/}" in
+    python | python[0-9]* | emor3)
+      fail "${command[0]}: give the arguments of Python alone, without its name: $wanted"
+      ;;
+  esac
 }
 
 # Prints the accelerator type as gcloud writes it: v5e is called v5litepod there.

@@ -28,7 +28,7 @@ while [[ $# -gt 0 ]]; do
       printf -v "${option/service-account/account}" '%s' "$2"
       shift 2
       ;;
-    *) fail "unknown argument: $1" ;;
+    *) unknown "$1" ;;
   esac
 done
 [[ -n "$type" ]] || fail "--type is missing"

@@ -23,6 +23,6 @@ if [[ ${#rest[@]} -gt 0 && "${rest[0]}" == --replace ]]; then
   rest=("${rest[@]:1}")
 fi
 no_more
-[[ ${#command[@]} -gt 0 ]] || fail "the program is missing: -- -m emor3_jax.train …"
+check_program
 
 on_workers all "emor3_jax/tpu/worker.sh $task $(printf '%q ' "${command[@]}")"

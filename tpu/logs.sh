@@ -23,7 +23,7 @@ while [[ $# -gt 0 ]]; do
       printf -v "${1#--}" '%s' "$2"
       shift 2
       ;;
-    *) fail "unknown argument: $1" ;;
+    *) unknown "$1" ;;
   esac
 done
 

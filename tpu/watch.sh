@@ -35,10 +35,20 @@ while [[ $# -gt 0 ]]; do
       creating+=("$1" "$2")
       shift 2
       ;;
-    *) fail "unknown argument: $1" ;;
+    *) unknown "$1" ;;
   esac
 done
-[[ ${#command[@]} -gt 0 ]] || fail "the program is missing: -- -m emor3_jax.train …"
+check_program
+# What lies on the disk of a TPU is gone with it.
+for at in "${!command[@]}"; do
+  case "${command[at]}" in
+    --workdir=*) workdir="${command[at]#*=}" ;;
+    --workdir) workdir="${command[at + 1]:-}" ;;
+    *) continue ;;
+  esac
+  [[ "$workdir" == gs://* || "$workdir" == */gcs/* ]] ||
+    fail "--workdir=$workdir would be lost with the TPU: name a folder of a bucket, gs://BUCKET/…"
+done
 if [[ "$queued" == true ]]; then shared+=(--queued); fi
 if [[ "$dry_run" == true ]]; then shared+=(--dry-run); fi
 commit="$(git -C "$here" rev-parse HEAD)"

@@ -126,5 +126,9 @@ task="${1:-}"
 shift || true
 case "$task" in
   install | start | state | stop) "$task" "$@" ;;
-  *) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"; exit 2 ;;
+  *)
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"
+    if [[ "$task" == --help || "$task" == -h ]]; then exit 0; fi
+    exit 2
+    ;;
 esac

@@ -157,6 +157,8 @@ class _Maker:
         trained = jax.eval_shape(partial(prepare.trained_params, config), params)
         trained = as_params(self.mesh, trained)
         if config.policy.lora_rank:
+            # As `prepare.load_policy` reads a base.
+            params = self._in_compute_type(params)
             scale = jax.ShapeDtypeStruct((), jnp.float32)
             lora = Lora(params, whole(self.mesh, scale))
         else:
@@ -234,13 +236,14 @@ class _Maker:
             return Judge(self.policy, reference, self.suppressed)
         if name not in self._judges:
             policy = dataclasses.replace(self._read_judge(name).policy, compute=self.policy.compute)
-            params = jax.eval_shape(
-                partial(cast_matrices, dtype=self.policy.dtype), policy.param_shapes()
-            )
+            params = self._in_compute_type(policy.param_shapes())
             suppressed = jax.ShapeDtypeStruct((policy.shapes.vocab_size,), bool)
-            params = as_params(self.mesh, params)
             self._judges[name] = Judge(policy, params, whole(self.mesh, suppressed))
         return self._judges[name]
+
+    def _in_compute_type(self, params: Any) -> Any:
+        cast = partial(cast_matrices, dtype=self.policy.dtype)
+        return as_params(self.mesh, jax.eval_shape(cast, params))
 
     def _read_judge(self, name: str) -> JudgeToLoad | None:
         """Returns a judge that is neither the policy nor its reference; else None."""

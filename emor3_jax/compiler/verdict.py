@@ -101,7 +101,7 @@ def verdict(
         )
         changes = _changes(report, config, policy, parts)
         lines += [f"  change {field}={value!r}: {rule}" for field, value, rule in changes]
-    lines.append("or a larger slice: policy, optimizer and reference are cut over mesh.fsdp")
+    lines.append("or more devices: policy, optimizer and reference are cut over mesh.fsdp")
     return "\n".join(lines)
 
 
@@ -143,7 +143,8 @@ def _changes(
         yield "rollout.prompts", rollout.prompts, rule
     tensor = config.mesh.tensor
     whole = name not in LEARNING and held.get("parameters", 0) > quarter
-    if whole and tensor < policy.num_kv_heads:
+    # One device has none to share a matrix with.
+    if whole and parts > 1 and tensor < policy.num_kv_heads:
         rule = f"{2 * tensor} halves the weights that decode, which are not cut over fsdp"
         yield "mesh.tensor", tensor, rule
 

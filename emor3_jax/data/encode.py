@@ -30,7 +30,8 @@ REASONS = {
     "or lower data.max_pixels",
     "judge_image": "for the judge the image has more windows than the largest of "
     "reflect.judge_windows",
-    "long_question": "the prompt has more tokens than the largest of data.prompt_lengths",
+    "long_question": "the prompt has more tokens than the largest of data.prompt_lengths; raise "
+    "that, lower data.max_pixels, or take data.long_prompts='cut'",
     "no_response": "there is no response that can be learned (sft.target='response')",
 }
 """Why a row is left out."""

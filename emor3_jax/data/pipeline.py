@@ -30,6 +30,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import grain
@@ -276,6 +277,9 @@ class _Rows:
             if not flags.FLAGS.is_parsed():
                 # grain reads its own absl flags before it starts processes.
                 flags.FLAGS.mark_as_parsed()
+            # Its start unblocks the signals that `advance` keeps from workers: beside the first
+            # worker, Ctrl-C would reach that one.
+            resource_tracker.ensure_running()
             options = grain.MultiprocessingOptions(num_workers=self.workers)
             stream = stream.mp_prefetch(options, worker_init_fn=end_with_parent)
         return iter(stream.batch(len(self.host_rows), batch_fn=list))

@@ -416,10 +416,11 @@ class ParquetSource:
         needed = [role for role in _NEEDED if role != "question" or not self._question]
         for role in dict.fromkeys((*needed, *given)):
             if columns[role] not in schema.names:
+                way_out = " or a question= of all" if role == "question" else ""
                 raise DataError(
                     f"{file} has no column {columns[role]!r}, only {', '.join(schema.names)}; rows "
                     "need images (list of {bytes, path}), problem and answer, or other columns by "
-                    "name, such as columns=image:photo,answer:emotion"
+                    f"name, such as columns=image:photo,answer:emotion{way_out}"
                 )
         where = str(file)
         check_images(where, schema, columns["image"])

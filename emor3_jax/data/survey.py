@@ -39,6 +39,8 @@ class Survey(NamedTuple):
       prompt_tokens: int32[n], of the whole prompt but its last token, as prompts are padded.
       windows: int32[n], attention windows of the image.
       questions: number of different questions.
+      most_windows, most_tokens: of any row whose image can be read, also of those that are left out
+        for their size; 0 where there is none.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Survey(NamedTuple):
     prompt_tokens: np.ndarray
     windows: np.ndarray
     questions: int
+    most_windows: int
+    most_tokens: int
 
 
 def survey(
@@ -83,6 +87,7 @@ def survey(
     sizes = sizes_of(source, index)
     lengths: dict[tuple, int] = {}
     kept, columns = [], []
+    most_windows = most_tokens = 0
     for at, (row, (height, width)) in enumerate(zip(index, sizes, strict=True)):
         question = texts[row].question, texts[row].candidates
         if question not in lengths:
@@ -97,6 +102,7 @@ def survey(
             continue
         resized, tokens, windows = shape
         prompt = lengths[question] + tokens
+        most_windows, most_tokens = max(most_windows, windows), max(most_tokens, prompt)
         if windows > max_windows:
             left_out["large_image"] += 1
         elif prompt > max_tokens and not encoder.cuts:
@@ -119,6 +125,8 @@ def survey(
         prompt_tokens=found[:, 3],
         windows=found[:, 4],
         questions=len(lengths),
+        most_windows=most_windows,
+        most_tokens=most_tokens,
     )
 
 
@@ -253,6 +261,8 @@ def to_dict(found: Survey, padding: Padding) -> dict[str, Any]:
         "rows": found.rows,
         "usable": len(found.index),
         "left_out": found.left_out,
+        "most_windows": found.most_windows,
+        "most_tokens": found.most_tokens,
         "labels": found.labels,
         "questions": found.questions,
         "pixels": histogram(pixels),

@@ -189,7 +189,9 @@ def read_sample(
 def prediction_file(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
     """Opens a file of predictions, one JSON object a line; what was in it is replaced.
 
-    Of several processes only the first writes.
+    It is there once all rows are: an evaluation that is stopped or fails changes nothing, so that
+    no one takes a part of the rows for a whole evaluation. Of several processes only the first
+    writes.
 
     Args:
       path: the file, its folder made if needed.
@@ -201,8 +203,14 @@ def prediction_file(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None] 
         yield None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def to_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class _WatchedRow(NamedTuple):
 def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> str:
     """Returns a text table: one line a data set and score, before → after, in percent.
 
-    Behind the scores stand the rows of `after`, and the 95 % interval of its accuracy.
+    Behind the scores stand the rows of `after`, behind those of `before` where they are others, and
+    the 95 % interval of its accuracy.
 
     Args:
       before, after: data set → evaluation; a set missing from `before` shows a dash.
@@ -87,18 +88,27 @@ def before_after_table(before: Mapping[str, Evaluation], after: Mapping[str, Eva
     # Questions and data sets may have names of any length.
     wide = max([10, *(len(each.data_set) + 2 for each in scores)])
     width = max([14, *(len(each.score) + 2 for each in scores)])
-    head = f"{'before':>8}{'after':>8}{'change':>8}{'rows':>7}  {'95 % interval':<14}"
+    rows = {name: _rows(before.get(name), each) for name, each in after.items()}
+    count = max([7, *(len(each) + 1 for each in rows.values())])
+    head = f"{'before':>8}{'after':>8}{'change':>8}{'rows':>{count}}  {'95 % interval':<14}"
     lines = [f"{'data set':<{wide}}{'score':<{width}}{head}"]
     for each in scores:
         if each.change is None:
             numbers = f"{'–':>8}{each.after:>8.1f}{'–':>8}"
         else:
             numbers = f"{each.before:>8.1f}{each.after:>8.1f}{each.change:>+8.1f}"
-        rows = after[each.data_set].metrics.get("rows")
-        rows = "–" if rows is None else f"{rows:.0f}"
-        line = f"{each.data_set:<{wide}}{each.score:<{width}}{numbers}{rows:>7}"
+        line = f"{each.data_set:<{wide}}{each.score:<{width}}{numbers}"
+        line += f"{rows[each.data_set]:>{count}}"
         lines.append(f"{line}  {each.interval:<14}")
     return "\n".join(lines)
+
+
+def _rows(before: Evaluation | None, after: Evaluation) -> str:
+    """Returns the rows of an evaluation, "100→400" where those before training are others."""
+    was, now = (each.metrics.get("rows") if each else None for each in (before, after))
+    if now is None:
+        return "–"
+    return f"{now:.0f}" if was in (None, now) else f"{was:.0f}→{now:.0f}"
 
 
 def write_samples(
@@ -168,7 +178,7 @@ def write_report(
         title=title,
         scores=list(_scores(before, after, _shares(after))),
         numbers=list(_scores(before, after, _numbers(after))),
-        rows={name: each.metrics.get("rows") for name, each in after.items()},
+        rows={name: _rows(before.get(name), each) for name, each in after.items()},
         groups={name: each.members for name, each in after.items() if each.members},
         intervals=intervals and plots.to_svg(intervals, "accuracy of each data set"),
         data_sets=[{**_classes(name, each), **_plots(name, each)} for name, each in sets.items()],

@@ -210,8 +210,10 @@ class Learner:
         return TrainState.create(trained, self.spec.optimizer)
 
     def params(self, state: TrainState) -> dict:
-        """Returns the parameters of the policy as it is now."""
-        return self.lora.merge(state.params) if self.lora else state.params
+        """Returns the parameters of the policy as it is now; merged kernels are rounded."""
+        if self.lora is None:
+            return state.params
+        return self.lora.merge(state.params, self.spec.policy.dtype)
 
     def plan(self, experience: Experience) -> tuple[Experience, StepPlan, Metrics]:
         """Plans the micro-batches of a step; waits for its responses.
@@ -501,7 +503,8 @@ class Learner:
         for name, args in self.lora.merges(state.params).items():
             layout = partial(merged_layout, name)
             # Beside those that were merged before.
-            alive, how = {"parameters": list(merged.values())}, {"path": name}
+            alive = {"parameters": list(merged.values())}
+            how = {"path": name, "dtype": jnp.dtype(self.spec.policy.dtype)}
             merged[name] = yield Program(
                 f"merge.{name}", add_adapter, args, how, alive, layout=layout
             )

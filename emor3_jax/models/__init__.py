@@ -76,6 +76,7 @@ def load(
     name: str | Path,
     *,
     dtype: Any = jnp.float32,
+    matrix_dtype: Any = None,
     shardings: Callable[[Params], Any] | None = None,
 ) -> LoadedPolicy:
     """Reads a policy from a folder in Hugging Face's format, or from the hub.
@@ -85,6 +86,7 @@ def load(
         files; or the id of one on the hub, "owner/name" or "owner/name@revision", which is
         downloaded once.
       dtype: of the parameters; None keeps what is stored.
+      matrix_dtype: of those that `params.is_matrix` recognises; None is `dtype`.
       shardings: from the tree of shapes to a tree of `NamedSharding`s; None puts the parameters on
         the first device.
 
@@ -96,7 +98,9 @@ def load(
     folder = find(name)
     policy = read_config(folder)
     processor = read_processor(folder, policy)
-    params = weights.read_params(folder, policy, dtype=dtype, shardings=shardings)
+    params = weights.read_params(
+        folder, policy, dtype=dtype, matrix_dtype=matrix_dtype, shardings=shardings
+    )
     return LoadedPolicy(policy, params, processor, folder)
 
 

@@ -4,7 +4,8 @@ Adapters are a tree of their own with the paths of the modules that they adapt. 
 parameters they are two more leaves beside a kernel, which the layers read (`layers.Dense`): neither
 a merged kernel nor a gradient of one exists in an update. For decoding, where each token would pay
 for two more products, and for export they are merged into the kernels. The un-adapted base is the
-reference, so that no second copy of the weights is kept.
+reference, so that no second copy of the weights is kept. Base and merged kernels of a run are in
+the compute type, in which they are used; an export merges in float32.
 """
 
 import math
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from emor3_jax.errors import UserError
+from emor3_jax.models.layers import Dtype
 from emor3_jax.parallel.program import as_params, lay_out
 
 Params = dict[str, Any]
@@ -44,15 +46,25 @@ class Lora(NamedTuple):
         """Returns the parameters that the layers read with the adapters beside their kernels."""
         return _overlay(self.base, adapters, self.scale)
 
-    def merge(self, adapters: Params) -> Params:
+    def merge(self, adapters: Params, dtype: Dtype = jnp.float32) -> Params:
         """Returns the parameters with the adapters added into their kernels.
 
         Every other leaf is the base's own, not a copy.
+
+        Args:
+          adapters: of some modules.
+          dtype: of the sums; in a policy's compute type they take half the memory, and each use of
+            them would round them so.
         """
-        return _merge(self.base, adapters, self.scale)
+        return self.replace(
+            {
+                path: add_adapter(*args, path=path, dtype=jnp.dtype(dtype))
+                for path, args in self.merges(adapters).items()
+            }
+        )
 
     def merges(self, adapters: Params) -> dict[str, tuple]:
-        """Returns path → arguments of `add_adapter`, for each kernel that is adapted."""
+        """Returns path → arrays of `add_adapter`, for each kernel that is adapted."""
         return {
             "/".join(path): (
                 _at(self.base, path)["kernel"],
@@ -129,24 +141,14 @@ def _overlay(base: Params, adapters: Params, scale: jax.Array) -> Params:
     return {**base, **{name: _overlay(base[name], x, scale) for name, x in adapters.items()}}
 
 
-def _merge(base: Params, adapters: Params, scale: jax.Array, path: tuple[str, ...] = ()) -> Params:
-    if "lora_a" in adapters:
-        args = base["kernel"], adapters["lora_a"], adapters["lora_b"], scale
-        return {**base, "kernel": add_adapter(*args, path="/".join(path))}
-    return {
-        **base,
-        **{name: _merge(base[name], x, scale, (*path, name)) for name, x in adapters.items()},
-    }
-
-
 def merged_layout(path: str, mesh: Mesh, kernel: Any) -> Any:
     """Returns an abstract kernel with its adapter, laid out as the kernel; see `add_adapter`."""
     return as_params(mesh, {f"{path}/kernel": kernel})[f"{path}/kernel"]
 
 
-@partial(jax.jit, static_argnames="path")
+@partial(jax.jit, static_argnames=("path", "dtype"))
 def add_adapter(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, path: str
+    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *, path: str, dtype: Dtype
 ) -> jax.Array:
     """Returns a kernel with its adapter added.
 
@@ -155,8 +157,9 @@ def add_adapter(
       a, b: the adapter.
       scale: float32[], alpha over rank.
       path: of the module, its keys joined by "/".
+      dtype: of the result.
     """
-    merged = kernel + scale * jnp.matmul(a, b, precision="highest")
+    merged = (kernel + scale * jnp.matmul(a, b, precision="highest")).astype(dtype)
     return lay_out(partial(merged_layout, path), merged)
 
 

@@ -27,14 +27,26 @@ def cast_for_decoding(params: Params, dtype: Dtype, *, int8: bool = False) -> Pa
 
     Args:
       params: float32 master parameters.
-      dtype: compute type; if the parameters already have it on one device, they are returned
-        unchanged.
+      dtype: compute type; if the matrices already have it on one device, the parameters are
+        returned unchanged.
       int8: quantise the layers of the decoder (`models.quantisation`).
     """
-    kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    if kinds == {jnp.dtype(dtype)} and jax.sharding.get_abstract_mesh().size <= 1 and not int8:
+    if not int8 and is_ready_to_decode(params, dtype, jax.sharding.get_abstract_mesh().size):
         return params
     return weight_sync(params, jnp.dtype(dtype), int8=int8)
+
+
+def is_ready_to_decode(params: Params, dtype: Dtype, devices: int) -> bool:
+    """Tells whether decoding reads parameters as they are, so that no copy is needed.
+
+    Args:
+      params: of a policy, or their shapes.
+      dtype: compute type.
+      devices: of the mesh.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    kinds = {leaf.dtype for path, leaf in leaves if is_matrix(path[-1].key)}
+    return devices <= 1 and kinds == {jnp.dtype(dtype)}
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -71,10 +83,15 @@ def weight_sync(params: Params, dtype: Dtype, *, int8: bool = False) -> Params:
     return jax.tree_util.tree_map_with_path(reshard, keep_layout(_cast(params, dtype)))
 
 
+def is_matrix(name: str) -> bool:
+    """Recognises a parameter that each use rounds to the compute type, by the last of its keys."""
+    return name in ("kernel", "embedding")
+
+
 def _cast(params: Params, dtype: Dtype) -> Params:
     def cast(path: tuple, x: jax.Array) -> jax.Array:
         quantised = x.dtype == jnp.int8
-        return x.astype(dtype) if path[-1].key in ("kernel", "embedding") and not quantised else x
+        return x.astype(dtype) if is_matrix(path[-1].key) and not quantised else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from emor3_jax.files import head_of, is_file, open_regular, read_json
 from emor3_jax.models.errors import WeightsError
 from emor3_jax.models.naming import HubTensor, by_head, by_part, is_kernel
-from emor3_jax.models.params import Params, leaves, parameter_overview
+from emor3_jax.models.params import Params, is_matrix, leaves, parameter_overview
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import hosts
 
@@ -59,6 +59,7 @@ def read_params(
     policy: Policy,
     *,
     dtype: Any = jnp.float32,
+    matrix_dtype: Any = None,
     shardings: Callable[[Params], Any] | None = None,
 ) -> Params:
     """Reads the parameters of a checkpoint straight into device arrays.
@@ -67,6 +68,7 @@ def read_params(
       folder: holds `model.safetensors`, or several files and their index.
       policy: of the same folder.
       dtype: of the arrays; None keeps what is stored.
+      matrix_dtype: of those that `params.is_matrix` recognises; None is `dtype`.
       shardings: from the tree of shapes to a tree of `NamedSharding`s, none of which cuts the
         axis of layers; None puts everything on the first device.
 
@@ -85,7 +87,8 @@ def read_params(
     params: Params = {}
     for (path, leaf), sharding in zip(leaves(shapes), jax.tree.leaves(placed), strict=True):
         tensors = list(policy.family.hub_tensors(path, leaf.shape, policy.shapes))
-        kind = jnp.dtype(dtype or reader.dtype(tensors))
+        chosen = matrix_dtype if is_matrix(path.rpartition("/")[2]) else None
+        kind = jnp.dtype(chosen or dtype or reader.dtype(tensors))
         value = _read_param(reader, path, leaf.shape, tensors, kind, sharding)
         _put(params, path, value)
     _check_finite(params, policy, folder)

@@ -20,7 +20,7 @@ from emor3_jax.config import (
 )
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.labels import label_set
-from emor3_jax.files import is_file, is_utf8
+from emor3_jax.files import is_file, is_folder, is_utf8
 from emor3_jax.io.sinks import SINKS, missing_library
 from emor3_jax.models import FAMILIES, is_hub_id
 from emor3_jax.models.attention import BACKENDS, DECODE_BACKENDS
@@ -169,6 +169,12 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
     if config.policy.path != EMBEDDED:
         path = Path(config.policy.path)
         need(
+            not config.policy.path or not _is_run(path),
+            "policy.path",
+            f"is the folder of a run; give its policy, {str(path / 'policy')!r}, which a run "
+            "writes at its end and emor3_jax.export from its newest checkpoint",
+        )
+        need(
             is_file(path / "config.json")
             or (not os.path.exists(path) and is_hub_id(config.policy.path)),
             "policy.path",
@@ -282,6 +288,12 @@ def validate(config: ConfigDict, *, imitate: bool = False) -> None:
 
 _FREE = {"data.mix": dataset(), "evaluate.sets": dataset(), "reward.terms": reward_term()}
 """Sections whose fields have any names, and what each is described by."""
+
+
+def _is_run(folder: Path) -> bool:
+    """Recognises the folder of a run, whose config.json is none of a policy."""
+    has_parts = is_folder(folder / "checkpoints") or is_file(folder / "policy" / "config.json")
+    return has_parts and not any(folder.glob("*.safetensors"))
 
 
 def _check_types(config: ConfigDict, defaults: ConfigDict, prefix: str) -> None:

@@ -22,7 +22,10 @@ from emor3_jax.prepare.profile import resizes_twice
 
 
 def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> LoadedPolicy:
-    """Loads the policy onto the mesh, in float32, with the config's arithmetic and image sizes.
+    """Loads the policy onto the mesh, with the config's arithmetic and image sizes.
+
+    Its parameters are in float32; the matrices that adapters stand beside, which never change, are
+    in the compute type, to which each use would round them.
 
     Raises:
       ConfigError: if the image sizes contradict each other, or the attention has no kernel here.
@@ -31,7 +34,11 @@ def load_policy(config: ConfigDict, say: Callable[[str], None], mesh: Mesh) -> L
     """
     folder = ensure_policy(config, say)
     check_policy(mesh, read_config(folder).shapes)
-    loaded = load(folder, shardings=lambda shapes: param_shardings(shapes, mesh))
+    loaded = load(
+        folder,
+        matrix_dtype=jnp.dtype(config.policy.dtype) if config.policy.lora_rank else None,
+        shardings=lambda shapes: param_shardings(shapes, mesh),
+    )
     policy = with_attention(loaded.policy, config, mesh.devices.flat[0].platform)
     return LoadedPolicy(policy, loaded.params, sized(config, loaded.processor), folder)
 

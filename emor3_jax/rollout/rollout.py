@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from emor3_jax.models.cache import KV
-from emor3_jax.models.params import cast_for_decoding, weight_sync
+from emor3_jax.models.params import cast_for_decoding, is_ready_to_decode, weight_sync
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel.program import (
     Program,
@@ -312,8 +312,7 @@ class Rollout:
 
 def _sync_programs(mesh: Mesh, params: Any, policy: Policy, int8: bool = False) -> Programs:
     """Yields the program of `cast_for_decoding`, if it does anything; returns its result."""
-    kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    if kinds != {jnp.dtype(policy.dtype)} or mesh.size > 1 or int8:
+    if int8 or not is_ready_to_decode(params, policy.dtype, mesh.size):
         args = params, jnp.dtype(policy.dtype)
         how = {"int8": True} if int8 else {}
         params = yield Program("weight_sync", weight_sync, args, how)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 import emor3_jax
-from emor3_jax.config import dataset, field_value, no_field, reward_term
+from emor3_jax.config import dataset, default, field_value, no_field, reward_term
 from emor3_jax.errors import LASTING, RunError, UserError, os_error_text
 from emor3_jax.files import is_file, is_folder, show
 from emor3_jax.io.console import escape_what_cannot_be_shown, tell
@@ -99,19 +99,20 @@ def run_without_workdir(program: Callable[[ConfigDict], object]) -> None:
 
     def main(arguments: Sequence[str]) -> None:
         with errors_told():
-            _refuse_words(arguments[1:])
+            _refuse_what_stands_alone(arguments[1:])
             program(config.value)
 
     app.run(main, flags_parser=parse_flags)
 
 
-def _refuse_words(words: Sequence[str]) -> None:
-    """Raises UserError for words that are no flags, behind which flags would not be read either."""
-    if words:
-        raise UserError(
-            f"{words[0]!r}: is no flag, and flags behind it are not read; write --name=value, and "
-            "lists without spaces, as in --only=decode,update"
-        )
+def _refuse_what_stands_alone(arguments: Sequence[str]) -> None:
+    """Raises UserError for arguments that are no flags, which absl would pass over.
+
+    So it would --config.reflect.enabled false, which it reads as true.
+    """
+    if arguments:
+        rule = "belongs to no flag; write --name=value, without a space beside = or a comma"
+        raise UserError(f"{arguments[0]!r}: {rule}")
 
 
 @contextlib.contextmanager
@@ -308,7 +309,39 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
         if refused is not None:
             _refuse(refused)
         # A fault of the config's file has its trace in the message.
-        _refuse(UserError(str(error)))
+        _refuse(UserError(_in_plain_words(str(error))))
+
+
+_RULES = (
+    (r"invalid literal for int\(\)", "must be a whole number"),
+    (r"could not convert string to float", "must be a number"),
+    (r"\('Non-boolean argument", "must be true or false"),
+)
+"""How Python refuses a value → the rule."""
+
+
+def _in_plain_words(told: str) -> str:
+    """Returns what absl says of a wrong command line in the words of the other errors.
+
+    Args:
+      told: by absl; of several flags that are missing, a line for each.
+    """
+    missing = re.findall(r"^flag --(\S+)=None: Flag --\1 must have a value", told, re.MULTILINE)
+    if missing:
+        return "; ".join(f"--{name} is missing: give --{name}=…" for name in sorted(missing))
+    if unknown := re.match(r"Unknown command line flag '(?:no)?([^']+)'", told):
+        name = unknown[1]
+        fields = [x for x, _ in fields_of(json.loads(default().to_json_best_effort()))]
+        found = [x for x in fields if x == name or x.endswith(f".{name}")]
+        given = " or ".join(f"--config.{field}=…" for field in found)
+        return f"{told}; a field of the config is given as {given}" if found else told
+    if wrong := re.match(r"flag --([\w.]+)=(.*?): (.*)", told, re.DOTALL):
+        name, value, why = wrong.groups()
+        for pattern, rule in _RULES:
+            if re.match(pattern, why):
+                way_out = "" if value else ", without a space beside ="
+                return f"--{name}={value!r}: {rule}{way_out}"
+    return told
 
 
 def _takes_no_options(error: BaseException) -> bool:
@@ -322,7 +355,7 @@ def _refuse_missing_config(error: OSError) -> None:
     """Exits if the error is that of `config_flags` when a config is used that cannot be read."""
     cause = str(error.__cause__)
     if str(error).startswith("Configuration is not available"):
-        reason = cause.splitlines()[-1].strip()
+        reason = re.sub(r"^\[Errno \d+\] ", "", cause.splitlines()[-1].strip())
         names = ", ".join(sorted(file.stem for file in configs_folder().glob("*.py")))
         rule = f"give a file, or the name of a config of the package: {names}"
         _refuse(UserError(f"--config: {reason}; {rule}"))

@@ -54,13 +54,14 @@ def start_jax(cache: str, *, devices: bool = True) -> CompileCounter:
     if devices and platform == "cpu":
         # Before JAX starts its threads, each of which would have a heap of its own.
         keep_freed_memory()
-    hosts.start()
-    if devices and (found := find_devices()) and hosts.is_first():
-        print(found, flush=True)
-    # The data sets' own notices would drown the progress of the run.
+    # Notices of the data sets would drown the progress of the run, and of platforms that are not
+    # here, which JAX tries, would look like errors.
     for name in ("absl", "grain", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("absl").addFilter(_is_no_notice_of_tfds)
+    hosts.start()
+    if devices and (found := find_devices()) and hosts.is_first():
+        print(found, flush=True)
     if not hosts.is_first():
         # All know the same of the data; one says it.
         logging.getLogger("emor3_jax").setLevel(logging.ERROR)

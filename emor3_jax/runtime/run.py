@@ -306,7 +306,8 @@ class Run:
     ) -> TrainState:
         """Returns the state to begin with: this one, or that of the newest checkpoint.
 
-        Without a checkpoint, the policy is evaluated first.
+        Without a checkpoint, the policy is evaluated first, once the first batch is there: data
+        without any row that can be used ends the run before an evaluation that may take hours.
 
         Args:
           learner: gets back what it kept beside the state.
@@ -316,6 +317,7 @@ class Run:
 
         Raises:
           ConfigError, LabelError: for labels that no response could earn.
+          DataError: for data without any row that can be used.
         """
         self._counters, self._rollout, self._learner = counters, rollout, learner
         if rollout is not None:
@@ -339,6 +341,8 @@ class Run:
                 self._writer.amend(self._step, owed)
                 self._evaluated = self._step
         else:
+            if not self._last:
+                self._upcoming = next(self.data.train)
             before = self._evaluate_before(learner.params(state))
             self._progress = {"before": to_json(before)}
             self._writer.write(0, evaluation_metrics(before))
@@ -372,7 +376,7 @@ class Run:
 
     def steps(self) -> Iterator[tuple[int, Prompts]]:
         """Yields the number of each step and its prompts, to the last step or a stop signal."""
-        if not self._last:
+        if not self._last and self._upcoming is None:
             self._upcoming = next(self.data.train)
         self._begun = True
         while not self._last:

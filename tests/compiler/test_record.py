@@ -10,6 +10,7 @@ from support import tiny_step
 
 from emor3_jax.compiler.record import Recorder, device_bytes
 from emor3_jax.compiler.step import step_programs
+from emor3_jax.models.params import is_matrix
 from emor3_jax.parallel import mesh as meshes
 from emor3_jax.parallel.program import Program, along, by_prompts, whole
 
@@ -123,7 +124,12 @@ def test_adapters_take_their_own_memory_and_spare_the_optimizer() -> None:
         assert found["update"]["optimizer"] == pytest.approx(12 * rank * numbers, abs=16)
     more = large["update"]["parameters"] - small["update"]["parameters"]
     assert more == 4 * 4 * numbers
-    # While responses are sampled, merged kernels lie beside those of the base.
+    # While responses are sampled, merged kernels lie beside those of the base, in two bytes each.
     merged = small["weight_sync"]["parameters"] - small["update"]["parameters"]
-    assert merged == 4 * kernels
+    assert merged == 2 * kernels
+    # Matrices of the base too: none changes.
+    leaves = jax.tree_util.tree_leaves_with_path(tiny_step.POLICY.param_shapes())
+    matrices = sum(x.size for path, x in leaves if is_matrix(path[-1].key))
+    adapters = 4 * 4 * numbers
+    assert small["update"]["parameters"] == 4 * every - 2 * matrices + adapters
     assert full["weight_sync"]["parameters"] == full["update"]["parameters"]

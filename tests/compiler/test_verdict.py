@@ -73,7 +73,13 @@ def test_what_does_not_fit_is_told_what_to_change(
     assert said.startswith(f"does not fit: {name} needs 7.00 of 6.00 GiB a device\n")
     assert f"  change {advice}" in said and not_advised not in said
     assert ("change mesh.tensor=1: 2" in said) == (name != "update")
-    assert "spans" not in said and "a larger slice" in said
+    assert "spans" not in said and "or more devices" in said
+
+
+def test_a_single_device_is_not_told_to_share_matrices() -> None:
+    over = [report("decode", 7.0, cache=2.0)]
+    said = verdict(over, default(), tiny.make_policy().shapes, 1, 6 * GIB, 1)
+    assert "rollout.slots" in said and "mesh.tensor" not in said
 
 
 def test_advice_stands_under_the_program_that_is_over() -> None:

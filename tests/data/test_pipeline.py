@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from emor3_jax import models
-from emor3_jax.data import encode
+from emor3_jax.data import encode, pipeline
 from emor3_jax.data.errors import DataError
 from emor3_jax.data.generic import FilesSource
 from emor3_jax.data.pipeline import BatchSpec, Parts, eval_batches, train_batches
@@ -420,6 +420,15 @@ def test_worker_processes_give_the_same_batches(train, dirty):
         assert there.stats.counts() == here.stats.counts()
     finally:
         there.close()
+
+
+def test_what_unblocks_signals_starts_before_the_first_worker(train, dirty, monkeypatch):
+    started = []
+    monkeypatch.setattr(pipeline.resource_tracker, "ensure_running", lambda: started.append(True))
+    train(dirty)
+    assert not started
+    train(dirty, workers=1)
+    assert started
 
 
 def test_patches_in_bfloat16_come_out_of_worker_processes(processor, dirty, make):

@@ -76,6 +76,26 @@ def test_predictions_are_lines_and_a_second_run_replaces_them(tmp_path) -> None:
     assert rows == [{"id": "é 0", "answer": ""}, {"id": "é 1", "answer": ""}]
 
 
+def test_an_evaluation_that_is_stopped_leaves_the_predictions_that_were_there(tmp_path) -> None:
+    path = tmp_path / "000000" / "set.jsonl"
+
+    def write(rows: int, stop: bool) -> None:
+        with prediction_file(path) as record:
+            for i in range(rows):
+                record({"id": str(i)})
+            if stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(1, stop=True)
+    assert list(path.parent.iterdir()) == []
+    write(2, stop=False)
+    with pytest.raises(KeyboardInterrupt):
+        write(1, stop=True)
+    assert list(path.parent.iterdir()) == [path]
+    assert len(path.read_text().splitlines()) == 2
+
+
 def test_a_group_is_the_mean_of_its_sets() -> None:
     a = Evaluation({"accuracy": 0.5, "accuracy_low": 0.4, "rows": 10.0, "uar": 1.0}, [])
     b = Evaluation({"accuracy": 1.0, "accuracy_low": 0.9, "rows": 30.0}, [])

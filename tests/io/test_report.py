@@ -52,6 +52,16 @@ def test_the_table_has_the_interval_of_the_accuracy() -> None:
     assert re.fullmatch(r"a_set_of_a_long_name +accuracy +– +50\.0 +– +1234  25\.0 to 81\.2 +", row)
 
 
+def test_the_table_says_where_fewer_rows_were_evaluated_before(evaluations) -> None:
+    before, after = evaluations
+    before["scenes"].metrics["rows"] = 4.0
+    lines = report.before_after_table(before, after).splitlines()
+    assert lines[1].split() == ["scenes", "accuracy", "25.0", "62.5", "+37.5", "4→8"]
+    before["scenes"].metrics["rows"], after["scenes"].metrics["rows"] = 10000.0, 100000.0
+    lines = report.before_after_table(before, after).splitlines()
+    assert lines[1].split()[-1] == "10000→100000" and len(set(map(len, lines))) == 1
+
+
 def test_evaluations_survive_json(evaluations) -> None:
     _, after = evaluations
     assert from_json(json.loads(json.dumps(to_json(after)))) == after

@@ -103,8 +103,9 @@ def scored(setting, params, batch, samples, features=None, **changes):
 def update(setting, params, experience, loss=LOSS, plan=None, **changes):
     """One step of gradient descent; returns the state and the metrics."""
     optimizer = changes.pop("optimizer", SGD)
+    how = {"remat": changes.pop("remat", "none"), "dtype": changes.pop("dtype", jnp.float32)}
     spec = UpdateSpec(
-        setting.policy.with_compute(remat=changes.pop("remat", "none")),
+        setting.policy.with_compute(**how),
         optimizer,
         loss,
         SPEC._replace(**changes.pop("spec", {})),
@@ -517,6 +518,22 @@ def test_only_adapters_learn(setting, batch, samples):
     assert min(jax.tree.leaves(moved)) > 0
     for name in ("loss", "kl", "entropy"):
         assert found[0][1][name] == pytest.approx(float(found[1][1][name]), rel=1e-4)
+
+
+def test_a_base_in_the_compute_type_teaches_adapters_the_same(setting, batch, samples):
+    adapters = init_adapters(setting.params, ("q_proj", "up_proj"), 2, jax.random.key(0))
+    noise = np.random.default_rng(5)
+    adapters = jax.tree.map(lambda x: jnp.float32(noise.normal(0, 0.2, x.shape)), adapters)
+    advantages = np.random.default_rng(4).normal(size=(B, G))
+    experience = seen_with(batch, samples, jnp.asarray(advantages, jnp.float32))
+    halved = cast_matrices(setting.params, jnp.dtype(jnp.bfloat16))
+    found = [
+        update(setting, adapters, experience, lora=Lora(base, jnp.float32(2.0)), dtype=jnp.bfloat16)
+        for base in (setting.params, halved)
+    ]
+    (ours, metrics), (theirs, wanted) = found
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    assert float(metrics["loss"]) == float(wanted["loss"])
 
 
 def in_tower(path: tuple) -> bool:

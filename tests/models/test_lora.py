@@ -7,6 +7,7 @@ import pytest
 from support import tiny
 
 from emor3_jax.models.lora import Lora, LoraError, init_adapters, modules
+from emor3_jax.models.params import cast_matrices
 from emor3_jax.types import Images, Prompt
 
 POLICY = tiny.make_policy()
@@ -71,6 +72,17 @@ def test_gradients_are_those_through_merged_kernels(base, adapters):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.abs(b).max() > 0
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+def test_kernels_merged_in_the_compute_type_are_the_merged_ones_rounded(base, adapters):
+    lora = Lora(base, jnp.float32(0.5))
+    merged, rounded = lora.merge(adapters), lora.merge(adapters, jnp.bfloat16)
+    halved = [x for x in jax.tree.leaves(rounded) if x.dtype == jnp.bfloat16]
+    assert len(halved) == len(lora.merges(adapters))
+    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(rounded), strict=True):
+        np.testing.assert_array_equal(a.astype(b.dtype), b)
+    ours, theirs = (cast_matrices(x, jnp.dtype(jnp.bfloat16)) for x in (rounded, merged))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_what_is_not_adapted_is_the_base_itself(base, adapters):

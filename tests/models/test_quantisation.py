@@ -89,6 +89,7 @@ def test_the_kernels_of_the_decoders_layers_alone_are_quantised(params: Params) 
     assert jax.tree.structure(plain) == jax.tree.structure(params)
     # Nor in the type that parameters have already, unless asked for.
     assert cast_for_decoding(params, jnp.float32) is params
+    assert cast_for_decoding(plain, jnp.bfloat16) is plain
     same = dict(leaves(cast_for_decoding(params, jnp.float32, int8=True)))
     assert {path for path, x in same.items() if x.dtype == jnp.int8} == integers
 

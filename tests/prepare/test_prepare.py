@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -22,6 +24,7 @@ from emor3_jax.data.labels import LABEL_SETS, label_set
 from emor3_jax.data.sources import Texts
 from emor3_jax.embedded.tokenizer import train_tokenizer
 from emor3_jax.models import LoadedPolicy, save
+from emor3_jax.models.params import cast_matrices
 from emor3_jax.models.processor import ImageSettings, Processor
 from emor3_jax.parallel.mesh import make_mesh
 from emor3_jax.prepare.checks import validate
@@ -63,6 +66,20 @@ def test_parameters_lie_on_the_mesh(folder):
     policy = load(folder)
     assert policy.params["model"]["norm"]["scale"].sharding.mesh.shape["fsdp"] == 1
     assert policy.policy.compute.attention == "xla"
+
+
+def test_matrices_beside_adapters_are_in_the_compute_type(folder):
+    config = default()
+    config.policy.path, config.policy.dtype = str(folder), "bfloat16"
+    whole = prepare.load_policy(config, print, make_mesh()).params
+    config.policy.lora_rank = 2
+    base = prepare.load_policy(config, print, make_mesh()).params
+    jax.tree.map(np.testing.assert_array_equal, base, cast_matrices(whole, jnp.dtype("bfloat16")))
+    assert {x.dtype.name for x in jax.tree.leaves(whole)} == {"float32"}
+    assert {x.dtype.name for x in jax.tree.leaves(base)} == {"float32", "bfloat16"}
+    config.policy.dtype = "float32"
+    found = prepare.load_policy(config, print, make_mesh()).params
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
 
 
 @pytest.mark.parametrize(

@@ -205,19 +205,15 @@ def test_a_file_that_is_no_config_ends_with_the_status_of_a_wrong_config(
     assert ran.returncode == 2 and "error: --config" in ran.stderr and said in ran.stderr
 
 
-def test_words_that_are_no_flags_are_refused() -> None:
-    # absl reads no flag behind the first of them, such as the steps here.
-    ran = _account("--config=configs/cpu_demo.py", "v5e-64", "--config.steps=3")
-    assert ran.returncode == 2
-    assert re.fullmatch(r"error: 'v5e-64': is no flag, and flags behind .*\n", ran.stderr)
-
-
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
         ("--config.stepz=3", "--config.stepz: there is no such field; the nearest one is steps"),
-        ("--config.steps=many", "flag --config.steps=many: "),
+        ("--config.steps=many", "--config.steps='many': must be a whole number"),
+        ("--config.steps=", "--config.steps='': must be a whole number, without a space beside ="),
         ("--stepz=3", "Unknown command line flag 'stepz'"),
+        ("--steps=3", "Unknown command line flag 'steps'; a field of the config is given as --con"),
+        ("runs/a", "'runs/a': belongs to no flag; write --name=value, without a space beside ="),
     ],
 )
 def test_a_wrong_flag_has_the_status_of_what_the_user_can_mend(flag: str, said: str) -> None:
@@ -225,6 +221,37 @@ def test_a_wrong_flag_has_the_status_of_what_the_user_can_mend(flag: str, said: 
     ran = _account("--config=configs/qwen_vl.py", flag)
     assert ran.returncode == 2
     assert ran.stderr.startswith(f"error: {said}") and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            "flag --config.policy_update.kl_coef=much: could not convert string to float: 'much'",
+            "--config.policy_update.kl_coef='much': must be a number",
+        ),
+        (
+            "flag --config.reflect.enabled=no: ('Non-boolean argument to boolean flag', 'no')",
+            "--config.reflect.enabled='no': must be true or false",
+        ),
+        (
+            "flag --workdir=None: Flag --workdir must have a value other than None.\n"
+            "flag --config=None: Flag --config must have a value other than None.",
+            "--config is missing: give --config=…; --workdir is missing: give --workdir=…",
+        ),
+        (
+            "Unknown command line flag 'learning_rate'",
+            "Unknown command line flag 'learning_rate'; a field of the config is given as "
+            "--config.policy_update.learning_rate=…",
+        ),
+        (
+            "flag --leakage=hash: value should be one of <bytes|dhash|none>",
+            "flag --leakage=hash: value should be one of <bytes|dhash|none>",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_plain_words(told: str, words: str) -> None:
+    assert cli._in_plain_words(told) == words
 
 
 def test_data_sets_and_reward_terms_are_added_by_the_command_line() -> None:

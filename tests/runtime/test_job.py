@@ -1,6 +1,7 @@
 """A run's folder: its lock, and settings that changed."""
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -134,3 +135,23 @@ def test_a_folder_in_which_a_run_would_fail_late_is_refused(
         job.check_names(tmp_path)
     (tmp_path / name).rename(tmp_path / "elsewhere")
     job.check_names(tmp_path)
+
+
+def test_platforms_that_are_not_here_are_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = logging.getLogger("jax._src.xla_bridge")
+    monkeypatch.setattr(tried, "level", logging.NOTSET)
+    seen = []
+
+    def find_devices() -> str:
+        seen.append(tried.getEffectiveLevel())
+        return ""
+
+    for name, stand_in in (
+        ("find_devices", find_devices),
+        ("keep_freed_memory", lambda: None),
+        ("set_flags", lambda platform: None),
+    ):
+        monkeypatch.setattr(job, name, stand_in)
+    monkeypatch.setattr(job.hosts, "start", lambda: None)
+    job.start_jax("")
+    assert seen == [logging.WARNING]
