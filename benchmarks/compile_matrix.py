@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -238,22 +239,45 @@ def _traffic_table(found: Results) -> list[str]:
     return lines
 
 
+def a_slice(name: str) -> str:
+    """Returns the name of a slice that the page shows.
+
+    Raises:
+      argparse.ArgumentTypeError: for any other, whose results no table would show.
+    """
+    if name not in SLICES:
+        raise argparse.ArgumentTypeError(f"{name!r}: must be one of {', '.join(SLICES)}")
+    return name
+
+
+def several(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Returns a reader of known names, joined by commas."""
+
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in known]:
+            rule = f"must be of {', '.join(known)}, joined by commas"
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r}: {rule}")
+        return names
+
+    return read
+
+
 def main() -> None:
     """Compiles what is asked for and not there yet, and writes the page after each cell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("slices", nargs="*", default=SLICES)
-    parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--only", default=",".join(PROGRAMS))
+    parser.add_argument("slices", nargs="*", default=SLICES, type=a_slice)
+    parser.add_argument("--sizes", default=",".join(SIZES), type=several(SIZES))
+    parser.add_argument("--only", default=",".join(PROGRAMS), type=several(PROGRAMS))
     before = "compile anew what is older than this date, as 2026-11-29"
     parser.add_argument("--before", default=date.min, type=date.fromisoformat, help=before)
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
-    for size in given.sizes.split(","):
+    for size in given.sizes:
         for name in () if given.page else given.slices:
             there = load().get((size, name), {})
             made = {program: date.fromisoformat(row["date"]) for program, row in there.items()}
-            asked = given.only.split(",")
-            if missing := [p for p in asked if p not in made or made[p] < given.before]:
+            if missing := [p for p in given.only if p not in made or made[p] < given.before]:
                 print(f"{size} {name}: {', '.join(missing)}", flush=True)
                 compile_cell(size, name, missing)
                 PAGE.write_text(page(load()))

@@ -18,6 +18,7 @@ each of 3.75 billion parameters over all devices, and each token in flight 36,86
 cache.
 """
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ def read_options(
         given.append(kind)
         if option in words:
             chosen.add(option)
-        elif key in numbers and value.isdigit() and int(value):
+        elif key in numbers and re.fullmatch("[1-9][0-9]{0,8}", value):
             found[key] = int(value)
         else:
             known = ", ".join([*words, *(f"{key}=…" for key in numbers)])
@@ -193,26 +194,26 @@ def on_slice(options: str, layouts: dict[str, Layout]) -> ConfigDict:
       layouts: size of the policy → how it lies.
 
     Raises:
-      UserError: if an option is unknown, or the prompts do not divide over so many chips.
+      UserError: if an option is unknown, chips or slices are no power of two, or the prompts do not
+        divide over so many chips.
     """
     chosen, numbers = read_options(options, (*layouts, "lora"), {"chips": 0, "slices": 1})
     size = next((size for size in layouts if size in chosen), "3b")
     layout = layouts[size]
-    devices = (numbers["chips"] or layout.chips) * layout.devices
-    slices = numbers["slices"]
+    chips, slices = numbers["chips"] or layout.chips, numbers["slices"]
+    devices = chips * layout.devices
     tensor = layout.tensor_on(devices, slices)
     parts = devices // tensor
     config = get_config()
-    if parts % slices:
+    if devices % tensor or config.policy_update.prompts % parts:
         raise UserError(
-            f"slices={slices}: must divide the {parts} parts that {devices // layout.devices} "
-            f"chips cut a batch into (mesh.tensor={tensor})"
+            f"chips={chips}: must be a power of two whose parts (devices over mesh.tensor={tensor})"
+            f" divide the {config.policy_update.prompts} prompts of an update"
         )
-    if devices % tensor or config.policy_update.prompts % max(parts, 1) or not parts:
+    if chips % slices:
         raise UserError(
-            f"chips={devices // layout.devices}: must be a power of two whose parts (devices "
-            f"over mesh.tensor={tensor}) divide the "
-            f"{config.policy_update.prompts} prompts of an update"
+            f"slices={slices}: must be a power of two that divides the {chips} chips of all slices "
+            f"together, as in chips={2 * layout.chips},slices=2"
         )
     choose_policy(config, size)
     copies = max(parts // slices // FSDP, 1)

@@ -37,6 +37,7 @@ from emor3_jax.flops import (
 from emor3_jax.flops.seconds import (
     CHIPS,
     REASONS,
+    AssumptionError,
     Assumptions,
     Machine,
     Moved,
@@ -143,11 +144,15 @@ class Estimate:
       topology: of the devices.
       assumed: the assumptions.
       phases: phase → its seconds by each bound.
+      moved: program → collectives that are taken of a compiled program.
+      limited: assumptions that the config's own sizes replace.
     """
 
     topology: topology.Topology
     assumed: Assumptions
     phases: dict[str, Phase]
+    moved: dict[str, Moved]
+    limited: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -157,7 +162,8 @@ class Estimate:
     def table(self) -> str:
         """Returns the phases and what is assumed as markdown."""
         lines = [
-            f"An estimate, no measurement: {self.seconds:.0f} s a step on {self.topology.name}.",
+            f"An estimate, no measurement: {shown_seconds(self.seconds)} s a step on "
+            f"{self.topology.name}.",
             "",
             "| phase | products s | memory s | links s | sums s | seconds | bound by |",
             "|---|---:|---:|---:|---:|---:|---|",
@@ -172,20 +178,32 @@ class Estimate:
             "|---|---:|---|",
         ]
         for field, value in self.assumed._asdict().items():
-            shown = value
+            shown, reason = value, REASONS[field]
             if field == "lengths":
                 shown = (
                     f"log-normal, mean {value.mean:g}, {value.cut:.1%} over {value.most}: "
-                    f"{value.average:.0f} once cut"
+                    f"{value.average:.0f} once cut at {value.longest}"
                 )
-            given = value != Assumptions._field_defaults[field]
-            lines.append(f"| {field} | {shown} | {'as given' if given else REASONS[field]} |")
+                value = value._replace(limit=0)
+            if field in self.limited:
+                reason = "the longest that the config allows"
+            elif value != Assumptions._field_defaults[field]:
+                reason = "as given"
+            lines.append(f"| {field} | {shown} | {reason} |")
+        if self.moved:
+            shown = ", ".join(self.moved)
+            lines.append(f"| compiled collectives | {shown} | as given; others are counted |")
         chip = CHIPS[self.topology.kind]
         lines.append(
             f"| a device | {chip.flops / 1e12:.0f} TFLOP/s, {chip.memory / 1e9:.0f} GB/s, "
             f"{chip.links / 1e9:.0f} GB/s received | its makers' pages |"
         )
         return "\n".join(lines)
+
+
+def shown_seconds(seconds: float) -> str:
+    """Returns seconds with two digits at least, so that a tiny step does not take 0."""
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def estimate(
@@ -204,7 +222,9 @@ def estimate(
       UserError: if the file is not there, of something else, or of other devices.
     """
     slices = topology.parse(name)
-    mean = round(assumed.lengths.average)
+    asked, assumed = assumed, within(assumed, config)
+    limited = ("prompt_tokens",) if assumed.prompt_tokens < asked.prompt_tokens else ()
+    mean = max(1, round(assumed.lengths.average))
     shapes, step, costs = step_costs(config, assumed.prompt_tokens, mean)
     found = f"are {slices.device_count} devices in {name}"
     sizes = axis_sizes(config.mesh.to_dict(), slices.device_count, slices.slices, found)
@@ -226,30 +246,63 @@ def estimate(
     )
     policy, _ = read_policy_shapes(config)
     parameters = sum(x.size for x in jax.tree.leaves(policy.param_shapes()))
-    moved = None if compiled is None else _moved(compiled, name)
-    return Estimate(
-        slices, assumed, phase_seconds(shapes, step, costs, machine, assumed, parameters, moved)
-    )
+    moved = {} if compiled is None else _moved(compiled, name, config)
+    phases = phase_seconds(shapes, step, costs, machine, assumed, parameters, moved)
+    return Estimate(slices, assumed, phases, moved, limited)
 
 
-def _moved(file: Path, name: str) -> dict[str, Moved]:
+def within(assumed: Assumptions, config: ConfigDict) -> Assumptions:
+    """Returns assumptions whose prompts and responses are no longer than those of a config.
+
+    Raises:
+      AssumptionError: for other prompts than the default's that are longer.
+    """
+    lengths = assumed.lengths._replace(limit=config.rollout.max_tokens)
+    longest = max(config.data.prompt_lengths)
+    if longest < assumed.prompt_tokens != Assumptions().prompt_tokens:
+        raise AssumptionError(
+            f"assume=prompt_tokens={assumed.prompt_tokens}: no prompt of this config is over the "
+            f"largest of data.prompt_lengths, {longest}; lower it, or raise those"
+        )
+    return assumed._replace(lengths=lengths, prompt_tokens=min(assumed.prompt_tokens, longest))
+
+
+def _moved(file: Path, name: str, config: ConfigDict) -> dict[str, Moved]:
+    """Returns program → its collectives, of those in a file whose text the compiler gave."""
     if not is_file(file):
-        raise UserError(f"compiled={str(file)!r}: no such file; python -m emor3_jax.compile --json")
+        raise UserError(
+            f"compiled={str(file)!r}: no such file; python -m emor3_jax.compile --json=FILE writes "
+            "one"
+        )
     found = read_json(file)
     try:
-        moved = {x["name"]: _received(x["calls"], x["moved"]) for x in found["programs"]}
+        # A program that does not fit has no compiled text to read them from.
+        compiled = [x for x in found["programs"] if x["moved"] or x.get("fits", True)]
+        moved = {x["name"]: _received(x["calls"], x["moved"]) for x in compiled}
         topology = found["topology"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         rule = "must be a file that python -m emor3_jax.compile --json wrote"
         raise UserError(f"compiled={str(file)!r}: {rule}") from error
     if topology != name:
         raise UserError(f"compiled={str(file)!r}: is of {topology}, not of on={name!r}")
+    for field, today in {
+        "policy": config.policy.path,
+        "mesh": config.mesh.to_dict(),
+        "micro_prompts": config.policy_update.micro_prompts,
+        "rollout": {name: config.rollout[name] for name in ("prompts", "slots", "refill", "lanes")},
+    }.items():
+        if (then := found.get(field, today)) != today:
+            raise UserError(
+                f"compiled={str(file)!r}: is of {field}={then!r}, not of this config's {today!r}; "
+                "compile it anew"
+            )
     return moved
 
 
 def _received(calls: int, kinds: dict[str, int]) -> Moved:
-    summed = kinds.get("all-reduce", 0)
-    return Moved(calls * (sum(kinds.values()) - summed), calls * summed)
+    received = {kind: int(calls) * float(size) for kind, size in kinds.items()}
+    summed = received.get("all-reduce", 0.0)
+    return Moved(sum(received.values()) - summed, summed)
 
 
 def define_flags() -> None:

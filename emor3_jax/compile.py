@@ -13,6 +13,7 @@ does not fit. What is assumed stands in `emor3_jax/compiler/step.py`; docs/compi
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ from emor3_jax.compiler.search import search
 from emor3_jax.compiler.step import step_programs
 from emor3_jax.compiler.verdict import executed_flops, table, verdict
 from emor3_jax.config import uses_reference
-from emor3_jax.errors import UserError
+from emor3_jax.errors import RunError, UserError, os_error_text
+from emor3_jax.files import is_file, is_folder
 from emor3_jax.flops import Cost, phase_costs
 from emor3_jax.models.policy import Policy
 from emor3_jax.parallel import topology
@@ -218,13 +220,40 @@ def costs_of(config: ConfigDict, policy: Policy, texts: TemplateTokens) -> dict[
     )
 
 
+def check_output(file: Path) -> None:
+    """Raises UserError, before minutes of compiling, for a file that cannot be written."""
+    if is_folder(file):
+        raise UserError(f"json={str(file)!r}: is a folder; name a file")
+    if not is_folder(file.absolute().parent):
+        raise UserError(f"json={str(file)!r}: the folder is not there; make it first")
+    # A pipe or a device is opened once, when there is something to write.
+    if is_file(file) or not os.path.lexists(file):
+        there = is_file(file)
+        try:
+            file.open("a").close()
+        except OSError as error:
+            raise UserError(f"json={str(file)!r}: {os_error_text(error.errno)}") from error
+        if not there:
+            file.unlink()
+
+
+def write_output(file: Path, text: str) -> None:
+    """Writes a file.
+
+    Raises:
+      RunError: naming the file and the reason, such as a full disk.
+    """
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise RunError(f"json={str(file)!r}: {os_error_text(error.errno)}") from error
+
+
 def main(config: ConfigDict) -> None:
     """Compiles, prints, and ends with status 1 if the step does not fit."""
     given = flags.FLAGS
-    if given.json and Path(given.json).is_dir():
-        raise UserError(f"json={given.json!r}: is a folder; name a file")
-    if given.json and not Path(given.json).absolute().parent.is_dir():
-        raise UserError(f"json={given.json!r}: the folder is not there; make it first")
+    if given.json:
+        check_output(Path(given.json))
     if given.search:
         if wrong := [name for name in ("only", "json") if given[name].value]:
             rule = "--search compiles what it needs and prints what fits; leave this out"
@@ -233,6 +262,11 @@ def main(config: ConfigDict) -> None:
             print(line, flush=True)
         return
     only = tuple(name.strip() for name in given.only.split(",") if name.strip())
+    if given.only and not only:
+        raise UserError(f"only={given.only!r}: names no program; leave it out to compile all")
+    if "help" in only and (len(only) > 1 or given.json):
+        rule = "help lists the names and compiles nothing; leave other names and --json out"
+        raise UserError(f"only={given.only!r}: {rule}")
     if only:
         # Names alone, in seconds: a wrong one is told before minutes of compiling.
         names = program_names(find_place(config, given.topology))
@@ -260,7 +294,7 @@ def main(config: ConfigDict) -> None:
     print(found.table())
     print(f"\n{found.verdict()}")
     if given.json:
-        Path(given.json).write_text(json.dumps(found.to_json(), indent=2) + "\n")
+        write_output(Path(given.json), json.dumps(found.to_json(), indent=2) + "\n")
     if not found.fits:
         sys.exit(1)
 

@@ -96,7 +96,26 @@ def test_an_estimate_refuses_the_collectives_of_other_devices(tmp_path: Path) ->
     assert update.links == update.sums == pytest.approx(0.7)
     with pytest.raises(UserError, match="is of v5e-64, not of on='v4-8'"):
         account.estimate(config, "v4-8", Assumptions(), file)
-    for text in ("# a page", "[]", '{"topology": "v5e-64"}', '{"programs": [{"name": "update"}]}'):
+    # What was not compiled, or has no compiled text since it does not fit, is counted.
+    counted = account.estimate(config, "v5e-64", Assumptions(links_share=1.0))
+    assert found.phases["reference"] == counted.phases["reference"]
+    assert "| compiled collectives | update | as given; others are counted |" in found.table()
+    over = json.dumps({"topology": "v5e-64", "programs": [program | {"fits": False, "moved": {}}]})
+    file.write_text(over)
+    found = account.estimate(config, "v5e-64", Assumptions(links_share=1.0), file)
+    assert found.phases == counted.phases
+    for field, value in (("policy", "Qwen/Qwen2.5-VL-7B-Instruct"), ("micro_prompts", 64)):
+        file.write_text(json.dumps({"topology": "v5e-64", "programs": [program], field: value}))
+        with pytest.raises(UserError, match=f"is of {field}={value!r}, not of this config's"):
+            account.estimate(config, "v5e-64", Assumptions(), file)
+    wrong = '{"topology": "v5e-64", "programs": [{"name": "a", "calls": "x", "moved": {"b": 3}}]}'
+    for text in (
+        "# a page",
+        "[]",
+        wrong,
+        '{"topology": "v5e-64"}',
+        '{"programs": [{"name": "update"}]}',
+    ):
         file.write_text(text)
         with pytest.raises(
             UserError, match=r"out\.json.*(must be a file that|is no JSON|must hold)"
@@ -110,6 +129,20 @@ def test_an_estimate_needs_devices_that_the_mesh_fits() -> None:
     config = tpu_v5e.get_config("3b,chips=8")
     with pytest.raises(MeshError, match=r"config\.rollout\.refill=8: must be a multiple of"):
         account.estimate(config, "v5e-64", Assumptions())
+
+
+def test_an_estimate_has_no_longer_texts_than_its_config() -> None:
+    config = gpu.get_config("gpus=1")
+    found = account.estimate(config, "h100-1", Assumptions())
+    assert found.assumed.prompt_tokens == max(config.data.prompt_lengths) == 896
+    assert "| prompt_tokens | 896 | the longest that the config allows |" in found.table()
+    with pytest.raises(UserError, match=r"assume=prompt_tokens=1000: .*prompt_lengths, 896; lower"):
+        account.estimate(config, "h100-1", Assumptions(prompt_tokens=1000))
+    config.rollout.max_tokens = 128
+    short = account.estimate(config, "h100-1", Assumptions())
+    assert short.seconds < found.seconds and short.assumed.lengths.average < 128
+    assert "once cut at 128 |" in short.table()
+    assert account.shown_seconds(0.0123) == "0.012" and account.shown_seconds(35.4) == "35"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The program that compiles a config for TPU slices: what it refuses and what it prints."""
 
+import errno
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ import emor3_jax
 from configs import emoset, gpu, tpu_v4, tpu_v5e, tpu_v5p, tpu_v6e, tpu_v7x
 from configs.qwen_vl import POLICIES, Layout, on_slice
 from emor3_jax import prepare
-from emor3_jax.compile import find_place, listed, matches
+from emor3_jax.compile import check_output, find_place, listed, matches, write_output
+from emor3_jax.errors import RunError, UserError
 from emor3_jax.models import published
 from emor3_jax.parallel import topology
 from emor3_jax.parallel.mesh import axis_sizes, check_policy
@@ -48,6 +51,10 @@ def test_an_unknown_slice_is_refused_with_the_known_ones() -> None:
         (["--json=/"], "json='/': is a folder; name a file"),
         (["--search", "--only=update"], "only='update': --search compiles what it needs"),
         (["--search", "--json=out.json"], "json='out.json': --search compiles what it needs"),
+        (["--only=,"], "only=',': names no program; leave it out to compile all"),
+        (["--only=help,decode"], "only='help,decode': help lists the names"),
+        (["--only=help", "--json=out.json"], "only='help': help lists the names"),
+        (["--only=decode,", "update"], "'update': belongs to no flag; write --name=value"),
     ),
 )
 def test_flags_that_would_come_to_nothing_are_refused_before_a_compile(
@@ -55,6 +62,25 @@ def test_flags_that_would_come_to_nothing_are_refused_before_a_compile(
 ) -> None:
     done = _compile("--config=configs/tpu_v4.py", "--topology=v4-8", *flags)
     assert done.returncode == 2 and f"error: {said}" in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_output(tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+    (tmp_path / "there.json").write_text("{}")
+    check_output(tmp_path / "there.json")
+    assert (tmp_path / "there.json").read_text() == "{}"
+    with pytest.raises(RunError, match="json='/dev/full': No space left on device; make room"):
+        write_output(Path("/dev/full"), "{}")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"out\.json': Read-only file system; mend that"):
+        check_output(tmp_path / "out.json")
 
 
 @needs_compiler
@@ -171,6 +197,15 @@ def _on(*chips: int) -> Iterator[ConfigDict]:
         ("13b", "13b: must be of 3b, lora, chips=…, slices=…"),
         ("chips=0", "chips=0: must be of"),
         ("chips=12", "chips=12: must be a power of two .* divide the 256 prompts"),
+        ("chips=3,slices=2", "chips=3: must be a power of two"),
+        (
+            "slices=3",
+            "slices=3: must be a power of two that divides the 4 chips .*chips=8,slices=2",
+        ),
+        ("slices=8", "slices=8: must be a power of two that divides the 4 chips"),
+        ("chips=²", "chips=²: must be of"),
+        ("chips=٤", "chips=٤: must be of"),
+        ("chips=" + "9" * 5000, "chips=9+: must be of"),
     ],
 )
 def test_an_unknown_option_of_a_config_is_refused(options: str, message: str) -> None:

@@ -101,3 +101,38 @@ def test_a_program_that_is_compiled_anew_replaces_its_line(
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert found == [rows[1], rows[0] | {"date": "2"}, rows[0] | {"topology": "v4-16"}]
     assert list(tmp_path.iterdir()) == [results]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["v4-9"], "'v4-9': must be one of v4-8, v4-16"),
+        (["h100-8"], "'h100-8': must be one of v4-8, v4-16"),
+        (["--sizes=9b"], "'9b': must be of 3b, 7b"),
+        (["--sizes="], "'': must be of 3b, 7b"),
+        (["--only=decode,decod"], "'decod': must be of weight_sync, decode"),
+    ],
+)
+def test_what_no_table_shows_is_refused_before_a_compile(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compile_matrix", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        compile_matrix.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_all_is_compiled_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cells = []
+    monkeypatch.setattr("sys.argv", ["compile_matrix"])
+    monkeypatch.setattr(compile_matrix, "compile_cell", lambda *cell: cells.append(cell))
+    monkeypatch.setattr(compile_matrix, "RESULTS", tmp_path / "compile.jsonl")
+    monkeypatch.setattr(compile_matrix, "PAGE", tmp_path / "compile.md")
+    compile_matrix.main()
+    assert [cell[:2] for cell in cells] == [
+        (size, name) for size in compile_matrix.SIZES for name in compile_matrix.SLICES
+    ]
+    assert all(programs == list(PROGRAMS) for *_, programs in cells)

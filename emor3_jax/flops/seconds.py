@@ -54,17 +54,24 @@ CHIPS = {
 
 
 class Lengths(NamedTuple):
-    """How long responses are: log-normal, cut at `most`.
+    """How long responses are: log-normal, cut at `longest`.
 
     Attributes:
       mean: of the distribution before it is cut.
       cut: share of the responses that reach `most`.
       most: tokens.
+      limit: tokens at which a run cuts responses, `rollout.max_tokens`; 0 for `most`.
     """
 
     mean: float = 265.0
     cut: float = 0.01
     most: int = 2048
+    limit: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens at which responses are cut."""
+        return self.limit or self.most
 
     def quantiles(self, count: int = 4096) -> list[float]:
         """Returns the middles of `count` equally likely parts, rising.
@@ -73,17 +80,21 @@ class Lengths(NamedTuple):
           ValueError: if no log-normal distribution has this mean and this cut.
         """
         # log(mean) = mu + sigma²/2 and log(most) = mu + z sigma give a square equation of sigma.
-        if not 0 < self.cut < 0.5 or self.mean >= self.most:
-            raise ValueError(f"{self}: cut must lie in (0, 0.5), and mean be under most")
+        if not _LEAST_CUT <= self.cut < 0.5:
+            raise ValueError(f"cut={self.cut:g}: must lie in [{_LEAST_CUT:g}, 0.5)")
         z = NormalDist().inv_cdf(1 - self.cut)
         inner = z**2 - 2 * math.log(self.most / self.mean)
-        if inner < 0:
-            raise ValueError(f"{self}: no log-normal distribution has this mean and this cut")
+        if inner < 0 or self.mean >= self.most:
+            least = self.most * math.exp(-(z**2) / 2)
+            raise ValueError(
+                f"mean={self.mean:g}, cut={self.cut:g}, most={self.most}: of a log-normal "
+                f"distribution with this cut the mean must lie in [{least:.0f}, {self.most})"
+            )
         sigma = z - math.sqrt(inner)
         mu = math.log(self.most) - z * sigma
         normal = NormalDist(mu, sigma)
         middles = (normal.inv_cdf((i + 0.5) / count) for i in range(count))
-        return [min(math.exp(x), float(self.most)) for x in middles]
+        return [min(math.exp(x), float(self.longest)) for x in middles]
 
     @property
     def average(self) -> float:
@@ -96,6 +107,11 @@ class Lengths(NamedTuple):
         """Mean tokens behind a token of a response: what it attends to, beside the prompt."""
         found = self.quantiles()
         return sum(x * (x + 1) / 2 for x in found) / sum(found)
+
+
+_LEAST_CUT = 1e-9
+_LENGTHS = ("mean", "cut", "most")
+"""Fields of `Lengths` that are assumed; `limit` is of the config."""
 
 
 class Assumptions(NamedTuple):
@@ -131,25 +147,28 @@ class Assumptions(NamedTuple):
         """Returns other assumptions, of a text such as "padding=0.13,lanes=0.38".
 
         Raises:
-          AssumptionError: for a field that is not there, or no positive number.
+          AssumptionError: for a field that is not there or is given twice, or no positive number.
         """
-        new = self
+        new, given = self, []
         for pair in filter(None, text.split(",")):
             field, _, value = pair.partition("=")
-            inner = new.lengths if field in Lengths._fields else new._replace(lengths=None)
+            if field in given:
+                raise AssumptionError(f"assume={text!r}: {field} is given twice; give it once")
+            given.append(field)
+            inner = new.lengths if field in _LENGTHS else new._replace(lengths=None)
             try:
                 number = type(getattr(inner, field))(float(value))
             except (AttributeError, TypeError, ValueError, OverflowError):
                 number = 0
-            most = 1 if field in _SHARES else math.inf
-            if not 0 < number <= most or number == math.inf:
-                known = [*(x for x in self._fields if x != "lengths"), *Lengths._fields]
+            most = 1 if field in _SHARES else _MOST
+            if not 1 / _MOST <= number <= most:
+                known = [*(x for x in self._fields if x != "lengths"), *_LENGTHS]
                 raise AssumptionError(
                     f"assume={pair!r}: must be a positive number of {', '.join(known)}, as in "
-                    f"padding=0.7; {', '.join(_SHARES)} are at most 1"
+                    f"padding=0.7, {1 / _MOST:g} to {_MOST:g}; {', '.join(_SHARES)} are at most 1"
                 )
             changed = inner._replace(**{field: number})
-            if field in Lengths._fields:
+            if field in _LENGTHS:
                 new = new._replace(lengths=changed)
             else:
                 new = changed._replace(lengths=new.lengths)
@@ -159,6 +178,9 @@ class Assumptions(NamedTuple):
             raise AssumptionError(f"assume={text!r}: {error}") from error
         return new
 
+
+_MOST = 1e9
+"""Numbers from 1 / _MOST to _MOST are assumed, so that no estimate overflows."""
 
 _SHARES = ("padding", "lanes", "fill", "flops_share", "memory_share", "links_share")
 """Assumptions that are shares of a whole."""
@@ -278,7 +300,8 @@ def phase_seconds(
       machine: the devices.
       assumed: the assumptions.
       parameters: of the policy, all.
-      moved: program → what a device receives, of compiled programs; None counts it from shapes.
+      moved: program → what a device receives, of compiled programs; that of others is counted from
+        shapes.
     """
     chip, tensor, fsdp = machine.chip, machine.tensor, machine.fsdp
     flop_rate = chip.flops * assumed.flops_share * machine.devices
@@ -295,7 +318,7 @@ def phase_seconds(
         return padded / assumed.padding / flop_rate
 
     def received(name: str, gathered: float, summed: float = 0.0) -> dict[str, float]:
-        found = Moved(gathered, summed) if moved is None else moved.get(name, Moved())
+        found = (moved or {}).get(name, Moved(gathered, summed))
         return {"links": found.gathered / link_rate, "sums": found.summed / link_rate}
 
     def summed(tokens: float, passes: int, reader: Shapes = policy) -> float:
@@ -381,7 +404,7 @@ def _decode(
     chip = machine.chip
     tokens = step.prompts * step.responses * step.response_tokens
     # All lanes are busy until no response waits; then the longest one goes on to its end.
-    rounds = tokens / (machine.lanes * assumed.fill) + assumed.tail * assumed.lengths.most
+    rounds = tokens / (machine.lanes * assumed.fill) + assumed.tail * assumed.lengths.longest
     # Devices that share a head each have a copy of it (`parallel.mesh.share_heads`).
     heads = policy.num_kv_heads / math.gcd(policy.num_kv_heads, machine.tensor)
     token = 2 * 2 * policy.num_layers * heads * policy.head_dim

@@ -119,6 +119,10 @@ CHIPS = {
 """Generation → what a chip is."""
 
 
+MOST_SLICES = 256
+"""More than any config cuts a batch into; the compiler is not asked for millions of devices."""
+
+
 class Topology(NamedTuple):
     """One or more slices of a generation.
 
@@ -204,15 +208,14 @@ def parse(name: str) -> Topology:
     Raises:
       TopologyError: listing the names that are known.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?(v5litepod|\w+)-(\d+)", name)
+    match = re.fullmatch(r"(?:([1-9]\d{0,2})x)?(v5litepod|\w+)-([1-9]\d{0,2})", name, re.ASCII)
     if match is not None:
-        slices, kind, size = match.groups()
+        slices, kind, size = int(match[1] or 1), match[2], int(match[3])
         chip = CHIPS.get({"v5litepod": "v5e"}.get(kind, kind))
-        chips = int(size) / chip.units if chip is not None else 0
-        one = slices in (None, "1") or (chip is not None and chip.platform == "tpu")
-        if chip is not None and chips in chip.shapes and slices != "0" and one:
-            return Topology(name, chip, int(chips), int(slices or 1))
+        most = MOST_SLICES if chip is not None and chip.platform == "tpu" else 1
+        if chip is not None and size / chip.units in chip.shapes and slices <= most:
+            return Topology(name, chip, size // chip.units, slices)
     raise TopologyError(
-        f"topology={name!r}: must be one of {', '.join(names())}; several slices are written "
-        "2xv5e-16"
+        f"topology={name!r}: must be one of {', '.join(names())}; several slices, up to "
+        f"{MOST_SLICES}, are written 2xv5e-16"
     )

@@ -7,6 +7,7 @@ import re
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -65,8 +66,11 @@ def local_folder(path: str) -> Path:
     Raises:
       FileNotFoundError: if it is an address, such as gs://bucket/run, which would else become a
         folder of that name on this machine.
-      UserError: if it is a file, or lies under one.
+      UserError: if it is a file, or lies under one, or is nothing, as an unset variable of the
+        shell, which would become the working directory.
     """
+    if not path:
+        raise UserError("--workdir='': names nothing; give a folder, '.' for this one")
     if "://" in path:
         rule = "must be a folder; mount the bucket (gcsfuse), or start through tpu/launch.sh"
         raise FileNotFoundError(f"--workdir={path!r}: {rule}")
@@ -107,7 +111,7 @@ def _refuse_what_stands_alone(arguments: Sequence[str]) -> None:
     So it would --config.reflect.enabled false, which it reads as true.
     """
     if arguments:
-        rule = "belongs to no flag; write --name=value, without a space beside ="
+        rule = "belongs to no flag; write --name=value, without a space beside = or a comma"
         raise UserError(f"{arguments[0]!r}: {rule}")
 
 
@@ -191,11 +195,26 @@ class _ConfigParser(ConfigFileFlagParser):
 
     def parse(self, path: str) -> ConfigDict:
         """Returns the config."""
-        config = super().parse(path)
+        try:
+            config = super().parse(path)
+        except SyntaxError as error:
+            at = f"{show(error.filename)}, line {error.lineno}: {error.msg}"
+            raise UserError(f"--config={path!r}: {at}; must be a file in Python") from error
+        except (TypeError, ValueError):
+            # These have their trace in the message, see `parse_flags`.
+            raise
+        except Exception as error:
+            trace = traceback.format_exc()
+            raise UserError(f"--config={path!r}: the file fails:\n\n{trace}") from error
         if isinstance(config, ConfigDict):
             fields = _overridden(sys.argv)
             add_entries(config, fields)
             _check_fields(config, fields)
+        elif not hasattr(config, "_ReportError"):
+            # A file that could not be read is an object that says so when it is first used.
+            kind = type(config).__name__
+            rule = "must return a ConfigDict; start from emor3_jax.config.default()"
+            raise UserError(f"--config={path!r}: get_config() returns {kind}: {rule}")
         return config
 
 
@@ -333,9 +352,9 @@ def _takes_no_options(error: BaseException) -> bool:
 
 
 def _refuse_missing_config(error: OSError) -> None:
-    """Exits if the error is that of `config_flags` when a config is used whose file is missing."""
+    """Exits if the error is that of `config_flags` when a config is used that cannot be read."""
     cause = str(error.__cause__)
-    if cause.startswith("Failed loading config file"):
+    if str(error).startswith("Configuration is not available"):
         reason = re.sub(r"^\[Errno \d+\] ", "", cause.splitlines()[-1].strip())
         names = ", ".join(sorted(file.stem for file in configs_folder().glob("*.py")))
         rule = f"give a file, or the name of a config of the package: {names}"

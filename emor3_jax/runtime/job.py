@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from emor3_jax.config import ConfigError, default
 from emor3_jax.errors import UserError
-from emor3_jax.files import read_json
+from emor3_jax.files import is_file, is_folder, read_json
 from emor3_jax.io.fields import fields_of
 from emor3_jax.parallel import hosts
 from emor3_jax.parallel.devices import expected_platform, find_devices
@@ -88,6 +88,25 @@ def check_hosts(config: ConfigDict) -> None:
     for section, key in (("rollout", "resample"), ("reference", "image_cache")):
         if value := config[section][key]:
             raise ConfigError(f"{section}.{key}", value, "works on one host alone; set it to 0")
+
+
+FOLDERS = ("checkpoints", "damaged", "events", "policy", "predictions", "replay", "samples")
+FILES = ("config.json", "emor3.json", "evaluation.json", "metrics.jsonl", "report.html")
+"""Names in the folder of a run."""
+
+
+def check_names(workdir: Path) -> None:
+    """Refuses a folder in which a run would fail late: what is to be written there is another kind.
+
+    Raises:
+      UserError: naming the first.
+    """
+    for names, there, kind in ((FOLDERS, is_file, "folder"), (FILES, is_folder, "file")):
+        if wrong := [name for name in names if there(workdir / name)]:
+            raise UserError(
+                f"--workdir={str(workdir)!r}: a run keeps a {kind} of the name {wrong[0]} there, "
+                "which is none; move it away, or give another folder"
+            )
 
 
 class WorkdirLock:

@@ -140,6 +140,7 @@ class Run:
         check_batches(self.mesh, config)
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
+            job.check_names(workdir)
             self._lock = job.WorkdirLock(workdir)
         self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         latest = self._checkpoints.latest()

@@ -10,6 +10,7 @@ signal away from Python; `StopSignal.listen` takes it back.
 """
 
 import contextlib
+import http.client
 import math
 import os
 import signal
@@ -17,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +124,8 @@ class StopSignal:
         first = signalled = math.inf
         with self._heard:
             while True:
-                left = first + self._seconds - time.monotonic()
+                # Of a longer time the system's clocks know nothing.
+                left = min(first + self._seconds - time.monotonic(), threading.TIMEOUT_MAX)
                 self._heard.settimeout(None if first == math.inf else max(left, 0.0))
                 try:
                     heard = self._heard.recv(1)
@@ -202,15 +203,14 @@ class MaintenanceWatch:
             self._closed.wait(self._every)
 
     def _read(self, name: str) -> str:
-        """Returns a value, "" if there is none or nobody answers."""
-        request = urllib.request.Request(
-            f"http://{self._host}/computeMetadata/v1/instance/{name}",
-            headers={"Metadata-Flavor": "Google"},
-        )
+        """Returns a value, "" if there is none, or nobody answers in HTTP and text."""
+        address = f"http://{self._host}/computeMetadata/v1/instance/{name}"
         try:
+            request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
             with urllib.request.urlopen(request, timeout=2) as answer:
                 return answer.read().decode().strip()
-        except (OSError, urllib.error.URLError):
+        # An answer that is none must not end the thread, which the next one may tell.
+        except (OSError, http.client.HTTPException, ValueError):
             return ""
 
 

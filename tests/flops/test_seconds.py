@@ -173,7 +173,9 @@ def test_collectives_of_compiled_programs_replace_the_counted_ones() -> None:
     )
     assert found["update"].sums == 2.0
     assert (found["update"].links, found["weight sync"].links) == (5.0, 1.0)
-    assert found["reference"].links == 0
+    # That of a program that was not compiled is counted.
+    counted = phase_seconds(SHAPES, STEP, COSTS, MACHINE, WHOLE, PARAMETERS)
+    assert found["reference"].links == counted["reference"].links > 0
 
 
 def test_lengths_are_log_normal_and_cut() -> None:
@@ -189,8 +191,14 @@ def test_lengths_are_log_normal_and_cut() -> None:
     assert lengths.average == pytest.approx(found.mean(), rel=1e-3) and lengths.average < 265
     # A token of a long response attends to more: what lies behind a token drawn at random.
     assert lengths.age == pytest.approx((found * (found + 1) / 2).sum() / found.sum(), rel=1e-2)
-    with pytest.raises(ValueError, match="no log-normal distribution"):
+    # A run that allows fewer tokens cuts more of the same responses, one that allows more fewer.
+    for limit in (1, 64, 4096):
+        cut = np.asarray(lengths._replace(limit=limit).quantiles(100_000))
+        np.testing.assert_array_equal(np.minimum(cut, 2048), np.minimum(found, limit))
+        assert cut.max() == limit
+    with pytest.raises(ValueError, match=r"mean=10, cut=0\.01, .* must lie in \[137, 2048\)"):
         Lengths(10, 0.01, 2048).quantiles()
+    Lengths(137, 0.01, 2048).quantiles()
 
 
 def test_assumptions_are_changed_by_name_and_all_have_a_reason() -> None:
@@ -202,10 +210,15 @@ def test_assumptions_are_changed_by_name_and_all_have_a_reason() -> None:
         with pytest.raises(AssumptionError, match=f"^assume='{wrong}': must be a positive number"):
             Assumptions().changed(wrong)
     # Shares of a whole, and numbers that no step has.
-    for wrong in ("padding=1.5", "links_share=2", "prompt_tokens=inf", "chunk=nan", "chunk=0.4"):
+    for wrong in (
+        *("padding=1.5", "links_share=2", "prompt_tokens=inf", "chunk=nan", "chunk=0.4"),
+        *("prompt_tokens=1e300", "most=1e300", "latency=1e308", "lanes=1e-320"),
+    ):
         with pytest.raises(AssumptionError, match=f"^assume='{wrong}': .*padding, .*at most 1"):
             Assumptions().changed(wrong)
-    for wrong in ("mean=5000", "cut=0.7", "most=100", "mean=10"):
+    with pytest.raises(AssumptionError, match="mean is given twice; give it once"):
+        Assumptions().changed("mean=400,padding=0.5,mean=300")
+    for wrong in ("mean=5000", "cut=0.7", "cut=1e-300", "most=100", "mean=10"):
         with pytest.raises(AssumptionError, match=f"^assume='{wrong}': .*cut"):
             Assumptions().changed(wrong)
     assert set(REASONS) == set(Assumptions._fields)

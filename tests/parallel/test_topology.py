@@ -36,7 +36,11 @@ def test_names(name: str, chips: int, devices: int, grid: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["v4-6", "v4", "v3-8", "v5e-512", "0xv5e-16", "-8", "v4-32x2", "2xh100-8", "h100-3"]
+    "name",
+    [
+        *("v4-6", "v4", "v3-8", "v5e-512", "0xv5e-16", "-8", "v4-32x2", "2xh100-8", "h100-3"),
+        *("00xv5e-16", "999xv5e-16", "99999999999xv5e-16", "v4-08", "v4-٨", "v4-" + "9" * 5000),
+    ],
 )
 def test_an_unknown_name_is_told_the_known_ones(name: str) -> None:
     with pytest.raises(TopologyError, match=f"^topology='{name}': must be one of v4-8, v4-16"):

@@ -29,6 +29,12 @@ def test_a_bucket_is_no_folder() -> None:
         cli.local_folder("gs://box/a")
 
 
+def test_no_name_is_not_the_working_directory() -> None:
+    with pytest.raises(UserError, match="--workdir='': names nothing; give a folder"):
+        cli.local_folder("")
+    assert cli.local_folder(".") == Path()
+
+
 def test_who_reads_the_first_lines_alone_gets_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -170,6 +176,33 @@ def test_a_fault_in_a_config_file_keeps_its_trace(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text("def get_config():\n    return int('no number')\n")
     ran = _account(f"--config={tmp_path / 'config.py'}")
     assert ran.returncode == 2 and "line 2, in get_config" in ran.stderr
+
+
+@pytest.mark.parametrize("arguments", ([], ["--config.steps=3"]))
+def test_a_config_that_is_a_folder_is_told_in_one_line(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    ran = _account(f"--config={tmp_path}", *arguments)
+    assert ran.returncode == 2
+    assert re.fullmatch(r"error: --config: .*Is a directory.*; give a file.*\n", ran.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("# A page\nof text", "line 2: invalid syntax; must be a file in Python\n"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("steps = 3", "has no attribute 'get_config'"),
+        ("def get_config():\n    pass", "get_config() returns NoneType: must return a ConfigDict"),
+        ("def get_config():\n    return 3", "get_config() returns int: must return a ConfigDict"),
+    ],
+)
+def test_a_file_that_is_no_config_ends_with_the_status_of_a_wrong_config(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.py").write_text(text)
+    ran = _account(f"--config={tmp_path / 'config.py'}")
+    assert ran.returncode == 2 and "error: --config" in ran.stderr and said in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,25 @@ def test_what_is_no_file_is_no_config(tmp_path: Path) -> None:
             read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_folder", "said"),
+    [
+        ("checkpoints", False, "a run keeps a folder of the name checkpoints there"),
+        ("policy", False, "a run keeps a folder of the name policy there"),
+        ("report.html", True, "a run keeps a file of the name report.html there"),
+    ],
+)
+def test_a_folder_in_which_a_run_would_fail_late_is_refused(
+    name: str, is_folder: bool, said: str, tmp_path: Path
+) -> None:
+    job.check_names(tmp_path)
+    (tmp_path / name).mkdir() if is_folder else (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=said):
+        job.check_names(tmp_path)
+    (tmp_path / name).rename(tmp_path / "elsewhere")
+    job.check_names(tmp_path)
+
+
 def test_platforms_that_are_not_here_are_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = logging.getLogger("jax._src.xla_bridge")
     monkeypatch.setattr(tried, "level", logging.NOTSET)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -271,6 +272,38 @@ def test_notices_of_the_metadata_server_are_heard(monkeypatch, values, noticed):
             # It asks again and again, and hears nothing.
             assert eventually(lambda: asked.count("maintenance-event") >= 3)
             assert not heard.is_set()
+
+
+def test_an_answer_that_is_none_does_not_end_the_questions(monkeypatch):
+    answers = [b"no HTTP", b"HTTP/1.1 200 OK\r\n\r\n\xff", b"HTTP/1.1 200 OK\r\n\r\nTRUE"]
+
+    class Broken(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            self.wfile.write(answers.pop(0) if len(answers) > 1 else answers[0])
+
+    server = socketserver.TCPServer(("localhost", 0), Broken)
+    monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_address[1]}")
+    heard = threading.Event()
+    with serving(server), contextlib.closing(MaintenanceWatch(heard.set, every=0.01)):
+        assert heard.wait(60)
+    # Nor does a name that is no host's.
+    for name in ("bad host", "a:b", "[::"):
+        monkeypatch.setenv("GCE_METADATA_HOST", name)
+        with contextlib.closing(MaintenanceWatch(lambda: None, every=60.0)) as watch:
+            assert watch._read("preempted") == ""
+
+
+def test_a_time_longer_than_clocks_know_is_waited_for(monkeypatch):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    stop = StopSignal(1e300)
+    (watcher,) = (thread for thread in threading.enumerate() if thread.name == "stop signal")
+    stop.request()
+    assert eventually(lambda: stop.requested)
+    stop.restore()
+    watcher.join(60)
+    assert not watcher.is_alive() and not failed
 
 
 def test_nothing_is_asked_where_there_is_no_cloud(monkeypatch):
