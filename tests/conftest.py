@@ -29,16 +29,20 @@ MAPPINGS = 10_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _let_go_of_what_programs_keep() -> Iterator[None]:
+def _let_go_of_what_programs_keep(request: pytest.FixtureRequest) -> Iterator[None]:
     """Frees the programs of the tests so far where they are many: each maps some pages.
 
-    No run leaves its mesh set, which would reach the tests of the next file.
+    No run leaves its mesh set, which would reach the tests of the next file, and no file loads the
+    TPU's compiler without saying so.
     """
     yield
     assert jax.sharding.get_mesh().empty
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > MAPPINGS:
+    mapped = maps.read_text() if maps.exists() else ""
+    if mapped.count("\n") > MAPPINGS:
         jax.clear_caches()
+    if "libtpu" in mapped:
+        assert request.path in _loading(request.session.items), "mark it: loads_tpu_compiler"
 
 
 def pytest_collection_finish() -> None:
@@ -51,5 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Whole files, since processes that share the tests take them file by file (`--dist loadfile`).
     """
-    loading = {item.path for item in items if item.get_closest_marker("loads_tpu_compiler")}
+    loading = _loading(items)
     items.sort(key=lambda item: item.path in loading)
+
+
+def _loading(items: list[pytest.Item]) -> set[Path]:
+    """Returns the files of which a test is marked so."""
+    return {item.path for item in items if item.get_closest_marker("loads_tpu_compiler")}

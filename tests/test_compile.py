@@ -117,6 +117,7 @@ def test_a_name_stands_for_its_program_or_its_family() -> None:
 
 
 @needs_compiler
+@pytest.mark.loads_tpu_compiler
 def test_the_kernels_of_a_run_are_compiled() -> None:
     config = tpu_v4.get_config()
     config.data.train.path = "train.parquet"
