@@ -136,7 +136,11 @@ OPTIONS = [
     ("tpu_v5e", "4b", "--config=…:4b: must be of 3b, 7b, qwen3_vl_2b"),
     ("tpu_v5e", "qwen3_vl_4b,3b", "--config=…:3b: the policy is given twice"),
     ("tpu_v5e", "chips=64,chips=16", "chips=16: chips is given twice"),
-    ("tpu_v5e", "qwen3_vl_4b,slices=3", "slices=3: must divide the 4 parts that 16 chips"),
+    (
+        "tpu_v5e",
+        "qwen3_vl_4b,slices=3",
+        "slices=3: must be a power of two that divides the 16 chips",
+    ),
     ("tpu_v7x", "chips=0", "--config=…:chips=0"),
     ("gpu", "7b,lora,3b", "the policy is given twice"),
     ("gpu", "gpus=2", "gpus must be 1 or 8"),
