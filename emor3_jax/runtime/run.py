@@ -17,6 +17,7 @@ batches of an evaluation; either way the last step that was finished is saved.
 import contextlib
 import dataclasses
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ from emor3_jax.runtime.stopping import MaintenanceWatch, Stopped, StopSignal
 from emor3_jax.types import Batch, Observed
 
 Results = dict[str, dict[str, Evaluation]]
+
+logger = logging.getLogger(__name__)
 
 
 class FinishedStep(NamedTuple):
@@ -212,24 +215,49 @@ class Run:
         """
         if kind is None:
             return
-        with contextlib.closing(self):
+        told = error
+        try:
             if issubclass(kind, Stopped):
                 self._save_finished()
                 self._say_stopped()
                 # As all hosts do now; after an error they may not.
                 self.data.train.close()
             raise_failure(error, self.workdir, self._step, begun=self._begun)
+        except BaseException as raised:
+            told = raised
+            raise
+        finally:
+            self._close_after(told)
 
     def close(self) -> None:
-        """Lets go of signals, threads and files; the mesh that was set before is set again."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._scope.close)
-            stack.callback(self._unlock)
-            ends = self._stop.restore, self._writer.close, self._checkpoints.close
-            for each in (*ends, self._task.close):
-                stack.callback(each)
-            self._maintenance.close()
-            self.clock.close()
+        """Lets go of signals, threads and files; the mesh that was set before is set again.
+
+        Of several errors the first is raised, so that a full disk is told by the checkpoint that
+        could not be written, and not by the events behind it.
+        """
+        first: BaseException | None = None
+        for end in (
+            *(self.clock.close, self._maintenance.close, self._task.close),
+            *(self._checkpoints.close, self._writer.close, self._stop.restore),
+            *(self._unlock, self._scope.close),
+        ):
+            try:
+                end()
+            except BaseException as error:
+                if first is not None:
+                    logger.warning("%s", error)
+                first = first or error
+        if first is not None:
+            raise first
+
+    def _close_after(self, error: BaseException | None) -> None:
+        """Closes; an error that ends the run is told, not one of closing that follows it."""
+        try:
+            self.close()
+        except Exception as failed:
+            if isinstance(error, Stopped):
+                raise
+            logger.warning("%s", failed)
 
     def _unlock(self) -> None:
         if self._lock is not None:

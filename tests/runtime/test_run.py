@@ -99,3 +99,33 @@ def test_a_policy_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) ->
             assert policy == "bad"
     assert (folder / "config.json").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+class _End:
+    """Something that a run closes, which may fail."""
+
+    def __init__(self, error: Exception | None, ended: list) -> None:
+        self.error, self.ended = error, ended
+
+    def close(self) -> None:
+        self.ended.append(self)
+        if self.error is not None:
+            raise self.error
+
+    restore = release = close
+
+
+def test_of_errors_of_closing_the_first_is_told_and_none_hides_that_of_the_run(caplog) -> None:
+    full, late = RunError("the checkpoint could not be written"), OSError(27, "File too large")
+    ended: list[_End] = []
+    run = run_module.Run.__new__(run_module.Run)
+    for name in ("clock", "_maintenance", "_task", "_stop", "_lock", "_scope"):
+        setattr(run, name, _End(None, ended))
+    run._checkpoints, run._writer = _End(full, ended), _End(late, ended)
+    with pytest.raises(RunError, match="could not be written"):
+        run.close()
+    assert len(ended) == 8 and "File too large" in caplog.text
+    run.workdir, run._step, run._begun = Path("run"), 3, True
+    with pytest.raises(UserError, match="the run's own"), run:
+        raise UserError("the run's own")
+    assert len(ended) == 16
