@@ -35,14 +35,20 @@ def _let_go_of_what_programs_keep(request: pytest.FixtureRequest) -> Iterator[No
     No run leaves its mesh set, which would reach the tests of the next file, and no file loads the
     TPU's compiler without saying so.
     """
+    before = _mapped()
     yield
     assert jax.sharding.get_mesh().empty
-    maps = Path("/proc/self/maps")
-    mapped = maps.read_text() if maps.exists() else ""
+    mapped = _mapped()
     if mapped.count("\n") > MAPPINGS:
         jax.clear_caches()
-    if "libtpu" in mapped:
+    if "libtpu" in mapped and "libtpu" not in before:
         assert request.path in _loading(request.session.items), "mark it: loads_tpu_compiler"
+
+
+def _mapped() -> str:
+    """Returns the files that this process maps to memory, "" where the system does not say."""
+    maps = Path("/proc/self/maps")
+    return maps.read_text() if maps.exists() else ""
 
 
 def pytest_collection_finish() -> None:
