@@ -195,14 +195,17 @@ def keep_all_programs() -> None:
     job.start_jax = start_jax
 
 
-def run(folder: Path, workdir: Path, fault: Fault) -> None:
+def run(folder: Path, workdir: Path, fault: Fault, environment: dict[str, str]) -> None:
     """Runs, in a process group of its own, what it prints going to `workdir.log`.
 
     Args:
       folder: holds policy and data.
       workdir: of the run; `workdir.steps` then says how many steps were taken.
       fault: what happens.
+      environment: of the process; that of the server may be of other tests, which started it.
     """
+    os.environ.clear()
+    os.environ.update(environment)
     os.setsid()
     place = workdir.with_name(workdir.name + ".files")
     place.mkdir(exist_ok=True)

@@ -80,8 +80,9 @@ class Trials:
         """Starts a victim; returns the folder of its run and its process."""
         self._number += 1
         workdir = workdir or self.folder / f"run{self._number}"
-        process = self._processes.Process(target=child.run, args=(self.folder, workdir, fault))
         with _environment():
+            args = self.folder, workdir, fault, dict(os.environ)
+            process = self._processes.Process(target=child.run, args=args)
             process.start()
         return workdir, process
 
