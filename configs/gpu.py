@@ -70,9 +70,9 @@ def get_config(options: str = "gpus=8") -> ConfigDict:
     if policy in IN_FLIGHT:
         for name, size in IN_FLIGHT[policy]._asdict().items():
             config.rollout[name] = size * gpus
+    elif gpus == 1:
+        config.rollout.slots, config.rollout.refill = 32, 8
     if gpus == 1:
-        if policy not in IN_FLIGHT:
-            config.rollout.slots, config.rollout.refill = 32, 8
         config.policy_update.micro_prompts = 2
         config.evaluate.prompts = 8
         if numbers["memory"] == 80 or policy in ("7b", "qwen3_vl_8b"):

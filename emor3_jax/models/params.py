@@ -37,7 +37,7 @@ def cast_for_decoding(params: Params, dtype: Dtype, *, int8: bool = False) -> Pa
 
 
 def is_ready_to_decode(params: Params, dtype: Dtype, devices: int) -> bool:
-    """Tells whether decoding reads parameters as they are, so that no copy is needed.
+    """Recognises parameters that decoding reads as they are, without a copy.
 
     Args:
       params: of a policy, or their shapes.

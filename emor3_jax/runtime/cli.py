@@ -321,7 +321,7 @@ _RULES = (
 
 
 def _in_plain_words(told: str) -> str:
-    """Returns what absl says of a wrong command line in the words of the other errors.
+    """Words absl's message about a wrong command line as the other errors are worded.
 
     Args:
       told: by absl; of several flags that are missing, a line for each.

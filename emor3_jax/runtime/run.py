@@ -17,7 +17,6 @@ batches of an evaluation; either way the last step that was finished is saved.
 import contextlib
 import dataclasses
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +48,7 @@ from emor3_jax.rollout.rollout import Rollout
 from emor3_jax.runtime import job, replays
 from emor3_jax.runtime.card import card_of_run
 from emor3_jax.runtime.evaluator import Evaluator
-from emor3_jax.runtime.failures import raise_failure
+from emor3_jax.runtime.failures import close_all, raise_failure
 from emor3_jax.runtime.guards import GuardError, Watch
 from emor3_jax.runtime.policy_folder import save_whole
 from emor3_jax.runtime.progress import (
@@ -64,8 +63,6 @@ from emor3_jax.runtime.stopping import MaintenanceWatch, Stopped, StopSignal
 from emor3_jax.types import Batch, Observed
 
 Results = dict[str, dict[str, Evaluation]]
-
-logger = logging.getLogger(__name__)
 
 
 class FinishedStep(NamedTuple):
@@ -227,37 +224,13 @@ class Run:
             told = raised
             raise
         finally:
-            self._close_after(told)
+            self.close(told)
 
-    def close(self) -> None:
-        """Lets go of signals, threads and files; the mesh that was set before is set again.
-
-        Of several errors the first is raised, so that a full disk is told by the checkpoint that
-        could not be written, and not by the events behind it.
-        """
-        first: BaseException | None = None
-        for end in (
-            *(self.clock.close, self._maintenance.close, self._task.close),
-            *(self._checkpoints.close, self._writer.close, self._stop.restore),
-            *(self._unlock, self._scope.close),
-        ):
-            try:
-                end()
-            except BaseException as error:
-                if first is not None:
-                    logger.warning("%s", error)
-                first = first or error
-        if first is not None:
-            raise first
-
-    def _close_after(self, error: BaseException | None) -> None:
-        """Closes; an error that ends the run is told, not one of closing that follows it."""
-        try:
-            self.close()
-        except Exception as failed:
-            if isinstance(error, Stopped):
-                raise
-            logger.warning("%s", failed)
+    def close(self, error: BaseException | None = None) -> None:
+        """Lets go of signals, threads and files, and of the mesh; see `close_all` for `error`."""
+        first = self.clock.close, self._maintenance.close, self._task.close, self._checkpoints.close
+        last = self._writer.close, self._stop.restore, self._unlock, self._scope.close
+        close_all((*first, *last), error)
 
     def _unlock(self) -> None:
         if self._lock is not None:
